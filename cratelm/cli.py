@@ -1,0 +1,125 @@
+"""The command line: a table of verbs. A verb's module is imported when the verb runs, so `--help` loads no torch.
+
+`cratelm VERB ...` runs `cratelm.commands.VERB`: its `Options` become the flags, its docstring the help text.
+"""
+
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from cratelm import __version__
+from cratelm.errors import CrateError
+
+VERBS = {
+    "demo": "the whole job below, small, on text that is already on this machine",
+    "tokenize": "text, from files, folders or data sets, to a directory of tokens",
+    "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
+    "evaluate": "the loss of a model on held-out text",
+    "generate": "text that goes on from a prompt",
+    "collect": "the records of every neuron in one pass: where it fires and how strongly",
+    "explain": "records to explanations: what a neuron stands for",
+    "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
+    "score": "simulations to scores: how well the explanation predicts the neuron",
+    "interpret": "explain, simulate and score in one go",
+    "report": "scores of one or more runs to tables, figures and a page",
+}
+"""Verb -> one line of help, in the order of the flow."""
+
+FLOW = (
+    ("Everything at once", ("demo",)),
+    ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
+    ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
+    ("From scores to a page", ("report",)),
+)
+"""The verbs as the overview groups them."""
+
+FIRST_COMMANDS = ("cratelm demo", "cratelm generate runs/demo/crate-2l", "cratelm train --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 2 for a user's mistake, told in one line, and 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except CrateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python flushes once more at exit, which must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    match arguments:
+        case [] | ["-h" | "--help" | "help", *_]:
+            print(overview(shutil.get_terminal_size().columns))
+        case ["--version" | "-V", *_]:
+            print(f"cratelm {__version__}")
+        case [verb, *rest] if verb in VERBS:
+            module = importlib.import_module(f"cratelm.commands.{verb}")
+            module.run(_parse(module, verb, rest))
+        case [unknown, *_]:
+            close = difflib.get_close_matches(unknown, VERBS, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}? Run" if close else "run"
+            raise CrateError(f"there is no command {unknown!r}; {hint}: cratelm --help")
+
+
+def overview(columns: int) -> str:
+    """The text of `cratelm --help`, fitted to a terminal of 40 columns or more."""
+    width = min(max(columns, 40), 100)
+    indent = 2 + max(map(len, VERBS)) + 2
+    lines = textwrap.wrap(
+        "cratelm trains white-box language models, measures how interpretable their neurons are, and shows them.", width
+    )
+    lines += ["", "usage: cratelm COMMAND [options]", "", "Start with"]
+    lines += [f"  {command}" for command in FIRST_COMMANDS]
+    for title, verbs in FLOW:
+        lines += ["", title]
+        for verb in verbs:
+            first = f"  {verb}".ljust(indent)
+            lines += textwrap.wrap(VERBS[verb], width, initial_indent=first, subsequent_indent=" " * indent)
+    return "\n".join([*lines, "", "Options: cratelm COMMAND --help"])
+
+
+def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
+    """The command's `Options` from its flags. What tyro says about a mistake in a box becomes one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                module.Options,
+                prog=f"cratelm {verb}",
+                description=module.__doc__,
+                args=arguments,
+                config=(tyro.conf.HelptextFromCommentsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code == 2 and (line := first_paragraph(said.getvalue())):
+            raise CrateError(f"{line.rstrip('.')}. Run: cratelm {verb} --help") from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def first_paragraph(box: str) -> str:
+    """The first paragraph below the title of a box drawn with lines or dashes, as one line; empty if there is none."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [line.strip(" │") for line in plain.splitlines()]
+    rules = [index for index, row in enumerate(rows) if re.match(r"[╭╰─]|-{5}", row)]
+    return " ".join(rows[rules[0] + 1 : rules[1]]) if len(rules) > 1 else ""

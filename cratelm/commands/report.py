@@ -1,0 +1,65 @@
+"""Turn the scores of one or more runs into the paper's tables, figures, and one page to look at.
+
+    cratelm report runs/demo/crate-2l runs/demo/gpt2-2l runs/demo/crate-2l-random runs/demo/gpt2-2l-random
+    cratelm report runs/mine --mode compat --out mine-report
+
+Name control runs (random weights) along with their models. The folder gets report.html, which opens from disk and
+asks nothing of the network; performance, interpretability and layers as .md, .csv and .tex; loss and scores as .svg
+and .png.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Which runs to report on, and where."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, scored by `cratelm interpret`."""
+    out: Path | None = None
+    """Folder of the report; left out, `report` in the folder that holds the runs, or in the run if it is one."""
+    mode: Literal["fixed", "compat"] = "fixed"
+    """Which records the scores are from."""
+
+
+def run(options: Options) -> None:
+    """Write the report, then print the table and where the page is."""
+    # Reading the options must stay quick; the work needs numpy and matplotlib.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cratelm.report.page import verdict, write_report
+    from cratelm.report.results import gather
+    from cratelm.report.tables import summary, written
+
+    results = gather(options.runs, mode=options.mode)
+    page = write_report(results, options.out or default_folder(options.runs))
+    found = summary(results)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
+    table.caption = Text("loss in nats per token, scores in points with 95 % intervals")
+    for column in found.columns:
+        table.add_column(Text(column.title), justify="left" if column.style == "text" else "right", overflow="fold")
+    for row in found.rows:
+        texts = [written(cell, column.style) for cell, column in zip(row, found.columns, strict=True)]
+        table.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for sentence in verdict(results):
+        console.print(f"\n{sentence}")
+    print(f"\n{page if not page.is_relative_to('..') else page.resolve()}")
+
+
+def default_folder(runs: tuple[Path, ...]) -> Path:
+    """`report` in the folder that holds all the runs; inside the run if there is one."""
+    import os
+
+    if len(runs) == 1:
+        return runs[0] / "report"
+    common = Path(os.path.commonpath([path.resolve() for path in runs]))
+    return Path(os.path.relpath(common)) / "report"

@@ -1,0 +1,322 @@
+"""Sources of text: the standard library, files and folders, JSON lines, Parquet, Hugging Face datasets -> documents.
+
+Documents come one at a time in a fixed order, so memory holds one document, never a corpus. A plain text file is one
+document; a JSON line or a Parquet row is one document. Documents without any character are left out.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tokenize import detect_encoding
+from typing import Any
+
+import zstandard
+
+from cratelm.errors import CrateError
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+"""Folders of the standard library that are not read: tests, and what is installed beside it."""
+
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One text, and where it comes from."""
+
+    text: str
+    """At least one character, always encodable as UTF-8."""
+    origin: str
+    """`path` or `path:line`, for messages and provenance."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bad:
+    """A document that cannot be read: one line that begins with its origin."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    name: str
+    """Relative to its source: the order, and what the fingerprint sees."""
+
+
+def stream_documents(
+    sources: Sequence[str],
+    *,
+    skip_bad: bool = False,
+    on_bad: Callable[[str], None] | None = None,
+    text_field: str = "text",
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of `sources`, source by source in the given order, files sorted by name inside each.
+
+    Missing, empty and unknown sources are refused at once, before the first document. A bad document is an error
+    unless `skip_bad`; then `on_bad` hears of it. In `stdlib` a file in an undeclared encoding is always gone past.
+    `on_bytes` hears how many bytes of the source files were read since its last call (compressed bytes where they are).
+    """
+    listed = [(source, list_files(source)) for source in _checked(sources)]
+    return _stream(listed, skip_bad, on_bad or _ignore, text_field, on_bytes or _ignore)
+
+
+def _stream(
+    listed: list[tuple[str, list[_File]]],
+    skip_bad: bool,
+    on_bad: Callable[[str], None],
+    field: str,
+    on_bytes: Callable[[int], None],
+) -> Iterator[Document]:
+    seen = False
+    for source, files in listed:
+        for item in _read_hub(source, field) if _is_hub(source) else _read_files(files, field, on_bytes):
+            if isinstance(item, _Bad):
+                if not (skip_bad or source == "stdlib"):
+                    raise CrateError(f"{item.problem}. Repair or remove it, or go past it with --skip-bad")
+                on_bad(item.problem)
+            elif item.text:
+                seen = True
+                yield item
+    if not seen:
+        raise CrateError(f"no document with text in {', '.join(source for source, _ in listed)}. Give another source")
+
+
+def list_files(source: str) -> list[_File]:
+    """The files of one source, sorted by their names relative to it; none for a dataset on the hub."""
+    if _is_hub(source):
+        return []
+    if source == "stdlib":
+        return _walk(Path(sysconfig.get_paths()["stdlib"]), TEXT_SUFFIXES, STDLIB_LEFT_OUT)
+    path = Path(source)
+    if path.is_dir():
+        return _walk(path, TEXT_SUFFIXES + ROW_SUFFIXES, frozenset({"__pycache__"}))
+    if not path.exists():
+        raise CrateError(f"source {source} is not there. Give a file, a folder, stdlib, or hf:DATASET")
+    if not path.name.lower().endswith(TEXT_SUFFIXES + ROW_SUFFIXES):
+        known = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
+        raise CrateError(f"source {source} is of an unknown type. Known are {known}; rename it if it is one of them")
+    return [_File(path, path.name)]
+
+
+def source_bytes(sources: Sequence[str]) -> int:
+    """Size on disk of all files of `sources`: the total that `on_bytes` of `stream_documents` adds up to."""
+    return sum(file.path.stat().st_size for source in sources for file in list_files(source))
+
+
+def fingerprint(sources: Sequence[str]) -> str:
+    """A hash of names, sizes and times of all source files: cheap, and another one as soon as a file changes."""
+    digest = hashlib.sha256()
+    for source in _checked(sources):
+        digest.update(f"source {source}\n".encode(errors="surrogateescape"))
+        for file in list_files(source):
+            stat = file.path.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _checked(sources: Sequence[str]) -> Sequence[str]:
+    if not sources or not all(sources):
+        raise CrateError("no source of text was named. Give a file, a folder, stdlib, or hf:DATASET")
+    return sources
+
+
+def _is_hub(source: str) -> bool:
+    return source.startswith("hf:")
+
+
+def _ignore(_: object) -> None:
+    """Hear and say nothing."""
+
+
+def _walk(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> list[_File]:
+    found, others = [], Counter[str]()
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if name.startswith(".") or not path.is_file():
+                continue
+            if name.lower().endswith(suffixes):
+                found.append(_File(path, path.relative_to(root).as_posix()))
+            else:
+                others[path.suffix or name] += 1
+    if not found:
+        saw = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(6)) or "nothing"
+        raise CrateError(f"folder {root} holds no text file (saw {saw}). Known are {' '.join(suffixes)}")
+    return sorted(found, key=lambda file: file.name)
+
+
+def _read_files(files: list[_File], field: str, on_bytes: Callable[[int], None]) -> Iterator[Document | _Bad]:
+    for file in files:
+        name = file.path.name.lower()
+        if name.endswith(TEXT_SUFFIXES):
+            yield _read_text(file.path)
+            on_bytes(file.path.stat().st_size)
+        elif name.endswith(".parquet"):
+            yield from _read_parquet(file.path, field, on_bytes)
+        else:
+            yield from _read_jsonl(file.path, field, on_bytes)
+
+
+def _read_text(path: Path) -> Document | _Bad:
+    """A whole file; Python source in its declared encoding, everything else in UTF-8."""
+    encoding = "utf-8"
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".py":
+            encoding, _ = detect_encoding(iter(data.splitlines(keepends=True)).__next__)
+            encoding = encoding.removesuffix("-sig")
+        return _document(data.decode(encoding).removeprefix("\ufeff"), str(path))
+    except UnicodeDecodeError as error:
+        at, line = error.start, data.count(b"\n", 0, error.start) + 1
+        return _Bad(f"{path}: byte 0x{data[at]:02x} at position {at} (line {line}) is not {encoding}")
+    except SyntaxError:
+        return _not_utf8(path, data)
+    except OSError as error:
+        return _Bad(f"{path}: cannot be read ({error.strerror})")
+
+
+def _not_utf8(path: Path, data: bytes) -> _Bad:
+    """Python's own message about an undeclared encoding names no position, so look for it."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return _Bad(f"{path}: byte 0x{data[error.start]:02x} at position {error.start} (line {line}) is not utf-8")
+    return _Bad(f"{path}: its first lines declare an unknown encoding")
+
+
+def _read_jsonl(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[Document | _Bad]:
+    number = 0
+    try:
+        for number, line in enumerate(_lines(_chunks(path, on_bytes)), start=1):
+            if line.strip():
+                yield _parse(line, f"{path}:{number}", field)
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        yield _Bad(f"{path}: truncated or damaged after line {number} ({_one_line(error)})")
+    except OSError as error:
+        yield _Bad(f"{path}: cannot be read ({error.strerror})")
+
+
+def _parse(line: bytes, origin: str, field: str) -> Document | _Bad:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return _Bad(f"{origin}: byte 0x{line[error.start]:02x} at position {error.start} of the line is not utf-8")
+    except json.JSONDecodeError as error:
+        return _Bad(f"{origin}: broken JSON ({error.msg} at column {error.colno})")
+    if not isinstance(row, dict):
+        return _Bad(f"{origin}: a {type(row).__name__}, not a JSON object")
+    return _from_row(row, origin, field)
+
+
+def _from_row(row: Mapping[str, Any], origin: str, field: str) -> Document | _Bad:
+    if field not in row:
+        return _Bad(f"{origin}: no text field {field!r} (fields: {', '.join(row) or 'none'})")
+    if not isinstance(row[field], str):
+        return _Bad(f"{origin}: the text field {field!r} holds a {type(row[field]).__name__}, not a text")
+    return _document(row[field], origin)
+
+
+def _document(text: str, origin: str) -> Document | _Bad:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return _Bad(f"{origin}: half a surrogate pair at character {error.start}, not text")
+    return Document(text=text, origin=origin)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their ends, in time linear in their length however the chunks cut them."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        begun.append(first)
+        if rest:
+            yield b"".join(begun)
+            yield from rest[:-1]
+            begun = [rest[-1]]
+    if any(begun):
+        yield b"".join(begun)
+
+
+def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    """The content of a file, decompressed by its suffix."""
+    raw = _raw_chunks(path, on_bytes)
+    if path.suffix.lower() == ".gz":
+        return _decompress(raw, lambda: zlib.decompressobj(wbits=31))
+    if path.suffix.lower() == ".zst":
+        return _decompress(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)
+    return raw
+
+
+def _raw_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+            on_bytes(len(chunk))
+
+
+def _decompress(raw: Iterator[bytes], start: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompress frame after frame; a last frame without its end raises, where zstandard's reader would keep silent."""
+    frame = start()
+    for chunk in raw:
+        while chunk:
+            if frame.eof:
+                frame = start()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise EOFError("the end is missing")
+
+
+def _read_parquet(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[Document | _Bad]:
+    # pyarrow takes longer to import than most corpora of text files take to list.
+    import pyarrow
+    import pyarrow.parquet
+
+    size, number = path.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                raise CrateError(
+                    f"{path} has no column {field!r} (columns: {', '.join(columns)}). Name with --text-field"
+                )
+            for batch in file.iter_batches(batch_size=64, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _from_row({field: value}, f"{path}:{number}", field)
+                on_bytes(size * batch.num_rows // max(file.metadata.num_rows, 1))
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        yield _Bad(f"{path}: truncated or damaged after row {number} ({_one_line(error)})")
+
+
+def _read_hub(source: str, field: str) -> Iterator[Document | _Bad]:
+    """Rows of the `train` split of a dataset on the hub, streamed: nothing is stored, memory holds a few rows."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise CrateError(f"{source} needs the package datasets. Run: pip install 'cratelm[hf]'") from None
+    name, _, config = source.removeprefix("hf:").partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield _from_row(row, f"{source}:{number}", field)
+    except (OSError, ValueError) as error:
+        raise CrateError(f"{source} cannot be streamed ({_one_line(error)}). Check name and connection") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

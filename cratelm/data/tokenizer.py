@@ -1,0 +1,204 @@
+"""Tokenizers: train a byte-level BPE, read GPT-2's BPE or any `tokenizer.json`; what a token looks like to a person."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from cratelm.data.text import Document
+from cratelm.errors import CrateError
+
+END_OF_TEXT = "<|endoftext|>"
+"""The one special token: it follows every document."""
+
+_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + rank): byte for rank, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
+"""GPT-2's alphabet for bytes: printable Latin-1 stands for itself, the other 68 bytes are lifted above 255."""
+
+
+def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's way of cutting text into words. The same documents give the same tokenizer.
+
+    `vocab_size` counts the 256 bytes and `<|endoftext|>` (id 0); a small corpus may give fewer.
+    """
+    if vocab_size < 257:
+        raise CrateError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257. Give more")
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return tokenizer
+
+
+def gpt2_bpe(folder: Path | None = None) -> Tokenizer:
+    """GPT-2's BPE from `encoder.json` + `vocab.bpe` (or `vocab.json` + `merges.txt`) in `folder`, else from the hub."""
+    if folder is None:
+        return _from_hub("gpt2")
+    for vocab_name, merges_name in _GPT2_FILES:
+        if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
+            return _from_vocab_and_merges(folder / vocab_name, folder / merges_name)
+    wanted = " or ".join(" + ".join(pair) for pair in _GPT2_FILES)
+    raise CrateError(f"{folder} holds no GPT-2 tokenizer. It needs {wanted}")
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Read a `tokenizer.json`, a folder holding one (or GPT-2's two files), `gpt2`, or a name on the hub."""
+    path = Path(source)
+    if (path / "tokenizer.json").is_file():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return _from_json(path)
+    if path.is_dir():
+        return gpt2_bpe(path)
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and path.suffix != ".json":
+        return _from_hub(source)
+    raise CrateError(
+        f"tokenizer {source} is not there. Give a tokenizer.json, its folder, gpt2, or bpe:4096 to train one"
+    )
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id of `<|endoftext|>`; a tokenizer without it is refused."""
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    if found is None:
+        specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        names = ", ".join(sorted(specials)[:5]) or "none"
+        raise CrateError(
+            f"the tokenizer has no {END_OF_TEXT} (special tokens: {names}). Use gpt2, or train with bpe:4096"
+        )
+    return int(found)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: ids may have holes, and a table indexed by id must reach the last."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """The sha256 of everything that decides which ids a text gets, the same however the tokenizer was stored.
+
+    Truncation, padding, post-processor and decoder do not decide it; neither do options left at nothing.
+    """
+    layout = _layout(tokenizer)
+    added = sorted((token["id"], token["content"]) for token in layout["added_tokens"])
+    deciding = {key: _without_nothing(layout[key]) for key in ("normalizer", "pre_tokenizer", "model")}
+    text = json.dumps({**deciding, "added_tokens": added}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of text that each id stands for; they need not be whole UTF-8. An id without a token has none."""
+    layout = _layout(tokenizer)
+    kinds = set(_kinds([layout["decoder"], layout["pre_tokenizer"]]))
+    added = {token["id"]: token["content"] for token in layout["added_tokens"]}
+    strings = [b""] * vocabulary_size(tokenizer)
+    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        strings[index] = added[index].encode() if index in added else _plain_bytes(token, kinds)
+    return strings
+
+
+def token_strings(tokenizer: Tokenizer) -> list[str]:
+    r"""For each id the text shown to a person: ` the` with its space, `\xe2` for a byte that is no whole character."""
+    return [text.decode(errors="backslashreplace") for text in token_bytes(tokenizer)]
+
+
+def _plain_bytes(token: str, kinds: set[str]) -> bytes:
+    if "ByteLevel" in kinds and all(letter in _BYTE_OF for letter in token):
+        return bytes(_BYTE_OF[letter] for letter in token)
+    if "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes.fromhex(token[3:5])
+    return (token.replace("▁", " ") if kinds & {"Metaspace", "ByteFallback"} else token).encode()
+
+
+def _byte_level(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
+    try:
+        vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CrateError(f"{vocab_path.parent} holds no readable GPT-2 tokenizer ({error}). Fetch it again") from None
+    merges = [
+        (first, second) for first, _, second in (line.partition(" ") for line in lines if line[:9] != "#version:")
+    ]
+    merges = [pair for pair in merges if all(pair)]
+    for first, second in merges:
+        if not {first, second, first + second} <= vocab.keys():
+            raise CrateError(
+                f"{merges_path} joins {first} {second}, which {vocab_path} does not know. Fetch both again"
+            )
+    tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    return tokenizer
+
+
+def _from_json(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises a bare Exception for every fault of the content
+        if type(error) not in (Exception, UnicodeDecodeError):
+            raise
+        raise CrateError(f"{path} is not a readable tokenizer ({error}). Give a tokenizer.json of tokenizers") from None
+
+
+def _from_hub(name: str) -> Tokenizer:
+    # Only this path needs the hub's client, which takes a tenth of a second to import.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it announces every retry, and an offline machine makes five
+    try:
+        return _from_json(Path(hf_hub_download(name, "tokenizer.json")))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise CrateError(
+            f"tokenizer {name} is neither here nor could it be fetched from the hub ({type(error).__name__}). "
+            "Give the folder of a tokenizer.json or of encoder.json + vocab.bpe, or train one with bpe:4096"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _layout(tokenizer: Tokenizer) -> dict[str, Any]:
+    layout: dict[str, Any] = json.loads(tokenizer.to_str())
+    return layout
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    """Every `type` named anywhere inside a part of a tokenizer."""
+    for part in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        yield from _kinds(part)
+    if isinstance(value, dict) and "type" in value:
+        yield value["type"]
+
+
+def _without_nothing(value: Any) -> Any:
+    """Drop options that are null, zero, false or empty text, and those that only concern offsets; keep a vocabulary."""
+    if isinstance(value, list):
+        return [_without_nothing(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: option if key == "vocab" else _without_nothing(option)
+        for key, option in value.items()
+        if option not in (None, False, "") and key != "trim_offsets"
+    }

@@ -1,0 +1,256 @@
+"""Simulations -> scores -> aggregates: how well explanations predict neurons, per neuron, layer and model.
+
+All excerpts of a neuron are taken together: with a the activations and s the simulation on their tokens,
+
+    correlation          Pearson r of a and s: the paper's score
+    R squared            1 - mean (a - s)^2 / mean a^2
+    absolute deviation   1 - mean |a - s| / mean |a|
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
+
+from cratelm.activations.records import Excerpts, LayerRecords, Mode, NeuronId
+from cratelm.interpretation.explain import unexplained
+from cratelm.interpretation.protocols import Protocol, draw
+from cratelm.interpretation.simulate import LayerSimulations
+from cratelm.interpretation.statistics import bootstrap_means, interval, mean_and_variance, paper_table, shown_layers
+
+NOT_SIMULATED = "not simulated"
+"""Reason: there is no simulation, as for a control in a layer with no second explained neuron."""
+CONSTANT_ACTIVATIONS = "constant activations"
+"""Reason: the neuron has one value on all tokens scored, most often 0."""
+CONSTANT_SIMULATION = "constant simulation"
+"""Reason: the explanation predicts one value on all tokens scored, most often 0."""
+CHUNK = 32
+"""Neurons at a time: the working arrays of so many stay in the processor's cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How well an explanation predicts one neuron on excerpts it was not made from."""
+
+    neuron: NeuronId
+    """The neuron predicted."""
+    protocol: str
+    """Which excerpts it was explained from and scored on."""
+    mode: Mode
+    """Which records these come from."""
+    explainer: str
+    """Who made the explanation and the prediction: `lookup`."""
+    control: str
+    """Empty, or how the explanation was falsified on purpose: `shuffled`."""
+    correlation: float | None
+    """Pearson correlation over the tokens of all excerpts together, in [-1, 1]; None where it is undefined."""
+    reason: str
+    """Why it is undefined: `dead`, `too rare`, `constant activations`, ...; empty where it is defined."""
+    r_squared: float | None
+    """1 - mean squared error / mean squared activation, at most 1; None where undefined."""
+    absolute_deviation: float | None
+    """1 - mean absolute error / mean absolute activation, at most 1; None where undefined."""
+    tokens: int
+    """Tokens compared."""
+    excerpts: int
+    """Excerpts compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerScores:
+    """The scores of all neurons of one layer by one protocol, explainer and control, as arrays."""
+
+    layer: int
+    """Zero-based."""
+    neuron: Int64[np.ndarray, " neurons"]
+    """Index in the layer; every neuron of the layer is here."""
+    correlation: Float64[np.ndarray, " neurons"]
+    """Pearson correlation in [-1, 1]; NaN where undefined."""
+    reason: tuple[str, ...]
+    """Why it is undefined; empty where it is defined."""
+    r_squared: Float64[np.ndarray, " neurons"]
+    """1 - mean squared error / mean squared activation; NaN where undefined."""
+    absolute_deviation: Float64[np.ndarray, " neurons"]
+    """1 - mean absolute error / mean absolute activation; NaN where undefined."""
+    tokens: Int64[np.ndarray, " neurons"]
+    """Tokens compared."""
+    excerpts: Int64[np.ndarray, " neurons"]
+    """Excerpts compared."""
+    sums: Float64[np.ndarray, "neurons excerpts 6"] = field(repr=False)
+    """Per excerpt: n, sum a, sum s, sum a^2, sum s^2, sum a s. What a bootstrap over excerpts needs."""
+
+
+def score_layer(records: LayerRecords, protocol: Protocol, simulations: LayerSimulations) -> LayerScores:
+    """Compare a layer's simulations with what its neurons did; a neuron without a score gets the reason."""
+    excerpts = draw(records, protocol.score, "score").rows(simulations.neuron)
+    found = compare(excerpts, simulations.laid_out(excerpts.valid))
+    neurons, own = records.num_neurons, simulations.neuron
+    reasons = np.array([reason or NOT_SIMULATED for reason in unexplained(records, protocol)], dtype=object)
+    reasons[own] = found.reasons
+
+    def spread(values: np.ndarray, missing: float = 0.0) -> np.ndarray:
+        """The simulated neurons' values among those of all neurons."""
+        everyone = np.full((neurons, *values.shape[1:]), missing, dtype=values.dtype)
+        everyone[own] = values
+        return everyone
+
+    return LayerScores(
+        layer=records.layer, neuron=np.arange(neurons), reason=tuple(reasons),
+        correlation=spread(found.correlation, np.nan), r_squared=spread(found.r_squared, np.nan),
+        absolute_deviation=spread(found.absolute_deviation, np.nan),
+        tokens=spread(excerpts.valid.sum(axis=(1, 2))), excerpts=spread(excerpts.present.sum(axis=1)),
+        sums=spread(found.sums),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Activations and simulations of many neurons compared; the fields are those of `LayerScores`."""
+
+    correlation: Float64[np.ndarray, " neurons"]
+    r_squared: Float64[np.ndarray, " neurons"]
+    absolute_deviation: Float64[np.ndarray, " neurons"]
+    reasons: list[str]
+    sums: Float64[np.ndarray, "neurons excerpts 6"]
+
+
+def compare(excerpts: Excerpts, simulated: Float32[np.ndarray, "neurons excerpts width"]) -> Comparison:
+    """Compare activations with simulations over the tokens of all excerpts of each neuron."""
+    valid = excerpts.valid
+    parts = [
+        _compare(excerpts.activations[rows], simulated[rows], valid[rows])
+        for rows in (slice(i, i + CHUNK) for i in range(0, max(len(simulated), 1), CHUNK))
+    ]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    constant_a, constant_s = columns.pop("constant_a"), columns.pop("constant_s")
+    reasons = [CONSTANT_ACTIVATIONS if a else CONSTANT_SIMULATION if s else ""
+               for a, s in zip(constant_a, constant_s, strict=True)]  # fmt: skip
+    return Comparison(reasons=reasons, **columns)
+
+
+def _compare(
+    activations: Float32[np.ndarray, "chunk excerpts width"], simulated: Float32[np.ndarray, "chunk excerpts width"],
+    valid: Bool[np.ndarray, "chunk excerpts width"],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    shape = (len(valid), valid.shape[1] * valid.shape[2])
+    a, s = activations.astype(np.float64), simulated.astype(np.float64)
+    products = (np.einsum("new,new->ne", x, y) for x, y in ((a, a), (s, s), (a, s)))
+    sums = np.stack([valid.sum(axis=2), a.sum(axis=2), s.sum(axis=2), *products], axis=2).astype(np.float64)
+    count, sum_a, sum_s, square_a, _, _ = sums.sum(axis=1).T
+    a, s, there = a.reshape(shape), s.reshape(shape), valid.reshape(shape)
+    error = a - s
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r_squared = 1 - _dot(error, error) / square_a
+        absolute_deviation = 1 - np.abs(error).sum(axis=1) / np.abs(a).sum(axis=1)
+        # Centred first and then multiplied: sums of squares would lose digits where the mean is large.
+        a, s = (a - (sum_a / count)[:, None]) * there, (s - (sum_s / count)[:, None]) * there
+        correlation = _dot(a, s) / np.sqrt(_dot(a, a) * _dot(s, s))
+    constant_a, constant_s = _constant(activations.reshape(shape), there), _constant(simulated.reshape(shape), there)
+    undefined = constant_a | constant_s
+    return {
+        "correlation": np.where(undefined, np.nan, np.clip(correlation, -1, 1)), "sums": sums,
+        "r_squared": np.where(undefined, np.nan, r_squared), "constant_a": constant_a,
+        "absolute_deviation": np.where(undefined, np.nan, absolute_deviation), "constant_s": constant_s,
+    }  # fmt: skip
+
+
+def _dot(
+    a: Float64[np.ndarray, "chunk tokens"], b: Float64[np.ndarray, "chunk tokens"]
+) -> Float64[np.ndarray, " chunk"]:
+    return np.einsum("nt,nt->n", a, b)
+
+
+def _constant(
+    values: Float32[np.ndarray, "chunk tokens"], valid: Bool[np.ndarray, "chunk tokens"]
+) -> Bool[np.ndarray, " chunk"]:
+    """Where all valid values are the same (exactly: a variance would only come near 0), or there are none."""
+    first = np.take_along_axis(values, valid.argmax(axis=1)[:, None], axis=1)
+    return ~((values != first) & valid).any(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerAggregate:
+    """The scores of one layer in one line. Points are correlations x 100."""
+
+    layer: int
+    """Zero-based."""
+    points: float | None
+    """Mean over scored neurons, rounded to 0.1 as in the paper; None if no neuron is scored."""
+    points_undefined_zero: float
+    """Mean over all neurons, an undefined score counted as 0; not rounded."""
+    low: float | None
+    """Lower end of the 95 % interval of the mean over scored neurons (two-level bootstrap), in points."""
+    high: float | None
+    """Upper end."""
+    scored: int
+    """Neurons with a score."""
+    total: int
+    """Neurons of the layer."""
+    undefined: dict[str, int]
+    """Reason -> neurons without a score."""
+    deviation: float | None
+    """Standard deviation over scored neurons (ddof 1), in points; None for fewer than two."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelAggregate:
+    """The scores of one model by one protocol, as a row of the paper's table and with what the paper leaves out.
+
+    From 6 layers on the paper leaves the last layer out: `mean`, `variance`, `mean_undefined_zero`, `low` and `high`
+    follow that. None where no layer has a score.
+    """
+
+    protocol: str
+    """Name of the protocol."""
+    layers: tuple[LayerAggregate, ...]
+    """All layers, first to last."""
+    mean: float | None
+    """Mean over layers of the rounded points."""
+    variance: float | None
+    """Population variance over layers of the rounded points, in points squared."""
+    mean_all_layers: float | None
+    """The mean with the last layer."""
+    variance_all_layers: float | None
+    """The variance with the last layer."""
+    mean_undefined_zero: float
+    """Mean over layers of the points with undefined scores counted as 0."""
+    low: float | None
+    """Lower end of the 95 % interval of the mean over layers, in points."""
+    high: float | None
+    """Upper end."""
+
+
+def aggregate(
+    layers: Sequence[LayerScores], *, protocol: str, seed: int = 0, resamples: int = 2000
+) -> ModelAggregate:  # fmt: skip
+    """Summarise a model's scores, layer by layer and over its layers. `seed` is of the bootstrap."""
+    rng = np.random.default_rng(seed)
+    lines, samples = zip(*(_aggregate_layer(layer, rng, resamples) for layer in layers), strict=True)
+    shown = shown_layers(len(lines))
+    mean, variance = paper_table([line.points for line in lines])
+    mean_all_layers, variance_all_layers = mean_and_variance([line.points for line in lines])
+    means = [one for one in samples[:shown] if one is not None]
+    low, high = interval(np.mean(means, axis=0)) if means else (None, None)
+    return ModelAggregate(
+        protocol=protocol, layers=tuple(lines), mean=mean, variance=variance, low=low, high=high,
+        mean_all_layers=mean_all_layers, variance_all_layers=variance_all_layers,
+        mean_undefined_zero=float(np.mean([line.points_undefined_zero for line in lines[:shown]])),
+    )  # fmt: skip
+
+
+def _aggregate_layer(
+    scores: LayerScores, rng: np.random.Generator, resamples: int
+) -> tuple[LayerAggregate, np.ndarray | None]:
+    """One layer's line, and the resampled means behind its interval, in points."""
+    defined = ~np.isnan(scores.correlation)
+    points = 100 * scores.correlation[defined]
+    samples = 100 * bootstrap_means(scores.sums[defined], rng, resamples) if len(points) else None
+    low, high = interval(samples) if samples is not None else (None, None)
+    return LayerAggregate(
+        layer=scores.layer, points=round(float(points.mean()), 1) if len(points) else None, low=low, high=high,
+        points_undefined_zero=float(points.sum()) / len(scores.neuron), scored=len(points), total=len(scores.neuron),
+        undefined=dict(Counter(reason for reason in scores.reason if reason).most_common()),
+        deviation=float(points.std(ddof=1)) if len(points) > 1 else None,
+    ), samples  # fmt: skip

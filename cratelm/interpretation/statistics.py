@@ -1,0 +1,95 @@
+"""Statistics of scores: the paper's table rule, and the two-level bootstrap that puts an interval around a mean."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64
+
+EXCERPT_RESAMPLES = 256
+"""Resampled sets of excerpts per neuron, from which every drawing of that neuron takes one."""
+CHUNK = 32
+"""Neurons at a time."""
+
+
+def paper_table(points: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and population variance of per-layer points, as in the paper's table; a layer without points is left out.
+
+    Models of 6 layers and more leave the last layer out. The variance says how layers differ (points squared), not
+    how sure the mean is.
+    """
+    return mean_and_variance(points[: shown_layers(len(points))])
+
+
+def mean_and_variance(points: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and population variance of the numbers that are there; None for both if there are none."""
+    there = np.array([one for one in points if one is not None], dtype=np.float64)
+    return (float(there.mean()), float(there.var())) if len(there) else (None, None)
+
+
+def shown_layers(layers: int) -> int:
+    """How many of a model's layers are in the paper's table."""
+    return layers - 1 if layers >= 6 else layers
+
+
+def correlation_of_sums(sums: Float64[np.ndarray, "*any 6"]) -> Float64[np.ndarray, "*any"]:
+    """Pearson correlation from (n, sum a, sum s, sum a^2, sum s^2, sum a s); NaN where a side is constant."""
+    n, a, s, aa, ss, cross = np.moveaxis(sums, -1, 0)
+    variance_a, variance_s = n * aa - a * a, n * ss - s * s
+    # Subtracting nearly equal numbers leaves about 1e-16 of them: less than this is no variance.
+    defined = (variance_a > 1e-12 * n * aa) & (variance_s > 1e-12 * n * ss)
+    scale = np.sqrt(np.where(defined, variance_a * variance_s, 1))
+    return np.where(defined, np.clip((n * cross - a * s) / scale, -1, 1), np.nan)
+
+
+def bootstrap_means(
+    sums: Float64[np.ndarray, "neurons excerpts 6"], rng: np.random.Generator, resamples: int
+) -> Float64[np.ndarray, " resamples"]:
+    """Resampled means over neurons of the correlation: draw neurons, then excerpts within each drawn neuron.
+
+    Every neuron gets the same number of resampled correlations, so that drawing a neuron and then one of its
+    correlations is drawing once from all of them. The excerpts' noise is in the spread between neurons already, so
+    the interval errs on the wide side. An undefined resampled correlation is left out, as in the mean itself.
+    """
+    correlations = resampled_correlations(sums, rng, EXCERPT_RESAMPLES).ravel()
+    known = ~np.isnan(correlations)
+    values = np.where(known, correlations, 0)
+    means = np.empty(resamples)
+    for start in range(0, resamples, CHUNK):
+        drawn = rng.integers(len(values), size=(min(CHUNK, resamples - start), len(sums)))
+        counts = np.maximum(known[drawn].sum(axis=1), 1)
+        means[start : start + CHUNK] = values[drawn].sum(axis=1) / counts
+    return means
+
+
+def resampled_correlations(
+    sums: Float64[np.ndarray, "neurons excerpts 6"], rng: np.random.Generator, resamples: int
+) -> Float64[np.ndarray, "neurons resamples"]:
+    """For each neuron, the correlation over excerpts drawn with replacement from its own, many times."""
+    correlations = np.empty((len(sums), resamples))
+    for rows, present in _alike(sums):
+        count = present.shape[1]
+        drawn = rng.integers(count, size=(len(rows), resamples, count))
+        cells = drawn + np.arange(len(rows) * resamples).reshape(len(rows), resamples, 1) * count
+        times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        correlations[rows] = correlation_of_sums(times.astype(np.float64) @ present)
+    return correlations
+
+
+def _alike(
+    sums: Float64[np.ndarray, "neurons excerpts 6"],
+) -> Iterator[tuple[Int64[np.ndarray, " chunk"], Float64[np.ndarray, "chunk present 6"]]]:
+    """Neurons with the same number of excerpts, some at a time, and the sums of the excerpts that are there."""
+    there = sums[:, :, 0] > 0
+    counts = there.sum(axis=1)
+    order = np.argsort(~there, axis=1, kind="stable")
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            yield chunk, np.take_along_axis(sums[chunk], order[chunk, :count, None], axis=1)
+
+
+def interval(samples: Float[np.ndarray, " samples"]) -> tuple[float, float]:
+    """The 95 % percentile interval."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,359 @@
+"""`RUN/interpretation.sqlite`: explanations, simulations, scores and failures of a run, with a full-text search.
+
+A *set* is what one stage makes of one layer by one protocol. It is written in one transaction together with the
+identity of the records it came from, so a set is there whole or not at all, and one of other records is noticed.
+Every neuron has a row of its own, with its arrays as compressed little-endian blobs: 36,864 neurons x 3 protocols are
+written in well under a minute, a browser reads one neuron without its layer, and an explainer that takes seconds for
+each neuron adds rows one by one.
+"""
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cratelm import rundir
+from cratelm.activations.records import Mode, NeuronId, read_collection, records_folder
+from cratelm.errors import CrateError
+from cratelm.interpretation.explain import Explanation, LayerExplanations
+from cratelm.interpretation.lookup import EXPLAINER, tables_of
+from cratelm.interpretation.score import LayerScores, Score
+from cratelm.interpretation.simulate import LayerSimulations, Simulation
+
+Stage = Literal["explain", "simulate", "score"]
+MADE: dict[Stage, str] = {"explain": "explanations", "simulate": "simulations", "score": "scores"}
+"""Stage -> the table it fills."""
+
+SCHEMA = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    """CREATE TABLE sets (
+        id INTEGER PRIMARY KEY, mode TEXT NOT NULL, tap TEXT NOT NULL, layer INTEGER NOT NULL, protocol TEXT NOT NULL,
+        explainer TEXT NOT NULL, control TEXT NOT NULL, sample INTEGER NOT NULL,
+        UNIQUE (mode, tap, layer, protocol, explainer, control, sample))""",
+    # A stage's row is written last: it says that the set's rows are whole, and of which records they are.
+    """CREATE TABLE stages (
+        set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, origin TEXT NOT NULL,
+        PRIMARY KEY (set_id, stage))""",
+    """CREATE TABLE explanations (
+        id INTEGER PRIMARY KEY, set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, text TEXT NOT NULL,
+        tokens BLOB, means BLOB, UNIQUE (set_id, neuron))""",
+    # A control has no explanations of its own: `source` says whose explanation was simulated.
+    """CREATE TABLE simulations (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, source INTEGER NOT NULL, activations BLOB NOT NULL,
+        PRIMARY KEY (set_id, neuron))""",
+    """CREATE TABLE scores (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, correlation REAL, reason TEXT NOT NULL, r_squared REAL,
+        absolute_deviation REAL, tokens INTEGER NOT NULL, excerpts INTEGER NOT NULL, sums BLOB NOT NULL,
+        PRIMARY KEY (set_id, neuron))""",
+    """CREATE TABLE failures (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
+        PRIMARY KEY (set_id, neuron, stage))""",
+    # The index holds no second copy of the text; the triggers keep it in step with the table.
+    "CREATE VIRTUAL TABLE explanation_search USING fts5 (text, content='explanations', content_rowid='id')",
+    """CREATE TRIGGER explanation_added AFTER INSERT ON explanations BEGIN
+        INSERT INTO explanation_search (rowid, text) VALUES (new.id, new.text); END""",
+    """CREATE TRIGGER explanation_removed AFTER DELETE ON explanations BEGIN
+        INSERT INTO explanation_search (explanation_search, rowid, text) VALUES ('delete', old.id, old.text); END""",
+)
+_NUMBERS = {
+    "neuron": np.int64, "correlation": np.float64, "r_squared": np.float64, "absolute_deviation": np.float64,
+    "tokens": np.int64, "excerpts": np.int64,
+}  # fmt: skip
+"""Columns of scores that are fields of `LayerScores`. NaN is NULL in a table."""
+_ONE = " WHERE set_id = ? AND neuron = ?"
+_ALL = " WHERE set_id = ? ORDER BY neuron"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetKey:
+    """Which set: of one layer, by one protocol. The field order is that of the table `sets`."""
+
+    mode: Mode = "fixed"
+    tap: str = "neurons"
+    layer: int
+    protocol: str
+    explainer: str = EXPLAINER
+    control: str = ""
+    """Empty, or how the explanations were falsified on purpose: `shuffled`."""
+    sample: int = 0
+    """Number of the explanation where an explainer that uses chance made several of each neuron."""
+
+    @property
+    def explained(self) -> "SetKey":
+        """The set that holds the explanations this one uses."""
+        return replace(self, control="")
+
+    @property
+    def what(self) -> str:
+        """For messages: which set this is."""
+        return f"{self.control} {self.protocol}".strip()
+
+    def command(self, verb: str, run: Path) -> str:
+        """The command that makes this set."""
+        options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
+        return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The interpretations of one run. A connection lives as long as one call, so there is nothing to close."""
+
+    run: Path
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.run / "interpretation.sqlite"
+
+    @classmethod
+    def open(cls, run: Path) -> "Store":
+        """The store of a run that has one."""
+        store = cls(run)
+        if not store.path.exists():
+            raise CrateError(f"{store.path} is not there. Run: cratelm interpret {run}")
+        with store._connection() as connection:
+            found = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
+        rundir.check_format_version(store.path, found[0])
+        return store
+
+    @classmethod
+    def create(cls, run: Path) -> "Store":
+        """The store of a run, made empty if there is none."""
+        store = cls(run)
+        if store.path.exists():
+            return cls.open(run)
+        with rundir.atomic_path(store.path) as temporary, contextlib.closing(sqlite3.connect(temporary)) as new, new:
+            for statement in SCHEMA:
+                new.execute(statement)
+            new.execute("INSERT INTO meta VALUES ('format_version', ?)", [str(rundir.FORMAT_VERSION)])
+        return store
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all that is written in the block is there afterwards, or nothing of it.
+
+        SQLite's defaults stay: the rollback journal leaves no second file beside the first and works on network
+        disks, and flushing at every commit costs milliseconds for a set that took longer to compute.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
+                yield connection
+        except sqlite3.DatabaseError as error:
+            if "full" in str(error):
+                raise CrateError(f"no space left while writing {self.path}. Free some and run again") from error
+            if type(error) is not sqlite3.DatabaseError and "no such table" not in str(error):
+                raise
+            remedy = f"Move it away and run: cratelm interpret {self.run}"
+            raise CrateError(f"{self.path} is not a store of interpretations ({error}). {remedy}") from None
+
+    def scored(self) -> list[tuple[Mode, str, str, str, int]]:
+        """The sets of scores there are, as (mode, explainer, control, protocol, layer)."""
+        with self._connection() as connection:
+            return connection.execute(
+                "SELECT mode, explainer, control, protocol, layer FROM sets JOIN stages ON set_id = id "
+                "WHERE stage = 'score' AND tap = 'neurons' AND sample = 0 ORDER BY 1, 2, 3, 4, 5"
+            ).fetchall()
+
+    def is_done(self, key: SetKey, stage: Stage) -> bool:
+        """Whether the set is there, made from the records that are there now."""
+        with self._connection() as connection:
+            return _records_of(connection, key, stage) == identity(self.run, key.mode)
+
+    def check(self, key: SetKey, stage: Stage, *, verb: str = "") -> None:
+        """Refuse a set that is missing or was made from other records. `verb` is the command to run then."""
+        with self._connection() as connection:
+            found = _records_of(connection, key, stage)
+            layers = _layers(connection, key, stage)
+        remedy = f"Run: {key.command(verb or stage, self.run)}"
+        if found is None:
+            what = f"{key.mode} {key.what} {MADE[stage]}"
+            raise CrateError(f"no {what} of layer {key.layer} in {self.run} (found layers: {layers}). {remedy}")
+        now = identity(self.run, key.mode)
+        if now and found != now:
+            raise CrateError(
+                f"the {key.what} {MADE[stage]} of layer {key.layer} in {self.path} come from other records than "
+                f"{records_folder(self.run, key.mode)} holds now. {remedy}"
+            )
+
+    def write_explanations(self, key: SetKey, made: LayerExplanations) -> None:
+        """Put a set of explanations in place of what was there."""
+        rows = (
+            (int(neuron), made.texts[row], *map(_packed, made.tables.of(row), ("<i4", "<f4")))
+            for row, neuron in enumerate(made.neuron)
+        )
+        self._write(key, "explain", "neuron, text, tokens, means", rows)
+
+    def write_simulations(self, key: SetKey, made: LayerSimulations) -> None:
+        """Put a set of simulations in place of what was there."""
+        rows = (
+            (int(neuron), int(source), _packed(made.of(row), "<f4"))
+            for row, (neuron, source) in enumerate(zip(made.neuron, made.source, strict=True))
+        )
+        self._write(key, "simulate", "neuron, source, activations", rows)
+
+    def write_scores(self, key: SetKey, made: LayerScores) -> None:
+        """Put a set of scores in place of what was there."""
+        columns = [getattr(made, name).tolist() for name in _NUMBERS]
+        rows = (
+            (reason, _packed(sums, "<f8"), *numbers)
+            for reason, sums, *numbers in zip(made.reason, made.sums, *columns, strict=True)
+        )
+        self._write(key, "score", ", ".join(("reason", "sums", *_NUMBERS)), rows)
+
+    def _write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
+        table, places = MADE[stage], ", ?" * (names.count(",") + 1)
+        with self._connection() as connection:
+            connection.execute("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", astuple(key))
+            own = _set_id(connection, key)
+            connection.execute(f"DELETE FROM {table} WHERE set_id = ?", [own])
+            connection.executemany(
+                f"INSERT INTO {table} (set_id, {names}) VALUES (?{places})", ((own, *row) for row in rows)
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)",
+                [own, stage, identity(self.run, key.mode), _origin()],
+            )
+
+    def explanations(self, key: SetKey) -> LayerExplanations:
+        """A set of explanations, refused where missing or outdated."""
+        self.check(key, "explain")
+        rows = self._rows(key, "SELECT neuron, text, tokens, means FROM explanations" + _ALL)
+        return LayerExplanations(
+            neuron=np.array([row[0] for row in rows], dtype=np.int64), texts=tuple(row[1] for row in rows),
+            tables=tables_of([(_unpacked(row[2], "<i4"), _unpacked(row[3], "<f4")) for row in rows]),
+        )  # fmt: skip
+
+    def simulations(self, key: SetKey) -> LayerSimulations:
+        """A set of simulations, refused where missing or outdated."""
+        self.check(key, "simulate")
+        rows = self._rows(key, "SELECT neuron, source, activations FROM simulations" + _ALL)
+        neuron, source, blobs = zip(*rows, strict=True) if rows else ((), (), ())
+        vectors = [_unpacked(blob, "<f4") for blob in blobs]
+        return LayerSimulations(
+            neuron=np.array(neuron, dtype=np.int64), source=np.array(source, dtype=np.int64),
+            first=np.cumsum([0, *map(len, vectors)], dtype=np.int64),
+            activations=np.concatenate(vectors or [np.empty(0, dtype=np.float32)]),
+        )  # fmt: skip
+
+    def scores(self, key: SetKey) -> LayerScores:
+        """A set of scores, refused where missing or outdated."""
+        self.check(key, "score", verb="interpret")
+        rows = self._rows(key, f"SELECT reason, sums, {', '.join(_NUMBERS)} FROM scores" + _ALL)
+        reason, blobs, *columns = zip(*rows, strict=True)
+        numbers = {name: np.array(column, _NUMBERS[name]) for name, column in zip(_NUMBERS, columns, strict=True)}
+        sums = np.stack([_unpacked(blob, "<f8").reshape(-1, 6) for blob in blobs])
+        return LayerScores(layer=key.layer, reason=reason, sums=sums, **numbers)
+
+    def read_scores(
+        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = ""
+    ) -> LayerScores:
+        """The scores of one layer by one protocol."""
+        return self.scores(SetKey(layer=layer, protocol=protocol, mode=mode, explainer=explainer, control=control))
+
+    def read_explanations(
+        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = ""
+    ) -> dict[int, str]:
+        """The explanations of one layer in words, by neuron index; for a control, those that were simulated instead."""
+        key = SetKey(layer=layer, protocol=protocol, mode=mode, explainer=explainer, control=control)
+        self.check(key.explained, "explain")
+        texts = dict(self._rows(key.explained, "SELECT neuron, text FROM explanations WHERE set_id = ?"))
+        if not control:
+            return texts
+        self.check(key, "simulate")
+        sources = self._rows(key, "SELECT neuron, source FROM simulations WHERE set_id = ?")
+        return {neuron: texts[source] for neuron, source in sources}
+
+    def read_neuron(self, key: SetKey, index: int) -> tuple[Explanation | None, Simulation | None, Score | None]:
+        """What there is of one neuron, without reading its layer."""
+        here: dict[str, Any] = {"mode": key.mode, "protocol": key.protocol, "explainer": key.explainer}
+        own = here | {"neuron": NeuronId(tap=key.tap, layer=key.layer, index=index), "control": key.control}
+        explanation = simulation = score = None
+        for source, blob in self._rows(key, "SELECT source, activations FROM simulations" + _ONE, index):
+            simulation = Simulation(source=source, activations=_unpacked(blob, "<f4"), **own)
+        used = simulation.source if simulation else index
+        for text, *blobs in self._rows(key.explained, "SELECT text, tokens, means FROM explanations" + _ONE, used):
+            tokens, means = (_unpacked(blob, dtype).tolist() for blob, dtype in zip(blobs, ("<i4", "<f4"), strict=True))
+            neuron = NeuronId(tap=key.tap, layer=key.layer, index=used)
+            explanation = Explanation(neuron=neuron, text=text, table=dict(zip(tokens, means, strict=True)), **here)
+        names = ("reason", *(name for name in _NUMBERS if name != "neuron"))
+        for row in self._rows(key, f"SELECT {', '.join(names)} FROM scores" + _ONE, index):
+            score = Score(**own, **dict(zip(names, row, strict=True)))
+        return explanation, simulation, score
+
+    def search(self, words: str, *, limit: int = 50) -> list[tuple[SetKey, int, str]]:
+        """Explanations that hold all the words, best match first, as (set, neuron index, text)."""
+        quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.split())
+        if not quoted:
+            return []
+        with self._connection() as connection:
+            rows = connection.execute(
+                "SELECT mode, tap, layer, protocol, explainer, control, sample, neuron, explanations.text "
+                "FROM explanation_search JOIN explanations ON explanations.id = explanation_search.rowid "
+                "JOIN sets ON sets.id = set_id WHERE explanation_search MATCH ? ORDER BY rank, layer, neuron LIMIT ?",
+                [quoted, limit],
+            ).fetchall()
+        return [(SetKey(**dict(zip(SetKey.__slots__, row[:7], strict=True))), row[7], row[8]) for row in rows]
+
+    def _rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
+        with self._connection() as connection:
+            return connection.execute(query, [_set_id(connection, key), *more]).fetchall()
+
+
+def identity(run: Path, mode: Mode) -> str:
+    """What tells one collection of records from another: everything in `records.json` but where it was made.
+
+    Empty where the records are not there, as in a store that was passed on alone.
+    """
+    if not (records_folder(run, mode) / "records.json").exists():
+        return ""
+    collection = {key: value for key, value in read_collection(run, mode=mode).items() if key != "origin"}
+    return hashlib.sha256(json.dumps(collection, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _origin() -> str:
+    """Where this process's sets come from; asked once, because it asks git."""
+    return json.dumps(rundir.origin())
+
+
+def _set_id(connection: sqlite3.Connection, key: SetKey) -> int | None:
+    row = connection.execute(
+        "SELECT id FROM sets WHERE (mode, tap, layer, protocol, explainer, control, sample) = (?, ?, ?, ?, ?, ?, ?)",
+        astuple(key),
+    ).fetchone()
+    return row and row[0]
+
+
+def _records_of(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str | None:
+    """The identity of the records a set was made from; None if the set is not there."""
+    row = connection.execute(
+        "SELECT records FROM stages WHERE set_id = ? AND stage = ?", [_set_id(connection, key), stage]
+    ).fetchone()
+    return row and row[0]
+
+
+def _layers(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str:
+    """The layers that have this set."""
+    mode, tap, _, *rest = astuple(key)
+    rows = connection.execute(
+        "SELECT layer FROM sets JOIN stages ON set_id = id WHERE (stage, mode, tap, protocol, explainer, control, "
+        "sample) = (?, ?, ?, ?, ?, ?, ?) ORDER BY layer", [stage, mode, tap, *rest],
+    )  # fmt: skip
+    return ", ".join(str(layer) for (layer,) in rows) or "none"
+
+
+def _packed(values: np.ndarray, dtype: str) -> bytes:
+    """An array as a compressed blob. The fastest level: simulations are mostly 0, which any level makes small."""
+    return zlib.compress(np.ascontiguousarray(values, dtype=dtype).tobytes(), 1)
+
+
+def _unpacked(blob: bytes, dtype: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(blob), dtype=dtype)

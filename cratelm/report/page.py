@@ -1,0 +1,349 @@
+"""One self-contained page: who wins where in plain words, tables, figures, neurons with their excerpts, the method.
+
+It opens from disk and asks nothing of the network. There is no script in it, and its content security policy allows
+none: names and text of the corpus are shown, never run.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cratelm.activations.records import Excerpt
+from cratelm.interpretation.score import ModelAggregate
+from cratelm.report.plots import figures, inline_svg, write_figures
+from cratelm.report.results import (
+    RESAMPLES,
+    SEED,
+    SHOWN_PROTOCOL,
+    NeuronExample,
+    Outcome,
+    Rank,
+    Results,
+    RunResult,
+    matched_pairs,
+    outcome,
+    undefined_neurons,
+)
+from cratelm.report.tables import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
+from cratelm.rundir import write_text
+
+HEAT_LEVELS = 8
+"""Shades of a token, by the activation in units of the neuron's maximum."""
+
+RANKS: dict[Rank, str] = {"best": "Best explained", "median": "In the middle", "worst": "Worst explained"}
+
+
+def write_report(results: Results, out: Path) -> Path:
+    """Write tables, figures and the page; return the page's path."""
+    drawn = figures(results)
+    write_tables(tables(results), out)
+    write_figures(drawn, out)
+    write_text(out / "report.html", page(results, drawn))
+    return out / "report.html"
+
+
+def page(results: Results, drawn: Mapping[str, Figure]) -> str:
+    """The page's HTML."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    sentences = verdict(results)
+    return template.substitute(
+        style=style, style_hash=digest, title=escape(_listed([model.title for model in results.models])),
+        verdict="\n".join(_paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
+        numbers=_numbers(results), figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
+        neurons=_neurons(results), method=_method(results),
+    )  # fmt: skip
+
+
+def verdict(results: Results) -> list[str]:
+    """Who wins where, whatever the outcome: a sentence for each pair of models, then one for each model's controls."""
+    pairs = [_pair_sentence(*pair, results.protocols) for pair in matched_pairs(results.models)]
+    alone = [_single_sentence(model, results.protocols) for model in results.models]
+    controls = [text for model in results.models if (text := _control_sentence(model, results.protocols))]
+    return [*(pairs or alone), *controls, "A difference is clear where the 95 % intervals do not overlap."]
+
+
+def _pair_sentence(first: RunResult, second: RunResult, protocols: Sequence[str]) -> str:
+    found: dict[Outcome | None, list[str]] = {}
+    for name in protocols:
+        if name in first.scores and name in second.scores:
+            mine, other = first.scores[name], second.scores[name]
+            numbers = f"{name} ({_points(mine.mean)} against {_points(other.mean)} points)"
+            found.setdefault(outcome(mine, other), []).append(numbers)
+    clear = [f"{how} than {second.title} on {_listed(found[how])}" for how in ("higher", "lower") if how in found]
+    parts = [f"{first.title} scores {_listed(clear)}"] if clear else []
+    if tied := found.get("no clear difference"):
+        between = f"No clear difference between {first.title} and {second.title}"
+        parts.append(f"{'no clear difference' if clear else between} on {_listed(tied)}")
+    if not parts:
+        parts = [f"{first.title} and {second.title} have no score to compare"]
+    return f"{'; '.join([*parts, _cost_clause(first, second)])}."
+
+
+def _cost_clause(first: RunResult, second: RunResult) -> str:
+    parameters = 100 * (first.parameters / second.parameters - 1)
+    flops = first.flops_per_token / second.flops_per_token
+    more = "as many" if abs(parameters) < 0.5 else f"{abs(parameters):.0f} % {'more' if parameters > 0 else 'fewer'}"
+    cost = f"{more} parameters and {flops:.2f} times the FLOPs per token"
+    if first.loss is None or second.loss is None:
+        return f"{first.title} has {cost} (loss not evaluated)"
+    difference = first.loss.nats_per_token - second.loss.nats_per_token
+    how = f"{abs(difference):.2f} nats per token {'worse' if difference > 0 else 'better'}"
+    if abs(difference) <= 1.96 * math.hypot(first.loss.standard_error, second.loss.standard_error):
+        how = f"not clearly different ({written(difference, '0.001')} nats per token)"
+    return f"the loss of {first.title} is {how} at {cost}"
+
+
+def _single_sentence(model: RunResult, protocols: Sequence[str]) -> str:
+    scored = [f"{_points(model.scores[name].mean)} points on {name}" for name in protocols if name in model.scores]
+    loss = "not evaluated" if model.loss is None else f"{model.loss.nats_per_token:.3f} nats per token"
+    return f"{model.title} scores {_listed(scored)}; its loss is {loss}."
+
+
+def _control_sentence(model: RunResult, protocols: Sequence[str]) -> str:
+    """How far a model stands above its controls; empty if it has none."""
+    named = [name for name in protocols if name in model.scores]
+    random_init = model.random_init.scores if model.random_init is not None else {}
+    controls = {"the same model with random weights": random_init, "shuffled explanations": model.shuffled}
+    clauses = [
+        f"{_listed([_gap(model.scores[name], control.get(name)) for name in named])} points against {what}"
+        for what, control in controls.items()
+        if control
+    ]
+    return f"{model.title} on {_listed(named)}: {'; '.join(clauses)}." if clauses else ""
+
+
+def _gap(mine: ModelAggregate, control: ModelAggregate | None) -> str:
+    if mine.mean is None or control is None or control.mean is None:
+        return "undefined"
+    doubt = " (no clear difference)" if outcome(mine, control) == "no clear difference" else ""
+    difference = mine.mean - control.mean
+    return f"{'+' if difference > 0 else ''}{_points(difference)}{doubt}"
+
+
+def _points(value: float | None) -> str:
+    return "undefined" if value is None else written(value, "0.1")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def _numbers(results: Results) -> str:
+    quiet = {run.title for run in results.rows if run.control is not None}
+    short = as_html(summary(results), quiet={*quiet, *CONTROL_ROWS})
+    costs, full, layers = (as_html(table, quiet=quiet) for table in tables(results))
+    missing = "".join(f"<li>{escape(line)}</li>" for line in results.missing)
+    absent = f'<h3>Not in this report</h3>\n<ul class="missing">{missing}</ul>' if missing else ""
+    return f"{short}\n{costs}\n{full}\n<details><summary>Every layer</summary>{layers}</details>\n{absent}"
+
+
+def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
+    """The table as HTML that may be wider than the screen; rows about one of `quiet` are set in a fainter colour."""
+    head = "".join(
+        f'<th scope="col"{_html_class(column)}>{escape(column.title)}'
+        + (f"<small>{escape(column.unit)}</small></th>" if column.unit else "</th>")
+        for column in table.columns
+    )
+    grouped = len(table.columns) > 1 and table.columns[1].style == "text"
+    groups = [list(rows) for _, rows in groupby(table.rows, lambda row: row[0] if grouped else None)]
+    bodies = "".join(_html_group(rows, table.columns, quiet, grouped) for rows in groups)
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    return (
+        f'<div class="scroll" tabindex="0"><table><caption>{escape(table.caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead>{bodies}</table></div>{notes}"
+    )
+
+
+def _html_group(
+    rows: Sequence[tuple[Cell, ...]], columns: Sequence[Column], quiet: Collection[str], grouped: bool
+) -> str:
+    """Rows that share their first cell, which is written once."""
+    lines = []
+    for place, row in enumerate(rows):
+        cells = []
+        for i, (cell, column) in enumerate(zip(row, columns, strict=True)):
+            text = re.sub(r"^(\S+) (\[.*\])$", r"\1<small>\2</small>", escape(written(cell, column.style)))
+            if i == 0 and grouped and place == 0:
+                cells.append(f'<th scope="rowgroup" rowspan="{len(rows)}">{text}</th>')
+            elif i == 0 and not grouped:
+                cells.append(f'<th scope="row">{text}</th>')
+            elif i > 0:
+                cells.append(f"<td{_html_class(column)}>{text}</td>")
+        name = row[1] if grouped else row[0]
+        lines.append(f"<tr{' class=' + chr(34) + 'control' + chr(34) if name in quiet else ''}>{''.join(cells)}</tr>")
+    return f"<tbody>{''.join(lines)}</tbody>"
+
+
+def _html_class(column: Column) -> str:
+    return "" if column.style == "text" else ' class="n"'
+
+
+def _figure(name: str, figure: Figure) -> str:
+    wide = ' class="wide"' if figure.get_figwidth() > 7 else ""
+    drawing = inline_svg(figure, name, _prose()["alternatives"][name])
+    return (
+        f'<figure{wide}><div class="scroll" tabindex="0">{drawing}</div>'
+        f"<figcaption>{escape(_prose()['captions'][name])}</figcaption></figure>"
+    )
+
+
+def _neurons(results: Results) -> str:
+    scale = "".join(f'<i class="h{level}"></i>' for level in range(1, HEAT_LEVELS + 1))
+    intro = (
+        f"<p>Neurons of every layer, by their score on {escape(SHOWN_PROTOCOL)}. The stronger the colour"
+        f'<span class="scale" aria-hidden="true">{scale}</span>of a token, the nearer its activation comes to the '
+        "neuron's largest; point at it to read the value. A token without colour did not activate the neuron. "
+        "↵ is a line break, ⇥ a tab, \\x.. a byte that is no whole character.</p>"
+    )
+    return "\n".join([intro, *(_model_neurons(model) for model in results.models)])
+
+
+def _model_neurons(model: RunResult) -> str:
+    if not model.examples:
+        return f"<h3>{escape(model.title)}</h3>\n{_paragraph(f'Not scored on {SHOWN_PROTOCOL}.')}"
+    groups = []
+    for rank, heading in RANKS.items():
+        cards = [_card(one, model.token_strings) for one in model.examples if one.rank == rank]
+        if cards:
+            groups.append(f'<h4>{heading}</h4>\n<div class="cards">\n{chr(10).join(cards)}\n</div>')
+    return f"<h3>{escape(model.title)}</h3>\n{_paragraph(_census(model))}\n" + "\n".join(groups)
+
+
+def _census(model: RunResult) -> str:
+    """How many neurons have a score, and why the others have none."""
+    scores = model.scores[SHOWN_PROTOCOL]
+    scored, total = (sum(getattr(layer, name) for layer in scores.layers) for name in ("scored", "total"))
+    others = ", ".join(f"{reason} {count:,}" for reason, count in undefined_neurons(scores).items())
+    without = f"; {total - scored:,} have no score ({others})" if others else ""
+    return f"{scored:,} of {total:,} neurons are scored on {SHOWN_PROTOCOL}{without}."
+
+
+def _card(one: NeuronExample, strings: Sequence[str]) -> str:
+    facts = (
+        f"Scored over {one.tokens:,} tokens. Active on {_share(one.density)} of all tokens, "
+        f"at most {one.maximum:.3g} (the model's own units)."
+    )
+    strongest, *others = one.scored or one.explained
+    more = [("Also scored on", others), ("Explained from", one.explained if one.scored else ())]
+    hidden = "".join(
+        f'<p class="kind">{title}</p>{"".join(_excerpt(excerpt, one.maximum, strings) for excerpt in excerpts)}'
+        for title, excerpts in more
+        if excerpts
+    )
+    return (
+        f'<article class="neuron"><header><h5>Layer {one.layer}, neuron {one.index}</h5>'
+        f'<span class="score">{_points(100 * one.correlation)}<small> points</small></span></header>'
+        f'<p class="said">{escape(_visible(one.explanation))}</p>{_excerpt(strongest, one.maximum, strings)}'
+        f"<details><summary>More excerpts</summary>{hidden}</details>"
+        f'<p class="facts-line">{escape(facts)}</p></article>'
+    )
+
+
+def _share(density: float) -> str:
+    percent = 100 * density
+    return f"{percent:.1f} %" if percent >= 0.1 else f"{percent:.1g} %"
+
+
+def _excerpt(excerpt: Excerpt, maximum: float, strings: Sequence[str]) -> str:
+    tokens = zip(excerpt.tokens.tolist(), excerpt.activations.tolist(), strict=True)
+    shown = "".join(_token(strings[token], activation, maximum) for token, activation in tokens)
+    return f'<div class="excerpt">{shown}</div>'
+
+
+def _token(text: str, activation: float, maximum: float) -> str:
+    """A token on the colour of its activation, with the value to point at; no markup where the neuron is silent."""
+    shown = _marked(text)
+    if activation == 0 or not math.isfinite(activation):
+        return shown
+    level = min(HEAT_LEVELS, math.ceil(HEAT_LEVELS * activation / maximum)) if maximum > 0 else 0
+    kind = f"h{level}" if level >= 1 else "below"
+    return f'<span class="{kind}" title="{activation:.3g}">{shown}</span>'
+
+
+def _marked(text: str) -> str:
+    """Text of the corpus as HTML: line breaks and tabs as signs, what is invisible or reorders the line by its code."""
+    return "".join(f"<b>{_sign(letter)}</b>" if _sign(letter) else escape(letter) for letter in text)
+
+
+def _visible(text: str) -> str:
+    return "".join(_sign(letter) or letter for letter in text)
+
+
+def _sign(letter: str) -> str:
+    """What stands for a letter that cannot be seen; empty for one that can."""
+    if letter in "\n\t\r":
+        return {"\n": "↵", "\t": "⇥", "\r": "␍"}[letter]
+    if letter.isprintable() or unicodedata.category(letter) == "Zs" or letter in "\u200c\u200d":
+        return ""
+    return f"U+{ord(letter):04X}"
+
+
+def _method(results: Results) -> str:
+    prose = _prose()
+    parts = {
+        f"{results.mode} mode": prose["modes"][results.mode],
+        f"{results.explainer} explainer": prose["explainers"].get(results.explainer, ""),
+        **{name: prose["protocols"].get(name, "") for name in results.protocols},
+        "score": prose["score"], "controls": prose["controls"],
+        "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seed {SEED}.",
+    }  # fmt: skip
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in parts.items())
+    return f"<dl>{terms}</dl>\n{_facts(results.rows)}"
+
+
+@cache
+def _prose() -> dict[str, Any]:
+    """The page's standing sentences."""
+    return json.loads(Path(__file__).with_name("prose.json").read_text(encoding="utf-8"))
+
+
+def _facts(runs: Sequence[RunResult]) -> str:
+    """Everything the runs record about how they came to be, side by side; what all share is said once."""
+    columns = [dict(_flat({"run": str(run.path), "training": run.training or {"tokens": 0}, "model made": run.origin,
+                           "records": run.collection})) for run in runs]  # fmt: skip
+    head = "".join(f'<th scope="col">{escape(run.title)}</th>' for run in runs)
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, "") for column in columns]
+        cells = (
+            f'<td colspan="{len(runs)}">{escape(values[0])}</td>' if len(set(values)) == 1
+            else "".join(f"<td>{escape(value)}</td>" for value in values)
+        )  # fmt: skip
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    return (
+        '<div class="scroll" tabindex="0"><table class="facts"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (path, text); versions and lists as one text."""
+    for key, one in value.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if key == "versions":
+            yield name, ", ".join(f"{package} {version}" for package, version in one.items())
+        elif isinstance(one, Mapping):
+            yield from _flat(one, f"{name}: ")
+        elif isinstance(one, list):
+            yield name, ", ".join(map(str, one))
+        elif one is not None and key != "format_version":
+            yield name, f"{one:,}" if isinstance(one, int) and key != "seed" else str(one)

@@ -1,0 +1,338 @@
+"""Everything a report says, gathered once from the files of each run: tables, figures and the page only format it.
+
+Reads `run.json`, `metrics.jsonl`, `evaluation.json`, `interpretation.sqlite` and the records. A control run (the same
+architecture with random weights) is attached to the model it controls.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cratelm.activations.records import Excerpt, Mode, read_collection, read_records, records_folder
+from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.errors import CrateError
+from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
+from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
+from cratelm.interpretation.store import Store
+from cratelm.rundir import read_json, read_jsonl
+from cratelm.runtime import progress_bar
+
+SHOWN_PROTOCOL = "top-and-random"
+"""The protocol whose best, median and worst neurons are shown."""
+
+RESAMPLES, SEED = 2000, 0
+"""Of the bootstrap behind every interval."""
+
+Rank = Literal["best", "median", "worst"]
+Outcome = Literal["higher", "lower", "no clear difference"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """Loss on held-out text, as `cratelm evaluate` measured it."""
+
+    nats_per_token: float
+    standard_error: float
+    """Nats per token, over documents."""
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    documents: int
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """A loss along the training of a model."""
+
+    tokens: tuple[float, ...] = ()
+    """Tokens seen so far."""
+    loss: tuple[float, ...] = ()
+    """Nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeuronExample:
+    """One neuron worth looking at, with some of the excerpts it was explained from and scored on."""
+
+    rank: Rank
+    layer: int
+    index: int
+    correlation: float
+    """The score: Pearson correlation of activation and simulation over the scored excerpts, in [-1, 1]."""
+    tokens: int
+    """Tokens the score was computed over."""
+    explanation: str
+    density: float
+    """Share of all collected tokens on which the neuron is active."""
+    maximum: float
+    """The neuron's largest activation in the collected text, in the model's own units."""
+    explained: tuple[Excerpt, ...] = field(repr=False)
+    scored: tuple[Excerpt, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What is known about one model: what it costs, how well it predicts text, how interpretable its neurons are."""
+
+    path: Path
+    name: str
+    title: str
+    """The name as tables and figures show it; unlike the name, it is different for every run of a report."""
+    arch: str
+    num_layers: int
+    control: str | None
+    """`random-init` for a model that was never trained, None for a model."""
+    of: str | None
+    """For a control, the name of the model it controls."""
+    parameters: int
+    """Trainable numbers, position embeddings left out and the tied head counted once."""
+    flops_per_token: int
+    """Floating-point operations of a forward pass per token, at full context."""
+    training: Mapping[str, Any]
+    """How it was trained; empty for a model that was not."""
+    loss: Loss | None
+    train_curve: Curve
+    held_out_curve: Curve
+    scores: Mapping[str, ModelAggregate]
+    """By protocol, in points (100 times the correlation)."""
+    shuffled: Mapping[str, ModelAggregate]
+    """By protocol, the scores of explanations swapped among the neurons of a layer."""
+    random_init: "RunResult | None"
+    """The control run of this model, if the report was given one."""
+    examples: tuple[NeuronExample, ...] = field(repr=False)
+    token_strings: Sequence[str] = field(repr=False)
+    collection: Mapping[str, Any] = field(repr=False)
+    """How the records were collected: the contents of `records.json`."""
+    origin: Mapping[str, Any] = field(repr=False)
+    """When, with which versions and where the model was made."""
+
+    @property
+    def training_tokens(self) -> int | None:
+        """Tokens the model was trained on; None for a model that was not trained."""
+        tokens = self.training.get("tokens")
+        return None if tokens is None else int(tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """The runs of one report."""
+
+    mode: Mode
+    explainer: str
+    protocols: tuple[str, ...]
+    """Those that any run was scored on, in the paper's order."""
+    models: tuple[RunResult, ...]
+    """In the order given, controls attached to their models; a control without its model stands for itself."""
+    missing: tuple[str, ...]
+    """What a reader would look for and the runs do not have: one sentence each."""
+
+    @property
+    def rows(self) -> tuple[RunResult, ...]:
+        """Every run, each model followed by its control."""
+        return tuple(run for model in self.models for run in (model, model.random_init) if run is not None)
+
+
+def gather(runs: Sequence[Path], *, mode: Mode = "fixed", explainer: str = "lookup") -> Results:
+    """Read all runs of a report. A run that is not scored, or only in part, is refused."""
+    paths = list({path.resolve(): path for path in runs}.values())
+    if not paths:
+        raise CrateError("no run was named. Run: cratelm report RUN...")
+    descriptions = [read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR") for path in paths]
+    found = []
+    with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
+        for path, description, title in zip(paths, descriptions, _titles(paths, descriptions), strict=True):
+            found.append(_read_run(path, description, title, mode, explainer))
+            bar.advance(1.0, note=title)
+    models = _attach_controls(found)
+    protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in found))
+    return Results(
+        mode=mode, explainer=explainer, protocols=protocols, models=models, missing=tuple(_missing(models, protocols))
+    )
+
+
+def display_name(name: str) -> str:
+    """The paper's way to write a model's name, where it is one of the paper's: `gpt2-2l` -> `GPT-2-2L`."""
+    match = re.fullmatch(r"(crate|gpt2)-(1l|2l|3l|s|b)", name)
+    return name if match is None else f"{ {'crate': 'CRATE', 'gpt2': 'GPT-2'}[match[1]] }-{match[2].upper()}"
+
+
+def _titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A title for every run; runs of the same name are told apart by their folders."""
+    names = [str(one["name"]) for one in descriptions]
+    titles = []
+    for path, name, description in zip(paths, names, descriptions, strict=True):
+        control = description.get("control")
+        title = display_name(str(description.get("of") or name)) if control else display_name(name)
+        if names.count(name) > 1:
+            title += f" ({os.path.relpath(path.resolve(), os.path.commonpath([one.resolve() for one in paths]))})"
+        titles.append(f"{title}, {control}" if control else title)
+    return titles
+
+
+def _read_run(path: Path, description: Mapping[str, Any], title: str, mode: Mode, explainer: str) -> RunResult:
+    num_layers = int(description["model"]["num_layers"])
+    scores = _read_scores(path, num_layers, mode, explainer)
+    aggregates = {
+        (name, control): aggregate(layers, protocol=name, seed=SEED, resamples=RESAMPLES)
+        for (name, control), layers in scores.items()
+    }
+    metrics = read_jsonl(path / "metrics.jsonl")
+    shown = scores.get((SHOWN_PROTOCOL, ""), ())
+    return RunResult(
+        path=path, name=str(description["name"]), title=title, arch=str(description["arch"]), num_layers=num_layers,
+        control=description.get("control"), of=description.get("of"),
+        parameters=int(description["parameters"]), flops_per_token=int(description["flops_per_token"]),
+        training=description.get("training") or {}, loss=_read_loss(path),
+        train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
+        scores={name: found for (name, control), found in aggregates.items() if not control},
+        shuffled={name: found for (name, control), found in aggregates.items() if control == "shuffled"},
+        random_init=None, examples=tuple(_examples(path, shown, mode, explainer)),
+        token_strings=token_strings(load_tokenizer(records_folder(path, mode) / "tokenizer.json")),
+        collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
+    )  # fmt: skip
+
+
+def _read_loss(path: Path) -> Loss | None:
+    if not (path / "evaluation.json").exists():
+        return None
+    found = read_json(path / "evaluation.json", made_by=f"cratelm evaluate {path}")
+    return Loss(**{name: found[name] for name in Loss.__slots__})
+
+
+def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
+    rows = [row for row in metrics if row.get(quantity) is not None and math.isfinite(row[quantity])]
+    return Curve(tokens=tuple(float(row["tokens"]) for row in rows), loss=tuple(float(row[quantity]) for row in rows))
+
+
+def _read_scores(
+    path: Path, num_layers: int, mode: Mode, explainer: str
+) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
+    """The scores of all layers by (protocol, control)."""
+    command = f"cratelm interpret {path}" + (" --mode compat" if mode == "compat" else "")
+    if not (path / "interpretation.sqlite").exists():
+        raise CrateError(f"{path} is not scored. Run: {command}")
+    store = Store.open(path)
+    layers: dict[tuple[str, str], set[int]] = {}
+    for found_mode, found_explainer, control, name, layer in store.scored():
+        if (found_mode, found_explainer) == (mode, explainer):
+            layers.setdefault((name, control), set()).add(layer)
+    if not any(control == "" for _, control in layers):
+        raise CrateError(f"{path} holds no {mode} scores by the {explainer} explainer. Run: {command}")
+    for (name, control), found in layers.items():
+        if len(found) < num_layers:
+            what = f"{name}, {control}" if control else name
+            have = f"{len(found)} of its {num_layers} layers ({what})"
+            raise CrateError(f"{path} is scored on {have}. Run: {command} --protocol {name}")
+    return {
+        (name, control): tuple(
+            store.read_scores(layer, name, mode=mode, explainer=explainer, control=control) for layer in sorted(found)
+        )
+        for (name, control), found in layers.items()
+    }
+
+
+def _examples(path: Path, layers: Sequence[LayerScores], mode: Mode, explainer: str) -> Iterator[NeuronExample]:
+    """The best, median and worst scored neurons of every layer, fewer of each where there are many layers."""
+    counts: dict[Rank, int] = (
+        {"best": 3, "median": 2, "worst": 2} if len(layers) <= 3 else dict.fromkeys(("best", "median", "worst"), 1)
+    )
+    asked = protocol(SHOWN_PROTOCOL, mode)
+    store = Store.open(path)
+    for scores in layers:
+        chosen = [(rank, row) for rank, rows in _ranked(scores.correlation, counts).items() for row in rows]
+        if not chosen:
+            continue
+        records = read_records(path, scores.layer, mode=mode)
+        texts = store.read_explanations(scores.layer, SHOWN_PROTOCOL, mode=mode, explainer=explainer)
+        explained, scored = draw(records, asked.explain, "explain"), draw(records, asked.score, "score")
+        for rank, row in chosen:
+            index = int(scores.neuron[row])
+            yield NeuronExample(
+                rank=rank, layer=scores.layer, index=index, correlation=float(scores.correlation[row]),
+                tokens=int(scores.tokens[row]), explanation=texts.get(index, ""),
+                density=float(records.statistics["density"][index]),
+                maximum=float(records.statistics["maximum"][index]),
+                explained=tuple(_strongest_first(explained.of(index))[:2]),
+                scored=tuple(_first_and_last(_strongest_first(scored.of(index)), 3)),
+            )  # fmt: skip
+
+
+def _ranked(correlation: np.ndarray, counts: Mapping[Rank, int]) -> dict[Rank, list[int]]:
+    """Rows of the best, median and worst defined scores; a row is in one list only."""
+    order = [int(row) for row in np.argsort(-correlation, kind="stable") if not np.isnan(correlation[row])]
+    best, worst = order[: counts["best"]], order[max(counts["best"], len(order) - counts["worst"]) :]
+    between = order[len(best) : len(order) - len(worst)]
+    first = max(0, (len(order) - counts["median"] + 1) // 2 - len(best))
+    return {"best": best, "median": between[first : first + counts["median"]], "worst": worst}
+
+
+def _strongest_first(excerpts: Iterator[Excerpt]) -> list[Excerpt]:
+    return sorted(excerpts, key=lambda excerpt: -float(excerpt.activations.max(initial=-np.inf)))
+
+
+def _first_and_last(excerpts: list[Excerpt], first: int) -> list[Excerpt]:
+    return excerpts[:first] + excerpts[first:][-1:]
+
+
+def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:
+    """Give each model its control: the one in the same folder if several models share a name."""
+    models = [run for run in found if run.control is None]
+    alone = []
+    for control in (run for run in found if run.control is not None):
+        candidates = [i for i, model in enumerate(models) if model.name == control.of and model.random_init is None]
+        beside = [i for i in candidates if models[i].path.resolve().parent == control.path.resolve().parent]
+        if candidates:
+            chosen = (beside or candidates)[0]
+            models[chosen] = replace(models[chosen], random_init=control)
+        else:
+            alone.append(control)
+    return (*models, *alone)
+
+
+def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[str]:
+    for run in models:
+        if run.loss is None:
+            yield f"The loss of {run.title} is not evaluated. Run: cratelm evaluate {run.path}"
+        for name in protocols:
+            if name not in run.scores:
+                yield f"{run.title} is not scored on {name}. Run: cratelm interpret {run.path} --protocol {name}"
+            elif name not in run.shuffled:
+                yield f"{run.title} has no control with shuffled explanations on {name}."
+        if run.control is None and run.random_init is None:
+            yield f"No random-init control of {run.title} was given to this report."
+    for name in PROTOCOLS:
+        if name not in protocols:
+            yield f"No run is scored on {name}."
+
+
+def undefined_neurons(scores: ModelAggregate) -> dict[str, int]:
+    """Neurons without a score over all layers, by reason."""
+    counts: Counter[str] = Counter()
+    for layer in scores.layers:
+        counts.update(layer.undefined)
+    return dict(counts.most_common())
+
+
+def outcome(first: ModelAggregate, second: ModelAggregate) -> Outcome | None:
+    """Where the first stands relative to the second: apart where their 95 % intervals are. None without a score."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return None
+    if first.low > second.high:
+        return "higher"
+    return "lower" if first.high < second.low else "no clear difference"
+
+
+def matched_pairs(models: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
+    """Which models to compare: different architectures of the same depth, or else the first with the others."""
+    trained = [model for model in models if model.control is None]
+    pairs = [(a, b) for a, b in combinations(trained, 2) if a.arch != b.arch and a.num_layers == b.num_layers]
+    return pairs or [(trained[0], other) for other in trained[1:]]

@@ -1,0 +1,199 @@
+"""Files on disk: atomic writes, format versions, JSON lines, `run.json`, and the lock on a run directory.
+
+A run directory holds everything about one model (`docs/formats.md`). Nothing here knows what a model is.
+"""
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cratelm.errors import CrateError
+
+FORMAT_VERSION = 1
+"""Version written into every file of ours. A file with a higher one is refused."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.
+
+    On any exception the temporary file or folder is removed and `path` is untouched, so a file under its final
+    name is always whole. A full disk becomes a `CrateError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        _replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CrateError(f"no space left while writing {path}. Free some and run the same command again") from error
+        raise
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed left behind while writing this path."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = stale.name.removesuffix(".tmp").rpartition(".")[2]
+        if process.isdigit() and not _alive(int(process)):
+            _remove(stale)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if temporary.is_dir() and path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with `format_version` first."""
+    write_text(path, json.dumps({"format_version": FORMAT_VERSION, **value}, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *, made_by: str) -> dict[str, Any]:
+    """Read a JSON object of ours. `made_by` is the command named when the file is missing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CrateError(f"{path} is not there. Run: {made_by}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CrateError(f"{path} is not readable JSON ({error}). Remove it and run: {made_by}") from None
+    if not isinstance(value, dict):
+        raise CrateError(f"{path} holds a {type(value).__name__}, not a JSON object. Remove it and run: {made_by}")
+    check_format_version(path, value.get("format_version", FORMAT_VERSION))
+    return value
+
+
+def check_format_version(path: Path, found: int | str) -> None:
+    """Refuse a file written by a newer cratelm."""
+    if int(found) > FORMAT_VERSION:
+        raise CrateError(
+            f"{path} has format version {found}, this cratelm reads up to {FORMAT_VERSION}. "
+            "Upgrade with: pip install -U cratelm"
+        )
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line and push it to the operating system, so that a killed process loses no earlier line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows that `keep` refuses: what a killed run logged past the checkpoint it resumes from."""
+    if path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path) if keep(row)))
+
+
+@contextlib.contextmanager
+def claim(run: Path) -> Iterator[None]:
+    """Hold the run directory for this process; a second process is refused and told who holds it.
+
+    The lock belongs to the open file, so it goes away with the process however that ends.
+    """
+    import fcntl
+
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise CrateError(f"{run} is in use by {holder}. Wait for it, or use another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:120]})")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def origin() -> dict[str, Any]:
+    """Where a result comes from: time, command, versions, machine, and the commit of a source checkout."""
+    versions = {}
+    for package in ("cratelm", "torch", "numpy", "tokenizers", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with `+` if files differ; None for an installed wheel."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=checkout, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip()
+
+
+def differing_fields(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Name the fields in which two configurations differ: `seed 1 -> 2, lr 0.1 -> 0.2`; empty if they agree."""
+    keys = sorted(found.keys() | asked.keys())
+    return ", ".join(
+        f"{key} {found.get(key)!r} -> {asked.get(key)!r}" for key in keys if found.get(key) != asked.get(key)
+    )

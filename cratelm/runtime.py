@@ -1,0 +1,90 @@
+"""What the machine offers: device, threads, seeds, and the progress bar every long stage shows."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from cratelm.errors import CrateError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+console = Console(stderr=True, highlight=False)
+"""Where progress and notes go; results go to standard output."""
+
+
+def select_device(name: DeviceName) -> "torch.device":
+    """`auto` takes CUDA, then MPS, then the CPU. A device that is not there is refused."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    if not available[name]:
+        found = ", ".join(device for device, there in available.items() if there)
+        raise CrateError(f"device {name} is not available here (found: {found}). Run with --device auto")
+    return torch.device(name)
+
+
+class _Rate(ProgressColumn):
+    """Units per second, from the work done in this process (a resumed part does not count)."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{human(speed)} {self.unit}/s", style="dim")
+
+
+def human(number: float) -> str:
+    """`1234567` -> `1.23M`: three significant digits."""
+    for threshold, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= threshold:
+            return f"{number / threshold:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+class ProgressBar:
+    """One line: what, bar, share, rate, time left, and a note such as the loss. Plain lines where no terminal is."""
+
+    def __init__(self, progress: Progress, what: str, total: float | int) -> None:
+        self._progress, self._what, self._total = progress, what, total
+        self._task = progress.add_task(what, total=total, note="")
+        self._last_line, self._done = time.monotonic(), 0.0
+
+    def advance(self, amount: float | int, note: str = "") -> None:
+        """Report `amount` more units done; `note` replaces the text at the end of the line."""
+        self._done += amount
+        self._progress.update(self._task, advance=amount, note=note)
+        if not console.is_terminal and time.monotonic() - self._last_line > 15:
+            self._last_line = time.monotonic()
+            console.print(f"{self._what}: {100 * self._done / max(self._total, 1):.0f} % {note}")
+
+
+@contextlib.contextmanager
+def progress_bars(unit: str = "tok") -> Iterator[Callable[[str, float | int], ProgressBar]]:
+    """Show several bars on standard error; the block gets a function (what, total) -> bar."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(unit), TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield lambda what, total: ProgressBar(progress, what, total)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, *, total: float | int, done: float | int = 0, unit: str = "tok") -> Iterator[ProgressBar]:
+    """Show one progress bar on standard error for the duration of the block; `done` was done by an earlier process."""
+    with progress_bars(unit) as add:
+        bar = add(what, total)
+        bar.advance(done)
+        yield bar

@@ -1,0 +1,88 @@
+"""Held-out loss: one deterministic pass, with a standard error over documents."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int, Integer
+
+from cratelm.model.language_model import LanguageModel
+from cratelm.runtime import ProgressBar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    nats_per_token: float
+    """Mean cross-entropy over all predicted tokens."""
+    standard_error: float
+    """Of `nats_per_token`, in nats; documents are the sampling unit."""
+    perplexity: float
+    """exp(nats_per_token)."""
+    bits_per_byte: float
+    """Total cross-entropy in bits over the bytes of the text as UTF-8: comparable between tokenizers."""
+    tokens: int
+    """Predicted tokens."""
+    documents: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LanguageModel,
+    tokens: Integer[np.ndarray, " stream"],
+    documents: Int[np.ndarray, " bounds"],
+    *,
+    text_bytes: int,
+    batch: int = 16,
+    bar: ProgressBar,
+) -> Evaluation:
+    """Predict each token of a stream once, in non-overlapping sequences of the model's context.
+
+    `documents` holds where each document starts, and the end of the last. With S_d and n_d the summed loss and the
+    number of tokens of document d, the loss is L = sum S_d / sum n_d and its variance, as of a ratio,
+    D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
+    """
+    count = len(documents) - 1
+    sums, sizes = np.zeros(count), np.zeros(count)
+    for first, losses in _losses(model, tokens, batch):
+        positions = np.arange(first, first + len(losses))
+        owner = np.searchsorted(documents, positions, side="right") - 1
+        low, high = owner[0], owner[-1] + 1
+        sums[low:high] += np.bincount(owner - low, losses, minlength=high - low)
+        sizes[low:high] += np.bincount(owner - low, minlength=high - low)
+        bar.advance(len(losses))
+    total, predicted = sums.sum(), sizes.sum()
+    loss = total / predicted
+    spread = ((sums - loss * sizes) ** 2).sum() * count / max(1, count - 1)
+    return Evaluation(
+        nats_per_token=float(loss), standard_error=math.sqrt(spread) / predicted if count > 1 else math.nan,
+        perplexity=math.exp(loss), bits_per_byte=total / math.log(2) / text_bytes, tokens=int(predicted),
+        documents=count,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def held_out_loss(model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int) -> float:
+    """Mean cross-entropy in nats per token over a stream, in sequences of the model's context."""
+    losses = [losses for _, losses in _losses(model, tokens, batch)]
+    return float(np.concatenate(losses).mean())
+
+
+def _losses(model: LanguageModel, tokens: np.ndarray, batch: int):  # type: ignore[no-untyped-def]
+    """Yield (index of the first predicted token, losses) for consecutive stretches of the stream."""
+    context = model.config.context_length
+    step = context * batch
+    for first in range(0, len(tokens) - 1, step):
+        piece = torch.from_numpy(tokens[first : first + step + 1].astype(np.int64)).to(model.device)
+        rows = (len(piece) - 1) // context
+        whole = rows * context
+        losses = []
+        if rows:
+            losses.append(
+                model.token_losses(piece[:whole].view(rows, context), piece[1 : whole + 1].view(rows, context))
+            )
+        if whole < len(piece) - 1:
+            losses.append(model.token_losses(piece[None, whole:-1], piece[None, whole + 1 :]))
+        yield first + 1, torch.cat([part.flatten() for part in losses]).double().cpu().numpy()

@@ -1,0 +1,62 @@
+"""What every test may use: real text where it is at hand, fresh random numbers, and the rule about skips."""
+
+import os
+import secrets
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+# One thread per process, before torch is first imported: the test runner has a process per core, and the commands
+# that tests start as processes of their own inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+EVERYTHING_IS_INSTALLED = os.environ.get("CRATELM_TEST_ALL") == "1"
+"""Set by `make test-all`: a skip for a missing package or browser is a failure."""
+ALLOWED_SKIPS = ("no real data", "only on")
+"""How the reason of a skip begins that is right even where everything is installed."""
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+hypothesis.settings.register_profile("cratelm", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("cratelm")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real text and tokenizers: `$CRATELM_TEST_DATA`, or `../shared/data` beside the repository."""
+    folder = Path(os.environ.get("CRATELM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not a folder. Name one with CRATELM_TEST_DATA")
+    return folder
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh random numbers; a failing test says with which `CRATELM_TEST_SEED` they come again."""
+    seed = int(os.environ.get("CRATELM_TEST_SEED") or secrets.randbits(32))
+    request.node.add_report_section("setup", "seed", f"CRATELM_TEST_SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _refuse_skip((yield))
+
+
+def _refuse_skip(report: Report) -> Report:
+    if EVERYTHING_IS_INSTALLED and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(ALLOWED_SKIPS):
+            report.outcome, report.longrepr = "failed", f"skipped where everything is installed: {reason}"
+    return report

@@ -1,0 +1,220 @@
+"""The command line: the overview, one-line errors, exit codes, and a help text for every flag of every command."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+import textwrap
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+
+import cratelm
+from cratelm import cli
+from cratelm.errors import CrateError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Flags of a command that exists only here."""
+
+    steps: int
+    """How many steps to take."""
+    # A reason that is nobody's help text.
+    arch: str = "crate"
+    """Which model."""
+
+
+@pytest.fixture
+def report_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
+    """Put a function in the place of what `cratelm report` does."""
+
+    def install(run: Callable[[Any], None]) -> None:
+        module = types.ModuleType("cratelm.commands.report", "Write the tables.")
+        vars(module).update(Options=Options, run=run)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return install
+
+
+def test_a_command_gets_its_options_from_the_flags(report_runs: Any) -> None:
+    got: list[Options] = []
+    report_runs(got.append)
+    assert cli.main(["report", "--steps", "7", "--arch", "gpt2"]) == 0
+    assert got == [Options(steps=7, arch="gpt2")]
+
+
+def test_help_of_a_command_teaches_its_flags(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    report_runs(print)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: cratelm report" in text or "Write the tables." in text
+    assert "How many steps to take." in text
+    assert "nobody's help" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--steps", "many"], "--steps"),
+        (["--steps", "1", "--stesp", "2"], "--stesp"),
+        ([], "--steps"),
+        (["--steps"], "--steps"),
+    ],
+)
+def test_a_wrong_flag_gets_one_line(
+    flags: list[str], said: str, report_runs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_runs(lambda _: pytest.fail("the command ran"))
+    assert cli.main(["report", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.endswith("Run: cratelm report --help\n")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not set(err) & set("│╭╰─")
+
+
+def test_a_mistake_is_one_line_with_exit_code_2(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(options: Options) -> None:
+        raise CrateError(f"cannot take {options.steps} steps. Run: walk")
+
+    report_runs(run)
+    assert cli.main(["report", "--steps", "3"]) == 2
+    assert capsys.readouterr() == ("", "error: cannot take 3 steps. Run: walk\n")
+
+
+def test_a_programming_error_keeps_its_traceback(report_runs: Any) -> None:
+    def run(options: Options) -> None:
+        assert options.steps > 3, "programmer"
+
+    report_runs(run)
+    with pytest.raises(AssertionError, match="programmer"):
+        cli.main(["report", "--steps", "3"])
+
+
+def test_ctrl_c_says_how_to_go_on(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: Options) -> None:
+        raise KeyboardInterrupt
+
+    report_runs(run)
+    assert cli.main(["report", "--steps", "3"]) == 130
+    assert capsys.readouterr().err.strip() == "stopped. Run the same command again to go on."
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("tokenise", "tokenize"), ("scores", "score"), ("simulat", "simulate")])
+def test_an_unknown_command_names_the_closest(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([typed]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"'{typed}'" in err
+    assert meant in err
+
+
+def test_an_unknown_command_like_no_other_names_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["xyzzy"]) == 2
+    assert capsys.readouterr().err == "error: there is no command 'xyzzy'; run: cratelm --help\n"
+
+
+@pytest.mark.parametrize("columns", [1, 40, 57, 80, 300])
+def test_the_overview_fits_the_terminal_and_names_every_command(columns: int) -> None:
+    lines = cli.overview(columns).splitlines()
+    assert max(map(len, lines)) <= max(columns, 40)
+    shown = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
+    assert [word for word in shown if word != "cratelm"] == list(cli.VERBS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_no_command_shows_the_overview(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    assert "Start with" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cratelm {cratelm.__version__}\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from cratelm.cli import main; main(['--help']);"
+        "print(sorted({'torch', 'numpy', 'tyro', 'rich', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == "[]\n"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "import time; time.sleep(0.5); from cratelm.cli import main; raise SystemExit(main(['--help']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_python_dash_m_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "cratelm", "nonsense"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: there is no command 'nonsense'")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_command_explains_itself_and_every_flag(verb: str) -> None:
+    module = importlib.import_module(f"cratelm.commands.{verb}")
+    assert module.__doc__, f"{verb} has no docstring"
+    assert callable(module.run)
+    assert _fields_without_help(module.Options) == []
+
+
+def test_a_flag_without_help_is_noticed() -> None:
+    assert _fields_without_help(Options) == []
+    assert _fields_without_help(_Undocumented) == ["_Undocumented.size", "_Silent.deep"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Silent:
+    deep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Undocumented:
+    size: int
+    inner: _Silent | None = None
+    """Has a help text."""
+
+
+def _fields_without_help(options: type) -> list[str]:
+    """The fields of a dataclass, and of the dataclasses inside it, that no docstring follows."""
+    missing, documented = [], set()
+    for owner in options.__mro__[:-1]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str())):
+                    documented.add(name)
+    missing = [
+        f"{options.__name__}.{field.name}" for field in dataclasses.fields(options) if field.name not in documented
+    ]
+    for field in dataclasses.fields(options):
+        for inner in _classes(field.type):
+            missing += _fields_without_help(inner)
+    return missing
+
+
+def _classes(annotation: Any) -> list[type]:
+    """The dataclasses that an annotation names, inside unions and `Annotated` too."""
+    if get_origin(annotation) is Annotated:
+        return _classes(get_args(annotation)[0])
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _classes(part)]

@@ -1,0 +1,278 @@
+"""The rules of the house (`CONTRIBUTING.md`), read from the syntax trees: who imports whom, and how long things get."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import cratelm
+
+REPOSITORY = Path(__file__).parent.parent
+
+FLOORS = {
+    "__main__": 6.3,
+    "cli": 6.2,
+    "commands": 6.1,
+    "huggingface": 6.0,
+    "report": 5.0,
+    "whitebox": 4.2,
+    "sae": 4.1,
+    "steering": 4.1,
+    "interpretation": 4.0,
+    "training": 3.0,
+    "activations": 3.0,
+    "model": 2.0,
+    "data": 2.0,
+    "rundir": 1.5,
+    "runtime": 1.5,
+    "errors": 1.0,
+}
+"""A room (a file or a folder of the package) -> its floor. A room imports from lower floors and from itself."""
+
+NO_TORCH = ("interpretation/", "report/", "activations/records.py")
+"""The record line: whoever has only records explains, scores and browses them without torch."""
+
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "types"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
+
+
+def files(root: Path, *folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (root / folder).rglob("*.py"))
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def module_name(root: Path, file: Path) -> str:
+    """`cratelm/data/text.py` -> `cratelm.data.text`."""
+    return ".".join(file.relative_to(root).with_suffix("").parts)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported, wherever in the file; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            home = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{home}.{alias.name}") for alias in node.names)
+
+
+def internal_imports(root: Path, file: Path) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of a module of the package."""
+    for line, name in imports(parsed(file)):
+        if name.split(".")[0] == "cratelm" and name != "cratelm.__version__":
+            parts = name.split(".")
+            is_module = (root / Path(*parts)).with_suffix(".py").exists() or (root / Path(*parts)).is_dir()
+            yield line, name if is_module else ".".join(parts[:-1])
+
+
+def upward_imports(root: Path) -> list[str]:
+    found = []
+    for file in files(root, "cratelm"):
+        here = module_name(root, file).split(".")[1]
+        if here == "__init__":  # the public surface, whose names are imported when they are used
+            continue
+        if here not in FLOORS:
+            found.append(f"{file}: {here} has no floor in tests/test_house.py")
+            continue
+        for line, name in internal_imports(root, file):
+            there = name.split(".")[1] if "." in name else "the public surface"
+            if there != here and not FLOORS.get(there, 9.0) < FLOORS[here]:
+                found.append(f"{file}:{line}: {here} imports {there}")
+    return found
+
+
+def relative_imports(root: Path) -> list[str]:
+    return [
+        f"{file}:{line}: {name}"
+        for file in files(root, "cratelm")
+        for line, name in imports(parsed(file))
+        if name.startswith(".")
+    ]
+
+
+def import_circles(root: Path) -> list[str]:
+    graph = {
+        module_name(root, file): {name for _, name in internal_imports(root, file)} for file in files(root, "cratelm")
+    }
+    graph.pop("cratelm.__init__", None)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(error.args[1])]
+    return []
+
+
+def torch_above_the_record_line(root: Path) -> list[str]:
+    found = []
+    for file in files(root, "cratelm"):
+        if file.relative_to(root / "cratelm").as_posix().startswith(NO_TORCH):
+            only_for_types = {
+                line
+                for node in ast.walk(parsed(file))
+                if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+                for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            }
+            found += [
+                f"{file}:{line}: imports {name}"
+                for line, name in imports(parsed(file))
+                if name.split(".")[0] == "torch" and line not in only_for_types
+            ]
+    return found
+
+
+def future_annotations(root: Path) -> list[str]:
+    return [
+        f"{file}:{line}: jaxtyping cannot execute postponed annotations"
+        for file in files(root, "cratelm", "tests", "benchmarks")
+        for line, name in imports(parsed(file))
+        if name == "__future__.annotations"
+    ]
+
+
+def long_files(root: Path) -> list[str]:
+    sizes = {file: len(file.read_text().splitlines()) for file in files(root, "cratelm", "tests", "benchmarks")}
+    return [f"{file}: {size} lines" for file, size in sizes.items() if size > MAX_FILE_LINES]
+
+
+def long_functions(root: Path) -> list[str]:
+    found = []
+    for file in files(root, "cratelm", "tests", "benchmarks"):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or node.lineno) - node.lineno + 1
+                if size > MAX_FUNCTION_LINES:
+                    found.append(f"{file}:{node.lineno}: {node.name} has {size} lines")
+    return found
+
+
+def vague_names(root: Path) -> list[str]:
+    return [str(file) for file in files(root, "cratelm") if file.stem.strip("_") in FORBIDDEN_NAMES]
+
+
+def prints(root: Path) -> list[str]:
+    found = []
+    for file in files(root, "cratelm"):
+        inside = file.relative_to(root / "cratelm")
+        if inside.parts[0] not in ("commands", "cli.py"):
+            for node in ast.walk(parsed(file)):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                    found.append(f"{file}:{node.lineno}")
+    return found
+
+
+def filled_package_files(root: Path) -> list[str]:
+    """A sub-package whose `__init__.py` is missing or does something."""
+    folders = {file.parent for file in files(root, "cratelm")} - {root / "cratelm"}
+    inits = [folder / "__init__.py" for folder in sorted(folders)]
+    return [str(init) for init in inits if not init.exists() or init.read_text().strip()]
+
+
+RULES: list[Callable[[Path], list[str]]] = [
+    upward_imports,
+    relative_imports,
+    import_circles,
+    torch_above_the_record_line,
+    future_annotations,
+    long_files,
+    long_functions,
+    vague_names,
+    prints,
+    filled_package_files,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps(rule: Callable[[Path], list[str]]) -> None:
+    found = rule(REPOSITORY)
+    assert not found, "\n".join([f"{rule.__name__}:", *found])
+
+
+VIOLATIONS = [
+    (upward_imports, "cratelm/model/crate.py", "def f():\n    from cratelm.data import text"),
+    (upward_imports, "cratelm/data/text.py", "from cratelm.model.crate import MSSA"),
+    (upward_imports, "cratelm/steering.py", "import cratelm.sae"),
+    (upward_imports, "cratelm/activations/taps.py", "from cratelm import load"),
+    (upward_imports, "cratelm/nowhere.py", ""),
+    (relative_imports, "cratelm/data/text.py", "from .tokens import write"),
+    (import_circles, "cratelm/data/text.py", "from cratelm.data import text"),
+    (torch_above_the_record_line, "cratelm/report/plots.py", "def f():\n    import torch.nn"),
+    (torch_above_the_record_line, "cratelm/activations/records.py", "from torch import Tensor"),
+    (future_annotations, "tests/test_it.py", "from __future__ import annotations"),
+    (long_files, "benchmarks/it.py", "x = 1\n" * 351),
+    (long_functions, "cratelm/cli.py", "async def f():\n" + "    x = 1\n" * 80),
+    (vague_names, "cratelm/data/_utils.py", ""),
+    (prints, "cratelm/rundir.py", "def f(): print(1)"),
+    (filled_package_files, "cratelm/data/__init__.py", "import os"),
+    (filled_package_files, "cratelm/data/text.py", ""),
+]
+
+
+@pytest.mark.parametrize(("rule", "name", "code"), VIOLATIONS)
+def test_each_rule_notices_a_violation(rule: Callable[[Path], list[str]], name: str, code: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.write_text(code)
+    assert len(rule(tmp_path)) == 1
+
+
+ALLOWED = {
+    "cratelm/__init__.py": "from cratelm.model.crate import MSSA\nx = 1",
+    "cratelm/cli.py": "from cratelm import __version__\nfrom cratelm.errors import CrateError\nprint(1)",
+    "cratelm/commands/__init__.py": "",
+    "cratelm/commands/train.py": "def f():\n    from cratelm.training.train import train\n    print(1)",
+    "cratelm/report/__init__.py": "",
+    "cratelm/report/plots.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
+    "cratelm/steering.py": "import torch\nfrom cratelm.interpretation import score\n",
+    "tests/test_long.py": "def f():\n" + "    x = 1\n" * 79 + "y = 1\n" * 270,
+}
+
+
+def test_what_is_allowed_passes_every_rule(tmp_path: Path) -> None:
+    for name, code in ALLOWED.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    assert [found for rule in RULES for found in rule(tmp_path)] == []
+
+
+def modules_loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh Python has loaded after the code."""
+    code += "\nimport sys; print(*{name.split('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_import_cratelm_loads_nothing_heavy() -> None:
+    loaded = modules_loaded_by("import cratelm; dir(cratelm)")
+    assert not loaded & {"torch", "numpy", "transformers", "tokenizers", "pyarrow", "matplotlib", "rich", "tyro"}
+    assert "cratelm" in loaded
+
+
+def test_nothing_above_the_record_line_loads_torch() -> None:
+    names = [
+        module_name(REPOSITORY, file)
+        for file in files(REPOSITORY, "cratelm")
+        if file.relative_to(REPOSITORY / "cratelm").as_posix().startswith(NO_TORCH) and file.stem != "__init__"
+    ]
+    loaded = modules_loaded_by("\n".join(f"import {name}" for name in names))
+    assert {"cratelm", "numpy"} <= loaded
+    assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("name", cratelm.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert name in dir(cratelm)
+    assert getattr(cratelm, name) is not None
+
+
+def test_a_name_that_is_not_public_is_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        cratelm.lode  # noqa: B018

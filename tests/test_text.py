@@ -1,0 +1,224 @@
+"""Sources of text: what is read, in which order, and the one line a bad source gets."""
+
+import gzip
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from cratelm.data import text
+from cratelm.data.text import fingerprint, list_files, source_bytes, stream_documents
+from cratelm.errors import CrateError
+
+
+def texts(*sources: Path | str, skip_bad: bool = False) -> list[str]:
+    return [document.text for document in stream_documents([str(source) for source in sources], skip_bad=skip_bad)]
+
+
+def refusal(*sources: Path | str, skip_bad: bool = False) -> str:
+    """The one line that reading these sources ends with."""
+    with pytest.raises(CrateError) as caught:
+        texts(*sources, skip_bad=skip_bad)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def rows(rng: np.random.Generator) -> list[str]:
+    """Texts with line ends, wide characters and any length."""
+    letters = np.array(list('ab é\n漢😀"\\'))
+    return ["x" + "".join(rng.choice(letters, size=size)) for size in rng.integers(0, 400, size=60)]
+
+
+def pile(rows: list[str]) -> bytes:
+    return "".join(json.dumps({"text": row, "meta": {"pile_set_name": "Books3"}}) + "\n" for row in rows).encode()
+
+
+def frames(data: bytes, cut: int) -> bytes:
+    """Two zstd frames one after the other, as `cat a.zst b.zst` makes them."""
+    return zstandard.compress(data[:cut]) + zstandard.compress(data[cut:])
+
+
+def test_every_file_type_gives_the_same_documents(tmp_path: Path, rows: list[str]) -> None:
+    data = pile(rows)
+    (tmp_path / "a.jsonl").write_bytes(data + b"\n  \n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data[:999]) + gzip.compress(data[999:]))
+    (tmp_path / "a.jsonl.zst").write_bytes(frames(data, 1234))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(60), "text": rows}), tmp_path / "a.parquet", row_group_size=7
+    )
+    for file in tmp_path.iterdir():
+        assert texts(file) == rows, file
+
+
+def test_lines_are_whole_however_the_chunks_cut_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[str]
+) -> None:
+    monkeypatch.setattr(text, "_CHUNK", 3)
+    (tmp_path / "a.jsonl.zst").write_bytes(frames(pile(rows), 50))
+    assert texts(tmp_path / "a.jsonl.zst") == rows
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_other_files(tmp_path: Path) -> None:
+    names = ["b/z.txt", "b/a.md", "a.py", "c.rst", "B.TXT", ".hidden/x.txt", "b/.y.txt", "b/__pycache__/x.py", "p.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty.txt").write_text("")
+    assert texts(tmp_path) == ["B.TXT", "a.py", "b/a.md", "b/z.txt", "c.rst"]
+    assert [document.origin for document in stream_documents([str(tmp_path / "c.rst")])] == [str(tmp_path / "c.rst")]
+
+
+def test_python_source_is_read_in_its_declared_encoding_and_marks_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes("# coding: latin-1\nx = 'é'\r\n".encode("latin-1"))
+    (tmp_path / "b.py").write_bytes(b"\xef\xbb\xbfx = 1\n")
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfc")
+    assert texts(tmp_path) == ["# coding: latin-1\nx = 'é'\r\n", "x = 1\n", "c"]
+
+
+def test_stdlib_is_the_library_without_tests_and_installed_packages() -> None:
+    names = [file.name for file in list_files("stdlib")]
+    assert names == sorted(names)
+    assert {"os.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "idle_test", "site-packages"} & set(Path(name).parts[:-1])]
+    documents = list(stream_documents(["stdlib"]))
+    assert 300 < len(documents) <= len(names)
+    assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_stdlib_goes_past_an_undecodable_file_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "good.py").write_text("good")
+    (tmp_path / "bad.py").write_bytes(b"x = 1\ny = '\xe9'\n")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    skipped: list[str] = []
+    assert [document.text for document in stream_documents(["stdlib"], on_bad=skipped.append)] == ["good"]
+    assert skipped == [f"{tmp_path / 'bad.py'}: byte 0xe9 at position 11 (line 2) is not utf-8"]
+
+
+def test_real_text_of_the_piles_schema_is_read_whole(real_data: Path) -> None:
+    file = real_data / "minipile" / "val.jsonl.zst"
+    with zstandard.open(file, "rt", encoding="utf-8") as lines:
+        expected = [json.loads(line)["text"] for line in lines]
+    heard: list[int] = []
+    found = [document.text for document in stream_documents([str(file)], on_bytes=heard.append)]
+    assert found == expected
+    assert sum(heard) == source_bytes([str(file)]) == file.stat().st_size
+
+
+def test_the_fingerprint_changes_with_any_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    before = fingerprint([str(tmp_path)])
+    assert fingerprint([str(tmp_path)]) == before
+    (tmp_path / "b.txt").write_text("")
+    assert fingerprint([str(tmp_path)]) != before
+
+
+BAD_LINES = [
+    (b'{"text": "cut', r"a.jsonl:2: broken JSON \(Unterminated string starting at at column 10\)"),
+    (b'{"body": "x", "id": 1}', r"a.jsonl:2: no text field 'text' \(fields: body, id\)"),
+    (b'{"text": null}', r"a.jsonl:2: the text field 'text' holds a NoneType, not a text"),
+    (b'["text"]', r"a.jsonl:2: a list, not a JSON object"),
+    (b'{"text": "a\xff"}', r"a.jsonl:2: byte 0xff at position 11 of the line is not utf-8"),
+    (b'{"text": "ab\\ud800"}', r"a.jsonl:2: half a surrogate pair at character 2, not text"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES)
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, line: bytes, said: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
+    with pytest.raises(CrateError, match=f"{said}. Repair or remove it, or go past it with --skip-bad"):
+        texts(file)
+    skipped: list[str] = []
+    found = [document.text for document in stream_documents([str(file)], skip_bad=True, on_bad=skipped.append)]
+    assert found == ["one", "three"]
+    assert len(skipped) == 1
+
+
+def test_an_undecodable_text_file_names_byte_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("é\nok\nbad ".encode() + b"\xff!")
+    assert "a.txt: byte 0xff at position 10 (line 3) is not utf-8" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_truncated_file_is_refused_or_read_up_to_the_cut(
+    tmp_path: Path, suffix: str, rng: np.random.Generator
+) -> None:
+    rows = ["".join(map(chr, rng.integers(97, 123, size=2000))) for _ in range(200)]
+    file = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), file)
+    else:
+        file.write_bytes((gzip.compress if suffix.endswith("gz") else zstandard.compress)(pile(rows)))
+    file.write_bytes(file.read_bytes()[: int(rng.integers(file.stat().st_size // 2, file.stat().st_size))])
+    assert f"a{suffix}: truncated or damaged after" in refusal(file)
+    (tmp_path / "b.txt").write_text("more")
+    found = texts(file, tmp_path / "b.txt", skip_bad=True)
+    assert found[-1] == "more"
+    assert found[:-1] == rows[: len(found) - 1]
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    for suffix in ("gz", "zst"):
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(b"plain text, not an archive")
+        assert "truncated or damaged after line 0" in refusal(tmp_path / f"a.jsonl.{suffix}")
+
+
+def test_a_parquet_without_the_column_lists_its_columns(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
+    assert "has no column 'text' (columns: body, id). Name" in refusal(tmp_path / "a.parquet")
+    assert [d.text for d in stream_documents([str(tmp_path / "a.parquet")], text_field="body")] == ["x"]
+
+
+def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_text("")
+    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.png").write_text("x")
+    assert "nowhere is not there" in refusal("nowhere")
+    assert "no source of text was named" in refusal()
+    assert "no source of text was named" in refusal("")
+    assert "no document with text in" in refusal(tmp_path / "e.txt")
+    assert "a.pdf is of an unknown type. Known are .txt .md" in refusal(tmp_path / "a.pdf")
+    assert "holds no text file (saw 1 .png)" in refusal(tmp_path / "folder")
+
+
+def test_sources_are_checked_before_the_first_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(CrateError, match="nowhere is not there"):
+        stream_documents([str(tmp_path / "a.txt"), "nowhere"])
+
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        asked.append((name, config, split, streaming))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    documents = list(stream_documents(["hf:monology/pile:clean"]))
+    assert asked == [("monology/pile", "clean", "train", True)]
+    assert [(document.text, document.origin) for document in documents] == [
+        ("one", "hf:monology/pile:clean:1"),
+        ("two", "hf:monology/pile:clean:2"),
+    ]
+
+
+def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert refusal("hf:a/b") == "hf:a/b needs the package datasets. Run: pip install 'cratelm[hf]'"
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=unreachable))
+    assert "hf:a/b cannot be streamed (no route)" in refusal("hf:a/b")

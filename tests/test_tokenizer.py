@@ -1,0 +1,164 @@
+"""Tokenizers: GPT-2's known ids, training that repeats, hashes that mean sameness, tokens as a person reads them."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from cratelm.data.text import Document, stream_documents
+from cratelm.data.tokenizer import (
+    END_OF_TEXT,
+    end_of_text_id,
+    gpt2_bpe,
+    load_tokenizer,
+    token_bytes,
+    token_strings,
+    tokenizer_hash,
+    train_bpe,
+    vocabulary_size,
+)
+from cratelm.errors import CrateError
+
+
+@pytest.fixture(scope="module")
+def gpt2(real_data: Path) -> Tokenizer:
+    return gpt2_bpe(real_data / "gpt2")
+
+
+def some_of_stdlib(count: int = 60) -> Iterator[Document]:
+    return (document for document, _ in zip(stream_documents(["stdlib"]), range(count), strict=False))
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_bpe(some_of_stdlib(), 600)
+
+
+def word_level() -> Tokenizer:
+    return Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>"))
+
+
+def test_gpt2_gives_the_known_ids(gpt2: Tokenizer) -> None:
+    assert gpt2.encode("Hello world").ids == [15496, 995]
+    assert gpt2.encode("Hello, I'm a language model,").ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert gpt2.encode(" 😀").ids == [30325, 222]
+    assert end_of_text_id(gpt2) == 50256
+    assert vocabulary_size(gpt2) == 50257
+
+
+def test_gpt2_decodes_what_it_encoded(gpt2: Tokenizer, rng: np.random.Generator) -> None:
+    text = "".join(chr(code) for code in rng.integers(1, 0xD7FF, size=300)) + "  \n\n x\t'll "
+    assert gpt2.decode(gpt2.encode(text).ids) == text
+
+
+def test_training_repeats_and_round_trips(trained: Tokenizer) -> None:
+    again = train_bpe(some_of_stdlib(), 600)
+    assert tokenizer_hash(again) == tokenizer_hash(trained)
+    assert vocabulary_size(trained) == 600
+    assert end_of_text_id(trained) == 0
+    text = "def f(x):\n    return 'é漢😀'\r\n\x00"
+    assert trained.decode(trained.encode(text).ids) == text
+
+
+def test_the_hash_survives_storage_and_sees_any_change(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(str(tmp_path / "tokenizer.json"))
+    same = load_tokenizer(tmp_path)
+    same.enable_truncation(5)
+    assert tokenizer_hash(same) == tokenizer_hash(trained)
+    same.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert tokenizer_hash(same) != tokenizer_hash(trained)
+    assert tokenizer_hash(train_bpe(some_of_stdlib(), 599)) != tokenizer_hash(trained)
+    extended = load_tokenizer(tmp_path / "tokenizer.json")
+    extended.add_tokens(["cratelm"])
+    assert tokenizer_hash(extended) != tokenizer_hash(trained)
+
+
+def test_both_pairs_of_gpt2_files_and_its_tokenizer_json_are_the_same_tokenizer(
+    gpt2: Tokenizer, real_data: Path, tmp_path: Path
+) -> None:
+    shutil.copy(real_data / "gpt2" / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(real_data / "gpt2" / "vocab.bpe", tmp_path / "merges.txt")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(gpt2)
+    gpt2.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(gpt2)
+
+
+def test_token_strings_show_text_and_legible_bytes(gpt2: Tokenizer) -> None:
+    strings = token_strings(gpt2)
+    assert strings[995] == " world"
+    assert strings[198] == "\n"
+    assert strings[50256] == END_OF_TEXT
+    assert "".join(strings[index] for index in gpt2.encode("漢").ids) == "\\xe6\\xbc\\xa2"
+    known = gpt2.get_vocab()
+    assert [strings[known[token]] for token in ("Ġthe", "ĉ", "âĢ", "Ã©", "Ġ")] == [" the", "\t", "\\xe2\\x80", "é", " "]
+    # The few left are the replacement character itself, spelled out in the text that GPT-2 learnt from.
+    assert [string for string in strings if "\ufffd" in string] == [
+        string.decode() for string in token_bytes(gpt2) if "\ufffd".encode() in string
+    ]
+    assert not any("Ġ" in string for string in strings)
+
+
+def test_token_bytes_joined_are_the_text(gpt2: Tokenizer, trained: Tokenizer, rng: np.random.Generator) -> None:
+    text = "".join(chr(code) for code in rng.integers(1, 0xD7FF, size=500)) + " and words"
+    for tokenizer in (gpt2, trained):
+        pieces = token_bytes(tokenizer)
+        assert b"".join(pieces[index] for index in tokenizer.encode(text).ids) == text.encode()
+
+
+def test_token_strings_of_a_sentencepiece_like_tokenizer_keep_the_space() -> None:
+    vocab = {"<unk>": 0, "▁a": 1, "b": 2, "<0xE2>": 3, "<0x41>": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>"])
+    assert token_strings(tokenizer) == ["<unk>", " a", "b", "\\xe2", "A"]
+
+
+def test_an_id_without_a_token_has_an_empty_string() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 3}, unk_token="a"))
+    assert token_strings(tokenizer) == ["a", "", "", "b"]
+
+
+def test_a_tokenizer_without_end_of_text_is_refused() -> None:
+    tokenizer = word_level()
+    tokenizer.add_special_tokens(["<s>"])
+    with pytest.raises(CrateError, match=r"has no <\|endoftext\|> \(special tokens: <s>\)"):
+        end_of_text_id(tokenizer)
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
+    with pytest.raises(CrateError, match="a vocabulary of 256 is too small"):
+        train_bpe([], 256)
+
+
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CrateError, match=r"tokenizer.json is not a readable tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CrateError, match=r"no.such.json is not there"):
+        load_tokenizer(str(tmp_path / "no.such.json"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CrateError, match=r"holds no GPT-2 tokenizer. It needs encoder.json \+ vocab.bpe or vocab.json"):
+        load_tokenizer(tmp_path / "empty")
+
+
+def test_broken_gpt2_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "encoder.json").write_text(json.dumps({"a": 0, "b": 1}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\na b\n")
+    with pytest.raises(CrateError, match="vocab.bpe joins a b, which"):
+        gpt2_bpe(tmp_path)
+    (tmp_path / "encoder.json").write_text('{"a": ')
+    with pytest.raises(CrateError, match="holds no readable GPT-2 tokenizer"):
+        gpt2_bpe(tmp_path)
+
+
+def test_a_hub_name_offline_says_what_to_give_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CrateError, match=r"tokenizer gpt2 is neither here nor .* bpe:4096"):
+        load_tokenizer("gpt2")

@@ -30,7 +30,9 @@ VERBS = {
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
     "score": "simulations to scores: how well the explanation predicts the neuron",
     "interpret": "explain, simulate and score in one go",
+    "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
+    "export": "records and scores in the formats of other tools: NeuronRecord, Neuronpedia, CSV",
 }
 """Verb -> one line of help, in the order of the flow."""
 
@@ -38,7 +40,7 @@ FLOW = (
     ("Everything at once", ("demo",)),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
-    ("From scores to a page", ("report",)),
+    ("Neurons to look at and to share", ("neurons", "report", "export")),
 )
 """The verbs as the overview groups them."""
 

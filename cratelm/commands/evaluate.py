@@ -8,6 +8,7 @@ Printed, and written to evaluation.json in the run directory.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,7 +20,7 @@ from cratelm.runtime import DeviceName, progress_bar, select_device
 class Options:
     """Options of `cratelm evaluate`."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories."""
     data: Path
     """Token directory to predict."""
@@ -35,6 +36,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Evaluate each run and print a line for it."""
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm evaluate RUN --data DIR")
     for one in options.runs:
         result = evaluate_run(one, options.data, options)
         print(

@@ -118,7 +118,7 @@ def test_an_edit_steers_generation_with_the_cache_as_without(rng: np.random.Gene
 def test_crates_cache_has_half_the_bytes_of_gpt2s(size: Any) -> None:
     sizes = []
     for arch in ("crate", "gpt2"):
-        config = sized(arch, size)  # type: ignore[arg-type]
+        config = sized(arch, size)
         cache = Cache(config, batch=1, capacity=1024, device=torch.device("meta"), dtype=torch.float32)
         sizes.append(cache.nbytes)
     assert sizes[0] == sized("crate", size).num_layers * 1024 * sized("crate", size).d_model * 4

@@ -19,7 +19,7 @@ WAYS = [(steps, from_input) for steps in (1, 2, 4) for from_input in (False, Tru
 
 
 def written_out(
-    x: Tensor, atoms: Tensor, step_sizes: Tensor, thresholds: Tensor, from_input: bool = False, **_: Any
+    x: Tensor, atoms: Tensor, step_sizes: Tensor, thresholds: Tensor, *, from_input: bool = False, **_: Any
 ) -> Tensor:
     """Five products for two steps (with the decoder's): D^T x is computed anew in each step."""
     code = x if from_input else torch.zeros((*x.shape[:-1], len(atoms)), dtype=x.dtype)

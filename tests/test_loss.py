@@ -93,7 +93,12 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(
 def test_what_waits_for_the_backward_pass_is_as_small_as_the_head(rng: np.random.Generator) -> None:
     features, head, targets = problem(rng)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         mean_loss(features, head, targets, rows=10)
     assert kept == [features.shape, head.shape]
 

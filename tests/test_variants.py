@@ -139,7 +139,7 @@ def test_penalties_and_step_sizes_begin_at_the_papers_and_reach_the_code(rng: np
     learned = LanguageModel(tiny(arch="crate", learned_step_size=True, learned_penalty=True)).initialise(3)
     tokens = torch.from_numpy(rng.integers(60, size=(2, 12)))
     torch.testing.assert_close(learned(tokens), fixed(tokens))
-    shrinkage = learned.blocks[0].ista.shrinkage  # type: ignore[union-attr]
+    shrinkage: Any = learned.blocks[0].ista.shrinkage  # type: ignore[union-attr]
     assert shrinkage.log_penalties.shape == (64,)
     assert shrinkage.log_step_sizes.shape == (2,)
     shrinkage.log_penalties.data[5] = 10.0
@@ -162,7 +162,7 @@ def test_a_complete_dictionary_steps_once_from_the_input_and_outputs_the_code(rn
     config = sized("crate", "1l", dictionary="complete", vocab_size=60)
     assert (config.num_neurons, config.ista_steps) == (128, 1)
     model = shaken(config, rng)
-    ista: Any = model.blocks[0].ista  # type: ignore[union-attr]
+    ista: Any = model.blocks[0].ista
     x = torch.from_numpy(rng.normal(size=(1, 7, 128)))
     dictionary = ista.atoms.T  # D: a column an atom
     expected = [F.relu(t + 0.1 * (dictionary.T @ t - dictionary.T @ (dictionary @ t)) - 0.01) for t in x[0]]

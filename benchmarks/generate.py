@@ -1,6 +1,6 @@
 """Generation with the cache against a loop that reads the prefix again and takes the last position's logits.
 
-    python benchmarks/generate.py [--size s] [--prompt 512] [--tokens 512] [--rounds 1]
+    python benchmarks/generate.py [--size s] [--prompt 512] [--tokens 512] [--rounds 1] [--threads 1 --cpu-time]
 
 Batch 1, context 1024, greedy, float32 on the CPU, CRATE and GPT-2; the two ways in turns. Ends with the caches' bytes.
 """
@@ -24,7 +24,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="all by default")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: for one thread on a busy machine")
     flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    clock = time.process_time if flags.cpu_time else time.perf_counter
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, size {flags.size}, "
           f"{flags.prompt} + {flags.tokens} tokens")  # fmt: skip
     for arch in get_args(Architecture):
@@ -35,9 +40,9 @@ def main() -> None:
         for _ in range(flags.rounds):
             texts = []
             for use_cache in (True, False):
-                started = time.perf_counter()
+                started = clock()
                 texts.append(model.generate(prompt, flags.tokens, temperature=0, use_cache=use_cache))
-                times[use_cache].append(time.perf_counter() - started)
+                times[use_cache].append(clock() - started)
             same = (texts[0] == texts[1]).all().item()
         cached, again = (statistics.median(times[use_cache]) for use_cache in (True, False))
         cache = Cache(model.config, batch=1, capacity=1024, device=model.device, dtype=torch.float32)

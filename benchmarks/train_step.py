@@ -5,6 +5,8 @@
     python benchmarks/train_step.py --floor               FLOPs and bytes of a step by arithmetic, nothing is run
     python benchmarks/train_step.py --gpu                 bfloat16 on CUDA, rates of the model's own shapes beside
 
+`--threads 1 --cpu-time` is for a machine that does other work, where seconds on the wall mean little.
+
 Everything compared is measured in this one run in turns (A B C A B C ...) and the median taken, so what else the
 machine does touches all alike. The naive form is the released code's: five products for two steps, autograd on the
 formulas as written, all logits at once.
@@ -16,7 +18,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -77,23 +79,31 @@ class Transformers(nn.Module):
         return F.cross_entropy(self.model(tokens).logits.flatten(0, 1).float(), targets.flatten())
 
 
-def in_turns(work: dict[str, Work], *, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each piece of work; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
-        for name, call in work.items():
-            _wait(device)
-            started = time.perf_counter()
-            call()
-            _wait(device)
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meter:
+    """Measures pieces of work in turns."""
 
+    device: torch.device
+    rounds: int
+    clock: Callable[[], float]
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    def in_turns(self, work: dict[str, Work], *, times: int = 1) -> dict[str, float]:
+        """Median seconds of each piece, of `times * rounds`; one more round warms up."""
+        taken: dict[str, list[float]] = {name: [] for name in work}
+        for turn in range(times * self.rounds + 1):
+            for name, call in work.items():
+                self.wait()
+                started = self.clock()
+                call()
+                self.wait()
+                if turn:
+                    taken[name].append(self.clock() - started)
+        return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def block_work(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
@@ -155,7 +165,7 @@ def causal_flops(config: ModelConfig) -> int:
     return config.flops_per_token(length) - config.num_layers * 2 * (length - 1) * config.d_model
 
 
-def steps(size: str, batch: int, context: int, rounds: int, device: torch.device, product: tuple[Work, float]) -> None:
+def steps(size: str, batch: int, context: int, meter: Meter, product: tuple[Work, float]) -> None:
     """Print one table: whole steps of a size, everything relative to CRATE. `product` is work and its FLOPs."""
     crate = sized("crate", size, context_length=context)  # type: ignore[arg-type]
     gpt2 = sized("gpt2", size, context_length=context)  # type: ignore[arg-type]
@@ -172,17 +182,16 @@ def steps(size: str, batch: int, context: int, rounds: int, device: torch.device
         subjects["transformers' GPT-2"] = (Transformers(gpt2), gpt2)
     except ImportError:
         print("transformers is not installed: its GPT-2 is left out")
-    work = {name: step_work(module, config, batch, device) for name, (module, config) in subjects.items()}
-    seconds = in_turns(work | {"product": product[0]}, rounds=rounds, device=device)
+    work = {name: step_work(module, config, batch, meter.device) for name, (module, config) in subjects.items()}
+    seconds = meter.in_turns(work | {"product": product[0]})
     peak = product[1] / seconds.pop("product")
     tokens = batch * context
-    print(
-        f"\nstep of size {size}: {batch} x {context} tokens, median of {rounds}; products run at {peak / 1e9:,.0f} GFLOP/s"
-    )
+    print(f"\nstep of size {size}: {batch} x {context} tokens, median of {meter.rounds}")
+    print(f"100 % MFU is what products ran at meanwhile, {peak / 1e9:,.0f} GFLOP/s")
     print(f"{'':<40}{'ms':>9}{'tok/s':>9}{'GFLOP/tok':>11}{'MFU':>6}{'peak MiB':>10}{'time / CRATE':>14}")
     for name, taken in seconds.items():
         flops = 3 * causal_flops(subjects[name][1])
-        memory = peak_memory(work[name], device)
+        memory = peak_memory(work[name], meter.device)
         print(
             f"{name:<40}{1e3 * taken:>9.0f}{tokens / taken:>9.0f}{flops / 1e9:>11.3f}"
             f"{flops * tokens / taken / peak:>6.0%}{memory:>10}{taken / seconds['CRATE']:>14.2f}"
@@ -211,7 +220,7 @@ def layer_parameters(config: ModelConfig) -> int:
     return replace(config, num_layers=config.num_layers + 1).num_parameters - config.num_parameters
 
 
-def scaling(device: torch.device, rounds: int) -> None:
+def scaling(meter: Meter) -> None:
     """Print how a step's time grows, from width 256, 4 layers, 256 tokens."""
     start = {"num_layers": 4, "d_model": 256, "context_length": 256}
     grown = {"context_length": (128, 256, 512, 1024), "d_model": (128, 256, 512), "num_layers": (2, 4, 8)}
@@ -222,8 +231,8 @@ def scaling(device: torch.device, rounds: int) -> None:
             for arch in ("crate", "gpt2"):
                 shape = start | {field: value}
                 config = ModelConfig(arch=arch, num_heads=shape["d_model"] // 32, vocab_size=4096, **shape)  # type: ignore[arg-type]
-                work[arch] = step_work(LanguageModel(config).initialise(0), config, 1, device)
-            taken = in_turns(work, rounds=rounds, device=device)
+                work[arch] = step_work(LanguageModel(config).initialise(0), config, 1, meter.device)
+            taken = meter.in_turns(work)
             print(
                 f"{field:<15}{value:>6}   CRATE {1e3 * taken['crate']:>7.1f}   GPT-2 {1e3 * taken['gpt2']:>7.1f}"
                 f"   ratio {taken['crate'] / taken['gpt2']:.2f}"
@@ -259,6 +268,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; all by default")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: for one thread on a busy machine")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--floor", action="store_true")
@@ -270,9 +280,10 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
     device = torch.device("cuda" if flags.gpu else "cpu")
     dtype = torch.bfloat16 if flags.gpu else torch.float32
+    meter = Meter(device=device, rounds=flags.rounds, clock=time.process_time if flags.cpu_time else time.perf_counter)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}")
     if flags.scaling:
-        scaling(device, flags.rounds)
+        scaling(meter)
         return
     batch = flags.batch or (64 if flags.gpu else 1)
     tokens = batch * flags.context
@@ -281,7 +292,7 @@ def main() -> None:
     work = block_work(tokens, 768, device, dtype) | {"product": product}
     if flags.gpu:
         work["cube"] = product_work(8192, 8192, 8192, device, dtype)
-    taken = in_turns(work, rounds=2 * flags.rounds, device=device)
+    taken = meter.in_turns(work, times=2)
     peak = flops / taken["product"]
     print(f"matrix product {m} x {k} x {n}: {peak / 1e9:,.0f} GFLOP/s, which is 100 % MFU")
     if flags.gpu:
@@ -291,7 +302,7 @@ def main() -> None:
         f"ISTA block forward + backward, d=768, T={tokens}: naive {1e3 * taken['naive']:.1f} ms, "
         f"ours {1e3 * taken['ours']:.1f} ms, {taken['naive'] / taken['ours']:.2f}x; ours at {share:.0%} of the products"
     )
-    steps(flags.size, batch, flags.context, flags.rounds, device, (product, flops))
+    steps(flags.size, batch, flags.context, meter, (product, flops))
     if not flags.gpu:
         print(f"process peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB")
 

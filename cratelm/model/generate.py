@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -99,14 +98,14 @@ class Reader:
         *,
         longest: int,
         mask: Bool[Tensor, "batch seq"] | None,
-        slide: int | None,
+        slide: int,
         use_cache: bool,
     ) -> None:
         context = model.config.context_length
         self.model, self.use_cache = model, use_cache
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.capacity = min(context, longest)
-        self.slide = max(1, context // 4) if slide is None else slide
+        self.slide = slide
         if not 1 <= self.slide <= context:
             raise CrateError(f"slide is {slide}, possible are 1 to the context, {context}")
         if mask is not None and not bool(mask[:, -1].all()):
@@ -142,44 +141,46 @@ def cache_type(device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if on else torch.float32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How to draw a token from its logits."""
+def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
+    """Refuse what no token can be drawn with."""
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise CrateError(f"temperature is {temperature} and top_k {top_k}; at least 0 and at least 1 are needed")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise CrateError(f"top_p is {top_p}, possible is above 0 up to 1")
 
-    temperature: float | int = 1.0
-    """Logits are divided by it; 0 takes the most probable token."""
-    top_k: int | None = None
-    """Draw only from so many of the most probable tokens."""
-    top_p: float | int | None = None
-    """Draw only from the fewest most probable tokens that together have this probability."""
 
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
-            raise CrateError(
-                f"temperature is {self.temperature} and top_k {self.top_k}; at least 0 and at least 1 are needed"
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise CrateError(f"top_p is {self.top_p}, possible is above 0 up to 1")
+def sample(
+    logits: Float[Tensor, "batch vocab"],
+    *,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int | None = None,
+    generator: torch.Generator,
+) -> Int[Tensor, " batch"]:
+    """Draw one token per row from `probabilities`; temperature 0 takes the most probable."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    restricted = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    return torch.multinomial(restricted, 1, generator=generator).squeeze(1)
 
-    def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
-        """One token per row."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        probabilities = self.probabilities(logits)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
-    def probabilities(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        """softmax(logits / temperature), restricted to the `top_k` most probable, then to `top_p` of what is left."""
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            kth = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -math.inf)
-        probabilities = torch.softmax(logits, dim=-1)
-        if self.top_p is not None:
-            ordered, tokens = probabilities.sort(dim=-1, descending=True)
-            unneeded = ordered.cumsum(-1) - ordered >= self.top_p  # those before it have top_p already
-            probabilities = probabilities.masked_fill(unneeded.gather(-1, tokens.argsort(-1)), 0.0)
-        return probabilities
+def probabilities(
+    logits: Float[Tensor, "batch vocab"], *, temperature: float | int, top_k: int | None, top_p: float | int | None
+) -> Float[Tensor, "batch vocab"]:
+    """softmax(logits / temperature) of the `top_k` most probable tokens, then of those that make up `top_p` of it.
+
+    These are the fewest most probable tokens that together have that probability. Rows need not sum to one.
+    """
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    result = torch.softmax(logits, dim=-1)
+    if top_p is not None:
+        ordered, tokens = result.sort(dim=-1, descending=True)
+        unneeded = ordered.cumsum(-1) - ordered >= top_p  # those before it have top_p already
+        result = result.masked_fill(unneeded.gather(-1, tokens.argsort(-1)), 0.0)
+    return result
 
 
 def pad_left(

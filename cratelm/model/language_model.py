@@ -12,7 +12,7 @@ from cratelm.errors import CrateError
 from cratelm.model.attention import Normalised, ShiftedKeys
 from cratelm.model.config import Architecture, ModelConfig
 from cratelm.model.crate import ISTA, CrateBlock, Shrinkage
-from cratelm.model.generate import Cache, Reader, Sampling, spans_of
+from cratelm.model.generate import Cache, Reader, check_sampling, sample, spans_of
 from cratelm.model.gpt2 import GPT2Block, MeasuredTap
 from cratelm.model.loss import mean_loss, token_losses
 
@@ -131,18 +131,18 @@ class LanguageModel(nn.Module):
         top_p: float | int | None = None,
         seed: int | None = None,
         mask: Bool[Tensor, "batch seq"] | None = None,
-        slide: int | None = None,
+        slide: int = 1,
         use_cache: bool = True,
         on_token: Callable[[Int[Tensor, " batch"]], None] | None = None,
     ) -> Int[Tensor, "batch longer"]:
         """Continue each sequence; `temperature=0` takes the most probable token.
 
         Prompts of different length are padded on the left (`pad_left`), and `mask` is False there. Beyond the context
-        the oldest `slide` tokens are forgotten at a time (by default a quarter of the context) and the rest is read
-        again, as its positions have changed; with 1 every token sees as many as it can, at a pass over the context for
-        each. `on_token` is called with each new token as it is made, for streaming.
+        it slides: the oldest `slide` tokens are forgotten at a time and the rest is read again, since its positions
+        have changed. With 1 every token sees as many as it can, at a pass over the context for each; a quarter of the
+        context costs next to nothing. `on_token` is called with each new token as it is made, for streaming.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         longest = tokens.shape[1] + max_new_tokens
         reader = Reader(self, longest=longest, mask=mask, slide=slide, use_cache=use_cache)
         generator = torch.Generator(self.device)
@@ -151,7 +151,7 @@ class LanguageModel(nn.Module):
         else:
             generator.manual_seed(seed)
         for _ in range(max_new_tokens):
-            new = sampling.draw(reader.logits(tokens), generator)
+            new = sample(reader.logits(tokens), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
             if on_token is not None:
                 on_token(new)

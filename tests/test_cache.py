@@ -9,7 +9,7 @@ import torch
 from cratelm.activations.taps import edit
 from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig, sized
-from cratelm.model.generate import Cache, Sampling, pad_left
+from cratelm.model.generate import Cache, pad_left, probabilities, sample
 from cratelm.model.language_model import LanguageModel
 
 ALL = {"rotary": True, "shifted_keys": True, "normalised": True, "strict_mask": True}
@@ -129,7 +129,8 @@ def test_draws_follow_the_restricted_distribution(rng: np.random.Generator) -> N
     logits = torch.log(torch.tensor([[0.4, 0.05, 0.3, 0.15, 0.1]]))
 
     def kept(**how: Any) -> list[float]:
-        return [round(x, 4) for x in Sampling(**how).probabilities(logits)[0].tolist()]
+        how = {"temperature": 1.0, "top_k": None, "top_p": None} | how
+        return [round(x, 4) for x in probabilities(logits, **how)[0].tolist()]
 
     assert kept() == [0.4, 0.05, 0.3, 0.15, 0.1]
     assert kept(top_k=2) == [0.5714, 0, 0.4286, 0, 0]
@@ -141,7 +142,7 @@ def test_draws_follow_the_restricted_distribution(rng: np.random.Generator) -> N
     squared = np.array([0.16, 0.0025, 0.09, 0.0225, 0.01])
     np.testing.assert_allclose(kept(temperature=0.5), squared / squared.sum(), atol=1e-4)
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
-    drawn = Sampling(top_p=0.75).draw(logits.expand(4000, 5), generator)
+    drawn = sample(logits.expand(4000, 5), temperature=1, top_k=None, top_p=0.75, generator=generator)
     shares = torch.bincount(drawn, minlength=5) / 4000
     np.testing.assert_allclose(shares, np.array([0.4, 0, 0.3, 0.15, 0]) / 0.85, atol=0.05)
 

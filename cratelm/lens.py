@@ -79,7 +79,7 @@ class CrateAdapter(ArchitectureAdapter):
             "gated_mlp": False, "attn_only": False, "eps": 1e-5,
         }.items():  # fmt: skip
             setattr(self.cfg, name, value)
-        self.weight_processing_conversions = {}
+        self.weight_processing_conversions: dict[str, Any] = {}
 
     def prepare_model(self, hf_model: Any) -> None:
         """Map the parts of this very model: their names follow its architecture and its variant."""

@@ -61,10 +61,8 @@ def run(options: Options) -> None:
         write_json(
             options.out / "run.json", written | {"imported": {"source": path.name or options.checkpoint, **said}}
         )
-    console.print(
-        f"{model.config.arch} with {model.config.num_layers} layers, {human(model.config.num_parameters)} parameters, "
-        f"{'no tokenizer' if tokenizer is None else 'with its tokenizer'}: {options.out}"
-    )
+    size, text = human(float(model.config.num_parameters)), "with its tokenizer" if tokenizer else "no tokenizer"
+    console.print(f"{options.out}: {model.config.arch}, {model.config.num_layers} layers, {size} parameters, {text}")
 
 
 def _released(path: Path, options: Options) -> "tuple[LanguageModel, Tokenizer | None, dict[str, Any]]":

@@ -6,6 +6,8 @@ have the same layout. Nothing in it says which activation a GPT-2 has: the relea
 
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -107,12 +109,20 @@ def official_name(name: str, arch: Architecture) -> str:
     return name
 
 
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    MemoryError,
+)  # fmt: skip
+"""What torch's reader of plain values raises on bytes that are no checkpoint."""
+
+
 def _load(path: Path) -> dict[str, Any]:
     """The dictionary in a file, its tensors mapped and not read before they are used."""
     if not path.is_file():
         raise CrateError(f"{path} is not a file. Name a checkpoint (.pt), or a folder with a config.json")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol, which does not matter here
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
@@ -121,7 +131,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path} holds pickled code ({code[1]}) and is refused: only tensors and plain values are read. "
             "Ask for a file of weights alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except _DAMAGE as error:
         reason = str(error).strip().splitlines()
         raise CrateError(
             f"{path} is damaged or no checkpoint ({reason[0][:120] if reason else type(error).__name__})"

@@ -7,7 +7,6 @@ from typing import Any
 
 from cratelm.report.results import gather
 from cratelm.rundir import read_json
-from cratelm.runtime import human
 
 PAPER = "[Improving Neuron-level Interpretability with White-box Language Models](https://arxiv.org/abs/2410.16443)"
 ARCHITECTURES = {
@@ -81,10 +80,8 @@ def _training(run: Mapping[str, Any]) -> list[str]:
     training = run.get("training") or {}
     if not training:
         return ["## Training", "", "Nothing is known about its training."]
-    facts = (
-        f"{human(training['tokens'])} tokens in batches of {human(training['batch_tokens'])}, seed {training['seed']}"
-    )
-    return ["## Training", "", f"{facts}, peak learning rate {training['learning_rate']}."]
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in training.items()]
+    return ["## Training", "", "| | |", "|---|---|", *rows]
 
 
 def _loss(measured: Mapping[str, Any]) -> list[str]:

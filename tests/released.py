@@ -95,8 +95,8 @@ def gpt(state: State, tokens: Tensor, heads: int, *, gelu: bool = False) -> tupl
     x, codes, layer = _embed(state, tokens), [], 0
     while f"transformer.h.{layer}.mlp.c_fc.weight" in state:
         block = f"transformer.h.{layer}."
-        qkv = _linear(_layer_norm(x, state, f"{block}ln_1"), state, f"{block}attn.c_attn")
-        x = x + _linear(_attend(*qkv.chunk(3, dim=-1), heads), state, f"{block}attn.c_proj")
+        q, k, v = _linear(_layer_norm(x, state, f"{block}ln_1"), state, f"{block}attn.c_attn").chunk(3, dim=-1)
+        x = x + _linear(_attend(q, k, v, heads), state, f"{block}attn.c_proj")
         up = _linear(_layer_norm(x, state, f"{block}ln_2"), state, f"{block}mlp.c_fc")
         hidden = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))) if gelu else up.relu()
         x = x + _linear(hidden, state, f"{block}mlp.c_proj")

@@ -1,6 +1,7 @@
 """Real transformers on our model directories: a stock GPT-2, and CRATE by its own classes or by the stub."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documented import code_block
 from synthetic import make_tokenizer
 
 from cratelm.errors import CrateError
@@ -27,8 +29,8 @@ pytestmark = [
 SIZE: dict[str, Any] = {"num_layers": 2, "d_model": 32, "num_heads": 4, "vocab_size": 384, "context_length": 48}
 SWITCHES = [name for name in ("rotary", "shifted_keys") if name in ModelConfig.__dataclass_fields__]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("crate", {"penalty": 1.0, "ista_steps": 3}), *(("crate", {name: True}) for name in SWITCHES),
-    *(("gpt2", {name: True}) for name in SWITCHES),
+    ("crate", {"penalty": 1.0, "ista_steps": 3}), *[("crate", {name: True}) for name in SWITCHES],
+    *[("gpt2", {name: True}) for name in SWITCHES],
 ]  # fmt: skip
 """Departures from the paper, as far as a `ModelConfig` has them."""
 END = "<|endoftext|>"
@@ -239,6 +241,13 @@ def test_generate_and_pipeline_continue_as_the_model_does(crate: tuple[LanguageM
     assert text == tokenizer.decode(
         model.generate(torch.tensor([tokenizer(prompts[0]).input_ids]), 6, temperature=0.0)[0]
     )
+
+
+def test_the_documented_code_runs(
+    crate: tuple[LanguageModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runpy.run_path(str(code_block("ecosystem.md", "transformers", tmp_path / "it.py", model=crate[1])))
+    assert "def read_file(" in capsys.readouterr().out
 
 
 def test_fresh_weights_are_drawn_as_ours() -> None:

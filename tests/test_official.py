@@ -21,7 +21,7 @@ from cratelm.model.language_model import LanguageModel
 from cratelm.model.official import read_official, write_official
 from cratelm.rundir import read_json
 
-SIZE = {"layers": 2, "width": 32, "vocab": 99, "context": 24}
+SIZE: dict[str, Any] = {"layers": 2, "width": 32, "vocab": 99, "context": 24}
 HEADS = 4
 CAN_BE_COMPLETE = "dictionary" in ModelConfig.__dataclass_fields__
 
@@ -51,7 +51,8 @@ def test_a_released_crate_gives_the_same_logits_and_codes(
     state = released.crate_state(rng, **SIZE)
     model, said = read_official(save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt"))
     assert_same(model, tokens, released.crate(state, tokens, HEADS))
-    assert (said.iter_num, said.best_val_loss) == (600000, pytest.approx(2.27))
+    assert said.iter_num == 600000
+    assert said.best_val_loss == pytest.approx(2.27)
     assert model.config == ModelConfig(
         arch="crate", num_layers=2, d_model=32, num_heads=4, vocab_size=99, context_length=24
     )

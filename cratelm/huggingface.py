@@ -206,7 +206,7 @@ def _rolled(
 def _block_inputs(model: LanguageModel, inputs: list[Tensor]) -> Iterator[None]:
     """A forward pass inside the block appends what each block of the model is given."""
 
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs.append(arguments[0])
 
     with contextlib.ExitStack() as stack:

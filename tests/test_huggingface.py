@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 SIZE: dict[str, Any] = {"num_layers": 2, "d_model": 32, "num_heads": 4, "vocab_size": 384, "context_length": 48}
-SWITCHES = [name for name in ("rotary", "shifted_keys") if name in ModelConfig.__dataclass_fields__]
+SWITCHES: list[str] = [name for name in ("rotary", "shifted_keys") if name in ModelConfig.__dataclass_fields__]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("crate", {"penalty": 1.0, "ista_steps": 3}), *[("crate", {name: True}) for name in SWITCHES],
     *[("gpt2", {name: True}) for name in SWITCHES],

@@ -20,7 +20,7 @@ from cratelm.model.weights import save_model
 pytest.importorskip("transformer_lens", reason="transformer-lens is not installed (make test-all installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SWITCHES = [name for name in ("rotary", "shifted_keys") if name in ModelConfig.__dataclass_fields__]
+SWITCHES: list[str] = [name for name in ("rotary", "shifted_keys") if name in ModelConfig.__dataclass_fields__]
 
 
 def make_model(folder: Path, rng: np.random.Generator, arch: Any, **changes: Any) -> LanguageModel:

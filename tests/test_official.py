@@ -1,6 +1,7 @@
 """Checkpoints of the released code: the same logits and codes as a naive reading of its description, and back."""
 
 import io
+import json
 import os
 import pickle
 from pathlib import Path
@@ -234,6 +235,19 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
     capsys.readouterr()
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "text"]) == 2
     assert "holds no tokenizer.json" in capsys.readouterr().err
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"the neuron {i} " * 40}) + "\n" for i in range(30))
+    )
+    told = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--held-out", "0.5", "--out", str(tmp_path / "tokens")]
+    assert cli.main(["tokenize", str(tmp_path / "text.jsonl"), *told]) == 0
+    for command, said in (("collect", "holds no tokenizer.json"), ("evaluate", "knows 99")):
+        capsys.readouterr()
+        assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "tokens")]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]) == 0
 
 

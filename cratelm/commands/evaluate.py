@@ -104,16 +104,14 @@ def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any
 def print_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
     """One line per text."""
     width = max(len("text"), *map(len, found))
-    print(
-        f"{title}, zero-shot\n{'text':{width}}  nats per token      perplexity  bits/byte   tokens  last word: %, ppl"
-    )
+    columns = "   nats per token  perplexity  bits/byte   tokens  last word: %, perplexity"
+    print(f"{title}, zero-shot\n{'text':{width}}{columns}")
     for name, row in found.items():
-        word = row.get("last_word")
-        said = "" if word is None else f"  {100 * word['accuracy']:.2f} ± {100 * word['standard_error']:.2f}, "
-        print(
-            f"{name:{width}}  {row['nats_per_token']:.4f} ± {row['standard_error']:.4f}  {row['perplexity']:12.2f}"
-            f"  {row['bits_per_byte']:9.4f} {row['tokens']:8d}{said}" + (f"{word['perplexity']:.2f}" if word else "")
-        )
+        loss = f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f}"
+        line = f"{name:{width}}  {loss:>15}  {row['perplexity']:10.6g}  {row['bits_per_byte']:9.4f}  {row['tokens']:7d}"
+        if word := row.get("last_word"):
+            line += f"  {100 * word['accuracy']:.2f} ± {100 * word['standard_error']:.2f}, {word['perplexity']:.4g}"
+        print(line)
 
 
 def _names(options: Options) -> list[str]:

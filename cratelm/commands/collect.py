@@ -68,6 +68,10 @@ def collect_run(run_folder: Path, options: Options) -> None:
     from cratelm.rundir import claim
 
     model, tokenizer = load(run_folder)
+    if tokenizer is None:
+        raise CrateError(
+            f"{run_folder} holds no tokenizer.json, which records need. Put the model's beside its weights"
+        )
     data = open_tokens(options.data, options.tokenizer, tokenizer, run_folder)
     device = select_device(options.device)
     identity = {"split": options.split, "tokenizer_hash": data.tokenizer_hash}

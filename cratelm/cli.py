@@ -1,12 +1,14 @@
 """The command line: a table of verbs. A verb's module is imported when the verb runs, so `--help` loads no torch.
 
-`cratelm VERB ...` runs `cratelm.commands.VERB`: its `Options` become the flags, its docstring the help text.
+`cratelm VERB ...` runs `cratelm.commands.VERB` (`import_` for `import`): its `Options` become the flags, its docstring
+the help text.
 """
 
 import contextlib
 import difflib
 import importlib
 import io
+import keyword
 import os
 import re
 import shutil
@@ -25,6 +27,7 @@ VERBS = {
     "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
+    "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",
     "explain": "records to explanations: what a neuron stands for",
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
@@ -32,15 +35,16 @@ VERBS = {
     "interpret": "explain, simulate and score in one go",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
-    "export": "records and scores in the formats of other tools: NeuronRecord, Neuronpedia, CSV",
+    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
 }
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
     ("Everything at once", ("demo",)),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
+    ("Models and neurons from and for elsewhere", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
-    ("Neurons to look at and to share", ("neurons", "report", "export")),
+    ("Neurons to look at", ("neurons", "report")),
 )
 """The verbs as the overview groups them."""
 
@@ -73,12 +77,17 @@ def _run(arguments: list[str]) -> None:
         case ["--version" | "-V", *_]:
             print(f"cratelm {__version__}")
         case [verb, *rest] if verb in VERBS:
-            module = importlib.import_module(f"cratelm.commands.{verb}")
+            module = importlib.import_module(command_module(verb))
             module.run(_parse(module, verb, rest))
         case [unknown, *_]:
             close = difflib.get_close_matches(unknown, VERBS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}? Run" if close else "run"
             raise CrateError(f"there is no command {unknown!r}; {hint}: cratelm --help")
+
+
+def command_module(verb: str) -> str:
+    """The module of a verb; one that Python reserves has `_` behind it there."""
+    return f"cratelm.commands.{verb}{'_' if keyword.iskeyword(verb) else ''}"
 
 
 def overview(columns: int) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cratelm.activations.compat import collect_compat
-from cratelm.activations.reading import Repair
+from cratelm.activations.repairs import Repair
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.runtime import progress_bar
 

@@ -169,7 +169,7 @@ def test_python_dash_m_is_the_command() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_command_explains_itself_and_every_flag(verb: str) -> None:
-    module = importlib.import_module(f"cratelm.commands.{verb}")
+    module = importlib.import_module(cli.command_module(verb))
     assert module.__doc__, f"{verb} has no docstring"
     assert callable(module.run)
     assert _fields_without_help(module.Options) == []

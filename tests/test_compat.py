@@ -8,9 +8,10 @@ import torch
 from planted import CONTEXT, NEURONS, TOKENS, collect_planted, planted
 
 from cratelm.activations.compat import collect_compat
-from cratelm.activations.reading import NARROW, WIDE, Reading, Repair
+from cratelm.activations.reading import NARROW, WIDE, Reading
 from cratelm.activations.records import ABSENT, read_records
 from cratelm.activations.released import PER_INTERVAL, QUANTILES, TOP, ReleasedLayer, rank_bounds
+from cratelm.activations.repairs import Repair
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.errors import CrateError
 from cratelm.runtime import progress_bar

@@ -167,7 +167,7 @@ def test_the_command_prints_and_writes_the_evaluation(
     ("arguments", "said"),
     [
         ("{run} --data {other}", "come from another tokenizer than the model"),
-        ("{small} --data {tokens}", "come from a vocabulary of 270, the model of .* has 99 rows"),
+        ("{small} --data {tokens}", "are of 270 kinds, the model of .* knows 99"),
         ("{run} --data {tokens} --batch 0", "--batch is 0"),
         ("{run} --data {tokens} --split test", "has no split test"),
         ("{run} --data {run}", "is not a token directory"),

@@ -10,9 +10,10 @@ import torch
 from planted import CONTEXT, NEURONS, TOKENS, TWO_DOCUMENTS, collect_planted, planted
 
 from cratelm.activations import reading
-from cratelm.activations.reading import NARROW, REPAIRS, SKIPPED, WIDE, Reading, Repair, readings
+from cratelm.activations.reading import NARROW, SKIPPED, WIDE, Reading, readings
 from cratelm.activations.records import ABSENT, LayerRecords, read_collection, read_records
 from cratelm.activations.released import PER_INTERVAL, RANDOM, TOP, ReleasedLayer, rank_bounds
+from cratelm.activations.repairs import REPAIRS, Repair
 from cratelm.errors import CrateError
 
 READ = {WIDE: 2000, NARROW: 1000}
@@ -259,7 +260,8 @@ def test_spread_blocks_reach_from_the_beginning_of_the_split_to_its_end_in_even_
 
 def test_documents_read_are_those_with_a_token_in_a_block() -> None:
     starts = documents()
-    for names in ((), ("spread-blocks",)):
+    sets: list[list[Repair]] = [[], ["spread-blocks"]]
+    for names in sets:
         read = readings(np.array(starts), available=TOKENS, context=CONTEXT, max_tokens=2000, repairs=names)[WIDE]
         positions = read.blocks[:, None] + np.arange(CONTEXT)
         expected = np.unique(np.searchsorted(starts, positions.ravel(), side="right"))

@@ -163,9 +163,12 @@ def test_damaged_weights_are_refused(crate: Path) -> None:
     ("change", "said"),
     [
         (lambda state: state | {"surplus": torch.ones(2)}, r"surplus is \(2,\), expected nothing of that name"),
-        (lambda state: {k: v for k, v in state.items() if k != "norm.bias"}, r"norm.bias is missing, expected \(16,\)"),
+        (
+            lambda state: {k: v for k, v in state.items() if k != "model.norm.bias"},
+            r"norm.bias is missing, expected \(16,\)",
+        ),
         (lambda state: state | {"norm.bias": torch.ones(3)}, r"norm.bias is \(3,\), expected \(16,\)"),
-        (lambda state: {k: v for k, v in state.items() if k[:6] != "blocks"}, "is missing, .* and 15 more"),
+        (lambda state: {k: v for k, v in state.items() if k[:12] != "model.blocks"}, "is missing, .* and 15 more"),
     ],
 )
 def test_weights_that_do_not_fit_the_configuration_are_named(crate: Path, change: Any, said: str) -> None:

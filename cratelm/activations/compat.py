@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelm.activations.reading import NARROW, WIDE, Reading, Repair, readings
+from cratelm.activations.reading import NARROW, WIDE, Reading, readings
 from cratelm.activations.records import ABSENT
 from cratelm.activations.released import PER_INTERVAL, QUANTILES, ReleasedLayer
+from cratelm.activations.repairs import Repair
 from cratelm.activations.results import statistics_arrays
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.activations.writing import already_collected, write_description, write_layers, write_windows

@@ -1,4 +1,4 @@
-"""Which tokens the released procedure reads, and the repairs: one switch for each of its flaws.
+"""Which tokens the released procedure reads, which of them it may choose, and which stretches it may show.
 
 Tokens are counted in three ways. A position is an index in the split. A place is an index among the tokens that are
 read, block after block. A number counts those of them that may be chosen, which is all of them unless
@@ -8,28 +8,12 @@ read, block after block. A number counts those of them that may be chosen, which
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-Repair = Literal[
-    "one-top-per-document", "clip-windows", "skip-first-tokens", "random-place", "no-filling", "positive-intervals",
-    "distinct-random", "spread-blocks",
-]  # fmt: skip
-"""Switches of `compat` mode; each repairs one flaw and leaves the others as they are. `docs/compat.md` says which.
-
-one-top-per-document    of each document only the strongest token can be among the top ones
-clip-windows            windows end where the sampled token's document or block ends
-skip-first-tokens       the first 4 tokens of a block are never chosen; windows still show them
-random-place            the sampled token stands anywhere in its window, not always in the middle
-no-filling              top lists of rare neurons stay short, instead of going on with tokens of activation 0
-positive-intervals      intervals are of the ranks among the neuron's own positive tokens
-distinct-random         random tokens are all different, and none is among the top ones
-spread-blocks           the blocks read lie evenly over the split, instead of at its beginning
-"""
-REPAIRS: tuple[Repair, ...] = get_args(Repair)
+from cratelm.activations.repairs import REPAIRS, Repair
 
 WIDE, NARROW = 64, 8
 TOKENS = {WIDE: 8_192_000, NARROW: 819_200}

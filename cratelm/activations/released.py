@@ -5,7 +5,7 @@ its tokens are ranked by activation: the top ones, uniformly drawn ones, and dra
 centre of a window that may run over the edges of blocks and documents. The released code holds and sorts everything;
 here a first pass counts activations by their leading 16 bits, which settles the interval of nearly every token, and a
 second pass gathers the windows and ranks the tokens of the few values where an interval ends. Equal activations are
-ranked by position. `docs/compat.md` lists the flaws of the procedure.
+ranked by position. `docs/compat.md` lists the flaws of the procedure; `repairs.py` has a switch for each.
 """
 
 from dataclasses import replace

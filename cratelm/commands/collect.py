@@ -20,6 +20,7 @@ import tyro
 
 from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
+from cratelm.activations.repairs import Repair
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, claim, read_json
 from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
@@ -50,6 +51,8 @@ class Options:
     """Split to read; held-out text by default."""
     mode: Mode = "fixed"
     """`fixed`, or `compat` for the released procedure."""
+    repair: tuple[Repair, ...] = ()
+    """With `compat`, flaws of the released procedure to repair (docs/compat.md). Another set needs another run."""
     tap: str = "neurons"
     """What to record: neurons, heads (their outputs side by side), residual (the output of each layer), or a module
     such as 'model.layers.{layer}.mlp.down_proj:input'; :input is what it reads."""
@@ -100,6 +103,8 @@ def collect_run(source: Path, options: Options) -> None:
     max_tokens = read_count(options.tokens)
     if options.batch_rows < 1:
         raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
+    if options.repair and options.mode != "compat":
+        raise CrateError(f"--repair {options.repair[0]} is for the released procedure. Use it with --mode compat")
     device = own_device(options.device)
     opened = open_model(source, options)
     tokenizer = _tokenizer_of(opened, source, options.tokenizer)
@@ -144,7 +149,7 @@ def _collect(
             raise CrateError(f"--mode compat is for one process, torchrun started {team.size}. Run it without torchrun")
         collect_compat(
             subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, seed=options.seed,
-            batch_rows=options.batch_rows,
+            batch_rows=options.batch_rows, repairs=frozenset(options.repair),
         )  # fmt: skip
 
 

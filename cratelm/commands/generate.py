@@ -34,6 +34,8 @@ class Options:
     """Below 1 the probable becomes more probable; 0 is deterministic."""
     top_k: int | None = None
     """Draw only from so many of the most probable tokens."""
+    top_p: float | None = None
+    """Draw only from the fewest most probable tokens that together have this probability."""
     seed: int | None = None
     """The same seed gives the same text."""
     device: DeviceName = "auto"
@@ -68,7 +70,7 @@ def run(options: Options) -> None:
 
     model.generate(
         torch.tensor([prompt], device=model.device), options.tokens, temperature=options.temperature,
-        top_k=options.top_k, seed=options.seed, on_token=show,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed, on_token=show,
     )  # fmt: skip
     sys.stdout.write(tokenizer.decode(made)[len(shown) :] + "\n")
 

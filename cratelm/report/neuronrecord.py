@@ -102,8 +102,9 @@ def _merged(halves: Sequence[list[dict[str, Any]]], pattern: Sequence[Half]) -> 
 
 def _activation_records(excerpts: Excerpts, index: int, strings: Sequence[str]) -> list[dict[str, Any] | None]:
     """All excerpts of one neuron, None for one that does not exist."""
-    there = excerpts.of(index)
-    return [_activation_record(next(there), strings) if present else None for present in excerpts.present[index]]
+    own = excerpts.rows(slice(index, index + 1))
+    there = own.of(0)
+    return [_activation_record(next(there), strings) if present else None for present in own.present[0]]
 
 
 def _activation_record(excerpt: Excerpt, strings: Sequence[str]) -> dict[str, Any]:

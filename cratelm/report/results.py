@@ -205,7 +205,7 @@ def _read_loss(path: Path) -> Loss | None:
     if not (path / "evaluation.json").exists():
         return None
     found = read_json(path / "evaluation.json", made_by=f"cratelm evaluate {path}")
-    return Loss(**{name: found[name] for name in Loss.__slots__})
+    return Loss(**{name: found[name] for name in Loss.__slots__}) if "nats_per_token" in found else None
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:

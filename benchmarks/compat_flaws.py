@@ -79,7 +79,8 @@ def difference(before: Sequence[LayerScores], after: Sequence[LayerScores]) -> t
 
 def lines(runs: dict[str, Path]) -> Iterator[str]:
     """The table, a row for each protocol and repair."""
-    yield f"{'protocol':<15}{'repair':<22}{'points':>7}{'95 % interval':>16}{'difference':>12}{'95 % interval':>16}{'scored':>12}"
+    within = "95 % interval"
+    yield f"{'protocol':<15}{'repair':<22}{'points':>7}{within:>16}{'difference':>12}{within:>16}{'scored':>12}"
     for protocol in PROTOCOLS:
         released = read_scores(runs[RELEASED], protocol)
         for name, run in runs.items():

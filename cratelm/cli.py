@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
     "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
+    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",
     "explain": "records to explanations: what a neuron stands for",
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
@@ -35,14 +36,13 @@ VERBS = {
     "interpret": "explain, simulate and score in one go",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
-    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
 }
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
     ("Everything at once", ("demo",)),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
-    ("Models and neurons from and for elsewhere", ("import", "export")),
+    ("To and from other tools", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("Neurons to look at", ("neurons", "report")),
 )
@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes once more at exit, which must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A path that the user named and that the system refuses: a file where a folder must be, no permission.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Give another path", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -111,21 +117,33 @@ def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
     """The command's `Options` from its flags. What tyro says about a mistake in a box becomes one line."""
     import tyro
 
+    if {"-h", "--help"} & set(arguments):
+        print(wrapped(module.__doc__ or "", shutil.get_terminal_size().columns), end="\n\n")
+        arguments = ["--help"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 module.Options,
                 prog=f"cratelm {verb}",
-                description=module.__doc__,
+                description="",
                 args=arguments,
-                config=(tyro.conf.HelptextFromCommentsOff,),
+                config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if stop.code == 2 and (line := first_paragraph(said.getvalue())):
             raise CrateError(f"{line.rstrip('.')}. Run: cratelm {verb} --help") from None
         print(said.getvalue(), end="", file=sys.stderr)
         raise
+
+
+def wrapped(text: str, columns: int) -> str:
+    """A docstring fitted to a terminal of 40 columns or more, but for its indented lines: they are to be copied."""
+    width, lines = min(max(columns, 40), 100), []
+    for paragraph in text.strip().split("\n\n"):
+        lines += [paragraph] if paragraph.startswith(" ") else textwrap.wrap(paragraph, width, break_on_hyphens=False)
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def first_paragraph(box: str) -> str:

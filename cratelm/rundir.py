@@ -38,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sweep(path)
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            folder.mkdir()
+            _make(folder, path)
             temporary = folder / path.name
             yield temporary
             _flush(temporary)
@@ -47,14 +47,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _remove(folder)
 
 
+def _make(folder: Path, path: Path) -> None:
+    """Make the temporary folder; where that is refused, the error names the path that was asked for."""
+    try:
+        folder.mkdir()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 @contextlib.contextmanager
 def _space_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into a `CrateError`. Libraries wrap the system's error in one of theirs, but keep its words."""
+    """Turn a full disk into a `CrateError`. Libraries wrap the system's error in one of theirs, but keep its words.
+
+    SQLite has words of its own.
+    """
     codes = (errno.ENOSPC, errno.EDQUOT)
+    words = (*map(os.strerror, codes), "database or disk is full")
     try:
         yield
     except BaseException as error:
-        if getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes):
+        if getattr(error, "errno", None) in codes or any(said in str(error) for said in words):
             raise CrateError(f"no space left while writing {path}. Free some and run the same command again") from error
         raise
 

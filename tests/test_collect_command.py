@@ -166,8 +166,21 @@ def test_a_truncated_records_file_is_named(data: TokenDirectory, tmp_path: Path)
     whole = file.read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(CrateError, match=r"layer_00.safetensors is not a readable records file .*collect again"):
+        with pytest.raises(CrateError, match=r"layer_00.safetensors is not a readable records file ") as told:
             read_records(run, 0)
+        assert str(told.value).endswith(f"Remove {run}/records/fixed and run: cratelm collect {run} --data DIR")
+    file.write_bytes(whole)
+    (run / "records" / "fixed" / "windows.safetensors").write_bytes(b"")
+    with pytest.raises(CrateError, match=r"windows.safetensors is not .*Remove \S+/run/records/fixed and run"):
+        read_records(run, 0)
+
+
+def test_damaged_records_of_the_released_procedure_are_collected_again_by_it(tmp_path: Path) -> None:
+    file = layer_file(tmp_path / "run", "compat", "neurons", 3)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    with pytest.raises(CrateError, match=r"Remove \S+/run/records/compat and run: .*/run --data DIR --mode compat$"):
+        read_records(tmp_path / "run", 3, mode="compat")
 
 
 @pytest.mark.parametrize("full_at", [2, 5, 8])

@@ -1,8 +1,11 @@
 """The documentation is executed: its Python runs on a small run, its commands parse, its links and paths exist."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,7 @@ def test_every_command_in_the_documentation_is_one_that_runs(page: Path) -> None
     for verb, *rest in commands(page):
         if verb == "--help":
             continue
-        module = importlib.import_module(f"cratelm.commands.{verb}")
+        module = importlib.import_module(cli.command_module(verb))
         options = cli._parse(module, verb, rest)
         assert isinstance(options, module.Options), f"cratelm {verb} {' '.join(rest)}"
 
@@ -81,6 +84,54 @@ def test_the_demo_page_trains_and_tokenizes_by_hand_as_the_demo_does() -> None:
     assert options.training == demo.training(demo.Options().tokens)
     asked = cli._parse(tokenize, "tokenize", by_hand["tokenize"])
     assert (asked.sources, asked.tokenizer, asked.held_out) == (demo.SOURCE, demo.TOKENIZER, demo.HELD_OUT)
+
+
+def recipe(tmp_path: Path, name: str) -> list[list[str]]:
+    """The commands that a recipe gives, as lists of arguments: a stand-in for cratelm only writes them down."""
+    stand_in = tmp_path / "bin" / "cratelm"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/said\n')
+    stand_in.chmod(0o755)
+    path = f"{stand_in.parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", REPOSITORY / "recipes" / name, "runs/demo"], check=True, env=os.environ | {"PATH": path})
+    return [shlex.split(line) for line in (tmp_path / "said").read_text().splitlines()]
+
+
+def test_the_recipe_of_the_demo_does_what_the_demo_does(tmp_path: Path) -> None:
+    found: dict[str, list[Any]] = {}
+    for verb, *rest in recipe(tmp_path, "demo.sh"):
+        module = importlib.import_module(cli.command_module(verb))
+        found.setdefault(verb, []).append(cli._parse(module, verb, rest))
+    out = demo.Options().out
+    models = tuple(out / f"{arch}-2l" for arch in demo.ARCHITECTURES)
+    controls = tuple(one.with_name(f"{one.name}-random") for one in models)
+    (tokens,) = found["tokenize"]
+    assert (tokens.sources, tokens.tokenizer, tokens.held_out) == (demo.SOURCE, demo.TOKENIZER, demo.HELD_OUT)
+    trained = [one for one in found["train"] if one.control_of is None]
+    assert [(one.out, one.arch, one.size) for one in trained] == [
+        (model, arch, "2l") for model, arch in zip(models, demo.ARCHITECTURES, strict=True)
+    ]
+    assert all(one.training == demo.training(demo.Options().tokens) for one in trained)
+    written = [(one.control_of, one.out) for one in found["train"] if one.control_of is not None]
+    assert written == list(zip(models, controls, strict=True))
+    for verb in ("evaluate", "collect"):
+        assert [(one.runs, one.data) for one in found[verb]] == [(models + controls, out / "tokens")]
+    assert [(one.runs, one.controls) for one in found["interpret"]] == [(models, ("shuffled",)), (controls, ())]
+    assert [(one.runs, one.out) for one in found["report"]] == [(models + controls, out / "report")]
+
+
+def test_the_readmes_own_text_is_trained_on_at_a_laptops_size() -> None:
+    by_verb: dict[str, list[Any]] = {}
+    for verb, *rest in commands(REPOSITORY / "README.md"):
+        if verb in ("tokenize", "train"):
+            options = cli._parse(importlib.import_module(cli.command_module(verb)), verb, rest)
+            by_verb.setdefault(verb, []).append(options)
+    (tokens,) = by_verb["tokenize"]
+    assert (tokens.tokenizer, tokens.held_out) == (demo.TOKENIZER, demo.HELD_OUT)
+    assert [one.arch for one in by_verb["train"]] == list(demo.ARCHITECTURES)
+    own, small = (by_verb["train"][0].training, demo.training(demo.Options().tokens))
+    assert own == replace(small, evaluate_tokens=own.evaluate_tokens)
+    assert by_verb["train"][1].training == own
 
 
 def test_a_command_with_a_flag_that_is_not_there_would_be_noticed(tmp_path: Path) -> None:

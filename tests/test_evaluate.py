@@ -4,10 +4,12 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tiny import hidden_bar, make_tokens, random_model, tiny_config
 
 from cratelm import cli
@@ -15,6 +17,7 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, save_model
+from cratelm.report.loss import DOCUMENTS, read_loss
 from cratelm.rundir import claim
 from cratelm.training.evaluate import Evaluation, evaluate, held_out_loss
 
@@ -161,6 +164,61 @@ def test_the_command_prints_and_writes_the_evaluation(
     assert out[0] == out[1]
     assert out[0].startswith(f"run: {first['nats_per_token']:.4f} ± {first['standard_error']:.4f} nats per token, ")
     assert f"({len(tokens) - 1} tokens of {first['documents']} val documents)" in out[0]
+
+
+def strictly(text: str) -> Any:
+    """What other readers of JSON make of it: they know no NaN and no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_command_keeps_the_loss_of_every_document(made: tuple[TokenDirectory, Path]) -> None:
+    data, run = made
+    assert cli.main(["evaluate", str(run), "--data", str(data.path), "--batch", "3"]) == 0
+    tokens, documents = data.tokens("val"), data.documents("val")
+    of_position = np.concatenate([[0.0], brute_losses(load_model(run / "model"), tokens)])
+    spans = [(max(start, 1), stop) for start, stop in zip(documents[:-1], documents[1:], strict=True)]
+    kept = load_file(run / DOCUMENTS)
+    np.testing.assert_allclose(kept["nats"], [of_position[a:b].sum() for a, b in spans], rtol=1e-5)
+    np.testing.assert_array_equal(kept["tokens"], [b - a for a, b in spans])
+    assert (kept["nats"].dtype, kept["tokens"].dtype) == (np.float64, np.int64)
+    loss = read_loss(run)
+    assert loss is not None
+    assert loss.by_document is not None
+    np.testing.assert_array_equal(loss.by_document.nats, kept["nats"])
+    np.testing.assert_array_equal(loss.by_document.tokens, kept["tokens"])
+    assert loss.data_hash == data.splits["val"].sha256
+
+
+def test_numbers_that_are_none_are_null_in_evaluation_json(
+    made: tuple[TokenDirectory, Path], rng: np.random.Generator
+) -> None:
+    data, run = made
+    model = random_model(tiny_config(vocab_size=320), rng)
+    with torch.no_grad():
+        model.norm.weight.mul_(1e4)
+    save_model(model, run / "model", data.tokenizer())
+    (run / "evaluation.json").write_text('{"zero_shot": {"old": {"standard_error": NaN}}}')
+    assert cli.main(["evaluate", str(run), "--data", str(data.path)]) == 0
+    found = strictly((run / "evaluation.json").read_text())
+    assert found["perplexity"] is None
+    assert found["nats_per_token"] > 700
+    assert found["zero_shot"] == {"old": {"standard_error": None}}
+    loss = read_loss(run)
+    assert loss is not None
+    assert loss.perplexity is None
+
+
+def test_an_unreadable_evaluation_is_refused_with_a_whole_command(
+    made: tuple[TokenDirectory, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = made
+    (run / "evaluation.json").write_text("{")
+    assert cli.main(["evaluate", str(run), "--data", str(data.path)]) == 2
+    assert capsys.readouterr().err.endswith(f"run: cratelm evaluate {run} --data DIR\n")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The card of a model and its way to the hub: every measured number is on it, and nothing that was not measured."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_a_hub_that_refuses_gets_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     save_model(make_model("crate"), tmp_path / "crate")
     with pytest.raises(CrateError, match=r"me/one could not be uploaded \(no network\)"):
         push_to_hub(tmp_path / "crate", "me/one")
+
+
+def test_the_card_copes_with_numbers_that_an_evaluation_does_not_have(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = _scored_run(tmp_path, rng)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    nothing: dict[str, Any] = {"standard_error": None, "perplexity": None}
+    lambada = evaluation["zero_shot"]["lambada"]
+    word = {**lambada["last_word"], "perplexity": None}
+    evaluation["zero_shot"]["lambada"] = {**lambada, **nothing, "last_word": word}
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "standard_error": math.nan, "perplexity": math.inf}))
+    card = model_card(run, title="me/crate-tiny")
+    assert f"| held-out (val) | {evaluation['nats_per_token']:.4f} | too large for a number |" in card
+    assert "| lambada | 4.1000 | too large for a number | 1.2000 | 12,345 |" in card
+    assert "accuracy 12.50 %, perplexity too large for a number, over 8 passages" in card
 
 
 def points_of(run: Path) -> str:

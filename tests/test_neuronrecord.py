@@ -295,3 +295,12 @@ def test_the_counts_per_interval_are_those_the_protocols_expect() -> None:
     from cratelm.activations.interchange import PER_INTERVAL
 
     assert dict(PER_INTERVAL) == QUANTILES_RECORDED
+
+
+def test_the_import_command_turns_a_folder_of_records_into_a_run_that_can_be_interpreted(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    make_run(tmp_path / "crate-2l", rng)
+    assert main(["export", str(tmp_path / "crate-2l"), "--format", "neuronrecord", "--out", str(tmp_path / "n")]) == 0
+    assert main(["import", str(tmp_path / "n"), "--out", str(tmp_path / "theirs")]) == 0
+    assert main(["interpret", str(tmp_path / "theirs"), "--protocol", "top-and-random"]) == 0

@@ -242,7 +242,7 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
     )
     told = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--held-out", "0.5", "--out", str(tmp_path / "tokens")]
     assert cli.main(["tokenize", str(tmp_path / "text.jsonl"), *told]) == 0
-    for command, said in (("collect", "holds no tokenizer.json"), ("evaluate", "knows 99")):
+    for command, said in (("collect", "has no tokenizer.json"), ("evaluate", "knows 99")):
         capsys.readouterr()
         assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "tokens")]) == 2
         error = capsys.readouterr().err
@@ -276,7 +276,7 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
         (["import", "{run}/model/model.safetensors", "--out", "{tmp}/new"], "Name its folder"),
         (["export", "{run}"], "nowhere to write to"),
         (["export", "{run}", "--out", "{run}"], "is there already"),
-        (["export", "{run}", "--format", "official", "--push", "me/model"], "an official checkpoint is a file"),
+        (["export", "{run}", "--format", "official", "--push", "me/model"], "--push uploads a model"),
     ],
 )
 def test_a_wrong_import_or_export_gets_one_line(

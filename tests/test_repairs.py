@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collecting import held_out_documents, make_run, message, options
 from planted import CONTEXT, NEURONS, TOKENS, TWO_DOCUMENTS, collect_planted, planted
 
 from cratelm.activations import reading
@@ -14,6 +15,7 @@ from cratelm.activations.reading import NARROW, SKIPPED, WIDE, Reading, readings
 from cratelm.activations.records import ABSENT, LayerRecords, read_collection, read_records
 from cratelm.activations.released import PER_INTERVAL, RANDOM, TOP, ReleasedLayer, rank_bounds
 from cratelm.activations.repairs import REPAIRS, Repair
+from cratelm.commands import collect as command
 from cratelm.errors import CrateError
 
 READ = {WIDE: 2000, NARROW: 1000}
@@ -285,3 +287,12 @@ def test_too_few_choosable_tokens_are_refused(tmp_path: Path) -> None:
     repairs = frozenset[Repair]({"skip-first-tokens"})
     with pytest.raises(CrateError, match="192 tokens in whole blocks of 100 are too few"):
         collect_planted(tmp_path / "run", planted(TOKENS), 8, max_tokens=200, repairs=repairs)
+
+
+def test_the_command_hands_repairs_on_and_refuses_them_for_fixed_records(tmp_path: Path) -> None:
+    data = held_out_documents(tmp_path)
+    run, _ = make_run(tmp_path / "run", data)
+    chosen: tuple[Repair, ...] = ("no-filling", "clip-windows")
+    assert message(options(run, data, repair=chosen)).startswith("--repair no-filling is for the released procedure")
+    command.run(options(run, data, repair=chosen, mode="compat"))
+    assert read_collection(run, mode="compat")["repairs"] == ["clip-windows", "no-filling"]

@@ -1,9 +1,11 @@
 """Files on disk: nothing half-written under a final name, one process per run, and versions."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -180,7 +182,16 @@ def write_tokenizer(disk: Path) -> None:
         make_tokenizer(500).save(str(temporary / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("write", [write_lines, write_tokenizer, lambda disk: write_text(disk / "a", "x" * 100_000)])
+def write_database(disk: Path) -> None:
+    with atomic_path(disk / "store") as temporary, contextlib.closing(sqlite3.connect(temporary)) as new, new:
+        new.execute("CREATE TABLE texts (text)")
+        new.execute("INSERT INTO texts VALUES (?)", ["x" * 100_000])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_lines, write_tokenizer, write_database, lambda disk: write_text(disk / "a", "x" * 100_000)],
+)
 def test_a_disk_that_fills_up_is_one_line(write: Callable[[Path], None], tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:
         with pytest.raises(CrateError, match="no space left while writing"):
@@ -194,6 +205,13 @@ def test_other_system_errors_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "file" / "below", "x")
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_told_by_the_path_it_was_for(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250)
+    with pytest.raises(OSError, match="too long") as told:
+        write_text(path, "x")
+    assert told.value.filename == str(path)
 
 
 def test_json_comes_back_with_its_version(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ _FIRST_KEY = (127 - 16) * 2  # 2^-16, in units of the 22-bit shift that leaves s
 
 
 def histogram_edges() -> Float[np.ndarray, " edges"]:
-    """Lower edges of bins 1 to 63, two an octave from 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 holds what is below.
+    """Lower edges of bins 1 to 63, two an octave from 1.5 * 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 is what is below.
 
     The last bin has no upper edge.
     """

@@ -5,9 +5,11 @@
 
 One deterministic pass over a split, or over every token of each text: nats per token with a standard error over
 documents, perplexity, bits per byte; for LAMBADA also accuracy and perplexity of the last word. Printed, and written to
-evaluation.json in the run directory, where each part replaces what an earlier evaluation left of it.
+evaluation.json in the run directory, where each part replaces what an earlier evaluation left of it. The loss of every
+document of a split goes to evaluation_documents.safetensors, by which a report compares models on the same documents.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +66,7 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     from cratelm.commands.collect import open_tokens
     from cratelm.model.weights import load
     from cratelm.rundir import claim, origin
-    from cratelm.training.evaluate import evaluate
+    from cratelm.training.evaluate import document_losses, summarise
 
     if options.batch < 1:
         raise CrateError(f"--batch is {options.batch}, it must be at least 1")
@@ -77,11 +79,13 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
         )
     tokens = data.tokens(options.split)
     with claim(run_folder), progress_bar(f"evaluate {run_folder.name}", total=len(tokens)) as bar:
-        evaluation = evaluate(
+        losses = document_losses(
             model.to(select_device(options.device)), tokens, data.documents(options.split),
-            text_bytes=data.text_bytes(options.split), batch=options.batch, bar=bar,
+            batch=options.batch, bar=bar,
         )  # fmt: skip
+        evaluation = summarise(losses, text_bytes=data.text_bytes(options.split))
         result = {"split": options.split, **asdict(evaluation), "data_hash": data.splits[options.split].sha256}
+        _write_documents(run_folder, {"nats": losses.nats, "tokens": losses.tokens}, result)
         _write(run_folder, result | {"origin": origin()})
     return result
 
@@ -126,11 +130,30 @@ def _evaluated(run_folder: Path) -> dict[str, Any]:
     from cratelm.rundir import read_json
 
     path = run_folder / "evaluation.json"
-    return read_json(path, made_by=f"cratelm evaluate {run_folder}") if path.exists() else {}
+    return read_json(path, made_by=f"cratelm evaluate {run_folder} --data DIR") if path.exists() else {}
 
 
 def _write(run_folder: Path, part: dict[str, Any]) -> None:
     """Put a part into evaluation.json; other parts stay."""
     from cratelm.rundir import write_json
 
-    write_json(run_folder / "evaluation.json", _evaluated(run_folder) | part)
+    write_json(run_folder / "evaluation.json", _strict(_evaluated(run_folder) | part))
+
+
+def _strict(value: Any) -> Any:
+    """The value as JSON has it: null for a number that is none, such as a perplexity too large."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_documents(run_folder: Path, losses: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """The loss of every document, and which evaluation it is of."""
+    from safetensors.numpy import save_file
+
+    from cratelm.report.loss import DOCUMENTS
+    from cratelm.rundir import FORMAT_VERSION, atomic_path
+
+    named = {"split": result["split"], "data_hash": result["data_hash"] or "", "format_version": str(FORMAT_VERSION)}
+    with atomic_path(run_folder / DOCUMENTS) as temporary:
+        save_file(dict(losses), temporary, metadata=named)

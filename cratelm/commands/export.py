@@ -29,7 +29,7 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """Run directory; for hf and official also a model directory."""
-    format: Literal["hf", "official", "neuronrecord", "neuronpedia", "csv"]
+    format: Literal["hf", "official", "neuronrecord", "neuronpedia", "csv"] = "hf"
     """hf, official: the model. neuronrecord, neuronpedia, csv: its neurons."""
     out: Path | None = None
     """Folder to write, or for official the file; a model is not written over what is there."""

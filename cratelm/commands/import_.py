@@ -1,12 +1,14 @@
-"""Turn a model made elsewhere into a run: a checkpoint of the released code, of nanoGPT, or a Hugging Face GPT-2.
+"""Turn what was made elsewhere into a run: a released or nanoGPT checkpoint, a Hugging Face GPT-2, or neuron records.
 
     cratelm import ckpt-crate-12l.pt --out runs/crate-b
     cratelm import ckpt.pt --activation gelu --tokenizer none --out runs/nanogpt
     cratelm import gpt2 --out runs/gpt2
+    cratelm import neurons/ --out runs/theirs
 
 A .pt file is read without running any code in it. It carries no tokenizer: where the vocabulary is GPT-2's (50257, or
 padded to 50304) GPT-2's is taken, from the hub unless --tokenizer names a folder; elsewhere none, and then only the
-commands that need text refuse.
+commands that need text refuse. A folder of OpenAI's NeuronRecord JSON (<layer>/<neuron>.json) becomes the records of a
+run without a model, which interpret, neurons and export read.
 """
 
 import hashlib
@@ -33,7 +35,8 @@ class Options:
     """Options of `cratelm import`."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A released checkpoint (.pt), a Hugging Face directory of GPT-2 or CRATE, or a name on the hub."""
+    """A released checkpoint (.pt), a Hugging Face directory of GPT-2 or CRATE, a name on the hub, or a folder of
+    neuron records."""
     out: Path
     """Run directory to write."""
     tokenizer: str | None = None
@@ -51,6 +54,13 @@ def run(options: Options) -> None:
     if (options.out / "run.json").exists() or (options.out / "model").exists():
         raise CrateError(f"{options.out} holds a run already. Use another --out, or remove it")
     path = Path(options.checkpoint)
+    if (path / "neurons").is_dir() or any(path.glob("[0-9]*/[0-9]*.json")):
+        from cratelm.activations.interchange import import_neuron_records
+
+        with claim(options.out):
+            records = import_neuron_records(path, options.out)
+        console.print(f"records in {records}. Next: cratelm interpret {options.out}")
+        return
     model, tokenizer, said = _released(path, options) if path.is_file() else _hugging_face(options)
     if tokenizer is not None:
         _check(tokenizer, model, options)

@@ -148,7 +148,7 @@ class Store:
                 yield connection
         except sqlite3.DatabaseError as error:
             if "full" in str(error):
-                raise CrateError(f"no space left while writing {self.path}. Free some and run again") from error
+                raise CrateError(f"no space left for {self.path}. Free some and run the same command again") from error
             if type(error) is not sqlite3.DatabaseError and "no such table" not in str(error):
                 raise
             remedy = f"Move it away and run: cratelm interpret {self.run}"

@@ -78,7 +78,7 @@ def load_model(folder: Path) -> LanguageModel:
     try:
         config, state = _fit(path, fields, state)
     except (KeyError, TypeError) as error:
-        raise CrateError(f"{path} lacks or misspells a field ({error})") from None
+        raise CrateError(f"{path} lacks or misspells a field ({error}). {_put_back(path)}") from None
     head = state.pop("lm_head.weight", None)
     if head is not None and "embedding.weight" in state and not torch.equal(head, state["embedding.weight"]):
         raise CrateError(f"the head of {folder} is not its embedding; only models with a tied head can be read")
@@ -107,10 +107,14 @@ def _read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CrateError(f"{path} is not readable ({error})") from None
+        raise CrateError(f"{path} is not readable ({error}). {_put_back(path)}") from None
     if not isinstance(fields, dict):
-        raise CrateError(f"{path} lacks or misspells a field (it holds a {type(fields).__name__})")
+        raise CrateError(f"{path} lacks or misspells a field (it holds a {type(fields).__name__}). {_put_back(path)}")
     return fields
+
+
+def _put_back(path: Path) -> str:
+    return f"Put back the {path.name} that was written with the weights, or make the model again"
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -177,23 +181,33 @@ def find_model(source: str | Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists():
             return candidate
+    if folder.is_dir():
+        raise CrateError(
+            f"no model in {folder} (no config.json there or in model/). Run: cratelm train --data DIR --out {folder}"
+        )
     if folder.exists():
-        raise CrateError(f"no model in {folder} (no config.json there or in model/). Run: cratelm train --out {folder}")
+        raise CrateError(
+            f"{folder} is a file, not the folder of a run or of a model. If it is a checkpoint, "
+            f"run: cratelm import {folder} --out RUN"
+        )
     is_path = str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))
     if is_path or ("/" in str(source) and folder.parent.is_dir()):
-        raise CrateError(f"{source} is not there. Run: cratelm train --out {source}")
+        raise CrateError(f"{source} is not there. Run: cratelm train --data DIR --out {source}")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CrateError(
-            f"{source} is not a folder here, and hub names need an extra: pip install 'cratelm[hf]'"
+            f"{source} is not a folder here, and hub names need an extra. Run: pip install 'cratelm[hf]'"
         ) from None
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CrateError(f"{source} is neither a folder here nor reachable on the hub ({reason})") from None
+        raise CrateError(
+            f"{source} is neither a folder here nor reachable on the hub ({reason}). "
+            "Check name and connection, or make a model: cratelm train --data DIR --out RUN"
+        ) from None
 
 
 def weights_hash(model: LanguageModel) -> str:

@@ -1,6 +1,7 @@
 """The card of a model, README.md of its directory on the hub: what it is, and every number that was measured on it."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def _parts(folder: Path, title: str) -> Iterator[list[str]]:
     yield _sizes(run)
     yield _training(run)
     evaluation = folder / "evaluation.json"
-    measured = read_json(evaluation, made_by=f"cratelm evaluate {folder}") if evaluation.exists() else {}
+    measured = read_json(evaluation, made_by=f"cratelm evaluate {folder} --data DIR") if evaluation.exists() else {}
     yield ["## Loss", "", *(_loss(measured) or ["Not evaluated."])]
     yield ["## Interpretability of the neurons", "", *_scores(folder)]
     yield ["## Origin", "", *_origin(run["origin"])]
@@ -88,18 +89,29 @@ def _loss(measured: Mapping[str, Any]) -> list[str]:
     rows = {f"held-out ({measured['split']})": measured} if "nats_per_token" in measured else {}
     rows |= measured.get("zero_shot", {})
     table = [
-        f"| {name} | {row['nats_per_token']:.4f} ± {row['standard_error']:.4f} | {row['perplexity']:.2f} | "
+        f"| {name} | {row['nats_per_token']:.4f}{_error(row)} | {_perplexity(row)} | "
         f"{row['bits_per_byte']:.4f} | {row['tokens']:,} |"
         for name, row in rows.items()
     ]
     words = [
         f"Last word of {name}: accuracy {100 * row['last_word']['accuracy']:.2f} %, perplexity "
-        f"{row['last_word']['perplexity']:.2f}, over {row['last_word']['passages']:,} passages."
+        f"{_perplexity(row['last_word'])}, over {row['last_word']['passages']:,} passages."
         for name, row in rows.items()
         if "last_word" in row
     ]
     heading = ["| text | nats per token | perplexity | bits per byte | tokens |", "|---|---|---|---|---|"]
     return [*heading, *table, *(["", *words] if words else [])] if table else []
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    """Of a single document there is no standard error."""
+    error = row["standard_error"]
+    return f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
+
+
+def _perplexity(row: Mapping[str, Any]) -> str:
+    value = row["perplexity"]
+    return f"{value:.2f}" if value is not None and math.isfinite(value) else "too large for a number"
 
 
 def _scores(folder: Path) -> list[str]:

@@ -115,8 +115,13 @@ def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    rank = dist.get_rank()
+    store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun keeps its store when it starts the processes again: a fresh process would find a dead one's address.
+        # On several machines, which may count their attempts differently, recipes/paper.sh has the remedy.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     console.quiet = rank > 0
     try:
         hosts, disks = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))

@@ -4,57 +4,28 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 from torch import Tensor
 
 from cratelm.activations.collector import Collector
 from cratelm.activations.plan import SPLITS, CollectConfig, Plan, make_plan, read_rows
-from cratelm.activations.records import layer_file, records_folder
+from cratelm.activations.records import records_folder
+from cratelm.activations.subject import Corpus, Subject
+from cratelm.activations.writing import already_collected, write_description, write_layers, write_windows
 from cratelm.errors import CrateError
-from cratelm.rundir import FORMAT_VERSION, atomic_path, origin, write_json
+from cratelm.rundir import atomic_path
 from cratelm.runtime import ProgressBar
-
-Forward = Callable[[Int[Tensor, "batch seq"]], Mapping[int, Float[Tensor, "batch seq neurons"]]]
-"""Token ids to the code of each layer."""
 
 SAVE_SECONDS = 60
 """A killed collection repeats at most so much."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """The tokens that are read."""
-
-    tokens: Integer[np.ndarray, " stream"]
-    documents: Int[np.ndarray, " bounds"]
-    """Where each document starts, and where the last ends."""
-    end_of_text: int
-    identity: Mapping[str, Any]
-    """What `records.json` says of it: split, hashes of data and tokenizer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """The model that is observed."""
-
-    forward: Forward
-    layers: Mapping[int, int]
-    """Neurons of each layer."""
-    context: int
-    """Longest sequence it reads, in tokens."""
-    tap: str
-    """Name of the tap in the run directory: `neurons` for a model's own."""
-    identity: Mapping[str, Any]
-    """What `records.json` says of it: hash of the weights, precision."""
 
 
 def collect(
@@ -72,13 +43,15 @@ def collect(
     Raises CrateError where a half has fewer documents than the top excerpts asked for, and where an activation is not
     finite.
     """
+    settings = asdict(config) | {"max_tokens": max_tokens} | dict(subject.identity) | dict(corpus.identity)
+    if already_collected(run, "fixed", subject.tap, settings):
+        return
     plan = make_plan(
         corpus.tokens, corpus.documents, context=subject.context, wide=config.wide, narrow=config.narrow,
         warmup=config.warmup, max_tokens=max_tokens, seed=config.seed,
     )  # fmt: skip
     _check_documents(plan, config)
     collector = Collector(config, plan, subject.layers, device=device)
-    settings = asdict(config) | dict(subject.identity) | dict(corpus.identity) | {"max_tokens": max_tokens}
     folder = records_folder(run, "fixed")
     partial = folder / f".{subject.tap}.partial.safetensors"
     first = _load_partial(partial, settings, collector, device)
@@ -93,14 +66,16 @@ def collect(
         bar,
         lambda row: _save_partial(partial, settings, collector, row),
     )
-    intervals = _write_layers(collector, subject, run)
-    _write_windows(folder / "windows.safetensors", corpus, plan, intervals)
+    tensors = {layer: collector.layer_arrays(layer) for layer in subject.layers}
+    write_layers(run, "fixed", subject.tap, tensors)
+    covered = np.concatenate([_covered(arrays) for arrays in tensors.values()])
+    write_windows(run, "fixed", corpus.tokens, covered, plan.document_position, plan.document_split)
     description = {
-        "mode": "fixed", "split_documents": {s: int((plan.document_split == i).sum()) for i, s in enumerate(SPLITS)},
         "tokens": plan.num_tokens, "documents": len(plan.document_position), "num_layers": len(subject.layers),
+        "split_documents": {split: int((plan.document_split == i).sum()) for i, split in enumerate(SPLITS)},
         "quantile_rank_error": {str(width): 0.5 / keep**0.5 for width, (_, keep) in collector.sizes.items()},
     }  # fmt: skip
-    write_json(folder / "records.json", description | settings | {"taps": _taps(folder), "origin": origin()})
+    write_description(run, "fixed", settings | description, subject, corpus)
     partial.unlink(missing_ok=True)
 
 
@@ -157,45 +132,13 @@ def _tokens_in(plan: Plan, rows: slice) -> int:
     return int((plan.row_length[rows] - plan.warmup).sum())
 
 
-def _write_layers(collector: Collector, subject: Subject, run: Path) -> list[np.ndarray]:
-    """Write one file per layer; return the [first, last) stretches of the corpus that their excerpts cover."""
-    intervals = []
-    for layer in subject.layers:
-        arrays = collector.layer_arrays(layer)
-        with atomic_path(layer_file(run, "fixed", subject.tap, layer)) as temporary:
-            save_file(arrays, temporary, metadata={"format_version": str(FORMAT_VERSION)})
-        for name in (name.removesuffix(".position") for name in arrays if name.endswith(".position")):
-            position, length = arrays[f"{name}.position"], arrays[f"{name}.length"].astype(np.int64)
-            covered = np.stack([position, position + length], axis=-1)[position >= 0]
-            intervals.append(np.unique(covered, axis=0))
-    return intervals
-
-
-def _write_windows(path: Path, corpus: Corpus, plan: Plan, intervals: list[np.ndarray]) -> None:
-    """Write the tokens under all excerpts, each stretch of them once."""
-    spans = union(np.concatenate(intervals))
-    sizes = spans[:, 1] - spans[:, 0]
-    offsets = np.cumsum(sizes) - sizes
-    index = np.arange(sizes.sum()) + np.repeat(spans[:, 0] - offsets, sizes)
-    arrays = {
-        "tokens": corpus.tokens[index], "span_position": spans[:, 0].copy(), "span_offset": offsets,
-        "document_position": plan.document_position, "document_split": plan.document_split,
-    }  # fmt: skip
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata={"format_version": str(FORMAT_VERSION)})
-
-
-def union(intervals: Int[np.ndarray, "some 2"]) -> Int[np.ndarray, "fewer 2"]:
-    """Half-open intervals that cover the same integers, ascending, none touching another."""
-    ordered = intervals[np.argsort(intervals[:, 0], kind="stable")]
-    reach = np.maximum.accumulate(ordered[:, 1])
-    starts = np.concatenate([[True], ordered[1:, 0] > reach[:-1]])
-    ends = np.concatenate([starts[1:], [True]])
-    return np.stack([ordered[starts, 0], reach[ends]], axis=1)
-
-
-def _taps(folder: Path) -> list[str]:
-    return sorted({file.parent.relative_to(folder).as_posix() for file in folder.rglob("layer_*.safetensors")})
+def _covered(arrays: Mapping[str, np.ndarray]) -> Int[np.ndarray, "stretches 2"]:
+    """The [first, last) stretches of the corpus that a layer's excerpts cover."""
+    stretches = []
+    for name in (name.removesuffix(".position") for name in arrays if name.endswith(".position")):
+        position, length = arrays[f"{name}.position"], arrays[f"{name}.length"].astype(np.int64)
+        stretches.append(np.stack([position, position + length], axis=-1)[position >= 0])
+    return np.unique(np.concatenate(stretches), axis=0)
 
 
 def _fingerprint(settings: Mapping[str, Any]) -> str:

@@ -203,7 +203,7 @@ class _Windows:
     """Per split: the number, among all windows of the split, of the batch's first."""
     count: list[int]
     """Per split: windows in the batch."""
-    place: list[Int[Tensor, "windows 2"]]
+    place: list[Int[Tensor, "_ 2"]]
     """Per split: row in the batch and index in the row of each window."""
 
 

@@ -56,7 +56,7 @@ class Excerpt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Excerpts:
-    """The same number of excerpts for many neurons, as arrays; absent excerpts and the ends of short ones are padding."""
+    """The same number of excerpts for many neurons, as arrays; absent excerpts and ends of short ones are padding."""
 
     tokens: Integer[np.ndarray, "neurons excerpts width"]
     """Token ids, `ABSENT` where padded."""

@@ -182,8 +182,8 @@ class TopExcerpts:
 class SampledExcerpts:
     """A uniform sample of excerpts for each neuron, drawn before the pass.
 
-    The numbered windows are cut into `keep` equal stretches and each neuron draws one window from each: every window
-    has the same chance, none comes twice, and all parts of the corpus are present.
+    The numbered windows, turned by a random number for each neuron, are cut into `keep` equal stretches and one window
+    is drawn from each: every window has the same chance, none comes twice, and all parts of the corpus are present.
     """
 
     neurons: int
@@ -202,8 +202,10 @@ class SampledExcerpts:
         keep = min(self.keep, self.total)
         shape = (self.neurons, keep)
         generator = np.random.default_rng(self.seed)
-        number = ((np.arange(keep) + generator.random(shape)) * (self.total / max(keep, 1))).astype(np.int64)
-        number = np.minimum(number, self.total - 1).ravel()
+        edges = np.arange(keep + 1) * self.total // max(keep, 1)
+        number = generator.integers(edges[:-1], edges[1:], shape) if keep else np.zeros(shape, dtype=np.int64)
+        turn = generator.integers(0, max(self.total, 1), (self.neurons, 1))
+        number = ((number + turn) % max(self.total, 1)).ravel()
         order = np.argsort(number, kind="stable")
         self._number, self._slot = (torch.from_numpy(array).to(self.device) for array in (number[order], order))
         self._bounds = number[order]

@@ -5,6 +5,7 @@ taps of its neurons itself (`model.neuron_taps`).
 """
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ Edit = Callable[[Tensor], Tensor]
 def capture(model: nn.Module, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that each forward pass inside the block fills with the output of every tap.
 
-    A later pass replaces what an earlier one left. Edits in force (`edit`) are seen by a capture entered after them.
+    A later pass replaces what an earlier one left. A capture entered inside an `edit` sees the edited output; one
+    entered before it sees the module's own, unless the edit changes that in place.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -61,8 +63,9 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 def find_tap(model: nn.Module, tap: str) -> nn.Module:
     """The submodule of that name; a name that matches nothing is an error that lists names near it."""
-    modules = dict(model.named_modules())
-    if tap not in modules or not tap:
-        leaves = [name for name, module in modules.items() if name and not list(module.children())]
-        raise CrateError(f"the model has no module {tap!r}; there are, for example: {', '.join(leaves[:12])}")
+    # A ModuleList is only a shelf: it has no output.
+    modules = {name: part for name, part in model.named_modules() if name and not isinstance(part, nn.ModuleList)}
+    if tap not in modules:
+        near = difflib.get_close_matches(tap, modules, n=3, cutoff=0.5) or list(modules)[:12]
+        raise CrateError(f"the model has no module {tap!r} to tap; there are, for example: {', '.join(near)}")
     return modules[tap]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, progress_bar, select_device
 
 
@@ -50,8 +51,15 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     from cratelm.rundir import claim, origin, write_json
     from cratelm.training.evaluate import evaluate
 
+    if options.batch < 1:
+        raise CrateError(f"--batch is {options.batch}, it must be at least 1")
     model, tokenizer = load(run_folder)
     data = open_tokens(data_folder, options.tokenizer, tokenizer, run_folder)
+    if data.vocab_size > model.config.vocab_size:
+        raise CrateError(
+            f"the tokens of {data_folder} come from a vocabulary of {data.vocab_size}, the model of {run_folder} has "
+            f"{model.config.vocab_size} rows. Tokenize with the model's own tokenizer"
+        )
     tokens = data.tokens(options.split)
     with claim(run_folder), progress_bar(f"evaluate {run_folder.name}", total=len(tokens)) as bar:
         evaluation = evaluate(

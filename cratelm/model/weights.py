@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -30,6 +30,11 @@ _GPT2_BLOCK = {
     "norm_2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
 }  # fmt: skip
 _GPT2_ACTIVATION = {"relu": "relu", "gelu": "gelu_new"}
+_GPT2_FIXED = {
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True, "add_cross_attention": False,
+}  # fmt: skip
+"""Settings of `GPT2LMHeadModel` that change what it computes, at the one value we compute with."""
 
 
 def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
@@ -91,7 +96,18 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer | None]:
     """
     folder = find_model(source)
     path = folder / "tokenizer.json"
-    return load_model(folder), Tokenizer.from_file(str(path)) if path.exists() else None
+    return load_model(folder), _read_tokenizer(path) if path.exists() else None
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for every fault of the content
+        if type(error) is not Exception:
+            raise
+        raise CrateError(
+            f"{path} is not a readable tokenizer ({error}). Put back the one the model came with"
+        ) from None
 
 
 def find_model(source: str | Path) -> Path:
@@ -102,7 +118,8 @@ def find_model(source: str | Path) -> Path:
             return candidate
     if folder.exists():
         raise CrateError(f"no model in {folder} (no config.json there or in model/). Run: cratelm train --out {folder}")
-    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+    is_path = str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))
+    if is_path or ("/" in str(source) and folder.parent.is_dir()):
         raise CrateError(f"{source} is not there. Run: cratelm train --out {source}")
     try:
         from huggingface_hub import snapshot_download
@@ -138,15 +155,17 @@ def read_model_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = fields.get("model_type")
+        if kind == "crate":
+            check_format_version(path, fields.get("format_version", FORMAT_VERSION))
+            names = ModelConfig.__dataclass_fields__.keys() - {"arch"}
+            return ModelConfig(arch="crate", **{name: fields[name] for name in fields if name in names})
+        if kind == "gpt2":
+            return _read_gpt2_config(path, fields)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CrateError(f"{path} is not readable ({error})") from None
-    kind = fields.get("model_type")
-    if kind == "crate":
-        check_format_version(path, fields.get("format_version", FORMAT_VERSION))
-        names = ModelConfig.__dataclass_fields__
-        return ModelConfig(arch="crate", **{name: fields[name] for name in fields if name in names and name != "arch"})
-    if kind == "gpt2":
-        return _read_gpt2_config(path, fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CrateError(f"{path} lacks or misspells a field ({error})") from None
     raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
 
 
@@ -161,7 +180,7 @@ def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
         "n_embd": config.d_model, "n_head": config.num_heads, "n_inner": config.num_neurons,
         "n_positions": config.context_length, "n_ctx": config.context_length, "vocab_size": config.vocab_size,
         "activation_function": _GPT2_ACTIVATION[config.activation], "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": True,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": True, "bias": config.bias,
     }  # fmt: skip
 
 
@@ -170,22 +189,30 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
     activation = fields.get("activation_function", "gelu_new")
     if activation not in activations:
         raise CrateError(f"{path} has activation_function {activation!r}, readable are {', '.join(activations)}")
+    for name, usual in _GPT2_FIXED.items():
+        if fields.get(name, usual) != usual:
+            raise CrateError(f"{path} has {name} {fields[name]!r}; our GPT-2 computes only with {usual!r}")
     width = fields["n_embd"]
     inner = fields.get("n_inner") or 4 * width
     return ModelConfig(
         arch="gpt2", num_layers=fields["n_layer"], d_model=width, num_heads=fields["n_head"],
         vocab_size=fields["vocab_size"], context_length=fields.get("n_positions", 1024), expansion=inner // width,
-        activation=activations[activation], bias=_has_biases(path.parent),  # type: ignore[arg-type]
+        activation=activations[activation],  # type: ignore[arg-type]
+        bias=bool(fields.get("bias")) or _has_biases(path.parent / "model.safetensors"),
     )  # fmt: skip
 
 
-def _has_biases(folder: Path) -> bool:
-    """Whether a GPT-2 directory has any bias that is not zero; zero ones are there for other tools' sake."""
+def _has_biases(path: Path) -> bool:
+    """Whether any bias is not zero; `GPT2LMHeadModel` always has biases, so zero ones stand where we have none.
+
+    `bias` in our config.json cannot say it alone: other tools copy it when they train the model further.
+    """
     try:
-        state = _from_gpt2(load_file(folder / "model.safetensors"))
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(".bias") and not name.endswith(".attn.bias")]  # noqa: SIM118
+            return any(bool(file.get_tensor(name).any()) for name in names)
     except (SafetensorError, OSError):
-        return True
-    return any(bool(tensor.any()) for name, tensor in state.items() if name.endswith(".bias"))
+        return True  # `load_model` says what is wrong with the file
 
 
 def _same(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -218,18 +245,17 @@ def _from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shell = {theirs: ours for ours, theirs in _GPT2_SHELL.items()}
     block = {theirs: ours for ours, theirs in _GPT2_BLOCK.items()}
     renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("transformer.")
+    for full_name, tensor in state.items():
+        name = full_name.removeprefix("transformer.")
         if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
-        module, kind = name.rsplit(".", 1)
+        module, _, kind = name.rpartition(".")
+        place, _, inner = module.removeprefix("h.").partition(".")
         if module in shell:
             renamed[f"{shell[module]}.{kind}"] = tensor
-            continue
-        _, layer, inner = module.split(".", 2)
-        if inner not in block:
-            renamed[name] = tensor  # an unknown name: `build` reports it
-            continue
-        linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
-        renamed[f"blocks.{layer}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
+        elif module.startswith("h.") and inner in block:
+            linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
+            renamed[f"blocks.{place}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
+        else:
+            renamed[full_name] = tensor  # an unknown name: `build` reports it
     return {name: tensor.contiguous() for name, tensor in renamed.items()}

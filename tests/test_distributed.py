@@ -141,9 +141,7 @@ def test_a_job_that_lost_a_rank_stops_and_one_process_goes_on(
 
 
 @linux
-def test_what_one_process_began_two_finish(
-    data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path
-) -> None:
+def test_what_one_process_began_two_finish(data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with job(data, run, processes=1) as process:
         wait_for_step(run, 10, process)

@@ -17,7 +17,7 @@ from cratelm.runtime import ProgressBar
 if TYPE_CHECKING:
     import torch
 
-    from cratelm.activations.collect import Corpus, Subject
+    from cratelm.activations.subject import Corpus, Subject
     from cratelm.data.tokens import TokenDirectory
     from cratelm.model.language_model import LanguageModel
     from cratelm.training.train import Measurement
@@ -90,7 +90,7 @@ def samples(data: "TokenDirectory", run: Path) -> "Measurement":
 
 def _sample(data: "TokenDirectory") -> "Corpus":
     """The beginnings of the first held-out documents, each closed by <|endoftext|>."""
-    from cratelm.activations.collect import Corpus
+    from cratelm.activations.subject import Corpus
 
     stream, longest = data.tokens("val"), SAMPLE_TOKENS // SAMPLE_DOCUMENTS
     parts: list[np.ndarray] = []
@@ -117,7 +117,7 @@ def _some_neurons(model: "LanguageModel", neurons: int) -> "Subject":
     """The model seen through evenly spaced neurons of each layer."""
     import torch
 
-    from cratelm.activations.collect import Subject
+    from cratelm.activations.subject import Subject
     from cratelm.activations.taps import capture
 
     taps, found = model.neuron_taps, model.config.num_neurons

@@ -7,6 +7,7 @@ into `checkpoints/.step_N.tmp`, on one file system that all processes see, and r
 
 import errno
 import json
+import os
 import shutil
 import warnings
 import zlib
@@ -39,13 +40,10 @@ class Checkpoints:
     ) -> None:
         """`configuration` goes into every checkpoint, and one with another is refused."""
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
-        self.folder, self.configuration, self.keep_last, self.world = (
-            run / "checkpoints",
-            configuration,
-            keep_last,
-            world,
-        )
+        self.run, self.folder, self.world = run, run / "checkpoints", world
+        self.configuration, self.keep_last = configuration, keep_last
         self._made: Future[None] | None = None
+        self._name = ""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -61,7 +59,8 @@ class Checkpoints:
     ) -> None:
         """Begin to write a checkpoint of this moment and return; first wait for one that is still being written."""
         self.finish()
-        temporary = self.folder / f".step_{step:07d}.tmp"
+        self._name = f"step_{step:07d}"
+        temporary = self.folder / f".{self._name}.tmp"
         self.world.decide(lambda: _sweep(self.folder))
         description = {"step": step, "held_out_loss": held_out_loss, **self.configuration}
         state = _snapshot(model, optimizers)
@@ -79,14 +78,14 @@ class Checkpoints:
         if not failures:
             return
         self.world.decide(lambda: _sweep(self.folder))
-        kept = checkpoints(self.folder.parent)
+        kept = checkpoints(self.run)
         where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         if any(full for full, _ in failures):
             raise CrateError(
-                f"no space left while writing a checkpoint to {self.folder}; {where}. Free some and run the same "
-                "command again"
+                f"no space left while writing {self.folder / self._name}; {where}. Free some and run the same command "
+                "again"
             )
-        raise CrateError(f"a checkpoint could not be written to {self.folder} ({failures[0][1]}); {where}")
+        raise CrateError(f"{self.folder / self._name} could not be written ({failures[0][1]}); {where}")
 
     def _complete(
         self, written: Future[Any], made: Future[None], temporary: Path, description: Mapping[str, Any]
@@ -108,8 +107,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Keep the newest and the best."""
-        found = checkpoints(self.folder.parent)
-        best = best_checkpoint(self.folder.parent)
+        found = checkpoints(self.run)
+        best = best_checkpoint(self.run)
         for old in found[: -self.keep_last]:
             if old != best:
                 shutil.rmtree(old)
@@ -118,14 +117,16 @@ class Checkpoints:
         """A model and its optimizers from the newest readable checkpoint and how many steps it has seen; else fresh."""
         model, optimizers = build()
         tried = False
-        for folder in reversed(self.world.decide(lambda: checkpoints(self.folder.parent))):
+        for folder in reversed(self.world.decide(lambda: checkpoints(self.run))):
             problem = self.world.decide(lambda folder=folder: self._problem(folder))  # type: ignore[misc]
             if problem is None:
                 tried = True
                 problem = next(filter(None, self.world.gather(_load(folder, model, optimizers))), None)
             if problem is None:
                 return model, optimizers, int(folder.name.removeprefix("step_"))
-            console.print(f"checkpoint {folder} is not readable ({problem}); trying the one before it")
+            console.print(
+                f"checkpoint {folder} is not readable ({problem}); going back to the one before", markup=False
+            )
         if tried:  # a failed reading leaves traces in what it was to fill
             model, optimizers = build()
         return model, optimizers, 0
@@ -216,13 +217,18 @@ def _sweep(folder: Path) -> None:
 
 
 def _failure(made: Future[None]) -> tuple[bool, str] | None:
-    """Why a checkpoint was not made: whether for want of space, and in words."""
+    """Why a checkpoint was not made: whether for want of space, and in words. Torch wraps whatever goes wrong."""
     error = made.exception()
     if error is None:
         return None
-    causes = [error, *getattr(error, "failures", {}).values()]
-    causes = [cause[0] if isinstance(cause, tuple) else cause for cause in causes]
-    full = any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
+    causes: list[BaseException] = [error, *(pair[0] for pair in getattr(error, "failures", {}).values())]
+    for cause in causes:
+        causes += [deeper for deeper in (cause.__cause__, cause.__context__) if deeper and deeper not in causes]
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    full = any(
+        getattr(cause, "errno", None) in codes or any(os.strerror(code) in str(cause) for code in codes)
+        for cause in causes
+    )
     words = str(causes[-1]).strip().splitlines()
     return full, words[-1][:120] if words else type(error).__name__
 

@@ -29,6 +29,7 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     """After a linear warm-up from 0, a cosine to the end; or `wsd`: stable at the peak, at last a linear decay."""
     warmup_steps: int = 2000
+    """Steps over which the learning rate rises."""
     decay_share: float = 0.2
     """Share of all steps that `wsd` decays over."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -36,7 +37,9 @@ class TrainConfig:
     weight_decay: float = 0.1
     """On tensors with two or more dimensions."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 1337
@@ -44,8 +47,9 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 1000
-    """Steps between measurements of the held-out loss, on the first `evaluate_tokens` held-out tokens."""
+    """Steps between measurements of the held-out loss."""
     evaluate_tokens: int = 262_144
+    """Held-out tokens, the first ones, that it is measured on."""
     measure_every: int = 1000
     """Steps between calls of the measurements that were asked for; they are also made before the first step."""
     checkpoint_every: int = 1000
@@ -58,13 +62,19 @@ class TrainConfig:
             "tokens", "batch_tokens", "micro_batch", "context", "log_every", "evaluate_every", "evaluate_tokens",
             "measure_every", "checkpoint_every", "keep_last",
         )  # fmt: skip
-        problems = [f"{name} is {getattr(self, name)}, at least 1 is needed" for name in counts
-                    if getattr(self, name) < 1]  # fmt: skip
+        problems = [
+            f"{name} is {getattr(self, name)}, at least 1 is needed" for name in counts if getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}, it must be above 0"
+            for name in ("learning_rate", "clip")
+            if not getattr(self, name) > 0
+        ]
         if not 0 < self.decay_share <= 1:
             problems.append(f"decay_share is {self.decay_share}, a share above 0 and up to 1 is needed")
-        if self.context > 0 and self.batch_tokens % self.context:
+        if not problems and self.batch_tokens % self.context:
             problems.append(f"batch_tokens {self.batch_tokens} is not a multiple of context {self.context}")
-        elif self.context > 0 and self.micro_batch > 0 and self.sequences % self.micro_batch:
+        if not problems and self.sequences % self.micro_batch:
             problems.append(
                 f"a batch of {self.sequences} sequences is not a multiple of micro_batch {self.micro_batch}"
             )

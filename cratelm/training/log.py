@@ -16,13 +16,14 @@ from cratelm.errors import CrateError
 from cratelm.rundir import append_jsonl, rewind_jsonl
 from cratelm.training.config import Tracker
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
+Settings = Mapping[str, Any]
 
 
 class Log:
     """Where the lines of one training go. Only process 0 has one that writes."""
 
-    def __init__(self, run: Path, trackers: tuple[Tracker, ...], *, first: int, writes: bool, config: Row) -> None:
+    def __init__(self, run: Path, trackers: tuple[Tracker, ...], *, first: int, writes: bool, config: Settings) -> None:
         """`first` is the step that training goes on from; later lines of metrics.jsonl are dropped."""
         self.run, self.writes = run, writes
         self._sinks: list[tuple[Callable[[Row], None], Callable[[], None]]] = []
@@ -72,7 +73,7 @@ def _package(tracker: Tracker, module: str) -> ModuleType:
         ) from None
 
 
-def _tensorboard(run: Path, first: int, _config: Row) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
     writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(
         str(run / "tensorboard"), purge_step=first + 1 if first else None
     )
@@ -85,7 +86,7 @@ def _tensorboard(run: Path, first: int, _config: Row) -> tuple[Callable[[Row], N
     return write, writer.close
 
 
-def _wandb(run: Path, _first: int, config: Row) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
     wandb: Any = _package("wandb", "wandb")
     own = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]  # a run that goes on is one run there too
     session = wandb.init(
@@ -94,13 +95,13 @@ def _wandb(run: Path, _first: int, config: Row) -> tuple[Callable[[Row], None], 
     return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
 
 
-def _trackio(run: Path, _first: int, config: Row) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _trackio(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
     trackio: Any = _package("trackio", "trackio")
     session = trackio.init(project="cratelm", name=run.resolve().name, config=dict(config), resume="allow", embed=False)
     return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
 
 
-SINKS: dict[Tracker, Callable[[Path, int, Row], tuple[Callable[[Row], None], Callable[[], None]]]] = {
+SINKS: dict[Tracker, Callable[[Path, int, Settings], tuple[Callable[[Row], None], Callable[[], None]]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,

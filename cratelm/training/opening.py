@@ -32,8 +32,8 @@ def open_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: To
     training = training_identity(config, data)
     if (run / "run.json").exists():
         found = read_json(run / "run.json", made_by=f"cratelm train --out {run}")
-        before = settled(found["training"]) if found["training"] else {}
-        different = differing_fields(found["model"] | before, model_config.as_dict() | settled(training))
+        before = settled(found["training"]) if found.get("training") else {}
+        different = differing_fields(found.get("model", {}) | before, model_config.as_dict() | settled(training))
         if different:
             raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
         return

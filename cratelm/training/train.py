@@ -60,6 +60,7 @@ def train(
     rows = config.rows_of(world.rank, world.size)
     with contextlib.ExitStack() as stack:
         world.decide(lambda: stack.enter_context(claim(run)))
+        tokenizer = data.tokenizer()
         world.decide(lambda: open_run(run, config, model_config, data))
         configuration = {"model": model_config.as_dict(), "training": training_identity(config, data)}
         saved = Checkpoints(run, configuration=configuration, keep_last=config.keep_last, world=world)
@@ -80,11 +81,11 @@ def train(
                 Log(run, execution.track, first=first, writes=world.leads, config=configuration["training"]) as log,
                 saved,
             ):
-                _loop(config, learner, batches, data, run, first, log, saved, measurements or {}, bar, stop)
+                _loop(config, learner, batches, data, first, log, saved, measurements or {}, bar, stop)
             world.decide(lambda: None)  # each waits here for the last checkpoint's name
         whole = learner.whole_model()
         if whole is not None:
-            _write_models(run, whole, data)
+            _write_models(run, whole, tokenizer)
         return whole if whole is not None else model
 
 
@@ -93,7 +94,6 @@ def _loop(
     learner: Learner,
     batches: Batches,
     data: TokenDirectory,
-    run: Path,
     first: int,
     log: Log,
     saved: Checkpoints,
@@ -102,7 +102,7 @@ def _loop(
     stop: Callable[[], bool],
 ) -> None:
     """Steps `first` to the last: step, log, evaluate, measure, checkpoint."""
-    world, watch = learner.world, Watch(config, run, learner.world, batches)
+    world, watch = learner.world, Watch(config, saved, batches)
     held_out = data.tokens("val")[: config.evaluate_tokens + 1]
     if first == 0:
         log.write({"step": 0, "tokens": 0} | _measure(learner, measurements, 0))
@@ -117,7 +117,7 @@ def _loop(
         done = step + 1
         last = done == config.steps
         checkpoint = last or done % config.checkpoint_every == 0
-        row: dict[str, float] = {"step": done, "tokens": done * config.batch_tokens}
+        row: dict[str, float | int] = {"step": done, "tokens": done * config.batch_tokens}
         if checkpoint or done % config.log_every == 0:
             loss, norm = watch.check()
             row |= {"loss": loss, "gradient_norm": norm, "learning_rate": config.learning_rate_at(step)}
@@ -125,7 +125,8 @@ def _loop(
         go_on = log.pause()
         if last or done % config.evaluate_every == 0:
             with autocast(learner.device):
-                row["held_out_loss"] = held_out_loss(learner.model, held_out, batch=config.micro_batch, world=world)
+                found = held_out_loss(learner.model, held_out, batch=config.micro_batch, world=world)
+            row["held_out_loss"] = watch.finite(found, "held-out loss", done)
         if last or done % config.measure_every == 0:
             row |= _measure(learner, measurements, done)
         log.write(row)
@@ -152,7 +153,7 @@ def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: in
     return found
 
 
-def _write_models(run: Path, model: LanguageModel, data: TokenDirectory) -> None:
+def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Write `model/`, as it is at the end, and `model-best/` if an earlier checkpoint predicts better."""
     if (run / "model").exists():
         return
@@ -160,8 +161,8 @@ def _write_models(run: Path, model: LanguageModel, data: TokenDirectory) -> None
     if best is not None and best != checkpoints(run)[-1]:
         earlier = LanguageModel(model.config)
         read_weights(best, earlier)
-        save_model(earlier, run / "model-best", data.tokenizer())
-    save_model(model, run / "model", data.tokenizer())
+        save_model(earlier, run / "model-best", tokenizer)
+    save_model(model, run / "model", tokenizer)
 
 
 def write_control(of: Path, run: Path) -> None:
@@ -169,14 +170,18 @@ def write_control(of: Path, run: Path) -> None:
     trained = read_json(of / "run.json", made_by=f"cratelm train --out {of}")
     if trained["control"] is not None or trained["training"] is None:
         raise CrateError(f"{of} is no trained model (control: {trained['control']}). Name the run that was trained")
-    model_config = ModelConfig(**trained["model"])
+    if not (of / "model" / "tokenizer.json").exists():
+        raise CrateError(f"the training of {of} is not finished (no model/ there). Run: cratelm train --out {of}")
+    model_config, name = ModelConfig(**trained["model"]), of.resolve().name
     with claim(run):
         if (run / "run.json").exists():
             found = read_json(run / "run.json", made_by=f"cratelm train --control-of {of} --out {run}")
-            different = differing_fields(found["model"], model_config.as_dict())
-            if found["control"] != "random-init" or different:
-                raise CrateError(f"{run} holds another run ({different or 'a trained model'}). Use another --out")
+            asked = model_config.as_dict() | {"control": "random-init", "of": name}
+            there = {key: found.get(key) for key in ("control", "of")} | found.get("model", {})
+            if different := differing_fields(there, asked):
+                raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
+        else:
+            write_run(run, model_config, training=None, control="random-init", of=name)
         if not (run / "model").exists():
             model = LanguageModel(model_config).initialise(trained["training"]["seed"])
             save_model(model, run / "model", Tokenizer.from_file(str(of / "model" / "tokenizer.json")))
-            write_run(run, model_config, training=None, control="random-init", of=of.resolve().name)

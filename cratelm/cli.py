@@ -23,6 +23,7 @@ VERBS = {
     "demo": "the whole job below, small, on text that is already on this machine",
     "tokenize": "text, from files, folders or data sets, to a directory of tokens",
     "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
+    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",
@@ -35,7 +36,7 @@ VERBS = {
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
-    ("Everything at once", ("demo",)),
+    ("Everything at once", ("demo", "study")),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("From scores to a page", ("report",)),

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from cratelm.activations import collect as collecting
 from cratelm.activations.collect import collect
-from cratelm.activations.plan import SPLITS, CollectConfig, make_plan
+from cratelm.activations.collector import Collector
+from cratelm.activations.plan import SPLITS, CollectConfig, make_plan, read_rows
 from cratelm.activations.records import ABSENT, LayerRecords, read_collection, read_records
+from cratelm.activations.results import layer_arrays
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.activations.taps import capture
 from cratelm.errors import CrateError
@@ -146,13 +148,11 @@ def test_random_excerpts_are_uniform_over_windows() -> None:
     corpus = make_corpus(np.random.default_rng(6), documents=30)
     windows = [first for _, first, _ in all_windows(corpus, 8)]
     collector_config = CollectConfig(top_wide=2, top_narrow=2, random=10, sample_wide=12, sample_narrow=40)
-    from cratelm.activations.collector import Collector
-
     plan = make_plan(corpus.tokens, corpus.documents, context=CONTEXT)
     collector = Collector(collector_config, plan, {0: 3000}, device=CPU)
     counts = []
     for which in range(len(SPLITS)):
-        total = int(collector.numbers[8, which][-1])
+        total = collector.layout.total(8, which)
         _, number = collector.samples[0, 8, which].wanted(0, total)
         counts.append(np.bincount(number.numpy(), minlength=total) * total / 40 / 3000)
     assert sum(map(len, counts)) == len(windows)
@@ -181,15 +181,19 @@ def test_a_killed_collection_goes_on_and_ends_with_the_same_records(
     monkeypatch.setattr(collecting, "SAVE_SECONDS", 0)
     calls = 0
 
-    def dies_at_the_third(tokens: Tensor) -> Mapping[int, Tensor]:
+    def dies_in_the_third_batch(tokens: Tensor) -> Mapping[int, Tensor]:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 4:  # the first call fixes the shift of the moments
             raise KeyboardInterrupt
         return subject.forward(tokens)
 
     dying = Subject(
-        forward=dies_at_the_third, layers=subject.layers, context=CONTEXT, tap="neurons", identity=subject.identity
+        forward=dies_in_the_third_batch,
+        layers=subject.layers,
+        context=CONTEXT,
+        tap="neurons",
+        identity=subject.identity,
     )
     with pytest.raises(KeyboardInterrupt):
         run_collection(tmp_path / "run", dying, corpus)
@@ -216,6 +220,28 @@ def test_the_same_collection_is_not_done_twice_and_another_is_refused(
         run_collection(run, other, corpus)
 
 
+def test_settling_a_batch_late_and_adding_up_two_processes_change_nothing(rng: np.random.Generator) -> None:
+    corpus, (subject, _) = make_corpus(rng), make_subject()
+    plan = make_plan(corpus.tokens, corpus.documents, context=CONTEXT)
+    alone, late, first, second = (
+        Collector(CONFIG, plan, subject.layers, device=CPU, delay=delay) for delay in (0, 2, 0, 1)
+    )
+    for one in (alone, late, first, second):
+        one.start({layer: torch.ones(1, 20, neurons) for layer, neurons in subject.layers.items()})
+    for number, start in enumerate(range(0, len(plan.row_length), 5)):
+        rows = slice(start, min(start + 5, len(plan.row_length)))
+        tokens = read_rows(corpus.tokens, plan.row_position[rows], int(plan.row_length[start]), 0)
+        codes = subject.forward(torch.from_numpy(tokens))
+        for one in (alone, late, (first, second)[number % 2]):
+            one.update(codes, rows)
+    first.merge(second)
+    for layer in subject.layers:
+        expected = layer_arrays(alone, layer, None)
+        for other in (late, first):
+            found = layer_arrays(other, layer, None)
+            assert all(np.array_equal(found[name], expected[name], equal_nan=True) for name in expected)
+
+
 def test_too_few_documents_are_refused_and_nothing_is_written(rng: np.random.Generator, tmp_path: Path) -> None:
     corpus, (subject, _) = make_corpus(rng, documents=8), make_subject()
     with pytest.raises(CrateError, match="documents fall to the half for .* 7 top excerpts"):
@@ -234,8 +260,6 @@ def test_an_activation_that_is_not_finite_names_layer_and_document(rng: np.rando
 
 def test_memory_does_not_grow_with_the_corpus(rng: np.random.Generator) -> None:
     """The collector's state has the same size however much it has seen."""
-    from cratelm.activations.collector import Collector
-
     sizes = []
     for documents in (60, 600):
         corpus, (subject, _) = make_corpus(rng, documents=documents), make_subject()
@@ -259,7 +283,7 @@ def test_absent_excerpts_are_marked(tmp_path: Path) -> None:
     def rarely(tokens: Tensor) -> Mapping[int, Tensor]:
         codes = torch.zeros(*tokens.shape, 3)
         codes[..., 1] = (tokens == 5).float() * 2
-        codes[..., 2] = ((tokens == 5) & (torch.arange(tokens.shape[1]) % 20 == 19)).float()
+        codes[..., 2] = ((tokens == 5) & (torch.arange(tokens.shape[1]) % 60 == 59)).float()
         return {0: codes}
 
     sparse = Subject(forward=rarely, layers={0: 3}, context=CONTEXT, tap="neurons", identity={})

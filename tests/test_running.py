@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cratelm.activations.running import Moments, SampledExcerpts, TopExcerpts
+from cratelm.activations.neighbours import KEEP, nearest_cofiring, nearest_directions
+from cratelm.activations.running import Moments, SampledExcerpts, TopExcerpts, histogram_edges
 
 CPU = torch.device("cpu")
 
@@ -12,9 +13,15 @@ CPU = torch.device("cpu")
 def test_moments_equal_those_of_all_activations_in_float64(rng: np.random.Generator) -> None:
     values = np.maximum(rng.normal(0.2, 1, (5000, 7)), 0) * rng.uniform(0.1, 30, 7)
     values[:, 3] += 1000  # a large mean would cancel in raw power sums
-    moments = Moments(7, CPU)
-    for part in np.array_split(values, 13):
-        moments.update(torch.from_numpy(part.astype(np.float32)))
+    moments, other = Moments(7, CPU), Moments(7, CPU)
+    parts = [torch.from_numpy(part.astype(np.float32)) for part in np.array_split(values, 13)]
+    moments.start(parts[0])
+    other.start(parts[5])
+    for part in parts[:5]:
+        moments.update(part)
+    for part in parts[5:]:
+        other.update(part)
+    moments.merge(other)
     held = values.astype(np.float32).astype(np.float64)
     centred = held - held.mean(axis=0)
     spread = (centred**2).mean(axis=0)
@@ -26,6 +33,18 @@ def test_moments_equal_those_of_all_activations_in_float64(rng: np.random.Genera
     assert np.allclose(result["kurtosis"], (centred**4).mean(axis=0) / spread**2, rtol=1e-3)
     assert np.array_equal(result["maximum"], held.max(axis=0))
     assert np.array_equal(result["minimum"], held.min(axis=0))
+
+
+def test_the_histogram_counts_every_fourth_token_in_bins_of_half_octaves(rng: np.random.Generator) -> None:
+    values = (rng.normal(0, 1, (999, 5)) * 10.0 ** rng.uniform(-6, 6, (999, 5))).astype(np.float32)
+    values[::3] = 0
+    moments = Moments(5, CPU)
+    moments.update(torch.from_numpy(values))
+    edges = np.concatenate([[-np.inf], histogram_edges(), [np.inf]])
+    for neuron in range(5):
+        expected = np.histogram(values[::4, neuron], edges)[0]
+        assert np.array_equal(moments.result()["histogram"][neuron].numpy(), expected)
+    assert histogram_edges()[[0, 31, 32, 33]].tolist() == [1.5 * 2.0**-16, 1.0, 1.5, 2.0]
 
 
 @pytest.mark.parametrize("batches", [1, 4, 23])
@@ -88,3 +107,21 @@ def test_a_sample_of_more_than_there_is_takes_everything() -> None:
     assert sorted(number.tolist()) == sorted([0, 1, 2, 3] * 3)
     assert sample.tables["position"].shape == (3, 4)
     assert len(slot) == 12
+
+
+def test_nearest_neurons_equal_brute_force(rng: np.random.Generator) -> None:
+    directions = rng.normal(size=(90, 6)).astype(np.float32)
+    fires = rng.random((400, 90)) < rng.uniform(0, 0.3, 90)
+    fires[:, 4] = False
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    both = fires.astype(int).T @ fires.astype(int)
+    count = fires.sum(axis=0)
+    jaccard = both / np.maximum(count[:, None] + count - both, 1)
+    for found, similarity in (
+        (nearest_directions(torch.from_numpy(directions)), unit @ unit.T),
+        (nearest_cofiring(torch.from_numpy(fires)), jaccard),
+    ):
+        np.fill_diagonal(similarity, -np.inf)
+        index, value = found
+        assert np.allclose(value, -np.sort(-similarity, axis=1)[:, :KEEP], atol=1e-5)
+        assert np.allclose(np.take_along_axis(similarity, index.astype(int), axis=1), value, atol=1e-5)

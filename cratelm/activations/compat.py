@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cratelm.activations.released import NARROW, PER_INTERVAL, QUANTILES, WIDE, ReleasedLayer, corpus_tokens
+from cratelm.activations.results import statistics_arrays
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.activations.writing import already_collected, write_description, write_layers, write_windows
 from cratelm.errors import CrateError
@@ -51,8 +52,8 @@ def collect_compat(
     for (layer, width), one in layers.items():
         tensors[layer] |= {f"{width}.all.{name}": array for name, array in one.result().items()}
         if width == WIDE:
-            tensors[layer] |= {name: value.float().cpu().numpy() for name, value in one.moments.result().items()}
-    write_layers(run, "compat", subject.tap, tensors)
+            tensors[layer] |= statistics_arrays(one.moments)
+    write_layers(run, "compat", subject.tap, tensors, tensors.__getitem__)
     tokens = max(sizes.values())
     documents = corpus.documents[:-1][corpus.documents[:-1] < tokens]
     write_windows(run, "compat", corpus.tokens[:tokens], np.array([[0, tokens]]), documents, np.zeros_like(documents))

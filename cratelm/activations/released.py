@@ -123,6 +123,8 @@ class ReleasedLayer:
 
     def count(self, activations: Float[Tensor, "tokens neurons"], first: int) -> None:
         """First pass: how many tokens have each leading 16 bits, and the top tokens."""
+        if first == 0:
+            self.moments.start(activations)
         self.moments.update(activations)
         if first < 2 * TOP:
             self.leading.append(activations[: 2 * TOP - first].clone())

@@ -37,3 +37,5 @@ class Subject:
     """Name of the tap in the run directory: `neurons` for a model's own."""
     identity: Mapping[str, Any]
     """What `records.json` says of it: hash of the weights, precision."""
+    decoders: Mapping[int, Float[Tensor, "neurons d_model"]] | None = None
+    """The direction each neuron writes in, per layer; None where a tap has none."""

@@ -11,18 +11,16 @@ A variant is a model configuration by name: `crate` and `gpt2`, or `NAME:FIELD=V
 `sparser:penalty=1.0` or `gelu:arch=gpt2,activation=gelu`.
 """
 
-import dataclasses
-import json
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from cratelm.errors import CrateError
 from cratelm.model.config import SIZES, ModelConfig, Size, sized
+from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
 from cratelm.training.config import Execution, TrainConfig
 
@@ -130,27 +128,9 @@ def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[st
         key, equals, value = setting.partition("=")
         if not equals:
             raise CrateError(f"variant {text!r}: {setting!r} is no FIELD=VALUE")
-        changes[key] = _value(text, key, value)
+        changes[key] = field_value(text, key, value)
     arch = changes.pop("arch")
     return name, sized(arch, size, vocab_size=vocab_size, **({"context_length": context} | changes))
-
-
-def _value(text: str, key: str, value: str) -> Any:
-    """A field's value, checked against its type."""
-    known = {one.name: one.type for one in dataclasses.fields(ModelConfig)}
-    if key not in known:
-        raise CrateError(f"variant {text!r}: a model has no field {key!r} (it has {', '.join(known)})")
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError:
-        found = value
-    if known[key] is float and type(found) is int:
-        found = float(found)
-    choices = get_args(known[key])
-    if found in choices or type(found) is known[key] or any(type(found) is choice for choice in choices):
-        return found
-    wanted = " or ".join(map(str, choices)) or getattr(known[key], "__name__", str(known[key]))
-    raise CrateError(f"variant {text!r}: {key} is {value!r}, it must be {wanted}")
 
 
 def _foretell(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:

@@ -37,8 +37,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _make(folder, path)
         try:
-            _make(folder, path)
             temporary = folder / path.name
             yield temporary
             _flush(temporary)

@@ -72,7 +72,7 @@ def test_the_help_of_every_command_fits_the_terminal_and_keeps_its_examples(
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--no-such-flag", "--help"])
     assert stop.value.code == 0
-    said = importlib.import_module(cli.command_module(verb)).__doc__
+    said = importlib.import_module(cli.command_module(verb)).__doc__ or ""
     text, _, flags = capsys.readouterr().out.partition("\nusage: cratelm ")
     assert flags.count("\n") > 3
     assert not re.search(r" --no-", flags)

@@ -1,4 +1,4 @@
-"""Losses of two models compared by document, against a brute-force jackknife and a simulation; what cannot be paired."""
+"""Losses of two models compared by document, against a jackknife and a simulation; what cannot be paired."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def evaluated(tmp_path: Path, rng: np.random.Generator) -> tuple[Path, dict[str,
 
 
 def test_documents_of_another_evaluation_are_left_aside(
-    evaluated: tuple[Path, dict[str, np.ndarray], dict[str, str]]
+    evaluated: tuple[Path, dict[str, np.ndarray], dict[str, str]],
 ) -> None:
     run, arrays, named = evaluated
     loss = read_loss(run)
@@ -107,7 +107,7 @@ def test_documents_of_another_evaluation_are_left_aside(
 
 
 def test_broken_documents_are_refused_with_the_command_that_makes_them(
-    evaluated: tuple[Path, dict[str, np.ndarray], dict[str, str]]
+    evaluated: tuple[Path, dict[str, np.ndarray], dict[str, str]],
 ) -> None:
     run, arrays, named = evaluated
     (run / DOCUMENTS).write_bytes((run / DOCUMENTS).read_bytes()[:-9])

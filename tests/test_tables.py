@@ -133,7 +133,7 @@ def test_numbers_an_evaluation_does_not_have_are_dashes(text: str, tmp_path: Pat
     table = tables.performance(gather([run]))
     assert cells(table, "Standard error") == cells(table, "Perplexity") == [None]
     assert isinstance(cells(table, "Loss")[0], float)
-    assert as_markdown(table).count(f"| {ABSENT} |") == 1 + as_markdown(table).count(f"| {ABSENT} | {ABSENT} |")
+    assert f"| {ABSENT} | {ABSENT} |" in as_markdown(table)
 
 
 def test_csv_holds_unrounded_what_markdown_rounds(tmp_path: Path, rng: np.random.Generator) -> None:

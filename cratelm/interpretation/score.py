@@ -18,7 +18,14 @@ from cratelm.activations.records import Excerpts, LayerRecords, Mode, NeuronId
 from cratelm.interpretation.explain import unexplained
 from cratelm.interpretation.protocols import Protocol, draw
 from cratelm.interpretation.simulate import LayerSimulations
-from cratelm.interpretation.statistics import bootstrap_means, generator, interval, mean_and_variance, paper_table, shown_layers
+from cratelm.interpretation.statistics import (
+    bootstrap_means,
+    generator,
+    interval,
+    mean_and_variance,
+    paper_table,
+    shown_layers,
+)
 
 NOT_SIMULATED = "not simulated"
 """Reason: there is no simulation, as for a control in a layer with no second explained neuron."""

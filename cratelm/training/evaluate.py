@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int, Integer
+from jaxtyping import Float64, Int, Int64, Integer
 
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
+from cratelm.training.distributed import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +31,16 @@ class Evaluation:
     documents: int
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DocumentLosses:
+    """What a text costs a model, document by document."""
+
+    nats: Float64[np.ndarray, " documents"]
+    """Summed cross-entropy of each document's tokens."""
+    tokens: Int64[np.ndarray, " documents"]
+    """Predicted tokens of each."""
+
+
 def evaluate(
     model: LanguageModel,
     tokens: Integer[np.ndarray, " stream"],
@@ -42,14 +52,25 @@ def evaluate(
 ) -> Evaluation:
     """Predict each token of a stream once, in non-overlapping sequences of the model's context.
 
-    `documents` holds where each document starts, and the end of the last. With S_d and n_d the summed loss and the
-    number of tokens of document d, the loss is L = sum S_d / sum n_d and its variance, as of a ratio,
-    D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
+    `documents` holds where each document starts, and the end of the last.
     """
+    return summarise(document_losses(model, tokens, documents, batch=batch, bar=bar), text_bytes=text_bytes)
+
+
+@torch.inference_mode()
+def document_losses(
+    model: LanguageModel,
+    tokens: Integer[np.ndarray, " stream"],
+    documents: Int[np.ndarray, " bounds"],
+    *,
+    batch: int,
+    bar: ProgressBar,
+) -> DocumentLosses:
+    """What `evaluate` summarises: the loss and the size of every document."""
     if len(tokens) < 2:
         raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Tokenize more text")
     count = len(documents) - 1
-    sums, sizes = np.zeros(count), np.zeros(count)
+    sums, sizes = np.zeros(count), np.zeros(count, dtype=np.int64)
     for first, losses in _losses(model, tokens, batch):
         positions = np.arange(first, first + len(losses))
         owner = np.searchsorted(documents, positions, side="right") - 1
@@ -57,6 +78,16 @@ def evaluate(
         sums[low:high] += np.bincount(owner - low, losses, minlength=high - low)
         sizes[low:high] += np.bincount(owner - low, minlength=high - low)
         bar.advance(len(losses))
+    return DocumentLosses(nats=sums, tokens=sizes)
+
+
+def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
+    """The loss of a text of so many bytes and its standard error.
+
+    With S_d and n_d the summed loss and the number of tokens of document d, the loss is L = sum S_d / sum n_d and its
+    variance, as of a ratio, D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
+    """
+    sums, sizes, count = losses.nats, losses.tokens, len(losses.nats)
     total, predicted = sums.sum(), sizes.sum()
     loss = total / predicted
     if not math.isfinite(loss):
@@ -69,28 +100,44 @@ def evaluate(
     )  # fmt: skip
 
 
-@torch.inference_mode()
-def held_out_loss(model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int) -> float:
-    """Mean cross-entropy in nats per token over a stream, in sequences of the model's context."""
-    losses = [losses for _, losses in _losses(model, tokens, batch)]
-    return float(np.concatenate(losses).mean())
+@torch.no_grad()
+def held_out_loss(
+    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int, world: World = ALONE
+) -> float:
+    """Mean cross-entropy in nats per token over a stream, in sequences of the model's context.
+
+    Several processes share the work. Each makes as many forward passes as the others, which a model that is spread
+    over them needs; one that has nothing left repeats its last.
+    """
+    passes = _passes(len(tokens) - 1, model.config.context_length, batch)
+    total = torch.zeros(2, dtype=torch.float64)
+    for turn in range(0, len(passes), world.size):
+        own = turn + world.rank
+        losses = _token_losses(model, tokens, *passes[min(own, len(passes) - 1)])
+        if own < len(passes):
+            total += torch.tensor([losses.sum(), len(losses)], dtype=torch.float64)
+    summed, count = world.sum_on_hosts(total).tolist()
+    return summed / count
 
 
 def _losses(
-    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], batch: int
-) -> Iterator[tuple[int, Float64[np.ndarray, " piece"]]]:
+    model: LanguageModel, tokens: np.ndarray, batch: int
+) -> Iterator[tuple[int, Float64[np.ndarray, " predicted"]]]:
     """Yield (index of the first predicted token, losses) for consecutive stretches of the stream."""
-    context = model.config.context_length
-    step = context * batch
-    for first in range(0, len(tokens) - 1, step):
-        piece = torch.from_numpy(tokens[first : first + step + 1].astype(np.int64)).to(model.device)
-        rows = (len(piece) - 1) // context
-        whole = rows * context
-        losses = []
-        if rows:
-            losses.append(
-                model.token_losses(piece[:whole].view(rows, context), piece[1 : whole + 1].view(rows, context))
-            )
-        if whole < len(piece) - 1:
-            losses.append(model.token_losses(piece[None, whole:-1], piece[None, whole + 1 :]))
-        yield first + 1, torch.cat([part.flatten() for part in losses]).double().cpu().numpy()
+    for first, rows, length in _passes(len(tokens) - 1, model.config.context_length, batch):
+        yield first + 1, _token_losses(model, tokens, first, rows, length)
+
+
+def _passes(predicted: int, context: int, batch: int) -> list[tuple[int, int, int]]:
+    """The forward passes over a stream: index of the first token, sequences, tokens of each."""
+    whole = predicted // context
+    found = [(row * context, min(batch, whole - row), context) for row in range(0, whole, batch)]
+    return found + ([(whole * context, 1, predicted - whole * context)] if predicted % context else [])
+
+
+def _token_losses(
+    model: LanguageModel, tokens: np.ndarray, first: int, rows: int, length: int
+) -> Float64[np.ndarray, " predicted"]:
+    piece = torch.from_numpy(tokens[first : first + rows * length + 1].astype(np.int64)).to(model.device)
+    losses = model.token_losses(piece[:-1].view(rows, length), piece[1:].view(rows, length))
+    return losses.flatten().double().cpu().numpy()

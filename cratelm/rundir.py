@@ -32,30 +32,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On any exception the temporary file or folder is removed and `path` is untouched, so a file under its final
     name is always whole. A full disk becomes a `CrateError`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _space_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            _flush(temporary)
+            _replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _space_for(path: Path) -> Iterator[None]:
+    """Turn a full disk into a `CrateError`. Libraries wrap the system's error in one of theirs, but keep its words."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
     try:
-        yield temporary
-        if temporary.is_file():
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        _replace(temporary, path)
-    except OSError as error:
-        _remove(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        yield
+    except BaseException as error:
+        if getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes):
             raise CrateError(f"no space left while writing {path}. Free some and run the same command again") from error
-        raise
-    except BaseException:
-        _remove(temporary)
         raise
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes that were killed left behind while writing this path."""
+    """Remove what processes that were killed left behind while writing this path.
+
+    A container gives the same number to one process after another: what bears our own was left by a dead namesake.
+    """
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = stale.name.removesuffix(".tmp").rpartition(".")[2]
-        if process.isdigit() and not _alive(int(process)):
+        if process.isdigit() and (int(process) == os.getpid() or not _alive(int(process))):
             _remove(stale)
 
 
@@ -69,10 +78,20 @@ def _alive(process: int) -> bool:
     return True
 
 
+def _flush(path: Path) -> None:
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+
+
 def _replace(temporary: Path, path: Path) -> None:
+    """Rename into place. No folder can be renamed onto a full one, so the old one first steps aside, whole."""
+    aside = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     if temporary.is_dir() and path.exists():
-        shutil.rmtree(path)
+        os.replace(path, aside)
     os.replace(temporary, path)
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:
@@ -118,9 +137,10 @@ def check_format_version(path: Path, found: int | str) -> None:
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line and push it to the operating system, so that a killed process loses no earlier line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with _space_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +148,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]
+    except json.JSONDecodeError as error:
+        raise CrateError(f"{path} holds a line that is no JSON ({error.doc[:40]!r}). Remove the line") from None
 
 
 def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -153,9 +176,10 @@ def claim(run: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise CrateError(f"{run} is in use by {holder}. Wait for it, or use another --out") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:120]})")
-        file.flush()
+        with _space_for(run):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:120]})")
+            file.flush()
         yield
         file.truncate(0)
 

@@ -1,8 +1,10 @@
 """What the machine offers: device, threads, seeds, and the progress bar every long stage shows."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
@@ -15,6 +17,38 @@ if TYPE_CHECKING:
     import torch
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes that torchrun started for one job; alone, a team of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls) -> "Iterator[Team]":
+        """Join the other processes of this job, and leave them at the end of the block."""
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            yield cls()
+            return
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        try:
+            yield cls(rank, size)
+        finally:
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Wait until every process of the team is here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
 
 console = Console(stderr=True, highlight=False)
 """Where progress and notes go; results go to standard output."""
@@ -45,8 +79,9 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{human(speed)} {self.unit}/s", style="dim")
 
 
-def human(number: float) -> str:
+def human(number: float | int) -> str:
     """`1234567` -> `1.23M`: three significant digits."""
+    number = float(f"{number:.3g}")  # rounded first: 999999 is 1M
     for threshold, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= threshold:
             return f"{number / threshold:.3g}{suffix}"

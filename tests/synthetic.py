@@ -180,8 +180,9 @@ def _cut(
     index = np.where(inside, where[..., None] + np.arange(width), 0)
     values = np.where(inside, activations[np.arange(len(chosen))[:, None, None], index], 0)
     return {
-        f"{name}.position": where.astype(np.int64), f"{name}.length": lengths.astype(np.int16),
-        f"{name}.activation": values.astype(np.float32),
+        # Copied in C order: safetensors writes memory as it lies.
+        f"{name}.position": where.astype(np.int64, order="C"), f"{name}.length": lengths.astype(np.int16, order="C"),
+        f"{name}.activation": values.astype(np.float32, order="C"),
     }  # fmt: skip
 
 

@@ -1,9 +1,14 @@
 """The stages on a whole run: against a slow reference, one after the other, broken off, and with mistakes."""
 
+import signal
+import sqlite3
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from synthetic import CONSTANT, DEAD, FIRST_TOKEN_NEURON, NOISE, RARE, make_run
 from cratelm.activations.records import Excerpt, Mode, NeuronRecord, read_records
 from cratelm.cli import main
 from cratelm.commands import interpret
+from cratelm.interpretation.explain import unexplained
 from cratelm.interpretation.protocols import PROTOCOLS, Draw, protocol
 from cratelm.interpretation.simulate import derangement
 from cratelm.interpretation.store import Store
@@ -24,8 +30,6 @@ def run(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 def contents(run: Path) -> list[str]:
     """Everything in the store but where and when it was made."""
-    import sqlite3
-
     connection = sqlite3.connect(Store.open(run).path)
     tables = ("sets", "explanations", "simulations", "scores", "failures")
     rows = [repr(row) for table in tables for row in connection.execute(f"SELECT * FROM {table}")]
@@ -79,6 +83,20 @@ def test_planted_neurons_get_the_scores_they_deserve(run: Path) -> None:
         assert shuffled.reason[DEAD] == "dead"
 
 
+@pytest.mark.parametrize(("name", "part", "needed"), [
+    ("top-and-random", "64.explain", 5), ("top-and-random", "64.score", 5), ("random-only", "64.explain", 5),
+    ("anthropic", "8.explain", 15), ("anthropic", "8.score", 20),
+])  # fmt: skip
+def test_a_neuron_that_fires_in_too_few_documents_of_either_half_is_too_rare(
+    name: str, part: str, needed: int, run: Path
+) -> None:
+    records = read_records(run, 0)
+    activations = records.arrays[f"{part}.top.activation"].copy()
+    activations[5, needed:], activations[6, needed - 1 :] = 0, 0
+    changed = replace(records, arrays={**records.arrays, f"{part}.top.activation": activations})
+    assert unexplained(changed, protocol(name))[5:7] == ("", "too rare")
+
+
 def test_a_shuffled_neuron_never_keeps_its_own_explanation(rng: np.random.Generator) -> None:
     for size in (2, 3, 50):
         shuffled = derangement(size, rng)
@@ -124,8 +142,8 @@ def test_interpret_broken_off_goes_on_and_does_nothing_twice(
     assert main(["interpret", str(whole)]) == 0
     worked = 0
 
-    def counting(function, stop_after: int):
-        def wrapped(*args, **kwargs):
+    def counting(function: Callable[..., Any], stop_after: int) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal worked
             if worked >= stop_after:
                 raise KeyboardInterrupt
@@ -144,6 +162,30 @@ def test_interpret_broken_off_goes_on_and_does_nothing_twice(
     assert contents(broken) == contents(whole)
     assert main(["interpret", str(broken)]) == 0
     assert worked == 3 * 2 * len(PROTOCOLS)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from cratelm.cli import main
+from cratelm.interpretation.simulate import LayerSimulations
+of = LayerSimulations.of
+LayerSimulations.of = lambda self, row: of(self, row) if row < 5 else os.kill(os.getpid(), signal.SIGKILL)
+main(["interpret", sys.argv[1]])
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_whole_sets_and_no_claim(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    state = rng.bit_generator.state
+    whole = make_run(tmp_path / "a" / "run", rng)
+    rng.bit_generator.state = state
+    killed = make_run(tmp_path / "b" / "run", rng)
+    assert main(["interpret", str(whole)]) == 0
+    process = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(killed)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert main(["interpret", str(killed)]) == 0
+    assert contents(killed) == contents(whole)
 
 
 def test_records_collected_again_are_interpreted_again(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -165,7 +207,7 @@ def test_the_printed_table_fits_80_columns_and_shows_every_layer(
     assert max(map(len, lines)) <= 80
     assert sum("shuffled" in line for line in lines) == 2
     assert sum(line.split()[:1] == ["mean"] for line in lines) == 4 * len(PROTOCOLS)
-    first = lines[lines.index(next(line for line in lines if line.startswith("top-and-random")))].split()
+    first = next(line for line in lines if line.startswith("top-and-random")).split()
     points = Store.open(run).read_scores(0, "top-and-random").correlation
     assert first[:3] == ["top-and-random", "0", f"{100 * np.nanmean(points):.1f}"]
     assert first[5:] == ["9/12", "1", "1", "1", "0"]

@@ -5,7 +5,13 @@ import pytest
 
 from cratelm.activations.records import ABSENT, Excerpts
 from cratelm.interpretation.score import Comparison, LayerScores, aggregate, compare
-from cratelm.interpretation.statistics import bootstrap_means, correlation_of_sums, interval, paper_table
+from cratelm.interpretation.statistics import (
+    bootstrap_means,
+    correlation_of_sums,
+    interval,
+    paper_table,
+    resampled_correlations,
+)
 
 # Per-layer points as published: (TaR, random-only, anthropic), CRATE then GPT-2. Random-only is read off a figure.
 LISTS = {
@@ -107,7 +113,7 @@ def test_scores_equal_numpy_on_excerpts_of_any_length(offset: float, rng: np.ran
     np.testing.assert_allclose(correlation_of_sums(found.sums.sum(axis=1)), found.correlation, atol=1e-6)
 
 
-def layer_scores(layer: int, a: np.ndarray, s: np.ndarray, reasons: list[str] | None = None) -> LayerScores:
+def layer_scores(layer: int, a: np.ndarray, s: np.ndarray, *, reasons: list[str] | None = None) -> LayerScores:
     """Scores of made-up activations and simulations; neurons with a reason have none."""
     a, s = a.astype(np.float32), s.astype(np.float32)
     lengths = np.full(a.shape[:2], a.shape[2])
@@ -121,7 +127,9 @@ def layer_scores(layer: int, a: np.ndarray, s: np.ndarray, reasons: list[str] | 
     )  # fmt: skip
 
 
-def population(rng: np.random.Generator, neurons: int, excerpts: int = 6, width: int = 10) -> tuple:
+def population(
+    rng: np.random.Generator, neurons: int, excerpts: int = 6, width: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
     """Neurons that are predicted more or less well, each excerpt with a strength of its own."""
     skill = rng.uniform(-0.2, 0.9, size=(neurons, 1, 1))
     s = rng.normal(size=(neurons, excerpts, width)) * rng.uniform(0.3, 2, size=(neurons, excerpts, 1))
@@ -130,7 +138,7 @@ def population(rng: np.random.Generator, neurons: int, excerpts: int = 6, width:
 
 def test_aggregates_follow_the_papers_rule_and_count_the_undefined(rng: np.random.Generator) -> None:
     reasons = ["dead", "", "too rare", "", "", "", "dead", ""]
-    layers = [layer_scores(i, *population(rng, 8), reasons) for i in range(6)]
+    layers = [layer_scores(i, *population(rng, 8), reasons=reasons) for i in range(6)]
     found = aggregate(layers, protocol="random-only", resamples=50)
     means = [100 * np.nanmean(layer.correlation) for layer in layers]
     rounded = [round(float(mean), 1) for mean in means]
@@ -146,7 +154,7 @@ def test_aggregates_follow_the_papers_rule_and_count_the_undefined(rng: np.rando
 
 
 def test_a_layer_without_scores_has_no_points_and_takes_no_part_in_the_mean(rng: np.random.Generator) -> None:
-    empty = layer_scores(0, *population(rng, 3), ["dead"] * 3)
+    empty = layer_scores(0, *population(rng, 3), reasons=["dead"] * 3)
     scored = layer_scores(1, *population(rng, 3))
     found = aggregate([empty, scored], protocol="anthropic", resamples=20)
     first = found.layers[0]
@@ -184,7 +192,19 @@ def test_the_bootstrap_equals_brute_force_also_where_excerpts_are_absent(rng: np
     fast = bootstrap_means(shuffled, rng, 4000)
     brute = brute_bootstrap(a, s, present, rng, 800)
     assert fast.std() == pytest.approx(brute.std(), rel=0.15)
-    assert fast.mean() == pytest.approx(brute.mean(), abs=5 * brute.std() * (1 / 800 + 1 / 256 / 9) ** 0.5)
+    assert fast.mean() == pytest.approx(found.correlation.mean())
+    plain = resampled_correlations(shuffled, rng, 4000).mean()
+    assert plain == pytest.approx(brute.mean(), abs=6 * brute.std() / 800**0.5)
+
+
+def test_the_interval_lies_around_the_mean_where_few_excerpts_lower_every_resample(rng: np.random.Generator) -> None:
+    a, s = np.zeros((400, 5, 16)), np.zeros((400, 5, 16))
+    s[:, :, 0] = rng.uniform(1, 3, size=(400, 5))  # one strong token in each excerpt, predicted nearly
+    a = s + 0.1 * rng.random(s.shape) * (rng.random(s.shape) < 0.3)
+    scores = layer_scores(0, a, s)
+    low, high = interval(bootstrap_means(scores.sums, rng, 500))
+    assert resampled_correlations(scores.sums, rng, 100).mean() < scores.correlation.mean()
+    assert low < scores.correlation.mean() < high
 
 
 def test_intervals_cover_the_population_mean(rng: np.random.Generator) -> None:

@@ -1,8 +1,8 @@
-"""Which tokens the collector reads in `fixed` mode: documents cut into rows, rows into windows, before any forward pass.
+"""Which tokens the collector reads in `fixed` mode: documents cut into rows and rows into windows, before any pass.
 
-A document is read on its own: <|endoftext|> and then its tokens, in rows that fit the model's context. A row starts with
-`warmup` tokens of context that are in no window; after them it is tiled by windows, so each token lies in one window of
-each width and its activation was computed with at least `warmup` tokens before it and nothing of another document.
+A document is read on its own: <|endoftext|> and then its tokens, in rows that fit the model's context. A row starts
+with `warmup` tokens of context that are in no window; after them it is tiled by windows, so each token lies in one
+window of each width and its activation was computed with at least `warmup` tokens before it, of its document alone.
 Everything here is a function of the corpus and the seed, so that excerpts can be drawn before the pass.
 """
 
@@ -104,7 +104,8 @@ def make_plan(
 
     `max_tokens` takes the first documents that hold so many tokens.
     """
-    assert wide % narrow == 0 and warmup >= 1
+    assert wide % narrow == 0, "narrow windows tile wide ones"
+    assert warmup >= 1, "the first token of a row has no context"
     per_row = (context - warmup) // wide * wide
     if per_row == 0:
         raise CrateError(

@@ -56,7 +56,7 @@ class Excerpt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Excerpts:
-    """The same number of excerpts for many neurons, as arrays; absent excerpts and the ends of short ones are padding."""
+    """The same number of excerpts for many neurons, as arrays; absent excerpts and ends of short ones are padding."""
 
     tokens: Integer[np.ndarray, "neurons excerpts width"]
     """Token ids, `ABSENT` where padded."""
@@ -181,6 +181,9 @@ class LayerRecords:
     statistics: Mapping[str, np.ndarray]
     """Per neuron: `density` (share of tokens with activation > 0), `mean`, `variance`, `skewness`, `kurtosis`
     (standardised, not excess), `maximum`, `minimum`; activations in the model's own units."""
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """Per neuron, several numbers: `histogram` (64 bins, two an octave from 2^-16 on, of every fourth token),
+    `similar_neuron` and `similar_cosine` (nearest by decoder direction), `cofiring_neuron` and `cofiring_jaccard`."""
     arrays: Mapping[str, np.ndarray] = field(repr=False)
     """The file's tensors, named `<width>.<split>.<kind>.<position|length|activation>`."""
     windows: Windows = field(repr=False)
@@ -275,11 +278,13 @@ def read_records(run: str | Path, layer: int, *, mode: Mode = "fixed", tap: str 
             f"Run: cratelm collect {run} --data DIR{option}"
         )
     arrays = read_tensors(path)
-    per_neuron = {name: value for name, value in arrays.items() if "." not in name}
+    per_neuron = {name: value for name, value in arrays.items() if "." not in name and value.ndim == 1}
+    tables = {name: value for name, value in arrays.items() if "." not in name and value.ndim > 1}
     excerpts = {name: value for name, value in arrays.items() if "." in name}
     return LayerRecords(
-        tap=tap, layer=layer, mode=mode, statistics=per_neuron, arrays=excerpts, windows=read_windows(run, mode)
-    )
+        tap=tap, layer=layer, mode=mode, statistics=per_neuron, tables=tables, arrays=excerpts,
+        windows=read_windows(run, mode),
+    )  # fmt: skip
 
 
 def read_windows(run: Path, mode: Mode) -> Windows:

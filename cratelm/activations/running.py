@@ -7,13 +7,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+HISTOGRAM_BINS = 64
+HISTOGRAM_STRIDE = 4
+"""The histogram counts every so-many-th token; everything else is of all tokens."""
+_FIRST_KEY = (127 - 16) * 2  # 2^-16, in units of the 22-bit shift that leaves sign, exponent and one bit of fraction
+
+
+def histogram_edges() -> Float[np.ndarray, " edges"]:
+    """Lower edges of bins 1 to 63, two an octave from 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 holds what is below.
+
+    The last bin has no upper edge.
+    """
+    keys = np.arange(1, HISTOGRAM_BINS, dtype=np.int32) + _FIRST_KEY
+    return (keys << 22).view(np.float32)
+
 
 @dataclass
 class Moments:
-    """Count, mean, central sums of powers 2 to 4, density, minimum and maximum of each neuron, in float64.
+    """Count, mean, central sums of powers 2 to 4, density, extremes and a log-binned histogram of each neuron.
 
-    Each update computes the batch's own central sums and merges them (Chan, Golub & LeVeque 1979; Pebay 2008 for the
-    higher powers), so nothing cancels however long the stream is.
+    Sums are of deviations from a value near the mean (`start`), added up in float64, so that nothing cancels. Activations are taken in blocks that stay in the processor's cache; that, and sums by matrix
+    product, is what makes it fast (`docs/performance.md`).
     """
 
     neurons: int
@@ -21,53 +35,79 @@ class Moments:
     state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        zeros = torch.zeros(self.neurons, dtype=torch.float64, device=self.device)
-        names = ("mean", "power2", "power3", "power4", "active")
-        self.state = {"count": torch.zeros((), dtype=torch.float64, device=self.device)}
-        self.state |= {name: zeros.clone() for name in names}
-        self.state |= {"minimum": zeros + torch.inf, "maximum": zeros - torch.inf}
+        zeros = torch.zeros(self.neurons, device=self.device)
+        self.state = {
+            "count": torch.zeros((), dtype=torch.float64, device=self.device), "shift": zeros.clone(),
+            "sums": torch.zeros(5, self.neurons, dtype=torch.float64, device=self.device),
+            "minimum": zeros + torch.inf, "maximum": zeros - torch.inf,
+            "histogram": torch.zeros(self.neurons * HISTOGRAM_BINS, dtype=torch.int32, device=self.device),
+        }  # fmt: skip
+        self._first = torch.arange(self.neurons, dtype=torch.int32, device=self.device) * HISTOGRAM_BINS
+
+    def start(self, activations: Float[Tensor, "tokens neurons"]) -> None:
+        """Fix the value from which deviations are taken: the mean of some tokens, the same in all processes."""
+        self.state["shift"] = activations.mean(dim=0)
 
     def update(self, activations: Float[Tensor, "tokens neurons"]) -> None:
         """Take in the activations of some tokens."""
-        count = activations.shape[0]
-        mean = activations.mean(dim=0)
-        centred = activations - mean
-        square = centred * centred
-        power2 = square.sum(dim=0)
-        power3 = centred.mul_(square).sum(dim=0)
-        power4 = square.mul_(square).sum(dim=0)
-        self._merge(float(count), *(value.double() for value in (mean, power2, power3, power4)))
-        self.state["active"] += (activations > 0).sum(dim=0)
-        self.state["minimum"] = torch.minimum(self.state["minimum"], activations.amin(dim=0).double())
-        self.state["maximum"] = torch.maximum(self.state["maximum"], activations.amax(dim=0).double())
+        state, count = self.state, activations.shape[0]
+        ones = torch.ones(1, count, device=self.device)
+        power = activations - state["shift"]
+        square = power * power
+        sums = [ones @ power, ones @ square, ones @ power.mul_(square), ones @ square.mul_(square)]
+        sums.append(ones @ torch.gt(activations, 0, out=power))
+        state["sums"] += torch.cat(sums)
+        state["count"] += count
+        state["minimum"] = torch.minimum(state["minimum"], activations.amin(dim=0))
+        state["maximum"] = torch.maximum(state["maximum"], activations.amax(dim=0))
+        self._add_to_histogram(activations[::HISTOGRAM_STRIDE])
 
-    def _merge(self, count: float, mean: Tensor, power2: Tensor, power3: Tensor, power4: Tensor) -> None:
-        s, old = self.state, self.state["count"].clone()
-        total = old + count
-        delta = mean - s["mean"]
-        step = delta / total
-        s["power4"] += (
-            power4
-            + delta * step**3 * old * count * (old**2 - old * count + count**2)
-            + 6 * step**2 * (old**2 * power2 + count**2 * s["power2"])
-            + 4 * step * (old * power3 - count * s["power3"])
-        )
-        s["power3"] += (
-            power3 + delta * step**2 * old * count * (old - count) + 3 * step * (old * power2 - count * s["power2"])
-        )
-        s["power2"] += power2 + delta * step * old * count
-        s["mean"] += step * count
-        s["count"] = total
+    def _add_to_histogram(self, activations: Tensor) -> None:
+        """The leading bits of a float32 are a logarithm; negative numbers come out below all bins, in the first."""
+        key = (activations.contiguous().view(torch.int32) >> 22) - _FIRST_KEY
+        cell = key.clamp_(0, HISTOGRAM_BINS - 1).add_(self._first).flatten()
+        one = torch.ones((), dtype=torch.int32, device=self.device)
+        self.state["histogram"].index_add_(0, cell, one.expand(len(cell)))
+
+    def central(self) -> dict[str, Tensor]:
+        """Count, mean and central sums, from which several collections can be added up."""
+        count = self.state["count"]
+        first, second, third, fourth, active = self.state["sums"]
+        d = first / count  # mean of the deviations
+        return {
+            "count": count, "mean": self.state["shift"].double() + d, "power2": second - count * d**2,
+            "power3": third - 3 * d * second + 2 * count * d**3,
+            "power4": fourth - 4 * d * third + 6 * d**2 * second - 3 * count * d**4, "active": active,
+        }  # fmt: skip
 
     def result(self) -> dict[str, Tensor]:
-        """Density, mean, unbiased variance, standardised skewness and kurtosis (3 for a normal), minimum, maximum."""
-        s, count = self.state, self.state["count"]
-        spread = s["power2"] / count
+        """Density, mean, unbiased variance, standardised skewness and kurtosis (3 for a normal), extremes, histogram."""
+        c = self.central()
+        spread = c["power2"] / c["count"]
         return {
-            "density": s["active"] / count, "mean": s["mean"], "variance": s["power2"] / (count - 1),
-            "skewness": s["power3"] / count / spread**1.5, "kurtosis": s["power4"] / count / spread**2,
-            "minimum": s["minimum"], "maximum": s["maximum"],
+            "density": c["active"] / c["count"], "mean": c["mean"], "variance": c["power2"] / (c["count"] - 1),
+            "skewness": c["power3"] / c["count"] / spread**1.5, "kurtosis": c["power4"] / c["count"] / spread**2,
+            "minimum": self.state["minimum"], "maximum": self.state["maximum"],
+            "histogram": self.state["histogram"].view(self.neurons, HISTOGRAM_BINS),
         }  # fmt: skip
+
+    def merge(self, other: "Moments") -> None:
+        """Take in what another process has seen: sums are moved to this one's shift first."""
+        mine, theirs, count = self.state, other.state, other.state["count"]
+        d = theirs["shift"].double() - mine["shift"].double()
+        first, second, third, fourth, active = theirs["sums"]
+        moved = [
+            first + count * d,
+            second + 2 * d * first + count * d**2,
+            third + 3 * d * second + 3 * d**2 * first + count * d**3,
+            fourth + 4 * d * third + 6 * d**2 * second + 4 * d**3 * first + count * d**4,
+            active,
+        ]
+        mine["sums"] += torch.stack(moved)
+        mine["count"] += count
+        mine["minimum"] = torch.minimum(mine["minimum"], theirs["minimum"])
+        mine["maximum"] = torch.maximum(mine["maximum"], theirs["maximum"])
+        mine["histogram"] += theirs["histogram"]
 
 
 @dataclass
@@ -116,6 +156,13 @@ class TopExcerpts:
         self._waiting += len(neuron)
         if self._waiting > self.neurons * self.keep:
             self.merge()
+
+    def take(self, other: "TopExcerpts") -> None:
+        """Propose all that another table holds."""
+        other.merge()
+        neuron, slot = (other.tables["position"] >= 0).nonzero(as_tuple=True)
+        names = ("maximum", "position", "document", "length", "activation")
+        self.offer(neuron, *(other.tables[name][neuron, slot] for name in names))
 
     def merge(self) -> None:
         """Rebuild the tables from what is kept and what waits."""
@@ -182,8 +229,8 @@ class TopExcerpts:
 class SampledExcerpts:
     """A uniform sample of excerpts for each neuron, drawn before the pass.
 
-    The numbered windows are cut into `keep` equal stretches and each neuron draws one window from each: every window
-    has the same chance, none comes twice, and all parts of the corpus are present.
+    The numbered windows, turned by a random number for each neuron, are cut into `keep` equal stretches and one window
+    is drawn from each: every window has the same chance, none comes twice, and all parts of the corpus are present.
     """
 
     neurons: int
@@ -202,8 +249,10 @@ class SampledExcerpts:
         keep = min(self.keep, self.total)
         shape = (self.neurons, keep)
         generator = np.random.default_rng(self.seed)
-        number = ((np.arange(keep) + generator.random(shape)) * (self.total / max(keep, 1))).astype(np.int64)
-        number = np.minimum(number, self.total - 1).ravel()
+        edges = np.arange(keep + 1) * self.total // max(keep, 1)
+        number = generator.integers(edges[:-1], edges[1:], shape) if keep else np.zeros(shape, dtype=np.int64)
+        turn = generator.integers(0, max(self.total, 1), (self.neurons, 1))
+        number = ((number + turn) % max(self.total, 1)).ravel()
         order = np.argsort(number, kind="stable")
         self._number, self._slot = (torch.from_numpy(array).to(self.device) for array in (number[order], order))
         self._bounds = number[order]
@@ -232,3 +281,9 @@ class SampledExcerpts:
         self.tables["position"].view(-1)[slot] = position
         self.tables["length"].view(-1)[slot] = length.to(torch.int16)
         self.tables["activation"].view(-1, self.width)[slot] = activation
+
+    def take(self, other: "SampledExcerpts") -> None:
+        """Fill in the windows that another process has read."""
+        there = other.tables["position"] >= 0
+        for name, table in self.tables.items():
+            table[there] = other.tables[name][there]

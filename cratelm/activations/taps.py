@@ -1,11 +1,14 @@
 """Read or edit a model at named places, with no change to its `forward`.
 
-A tap is the path of any submodule, as in `named_modules()`; what it gives is that module's output. A model names the
-taps of its neurons itself (`model.neuron_taps`).
+A tap is the path of any submodule, as in `named_modules()`; what it gives is that module's output, or with `:input`
+after the path what the module reads: its first argument. A model names the taps of its neurons itself
+(`model.neuron_taps`).
 """
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,41 +16,47 @@ from cratelm.errors import CrateError
 
 Edit = Callable[[Tensor], Tensor]
 
+INPUT = ":input"
+"""Ends the name of a tap that is what a module reads."""
+
 
 @contextlib.contextmanager
 def capture(model: nn.Module, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that each forward pass inside the block fills with the output of every tap.
+    """Yield a dictionary that each forward pass inside the block fills with what every tap gives.
 
-    A later pass replaces what an earlier one left. Edits in force (`edit`) are seen by a capture entered after them.
+    A later pass replaces what an earlier one left. A capture entered inside an `edit` sees the edited tensor; one
+    entered before it sees the module's own, unless the edit changes that in place.
     """
     outputs: dict[str, Tensor] = {}
 
-    def keeper(tap: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            outputs[tap] = output
+    def keeper(tap: str) -> Edit:
+        def keep(value: Tensor) -> Tensor:
+            outputs[tap] = value
+            return value
 
         return keep
 
     with contextlib.ExitStack() as stack:
         for tap in taps:
-            stack.callback(find_tap(model, tap).register_forward_hook(keeper(tap)).remove)
+            stack.callback(_hook(model, tap, keeper(tap)))
         yield outputs
 
 
 @contextlib.contextmanager
 def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Replace the output of each tap by a function of it, inside the block: `{tap: lambda code: ...}`.
+    """Replace what each tap gives by a function of it, inside the block: `{tap: lambda code: ...}`.
 
-    The function gets the tensor that the module made, (batch, seq, neurons) for a code, and returns one of the same
-    shape; it may change it in place.
+    The function gets the tensor that the module made (or reads), (batch, seq, neurons) for a code, and returns one of
+    the same shape; it may change it in place.
     """
 
-    def replacer(tap: str, change: Edit) -> Callable[[nn.Module, object, Tensor], Tensor]:
-        def replace(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            changed = change(output)
-            if changed.shape != output.shape:
+    def checked(tap: str, change: Edit) -> Edit:
+        def replace(value: Tensor) -> Tensor:
+            shape = value.shape
+            changed = change(value)
+            if changed.shape != shape:
                 raise CrateError(
-                    f"the edit of {tap} returned a shape of {tuple(changed.shape)}, it must stay {tuple(output.shape)}"
+                    f"the edit of {tap} returned a shape of {tuple(changed.shape)}, it must stay {tuple(shape)}"
                 )
             return changed
 
@@ -55,14 +64,44 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for tap, change in edits.items():
-            stack.callback(find_tap(model, tap).register_forward_hook(replacer(tap, change)).remove)
+            stack.callback(_hook(model, tap, checked(tap, change)))
         yield
 
 
 def find_tap(model: nn.Module, tap: str) -> nn.Module:
-    """The submodule of that name; a name that matches nothing is an error that lists names near it."""
-    modules = dict(model.named_modules())
-    if tap not in modules or not tap:
-        leaves = [name for name, module in modules.items() if name and not list(module.children())]
-        raise CrateError(f"the model has no module {tap!r}; there are, for example: {', '.join(leaves[:12])}")
-    return modules[tap]
+    """The submodule that a tap is about; a name that matches nothing is an error that lists names near it."""
+    # A ModuleList is only a shelf: it has no output.
+    modules = {name: part for name, part in model.named_modules() if name and not isinstance(part, nn.ModuleList)}
+    path = tap.removesuffix(INPUT)
+    if path not in modules:
+        raise CrateError(f"the model has no module {path!r} to tap; there are, for example: {near(path, modules)}")
+    return modules[path]
+
+
+def near(wanted: str, names: Iterable[str]) -> str:
+    """Some of the names, those like the wanted one if there are any, as a user reads them."""
+    there = list(names)
+    return ", ".join(difflib.get_close_matches(wanted, there, n=4, cutoff=0.6) or there[:12])
+
+
+def _hook(model: nn.Module, tap: str, change: Edit) -> Callable[[], None]:
+    """Pass what a tap gives through a function until the returned one is called.
+
+    Hugging Face modules may return a tuple whose first part is the tensor, and may be called with keywords.
+    """
+
+    def on_output(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    def on_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if inputs:
+            return (change(inputs[0]), *inputs[1:]), named
+        first = next(iter(named))
+        return inputs, named | {first: change(named[first])}
+
+    module = find_tap(model, tap)
+    if tap.endswith(INPUT):
+        return module.register_forward_pre_hook(on_input, with_kwargs=True).remove
+    return module.register_forward_hook(on_output).remove

@@ -21,7 +21,7 @@ from cratelm.runtime import DeviceName, console, progress_bar, select_device
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from cratelm.activations.collect import Subject
+    from cratelm.activations.subject import Subject
     from cratelm.data.tokens import TokenDirectory
 
 
@@ -60,8 +60,10 @@ def run(options: Options) -> None:
 
 def collect_run(run_folder: Path, options: Options) -> None:
     """Collect the records of one run, unless they are there already."""
-    from cratelm.activations.collect import Corpus, collect
+    from cratelm.activations.collect import collect
+    from cratelm.activations.compat import collect_compat
     from cratelm.activations.records import records_folder
+    from cratelm.activations.subject import Corpus
     from cratelm.model.weights import copy_tokenizer, find_model, load
     from cratelm.rundir import claim
 
@@ -78,20 +80,25 @@ def collect_run(run_folder: Path, options: Options) -> None:
         identity=identity | {"data_hash": data.splits[options.split].sha256},
     )  # fmt: skip
     subject = observe(model.to(device), bf16=options.bf16)
-    config = CollectConfig(seed=options.seed, batch_rows=options.batch_rows)
-    with (
-        claim(run_folder),
-        progress_bar(f"collect {run_folder.name}", total=options.tokens or len(corpus.tokens)) as bar,
-    ):
+    total = min(options.tokens or len(corpus.tokens), len(corpus.tokens))
+    passes = 2 if options.mode == "compat" else 1
+    with claim(run_folder), progress_bar(f"collect {run_folder.name}", total=passes * total) as bar:
         copy_tokenizer(find_model(run_folder), records_folder(run_folder, options.mode) / "tokenizer.json")
-        collect(config, subject, corpus, run_folder, device=device, bar=bar, max_tokens=options.tokens)
+        if options.mode == "compat":
+            collect_compat(
+                subject, corpus, run_folder, device=device, bar=bar, max_tokens=options.tokens, seed=options.seed,
+                batch_rows=options.batch_rows,
+            )  # fmt: skip
+        else:
+            config = CollectConfig(seed=options.seed, batch_rows=options.batch_rows)
+            collect(config, subject, corpus, run_folder, device=device, bar=bar, max_tokens=options.tokens)
 
 
 def observe(model, *, bf16: bool) -> "Subject":  # type: ignore[no-untyped-def]
     """A model of ours as the collector sees it: token ids to the code of each layer."""
     import torch
 
-    from cratelm.activations.collect import Subject
+    from cratelm.activations.subject import Subject
     from cratelm.activations.taps import capture
     from cratelm.model.weights import weights_hash
 

@@ -64,12 +64,14 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     from cratelm.rundir import claim, origin
     from cratelm.training.evaluate import evaluate
 
+    if options.batch < 1:
+        raise CrateError(f"--batch is {options.batch}, it must be at least 1")
     model, tokenizer = load(run_folder)
     data = open_tokens(data_folder, options.tokenizer, tokenizer, run_folder)
     if data.vocab_size > model.config.vocab_size:
         raise CrateError(
-            f"the tokens of {data_folder} are of {data.vocab_size} kinds, the model of {run_folder} knows "
-            f"{model.config.vocab_size}. Tokenize with the model's own tokenizer"
+            f"the tokens of {data_folder} come from a vocabulary of {data.vocab_size}, the model of {run_folder} has "
+            f"{model.config.vocab_size} rows. Tokenize with the model's own tokenizer"
         )
     tokens = data.tokens(options.split)
     with claim(run_folder), progress_bar(f"evaluate {run_folder.name}", total=len(tokens)) as bar:

@@ -67,4 +67,4 @@ def run(options: Options) -> None:
         torch.tensor([prompt], device=model.device), options.tokens, temperature=options.temperature,
         top_k=options.top_k, seed=options.seed, on_token=show,
     )  # fmt: skip
-    sys.stdout.write("\n")
+    sys.stdout.write(tokenizer.decode(made)[len(shown) :] + "\n")

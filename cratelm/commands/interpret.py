@@ -106,15 +106,14 @@ def _do(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...]
     if not missing:
         console.print(f"{run}: the {MADE[stage]} asked for are there already")
         return
-    done = float(len(keys) - len(missing))
-    with progress_bar(f"{stage} {run.name}", total=float(len(keys)), done=done, unit="sets") as bar:
+    with progress_bar(f"{stage} {run.name}", total=len(keys), done=len(keys) - len(missing), unit="sets") as bar:
         for layer in layers:
             todo = [key for key in missing if key.layer == layer]
             records = read_records(run, layer, mode=selection.mode) if todo else None
             for key in todo:
                 assert records is not None
                 work(records, protocol(key.protocol, key.mode), store, key)
-                bar.advance(1.0, note=f"layer {layer}, {key.what}, {records.num_neurons} neurons")
+                bar.advance(1, note=f"layer {layer}, {key.what}, {records.num_neurons} neurons")
 
 
 def check_runs(selection: Selection) -> tuple[Path, ...]:
@@ -158,11 +157,11 @@ def print_scores(run: Path, selection: Selection, controls: tuple[str, ...]) -> 
     store, layers, names = Store.open(run), chosen_layers(run, selection), chosen_protocols(selection)
     for control in ("", *controls):
         found = []
-        with progress_bar(f"intervals {run.name}", total=float(len(names)), done=0.0, unit="protocols") as bar:
+        with progress_bar(f"intervals {run.name}", total=len(names), unit="protocols") as bar:
             for name in names:
                 scores = [store.read_scores(i, name, mode=selection.mode, control=control) for i in layers]
                 found.append(aggregate(scores, protocol=name))
-                bar.advance(1.0)
+                bar.advance(1)
         control_note = f", control: {control} explanations" if control else ""
         print(f"\n{run.name} ({selection.mode} mode, explained by lookup{control_note})")
         print("\n".join(table(found, whole_model=layers == recorded_layers(run, mode=selection.mode))))
@@ -175,19 +174,19 @@ def table(found: Sequence[ModelAggregate], *, whole_model: bool) -> list[str]:
         lines += [_layer_row(model.protocol if i == 0 else "", layer) for i, layer in enumerate(model.layers)]
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
-            lines.append(_row("", "mean", f"{model.mean:.2f}", _interval(model.low, model.high)) + note)
+            lines.append(_row("", "mean", f"{model.mean:z.2f}", _interval(model.low, model.high)) + note)
     return lines
 
 
 def _layer_row(name: str, line: LayerAggregate) -> str:
-    points = "-" if line.points is None else f"{line.points:.1f}"
+    points = "-" if line.points is None else f"{line.points:z.1f}"
     counts = [str(line.undefined.get(reason, 0)) for reason in COLUMNS]
     scored = f"{line.scored}/{line.total}"
     return _row(name, str(line.layer), points, _interval(line.low, line.high), scored, *counts)
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "-" if low is None else f"[{low:.1f}, {high:.1f}]"
+    return "-" if low is None else f"[{low:z.1f}, {high:z.1f}]"
 
 
 def _row(name: str, *cells: str) -> str:

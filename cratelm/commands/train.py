@@ -54,8 +54,12 @@ def run(options: Options) -> None:
     """Train, or write a control."""
     from cratelm.training.train import write_control
 
+    if options.arch == "crate" and options.activation != "relu":
+        raise CrateError("--activation is of GPT-2; CRATE's codes have none to choose. Leave it out")
     if options.control_of is not None:
-        write_control(options.control_of, options.out)
+        console.print(f"{options.out} will hold the model of {options.control_of} before its first step")
+        if not options.dry_run:
+            write_control(options.control_of, options.out)
         return
     if options.data is None:
         raise CrateError("no tokens named. Give --data DIR, made by: cratelm tokenize stdlib --out DIR")

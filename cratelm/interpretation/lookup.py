@@ -124,11 +124,11 @@ def sentence(
         return "does not fire in the excerpts it was explained from"
     named = order[:NAMED][means[order[:NAMED]] >= FAINT * means[order[0]]]
     words = ", ".join(f"{legible(strings[tokens[i]])} ({brief(float(means[i]))})" for i in named)
-    others = len(order) - len(named)
-    if others == 0:
+    others = order[len(named) :]
+    if not len(others):
         return f"fires on {words}; on nothing else"
-    more = f"{others} more token{'s' * (others > 1)}"
-    return f"fires on {words}; more weakly on {more}; on nothing else"
+    more = f"{len(others)} more token{'s' * (len(others) > 1)}"
+    return f"fires on {words}; up to {brief(float(means[others[0]]))} on {more}; on nothing else"
 
 
 def legible(text: str) -> str:

@@ -249,7 +249,7 @@ def _aggregate_layer(
     samples = 100 * bootstrap_means(scores.sums[defined], rng, resamples) if len(points) else None
     low, high = interval(samples) if samples is not None else (None, None)
     return LayerAggregate(
-        layer=scores.layer, points=round(float(points.mean()), 1) if len(points) else None, low=low, high=high,
+        layer=scores.layer, points=round(float(points.mean()), 1) + 0.0 if len(points) else None, low=low, high=high,
         points_undefined_zero=float(points.sum()) / len(scores.neuron), scored=len(points), total=len(scores.neuron),
         undefined=dict(Counter(reason for reason in scores.reason if reason).most_common()),
         deviation=float(points.std(ddof=1)) if len(points) > 1 else None,

@@ -52,6 +52,8 @@ class ModelConfig:
         ]
         if self.arch not in ("crate", "gpt2"):
             problems.append(f"arch is {self.arch!r}, known are crate and gpt2")
+        if self.activation not in ("relu", "gelu"):
+            problems.append(f"activation is {self.activation!r}, known are relu and gelu")
         if self.num_heads >= 1 and self.d_model % self.num_heads:
             problems.append(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
         if problems:

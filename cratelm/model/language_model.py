@@ -74,7 +74,7 @@ class LanguageModel(nn.Module):
         tokens: Int[Tensor, "batch seq"],
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         top_k: int | None = None,
         seed: int | None = None,
         on_token: Callable[[Int[Tensor, " batch"]], None] | None = None,
@@ -84,7 +84,10 @@ class LanguageModel(nn.Module):
         `on_token` is called with each new token as it is made, for streaming.
         """
         generator = torch.Generator(self.device)
-        generator.manual_seed(torch.seed() if seed is None else seed)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
         for _ in range(max_new_tokens):
             window = tokens[:, -self.config.context_length :]
             logits = F.linear(self.features(window)[:, -1], self.embedding.weight).float()
@@ -127,7 +130,7 @@ def _copy(weight: Tensor, drawn: Tensor) -> None:
 
 
 def sample(
-    logits: Float[Tensor, "batch vocab"], *, temperature: float, top_k: int | None, generator: torch.Generator
+    logits: Float[Tensor, "batch vocab"], *, temperature: float | int, top_k: int | None, generator: torch.Generator
 ) -> Int[Tensor, " batch"]:
     """Draw one token per row from softmax(logits / temperature), restricted to the `top_k` most probable."""
     if temperature == 0:

@@ -35,7 +35,7 @@ _GPT2_FIXED = {
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
-"""Options of a GPT-2 directory that have one value here."""
+"""Settings of `GPT2LMHeadModel` that change what it computes, at the one value we compute with."""
 
 
 AUTO_MAP = {"AutoConfig": "modeling_crate.CrateConfig", "AutoModelForCausalLM": "modeling_crate.CrateForCausalLM"}
@@ -74,24 +74,39 @@ def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None =
 def load_model(folder: Path) -> LanguageModel:
     """Read a model directory; weights stay in float32 on the CPU, in evaluation mode."""
     path = folder / "config.json"
-    fields, state = _read_fields(path), _read_weights(folder)
-    match fields.get("model_type"):
-        case "crate":
-            check_format_version(path, fields.get("format_version", FORMAT_VERSION))
-            config, state = _read_crate_config(fields), _from_crate(state)
-        case "gpt2":
-            state = _from_gpt2(state)
-            # Other tools need zero biases where we have none.
-            bias = any(bool(tensor.any()) for name, tensor in state.items() if name.endswith(".bias"))
-            config = _read_gpt2_config(path, fields, bias=bias)
-            if not bias:
-                state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
-        case kind:
-            raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
+    fields = _read_fields(path)
+    if fields.get("model_type") not in ("crate", "gpt2"):
+        raise CrateError(f"{path} describes a {fields.get('model_type')!r} model; this command reads crate and gpt2")
+    state = _read_weights(folder)
+    try:
+        config, state = (_crate if fields["model_type"] == "crate" else _gpt2)(path, fields, state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CrateError(f"{path} lacks or misspells a field ({error})") from None
     head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state["embedding.weight"]):
+    if head is not None and not torch.equal(head, state.get("embedding.weight", head)):
         raise CrateError(f"the head of {folder} is not its embedding; only models with a tied head can be read")
     return build(config, state, source=str(folder))
+
+
+def _crate(
+    path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:  # fmt: skip
+    check_format_version(path, fields.get("format_version", FORMAT_VERSION))
+    return _read_crate_config(fields), _from_crate(state)
+
+
+def _gpt2(
+    path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:  # fmt: skip
+    """A GPT-2 has biases if our config says so, or if any is not zero: other tools need zero ones where we have none.
+
+    `bias` in our config cannot say it alone: other tools copy it when they train the model further.
+    """
+    state = _from_gpt2(state)
+    biases = {name: tensor for name, tensor in state.items() if name.endswith(".bias")}
+    bias = bool(fields.get("bias")) or any(bool(tensor.any()) for tensor in biases.values())
+    config = _read_gpt2_config(path, fields, bias=bias)
+    return config, state if bias else {name: tensor for name, tensor in state.items() if name not in biases}
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -148,7 +163,18 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer | None]:
     """
     folder = find_model(source)
     path = folder / "tokenizer.json"
-    return load_model(folder), Tokenizer.from_file(str(path)) if path.exists() else None
+    return load_model(folder), _read_tokenizer(path) if path.exists() else None
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for every fault of the content
+        if type(error) is not Exception:
+            raise
+        raise CrateError(
+            f"{path} is not a readable tokenizer ({error}). Put back the one the model came with"
+        ) from None
 
 
 def find_model(source: str | Path) -> Path:
@@ -159,7 +185,8 @@ def find_model(source: str | Path) -> Path:
             return candidate
     if folder.exists():
         raise CrateError(f"no model in {folder} (no config.json there or in model/). Run: cratelm train --out {folder}")
-    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+    is_path = str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))
+    if is_path or ("/" in str(source) and folder.parent.is_dir()):
         raise CrateError(f"{source} is not there. Run: cratelm train --out {source}")
     try:
         from huggingface_hub import snapshot_download
@@ -221,7 +248,7 @@ def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
         "n_embd": config.d_model, "n_head": config.num_heads, "n_inner": config.num_neurons,
         "n_positions": config.context_length, "n_ctx": config.context_length, "vocab_size": config.vocab_size,
         "activation_function": _GPT2_ACTIVATION[config.activation], "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0, **_GPT2_FIXED,
+        "attn_pdrop": 0.0, "bias": config.bias, **_GPT2_FIXED,
     }  # fmt: skip
 
 
@@ -232,19 +259,16 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> M
         raise CrateError(f"{path} has activation_function {activation!r}, readable are {', '.join(activations)}")
     for name, value in _GPT2_FIXED.items():
         if fields.get(name, value) != value:
-            raise CrateError(f"{path} has {name} {fields[name]!r}, readable is {value!r} only")
-    try:
-        width = fields["n_embd"]
-        inner = fields.get("n_inner") or 4 * width
-        if inner % width:
-            raise CrateError(f"{path} has n_inner {inner}, which is not a multiple of n_embd {width}")
-        return ModelConfig(
-            arch="gpt2", num_layers=fields["n_layer"], d_model=width, num_heads=fields["n_head"],
-            vocab_size=fields["vocab_size"], context_length=fields.get("n_positions", 1024), expansion=inner // width,
-            activation=activations[activation], bias=bias,  # type: ignore[arg-type]
-        )  # fmt: skip
-    except KeyError as missing:
-        raise CrateError(f"{path} has no {missing}. A GPT-2 directory of transformers has") from None
+            raise CrateError(f"{path} has {name} {fields[name]!r}; our GPT-2 computes only with {value!r}")
+    width = fields["n_embd"]
+    inner = fields.get("n_inner") or 4 * width
+    if inner % width:
+        raise CrateError(f"{path} has n_inner {inner}, which is not a multiple of n_embd {width}")
+    return ModelConfig(
+        arch="gpt2", num_layers=fields["n_layer"], d_model=width, num_heads=fields["n_head"],
+        vocab_size=fields["vocab_size"], context_length=fields.get("n_positions", 1024), expansion=inner // width,
+        activation=activations[activation], bias=bias,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _to_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -282,20 +306,17 @@ def _from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shell = {theirs: ours for ours, theirs in _GPT2_SHELL.items()}
     block = {theirs: ours for ours, theirs in _GPT2_BLOCK.items()}
     renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("transformer.")
+    for full_name, tensor in state.items():
+        name = full_name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
         module, _, kind = name.rpartition(".")
+        place, _, inner = module.removeprefix("h.").partition(".")
         if module in shell:
             renamed[f"{shell[module]}.{kind}"] = tensor
-            continue
-        match module.split(".", 2):
-            case ["h", layer, inner] if inner in block:
-                pass
-            case _:
-                renamed[name] = tensor  # the head, or an unknown name that `build` reports
-                continue
-        linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
-        renamed[f"blocks.{layer}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
+        elif module.startswith("h.") and inner in block:
+            linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
+            renamed[f"blocks.{place}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
+        else:
+            renamed[full_name] = tensor  # the head, or an unknown name that `build` reports
     return {name: tensor.contiguous() for name, tensor in renamed.items()}

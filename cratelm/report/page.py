@@ -121,7 +121,7 @@ def _control_sentence(model: RunResult, protocols: Sequence[str]) -> str:
     clauses = [
         f"{_listed([_gap(model.scores[name], control.get(name)) for name in named])} points against {what}"
         for what, control in controls.items()
-        if control
+        if any(name in control and control[name].mean is not None for name in named)
     ]
     return f"{model.title} on {_listed(named)}: {'; '.join(clauses)}." if clauses else ""
 
@@ -218,8 +218,6 @@ def _neurons(results: Results) -> str:
 
 
 def _model_neurons(model: RunResult) -> str:
-    if not model.examples:
-        return f"<h3>{escape(model.title)}</h3>\n{_paragraph(f'Not scored on {SHOWN_PROTOCOL}.')}"
     groups = []
     for rank, heading in RANKS.items():
         cards = [_card(one, model.token_strings) for one in model.examples if one.rank == rank]
@@ -230,6 +228,8 @@ def _model_neurons(model: RunResult) -> str:
 
 def _census(model: RunResult) -> str:
     """How many neurons have a score, and why the others have none."""
+    if SHOWN_PROTOCOL not in model.scores:
+        return f"Not scored on {SHOWN_PROTOCOL}."
     scores = model.scores[SHOWN_PROTOCOL]
     scored, total = (sum(getattr(layer, name) for layer in scores.layers) for name in ("scored", "total"))
     others = ", ".join(f"{reason} {count:,}" for reason, count in undefined_neurons(scores).items())

@@ -6,6 +6,7 @@ The same results give the same bytes: ids in the SVG are seeded and no date is w
 import io
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,11 @@ PALETTE = {
 }
 """Okabe and Ito's colours, told apart with any colour vision; cold ones for CRATE, warm ones for GPT-2."""
 
-MARKERS = ("o", "s", "D", "^", "v", "P")
+MARKERS = {"crate": "o^P", "gpt2": "sDv", "other": "X*p"}
+"""Told apart without colour too; the next one is taken when the colours are used up."""
+
+SHUFFLED, RANDOM_INIT = (0.0, (1.0, 1.8)), (0.0, (4.0, 2.0))
+"""Dashes of the two controls."""
 LONGEST_CURVE = 400
 """Points of a curve; longer ones are averaged down to this."""
 
@@ -69,13 +74,14 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def looks(models: Sequence[RunResult]) -> dict[str, Look]:
     """A colour and a marker for each model, by its title."""
-    seen: dict[str, int] = {}
-    found = {}
-    for place, model in enumerate(models):
-        colors = PALETTE.get(model.arch, PALETTE["other"])
-        number = seen.get(model.arch, 0)
-        seen[model.arch] = number + 1
-        found[model.title] = Look(color=colors[number % len(colors)], marker=MARKERS[place % len(MARKERS)])
+    found: dict[str, Look] = {}
+    numbers: Counter[str] = Counter()
+    for model in models:
+        family = model.arch if model.arch in PALETTE else "other"
+        marker, color = divmod(numbers[family], len(PALETTE[family]))
+        markers = MARKERS[family]
+        found[model.title] = Look(color=PALETTE[family][color], marker=markers[marker % len(markers)])
+        numbers[family] += 1
     return found
 
 
@@ -238,9 +244,9 @@ def _draw_scores(axes: Axes, models: Sequence[RunResult], protocol: str, look: M
         shift = 0.09 * (place - (len(models) - 1) / 2)
         random_init = model.random_init.scores if model.random_init is not None else {}
         if protocol in model.shuffled:
-            _draw_control(axes, model.shuffled[protocol], look[model.title], shift, (0, (1, 1.8)), "x")
+            _draw_control(axes, model.shuffled[protocol], look[model.title], shift, SHUFFLED, "x")
         if protocol in random_init:
-            _draw_control(axes, random_init[protocol], look[model.title], shift, (0, (4, 2)), look[model.title].marker)
+            _draw_control(axes, random_init[protocol], look[model.title], shift, RANDOM_INIT, look[model.title].marker)
         if protocol in model.scores:
             _draw_model(axes, model.scores[protocol], look[model.title], shift)
     depth = max((model.num_layers for model in models), default=1)
@@ -259,7 +265,7 @@ def _draw_model(axes: Axes, scores: ModelAggregate, look: Look, shift: float) ->
 
 
 def _draw_control(
-    axes: Axes, scores: ModelAggregate, look: Look, shift: float, dashes: tuple[int, tuple[float, float]], marker: str
+    axes: Axes, scores: ModelAggregate, look: Look, shift: float, dashes: tuple[float, tuple[float, float]], marker: str
 ) -> None:
     layer, points, low, high = _points(scores)
     error = np.maximum([points - low, high - points], 0)
@@ -276,7 +282,7 @@ def _points(scores: ModelAggregate) -> tuple[Float[np.ndarray, " layers"], ...]:
     return tuple(np.array(rows, dtype=np.float64).reshape(-1, 4).T)
 
 
-def _handle(color: str, marker: str, *, label: str, alpha: float = 1, width: float = 1.8, **more: Any) -> Line2D:
+def _handle(color: str, marker: str, *, label: str, alpha: float = 1.0, width: float = 1.8, **more: Any) -> Line2D:
     return Line2D([], [], color=color, marker=marker, markersize=5, linewidth=width, alpha=alpha, label=label, **more)
 
 
@@ -290,9 +296,9 @@ def _score_handles(results: Results, look: Mapping[str, Look]) -> list[Line2D]:
     if any(model.random_init is not None for model in results.models):
         handles.append(
             _handle(
-                INK, "o", label="random-init model", alpha=0.6, width=1.1, linestyle=(0, (4, 2)), markerfacecolor="none"
+                INK, "o", label="random-init model", alpha=0.6, width=1.1, linestyle=RANDOM_INIT, markerfacecolor="none"
             )
         )
     if any(model.shuffled for model in results.models):
-        handles.append(_handle(INK, "x", label="shuffled explanations", alpha=0.6, width=1.1, linestyle=(0, (1, 1.8))))
+        handles.append(_handle(INK, "x", label="shuffled explanations", alpha=0.6, width=1.1, linestyle=SHUFFLED))
     return handles

@@ -79,20 +79,20 @@ CONTROL_ROWS = ("random-init", "shuffled")
 
 def summary(results: Results) -> Table:
     """What fits a terminal and opens the page: a row per model with its controls below, a column per protocol."""
-    rows: list[tuple[Cell, ...]] = []
+
+    def row(name: str, scores: Mapping[str, ModelAggregate], cost: tuple[Cell, ...]) -> tuple[Cell, ...]:
+        return (name, *(_with_interval(scores, one) for one in results.protocols), *cost)
+
+    rows = []
     for model in results.models:
-        rows.append(
-            (model.title, *_cost_cells(model), *(_with_interval(model.scores, one) for one in results.protocols))
-        )
+        rows.append(row(model.title, model.scores, _cost_cells(model)))
         if (control := model.random_init) is not None:
-            scores = (_with_interval(control.scores, one) for one in results.protocols)
-            rows.append((CONTROL_ROWS[0], *_cost_cells(control), *scores))
+            rows.append(row(CONTROL_ROWS[0], control.scores, _cost_cells(control)))
         if model.shuffled:
-            scores = (_with_interval(model.shuffled, one) for one in results.protocols)
-            rows.append((CONTROL_ROWS[1], None, None, None, *scores))
+            rows.append(row(CONTROL_ROWS[1], model.shuffled, (None, None, None)))
     return Table(
         name="summary", caption=f"Mean score over layers, with 95 % intervals ({results.mode} mode)",
-        columns=(Column("Model"), *COST, *(Column(name, "0.1", "points") for name in results.protocols)),
+        columns=(Column("Model"), *(Column(name, "0.1", "points") for name in results.protocols), *COST),
         rows=tuple(rows),
     )  # fmt: skip
 
@@ -333,7 +333,7 @@ def _csv_headings(column: Column) -> list[str]:
     return [f"{column.heading}, {end}" for end in _ENDS[column.style]] if column.style in _ENDS else [column.heading]
 
 
-def _csv_values(cell: Cell, column: Column) -> list[str | float]:
+def _csv_values(cell: Cell, column: Column) -> list[str | int | float]:
     if column.style in _ENDS:
         return list(cell) if isinstance(cell, tuple) else ["", ""]
     if isinstance(cell, str):

@@ -40,14 +40,20 @@ class TrainConfig:
     """Steps between checkpoints; the last two are kept."""
 
     def __post_init__(self) -> None:
+        counts = ("tokens", "batch_tokens", "micro_batch", "context", "log_every", "evaluate_every", "evaluate_tokens")
         problems = [
             f"{name} is {getattr(self, name)}, at least 1 is needed"
-            for name in ("tokens", "batch_tokens", "micro_batch", "context", "log_every", "checkpoint_every")
+            for name in (*counts, "checkpoint_every")
             if getattr(self, name) < 1
         ]
-        if self.context > 0 and self.batch_tokens % self.context:
+        problems += [
+            f"{name} is {getattr(self, name)}, it must be above 0"
+            for name in ("learning_rate", "clip")
+            if not getattr(self, name) > 0
+        ]
+        if not problems and self.batch_tokens % self.context:
             problems.append(f"batch_tokens {self.batch_tokens} is not a multiple of context {self.context}")
-        elif self.sequences % self.micro_batch:
+        if not problems and self.sequences % self.micro_batch:
             problems.append(
                 f"a batch of {self.sequences} sequences is not a multiple of micro_batch {self.micro_batch}"
             )

@@ -1,12 +1,14 @@
 """Held-out loss: one deterministic pass, with a standard error over documents."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int, Integer
+from jaxtyping import Float64, Int, Integer
 
+from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
 
@@ -44,6 +46,8 @@ def evaluate(
     number of tokens of document d, the loss is L = sum S_d / sum n_d and its variance, as of a ratio,
     D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
     """
+    if len(tokens) < 2:
+        raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Tokenize more text")
     count = len(documents) - 1
     sums, sizes = np.zeros(count), np.zeros(count)
     for first, losses in _losses(model, tokens, batch):
@@ -55,11 +59,13 @@ def evaluate(
         bar.advance(len(losses))
     total, predicted = sums.sum(), sizes.sum()
     loss = total / predicted
+    if not math.isfinite(loss):
+        raise CrateError(f"the loss of this model is {loss}: its training has diverged. Train anew with a lower rate")
     spread = ((sums - loss * sizes) ** 2).sum() * count / max(1, count - 1)
     return Evaluation(
         nats_per_token=float(loss), standard_error=math.sqrt(spread) / predicted if count > 1 else math.nan,
-        perplexity=math.exp(loss), bits_per_byte=total / math.log(2) / text_bytes, tokens=int(predicted),
-        documents=count,
+        perplexity=math.exp(loss) if loss < 700 else math.inf, bits_per_byte=total / math.log(2) / text_bytes,
+        tokens=int(predicted), documents=count,
     )  # fmt: skip
 
 
@@ -70,7 +76,9 @@ def held_out_loss(model: LanguageModel, tokens: Integer[np.ndarray, " stream"], 
     return float(np.concatenate(losses).mean())
 
 
-def _losses(model: LanguageModel, tokens: np.ndarray, batch: int):  # type: ignore[no-untyped-def]
+def _losses(
+    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], batch: int
+) -> Iterator[tuple[int, Float64[np.ndarray, " piece"]]]:
     """Yield (index of the first predicted token, losses) for consecutive stretches of the stream."""
     context = model.config.context_length
     step = context * batch

@@ -7,8 +7,10 @@ again goes through the same losses as one that was not.
 import contextlib
 import math
 import shutil
+import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ from cratelm.runtime import ProgressBar, console
 from cratelm.training.config import TrainConfig
 from cratelm.training.evaluate import held_out_loss
 
+_filters = threading.Lock()
+
 
 def train(
     config: TrainConfig,
@@ -57,15 +61,16 @@ def train(
     or if the loss stops being a number (the last checkpoint is from before that).
     """
     with claim(run):
+        tokenizer = data.tokenizer()
         open_run(run, config, model_config, data)
         model = LanguageModel(model_config).initialise(config.seed).to(device)
         optimizer = build_optimizer(model, config)
-        first = resume(run, model, optimizer)
+        first = resume(run, model, optimizer, seed=config.seed)
         bar.advance(first * config.batch_tokens)
         if first < config.steps or not (run / "model").exists():
             rewind_jsonl(run / "metrics.jsonl", lambda row: row["step"] <= first)
             _loop(config, model, optimizer, data, run, first, bar, stop)
-            save_model(model, run / "model", data.tokenizer())
+            save_model(model, run / "model", tokenizer)
         return model
 
 
@@ -84,19 +89,22 @@ def _loop(
     started, since = time.monotonic(), first
     for step in range(first, config.steps):
         if stop():
-            save_checkpoint(run, model, optimizer, step)
+            if step > first:
+                save_checkpoint(run, model, optimizer, step)
             raise KeyboardInterrupt
         loss, norm = train_step(config, model, optimizer, tokens, step)
         done = step + 1
         last, checkpoint = done == config.steps, done % config.checkpoint_every == 0 or done == config.steps
         row: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens}
         if done % config.log_every == 0 or checkpoint:
-            row |= {"loss": _finite(loss.item(), run, step), "gradient_norm": norm.item()}
-            row |= {"learning_rate": config.learning_rate_at(step)}
-            row |= {"tokens_per_second": (done - since) * config.batch_tokens / (time.monotonic() - started)}
+            row["loss"] = _finite(loss.item(), "loss", run, done)
+            row["gradient_norm"] = _finite(norm.item(), "norm of the gradient", run, done)
+            row["learning_rate"] = config.learning_rate_at(step)
+            row["tokens_per_second"] = (done - since) * config.batch_tokens / (time.monotonic() - started)
             started, since = time.monotonic(), done
         if done % config.evaluate_every == 0 or last:
-            row["held_out_loss"] = held_out_loss(model, held_out, batch=config.micro_batch)
+            loss_there = held_out_loss(model, held_out, batch=config.micro_batch)
+            row["held_out_loss"] = _finite(loss_there, "held-out loss", run, done)
         if len(row) > 2:
             append_jsonl(run / "metrics.jsonl", row)
         if checkpoint:
@@ -164,7 +172,8 @@ def open_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: To
     training = asdict(config) | {"data_hash": data.splits["train"].sha256, "tokenizer_hash": data.tokenizer_hash}
     if (run / "run.json").exists():
         found = read_json(run / "run.json", made_by=f"cratelm train --out {run}")
-        different = differing_fields(found["model"] | (found["training"] or {}), model_config.as_dict() | training)
+        there = found.get("model", {}) | (found.get("training") or {})
+        different = differing_fields(there, model_config.as_dict() | training)
         if different:
             raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
         return
@@ -190,44 +199,73 @@ def write_control(of: Path, run: Path) -> None:
     trained = read_json(of / "run.json", made_by=f"cratelm train --out {of}")
     if trained["control"] is not None or trained["training"] is None:
         raise CrateError(f"{of} is no trained model (control: {trained['control']}). Name the run that was trained")
-    model_config = ModelConfig(**trained["model"])
+    if not (of / "model" / "tokenizer.json").exists():
+        raise CrateError(f"the training of {of} is not finished (no model/ there). Run: cratelm train --out {of}")
+    model_config, name = ModelConfig(**trained["model"]), of.resolve().name
     with claim(run):
         if (run / "run.json").exists():
             found = read_json(run / "run.json", made_by=f"cratelm train --control-of {of} --out {run}")
-            different = differing_fields(found["model"], model_config.as_dict())
-            if found["control"] != "random-init" or different:
-                raise CrateError(f"{run} holds another run ({different or 'a trained model'}). Use another --out")
+            asked = model_config.as_dict() | {"control": "random-init", "of": name}
+            there = {key: found.get(key) for key in ("control", "of")} | found.get("model", {})
+            if different := differing_fields(there, asked):
+                raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
+        else:
+            write_run(run, model_config, training=None, control="random-init", of=name)
         if not (run / "model").exists():
             model = LanguageModel(model_config).initialise(trained["training"]["seed"])
             save_model(model, run / "model", Tokenizer.from_file(str(of / "model" / "tokenizer.json")))
-            write_run(run, model_config, training=None, control="random-init", of=of.resolve().name)
 
 
 def save_checkpoint(run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write `checkpoints/step_N` in torch's distributed format and keep the two newest."""
     folder = run / "checkpoints"
     weights, moments = get_state_dict(model, optimizer)
-    with atomic_path(folder / f"step_{step:07d}") as temporary:
+    with atomic_path(folder / f"step_{step:07d}") as temporary, _one_process():
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=True)
     for old in _checkpoints(run)[:-2]:
         shutil.rmtree(old)
 
 
-def resume(run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest readable checkpoint; return how many steps it has seen, 0 if there is none."""
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep torch from warning that it takes this process for the only one: that is what `no_dist=True` says.
+
+    Python's warning filters belong to all threads, and `cratelm demo` trains in two: hence the lock. Torch also wraps
+    whatever goes wrong; a full disk and Ctrl-C come out as themselves.
+    """
+    with _filters, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            yield
+        except dcp.api.CheckpointException as error:
+            cause: BaseException | None = next(iter(error.failures.values()))[0]
+            while cause is not None and not isinstance(cause, OSError | KeyboardInterrupt):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+
+def resume(run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, *, seed: int) -> int:
+    """Load the newest readable checkpoint; return how many steps it has seen, 0 if there is none.
+
+    A checkpoint that fails half-way has changed the model already; without an older one, it is initialised again.
+    """
     for folder in reversed(_checkpoints(run)):
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
         try:
-            dcp.load(state, checkpoint_id=folder, no_dist=True)
+            with _one_process():
+                dcp.load(state, checkpoint_id=folder, no_dist=True)
         except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
             reason = str(error).strip().splitlines()
             console.print(
-                f"checkpoint {folder} is not readable ({reason[-1][:80] if reason else type(error).__name__})"
+                f"checkpoint {folder} is not readable ({reason[-1][:80] if reason else type(error).__name__})",
+                markup=False,
             )
             continue
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         return int(folder.name.removeprefix("step_"))
+    model.initialise(seed)
+    optimizer.state.clear()
     return 0
 
 
@@ -235,11 +273,12 @@ def _checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"))
 
 
-def _finite(loss: float, run: Path, step: int) -> float:
-    if math.isfinite(loss):
-        return loss
+def _finite(value: float, what: str, run: Path, step: int) -> float:
+    """Refuse a number that shows that training has diverged, before a checkpoint is written of it."""
+    if math.isfinite(value):
+        return value
     kept = _checkpoints(run)
     where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     raise CrateError(
-        f"the loss became {loss} at step {step + 1} of {run}; {where}. Train anew with a lower --learning-rate"
+        f"the {what} became {value} at step {step} of {run}; {where}. Train anew with a lower --learning-rate"
     )

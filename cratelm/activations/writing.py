@@ -1,0 +1,113 @@
+"""Writing record files (`records.py` reads them)."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Integer
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from cratelm.activations.records import Mode, layer_file, read_windows, records_folder
+from cratelm.activations.subject import Corpus, Subject
+from cratelm.errors import CrateError
+from cratelm.rundir import FORMAT_VERSION, atomic_path, differing_fields, origin, read_json, write_json
+
+
+def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, Any]) -> bool:
+    """Whether these very records are there; records of the same mode with other settings are refused.
+
+    `layers` is a setting of the tap and not of all its run's taps: some of the layers that are there are there, too.
+    """
+    path = records_folder(run, mode) / "records.json"
+    if not path.exists():
+        return False
+    found = read_json(path, made_by=f"cratelm collect {run} --data DIR")
+    shared = {name: value for name, value in settings.items() if name != "layers"}
+    different = differing_fields({name: found.get(name) for name in shared}, json.loads(json.dumps(shared)))
+    if not different and tap in found["taps"]:
+        there, asked = found["taps"][tap]["layers"], list(settings.get("layers", ()))
+        different = f"layers {there} -> {asked}" if set(asked) - set(there) else ""
+    if different:
+        raise CrateError(
+            f"{run} holds {mode} records of other settings ({different}). Remove {path.parent} to collect anew"
+        )
+    return tap in found["taps"]
+
+
+def write_layers(
+    run: Path, mode: Mode, tap: str, layers: Iterable[int], arrays_of: Callable[[int], Mapping[str, np.ndarray]]
+) -> None:
+    """Write one file per layer, made one at a time."""
+    for layer in layers:
+        _write_tensors(layer_file(run, mode, tap, layer), arrays_of(layer))
+
+
+def write_windows(
+    run: Path,
+    mode: Mode,
+    tokens: Integer[np.ndarray, " stream"],
+    covered: Int[np.ndarray, "stretches 2"],
+    document_position: Int[np.ndarray, " documents"],
+    document_split: Int[np.ndarray, " documents"],
+) -> None:
+    """Write the tokens of the covered [first, last) stretches of the corpus, each once, and the documents.
+
+    Stretches that other taps of these records cover stay covered.
+    """
+    if (records_folder(run, mode) / "records.json").exists():
+        earlier = read_windows(run, mode)
+        ends = np.append(earlier.span_offset[1:], len(earlier.tokens)) - earlier.span_offset + earlier.span_position
+        covered = np.concatenate([covered, np.stack([earlier.span_position, ends], axis=1)])
+    spans = union(covered)
+    sizes = spans[:, 1] - spans[:, 0]
+    offsets = np.cumsum(sizes) - sizes
+    index = np.arange(sizes.sum()) + np.repeat(spans[:, 0] - offsets, sizes)
+    arrays = {
+        "tokens": tokens[index], "span_position": spans[:, 0].copy(), "span_offset": offsets,
+        "document_position": document_position.astype(np.int64), "document_split": document_split.astype(np.int64),
+    }  # fmt: skip
+    _write_tensors(records_folder(run, mode) / "windows.safetensors", arrays)
+
+
+def write_description(run: Path, mode: Mode, description: Mapping[str, Any], subject: Subject, corpus: Corpus) -> None:
+    """Write `records.json`, the last file of a collection: with it there, the records are whole.
+
+    What it says of all taps together stays as the first of them wrote it; each tap adds its layers and whether it is
+    signed (some activation is negative).
+    """
+    path = records_folder(run, mode) / "records.json"
+    earlier = read_json(path, made_by=f"cratelm collect {run} --data DIR") if path.exists() else {}
+    shared = {"mode": mode, **description, **subject.identity, **corpus.identity, "origin": origin()} | earlier
+    layers = sorted(subject.layers)
+    signed = any(least_activation(layer_file(run, mode, subject.tap, layer)) < 0 for layer in layers)
+    taps = earlier.get("taps", {}) | {subject.tap: {"layers": layers, "signed": signed}}
+    shared |= {"taps": dict(sorted(taps.items())), "signed": any(one["signed"] for one in taps.values())}
+    write_json(path, {key: value for key, value in shared.items() if key != "layers"})
+
+
+def least_activation(path: Path) -> float:
+    """The smallest activation of any neuron in a layer's records."""
+    with safe_open(path, framework="np") as file:
+        return float(file.get_tensor("minimum").min())
+
+
+def union(intervals: Int[np.ndarray, "some 2"]) -> Int[np.ndarray, "fewer 2"]:
+    """Half-open intervals that cover the same integers, ascending, none touching another."""
+    ordered = intervals[np.argsort(intervals[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(ordered[:, 1])
+    starts = np.concatenate([[True], ordered[1:, 0] > reach[:-1]])
+    ends = np.concatenate([starts[1:], [True]])
+    return np.stack([ordered[starts, 0], reach[ends]], axis=1)
+
+
+def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with atomic_path(path) as temporary:
+        # The library writes memory as it lies, so anything transposed or strided must be laid out first.
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+            temporary,
+            metadata={"format_version": str(FORMAT_VERSION)},
+        )

@@ -28,22 +28,23 @@ VERBS = {
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
     "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
-    "export": "the model of a run to a Hugging Face directory or a released checkpoint",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",
     "explain": "records to explanations: what a neuron stands for",
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
     "score": "simulations to scores: how well the explanation predicts the neuron",
     "interpret": "explain, simulate and score in one go",
+    "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
+    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
 }
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
     ("Everything at once", ("demo",)),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
-    ("Models from and for elsewhere", ("import", "export")),
+    ("Models and neurons from and for elsewhere", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
-    ("From scores to a page", ("report",)),
+    ("Neurons to look at", ("neurons", "report")),
 )
 """The verbs as the overview groups them."""
 

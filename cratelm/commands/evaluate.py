@@ -11,7 +11,7 @@ evaluation.json in the run directory, where each part replaces what an earlier e
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,7 +23,7 @@ from cratelm.runtime import DeviceName, progress_bar, select_device
 class Options:
     """Options of `cratelm evaluate`."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories."""
     data: Path | None = None
     """Token directory to predict."""
@@ -43,6 +43,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Evaluate each run; print a line for its held-out loss and a table for its zero-shot losses."""
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm evaluate RUN --data DIR")
     if options.data is None and not _names(options):
         raise CrateError("nothing to evaluate on. Give --data DIR, or --zero-shot lambada,wikitext2,ptb")
     for one in options.runs:
@@ -70,8 +72,8 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     data = open_tokens(data_folder, options.tokenizer, tokenizer, run_folder)
     if data.vocab_size > model.config.vocab_size:
         raise CrateError(
-            f"the tokens of {data_folder} come from a vocabulary of {data.vocab_size}, the model of {run_folder} has "
-            f"{model.config.vocab_size} rows. Tokenize with the model's own tokenizer"
+            f"the tokens of {data_folder} are of {data.vocab_size} kinds, the model of {run_folder} knows "
+            f"{model.config.vocab_size}. Tokenize with the model's own tokenizer"
         )
     tokens = data.tokens(options.split)
     with claim(run_folder), progress_bar(f"evaluate {run_folder.name}", total=len(tokens)) as bar:

@@ -35,7 +35,7 @@ _GPT2_FIXED = {
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
-"""Settings of `GPT2LMHeadModel` that change what it computes, at the one value we compute with."""
+"""Options of a GPT-2 directory that have one value here."""
 
 
 AUTO_MAP = {"AutoConfig": "modeling_crate.CrateConfig", "AutoModelForCausalLM": "modeling_crate.CrateForCausalLM"}
@@ -74,39 +74,33 @@ def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None =
 def load_model(folder: Path) -> LanguageModel:
     """Read a model directory; weights stay in float32 on the CPU, in evaluation mode."""
     path = folder / "config.json"
-    fields = _read_fields(path)
-    if fields.get("model_type") not in ("crate", "gpt2"):
-        raise CrateError(f"{path} describes a {fields.get('model_type')!r} model; this command reads crate and gpt2")
-    state = _read_weights(folder)
+    fields, state = _read_fields(path), _read_weights(folder)
     try:
-        config, state = (_crate if fields["model_type"] == "crate" else _gpt2)(path, fields, state)
-    except (KeyError, TypeError, AttributeError) as error:
+        config, state = _fit(path, fields, state)
+    except (KeyError, TypeError) as error:
         raise CrateError(f"{path} lacks or misspells a field ({error})") from None
     head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state.get("embedding.weight", head)):
+    if head is not None and "embedding.weight" in state and not torch.equal(head, state["embedding.weight"]):
         raise CrateError(f"the head of {folder} is not its embedding; only models with a tied head can be read")
     return build(config, state, source=str(folder))
 
 
-def _crate(
-    path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> tuple[ModelConfig, dict[str, Tensor]]:  # fmt: skip
-    check_format_version(path, fields.get("format_version", FORMAT_VERSION))
-    return _read_crate_config(fields), _from_crate(state)
-
-
-def _gpt2(
-    path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> tuple[ModelConfig, dict[str, Tensor]]:  # fmt: skip
-    """A GPT-2 has biases if our config says so, or if any is not zero: other tools need zero ones where we have none.
-
-    `bias` in our config cannot say it alone: other tools copy it when they train the model further.
-    """
-    state = _from_gpt2(state)
-    biases = {name: tensor for name, tensor in state.items() if name.endswith(".bias")}
-    bias = bool(fields.get("bias")) or any(bool(tensor.any()) for tensor in biases.values())
-    config = _read_gpt2_config(path, fields, bias=bias)
-    return config, state if bias else {name: tensor for name, tensor in state.items() if name not in biases}
+def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights under our names."""
+    match fields.get("model_type"):
+        case "crate":
+            check_format_version(path, fields.get("format_version", FORMAT_VERSION))
+            return _read_crate_config(fields), _from_crate(state)
+        case "gpt2":
+            state = _from_gpt2(state)
+            # Other tools need zero biases where we have none. `bias` in our config.json cannot say it alone: they
+            # copy it when they train the model further.
+            biases = {name for name, tensor in state.items() if name.endswith(".bias")}
+            bias = bool(fields.get("bias")) or any(bool(state[name].any()) for name in biases)
+            kept = {name: tensor for name, tensor in state.items() if bias or name not in biases}
+            return _read_gpt2_config(path, fields, bias=bias), kept
+        case kind:
+            raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -115,7 +109,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CrateError(f"{path} is not readable ({error})") from None
     if not isinstance(fields, dict):
-        raise CrateError(f"{path} holds a {type(fields).__name__}, not a JSON object")
+        raise CrateError(f"{path} lacks or misspells a field (it holds a {type(fields).__name__})")
     return fields
 
 
@@ -259,7 +253,7 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> M
         raise CrateError(f"{path} has activation_function {activation!r}, readable are {', '.join(activations)}")
     for name, value in _GPT2_FIXED.items():
         if fields.get(name, value) != value:
-            raise CrateError(f"{path} has {name} {fields[name]!r}; our GPT-2 computes only with {value!r}")
+            raise CrateError(f"{path} has {name} {fields[name]!r}, readable is {value!r} only")
     width = fields["n_embd"]
     inner = fields.get("n_inner") or 4 * width
     if inner % width:
@@ -311,12 +305,15 @@ def _from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
         module, _, kind = name.rpartition(".")
-        place, _, inner = module.removeprefix("h.").partition(".")
         if module in shell:
             renamed[f"{shell[module]}.{kind}"] = tensor
-        elif module.startswith("h.") and inner in block:
-            linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
-            renamed[f"blocks.{place}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
-        else:
-            renamed[full_name] = tensor  # the head, or an unknown name that `build` reports
+            continue
+        match module.split(".", 2):
+            case ["h", layer, inner] if inner in block:
+                pass
+            case _:
+                renamed[full_name] = tensor  # the head, or an unknown name that `build` reports
+                continue
+        linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
+        renamed[f"blocks.{layer}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
     return {name: tensor.contiguous() for name, tensor in renamed.items()}

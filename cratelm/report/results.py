@@ -300,7 +300,9 @@ def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:
 
 def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[str]:
     for run in models:
-        if run.loss is None:
+        if run.loss is None and not run.training and run.control is None:
+            yield f"The loss of {run.title} is not measured: cratelm evaluate reads models that cratelm trained."
+        elif run.loss is None:
             yield f"The loss of {run.title} is not evaluated. Run: cratelm evaluate {run.path}"
         for name in protocols:
             if name not in run.scores:

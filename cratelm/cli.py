@@ -25,6 +25,7 @@ VERBS = {
     "demo": "the whole job below, small, on text that is already on this machine",
     "tokenize": "text, from files, folders or data sets, to a directory of tokens",
     "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
+    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
     "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
@@ -40,7 +41,7 @@ VERBS = {
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
-    ("Everything at once", ("demo",)),
+    ("Everything at once", ("demo", "study")),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
     ("Models and neurons from and for elsewhere", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, weights_hash
 from cratelm.rundir import claim
-from cratelm.training import train as training
-from cratelm.training.train import build_optimizer, resume, save_checkpoint, train_step
+from cratelm.training.checkpoints import Checkpoints
+from cratelm.training.learner import Learner, Taken
+from cratelm.training.opening import training_identity
+from cratelm.training.optimizer import Optimizers, build_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +129,31 @@ def test_a_damaged_checkpoint_costs_only_time(
     assert checkpoints(run) == ["step_0000008", "step_0000012"]
 
 
+def fresh() -> tuple[LanguageModel, Optimizers]:
+    model = LanguageModel(tiny_config()).initialise(0)
+    return model, build_optimizers(model, short_training())
+
+
+def opened(run: Path, data: TokenDirectory) -> Checkpoints:
+    training = training_identity(short_training(), data)
+    return Checkpoints(run, configuration={"model": tiny_config().as_dict(), "training": training})
+
+
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[..., Any]) -> None:
     """Let `change` have its way with the result of one step."""
-    real = train_step
+    real = Learner.step
 
-    def faulty(config: Any, model: Any, optimizer: Any, tokens: Any, at: int) -> Any:
-        result = real(config, model, optimizer, tokens, at)
-        return change(model, *result) if at + 1 == step else result
+    def faulty(learner: Learner, batches: Any, at: int) -> Taken:
+        taken = real(learner, batches, at)
+        return change(learner.model, taken) if at + 1 == step else taken
 
-    monkeypatch.setattr(training, "train_step", faulty)
+    monkeypatch.setattr(Learner, "step", faulty)
 
 
-def spoil(model: LanguageModel, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spoil(model: LanguageModel, taken: Taken) -> Taken:
     with torch.no_grad():
         model.norm.weight[3] = math.nan
-    return loss, norm
+    return taken
 
 
 @pytest.mark.parametrize(
@@ -148,7 +161,12 @@ def spoil(model: LanguageModel, loss: torch.Tensor, norm: torch.Tensor) -> tuple
     [
         (5, spoil, "the held-out loss became nan at step 5", 4),
         (6, spoil, "the loss became nan at step 7", 4),
-        (8, lambda _, loss, norm: (loss, norm * math.inf), "the norm of the gradient became inf at step 8", 4),
+        (
+            8,
+            lambda _, taken: replace(taken, norm=taken.norm * math.inf),
+            "the norm of the gradient became inf at step 8",
+            4,
+        ),
         (12, spoil, "the held-out loss became nan at step 12", 8),
     ],
 )
@@ -162,8 +180,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert "\n" not in str(told.value)
     assert not (tmp_path / "model").exists()
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
-    model = LanguageModel(tiny_config()).initialise(0)
-    assert resume(tmp_path, model, build_optimizer(model, short_training()), seed=0) == kept
+    model, _, step = opened(tmp_path, data).resume(fresh)
+    assert step == kept
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
@@ -172,7 +190,7 @@ def test_a_loss_lost_between_two_lines_of_the_log_is_noticed_before_a_checkpoint
 ) -> None:
     fail_at(monkeypatch, 5, spoil)
     config = short_training(log_every=100, evaluate_every=100)
-    with pytest.raises(CrateError, match=r"loss became nan at step 8 .*step_0000004\."):
+    with pytest.raises(CrateError, match=r"loss became nan at step 6 .*step_0000004\."):
         train_quietly(config, tiny_config(), data, tmp_path)
 
 
@@ -253,18 +271,22 @@ def test_two_models_train_in_two_threads_and_torch_is_quiet(data: TokenDirectory
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoints_there_are(data: TokenDirectory, tmp_path: Path) -> None:
-    model = LanguageModel(tiny_config()).initialise(0)
-    optimizer = build_optimizer(model, short_training())
-    train_step(short_training(), model, optimizer, data.tokens("train"), 0)
+    model, optimizers = fresh()
     with small_disk(tmp_path / "disk", 1000) as disk:
-        save_checkpoint(disk, model, optimizer, 1)
+        saved = opened(disk, data)
+
+        def save(step: int) -> None:
+            saved.save(model, optimizers, step)
+            saved.finish()
+
+        save(1)
         _, used, free = shutil.disk_usage(disk)
         # Wherever in the second checkpoint the disk is full, some library or other is writing.
         for left in range(0, used - 8192, 4096 * 3):
             (disk / "filler").write_bytes(b"x" * (free - left))
             with pytest.raises(CrateError, match="no space left while writing .*step_0000002"):
-                save_checkpoint(disk, model, optimizer, 2)
+                save(2)
             assert checkpoints(disk) == ["step_0000001"]
             (disk / "filler").unlink()
-        save_checkpoint(disk, model, optimizer, 2)
-        assert resume(disk, model, optimizer, seed=0) == 2
+        save(2)
+        assert saved.resume(fresh)[2] == 2

@@ -36,6 +36,7 @@ def run(options: Options) -> None:
 
     from cratelm.report.page import verdict, write_report
     from cratelm.report.results import gather
+    from cratelm.report.study import study_of, study_sentences
     from cratelm.report.tables import summary, written
 
     results = gather(options.runs, mode=options.mode)
@@ -50,7 +51,8 @@ def run(options: Options) -> None:
         table.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
     console = Console(highlight=False, markup=False)
     console.print(table)
-    for sentence in verdict(results):
+    study = study_of(results)
+    for sentence in verdict(results) if study is None else study_sentences(study):
         console.print(f"\n{sentence}")
     print(f"\n{page if not page.is_relative_to('..') else page.resolve()}")
 

@@ -8,18 +8,28 @@ The defaults are the paper's (157 billion tokens); a laptop wants fewer:
 
 Stop it at any moment; the same command goes on from the last checkpoint and ends with the same model. What is written:
 run.json (configuration and origin), metrics.jsonl (losses), checkpoints/ and, at the end, model/ (a model directory).
+On several GPUs, with the same batches in the same order:
+
+    torchrun --nproc-per-node 8 --max-restarts 3 -m cratelm train --data tokens --out runs/crate-b --size b
 """
 
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from cratelm.commands.measurements import MeasurementName
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig, Size, sized
-from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
-from cratelm.training.config import TrainConfig
+from cratelm.model.settings import field_value
+from cratelm.runtime import DeviceName, console, human, progress_bar
+from cratelm.training.config import Execution, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +48,16 @@ class Options:
     """Of the paper's table: 1l 2l 3l (width 128), s (6 layers, width 768), b (12 layers)."""
     activation: Literal["relu", "gelu"] = "relu"
     """GPT-2's nonlinearity: relu as in the paper, or gelu."""
+    variant: tuple[str, ...] = ()
+    """Departures from the paper, FIELD=VALUE each: penalty=1.0 shifted_keys=true rotary=true ... (docs/variants.md)."""
     vocab_size: int | None = None
     """Rows of the embedding; by default the tokenizer's vocabulary, rounded up to a multiple of 64."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
     """How to train."""
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
+    """How to carry it out."""
+    measure: tuple[MeasurementName, ...] = ()
+    """Also measure along the way: `lookup` (how well lookup explains some neurons), `samples` (of text)."""
     control_of: Path | None = None
     """Write no trained model but the random-init control of this trained run."""
     dry_run: bool = False
@@ -67,23 +83,68 @@ def run(options: Options) -> None:
 
 
 def _train(options: Options, data_folder: Path) -> None:
+    from cratelm.commands.measurements import measurements
     from cratelm.data.tokens import TokenDirectory
+    from cratelm.training.distributed import join_world
+    from cratelm.training.forecast import forecast
     from cratelm.training.train import train
 
     data = TokenDirectory.open(data_folder, tokenizer=options.tokenizer)
-    config = options.training
+    config, execution = options.training, options.execution
     model_config = model_for(
         options.arch, options.size, vocab_size=options.vocab_size or padded(data.vocab_size), context=config.context
     )
     if options.arch == "gpt2":
         model_config = replace(model_config, activation=options.activation)
-    device = select_device(options.device)
-    console.print(preview(config, model_config))
-    if options.dry_run:
-        return
-    with progress_bar(f"train {options.out.name}", total=config.steps * config.batch_tokens) as bar:
-        train(config, model_config, data, options.out, device=device, bar=bar)
-    console.print(f"model in {options.out / 'model'}. Next: cratelm evaluate {options.out} --data {data_folder}")
+    model_config = depart(model_config, options.variant)
+    with stopping() as stop, join_world(options.device) as (world, device):
+        console.print(preview(config, model_config), soft_wrap=True)
+        if world.leads and (options.dry_run or not (options.out / "run.json").exists()):
+            expected = forecast(config, model_config, device=device, world_size=world.size, execution=execution)
+            console.print(str(expected), soft_wrap=True)
+        if options.dry_run:
+            return
+        with progress_bar(f"train {options.out.name}", total=config.steps * config.batch_tokens) as bar:
+            train(
+                config, model_config, data, options.out, device=device, bar=bar, stop=stop, execution=execution,
+                measurements=measurements(options.measure, data, options.out), world=world,
+            )  # fmt: skip
+    console.print(
+        f"model in {options.out / 'model'}. Next: cratelm evaluate {options.out} --data {data_folder}", soft_wrap=True
+    )
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, or a scheduler's SIGTERM, asks the training to write a checkpoint and stop; a second Ctrl-C does at once.
+
+    Under torchrun a second one is ignored: it passes on the Ctrl-C that the terminal has sent to every process already.
+    """
+    asked = threading.Event()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+    def ask(number: int, _frame: object) -> None:
+        if asked.is_set() and number == signal.SIGINT and alone:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
+    """The configuration with some fields changed, each as FIELD=VALUE."""
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key == "arch":
+            raise CrateError(f"--variant {setting!r} is no FIELD=VALUE of a model. See docs/variants.md")
+        changes[key] = field_value(setting, key, value)
+    return replace(model_config, **changes)
 
 
 def model_for(arch: Architecture, size: Size, *, vocab_size: int, context: int) -> ModelConfig:

@@ -36,6 +36,8 @@ from cratelm.report.results import (
     outcome,
     undefined_neurons,
 )
+from cratelm.report.study import Study, study_of, study_sentences, study_tables
+from cratelm.report.study_plots import study_figures
 from cratelm.report.tables import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
 from cratelm.rundir import write_text
 
@@ -47,23 +49,25 @@ RANKS: dict[Rank, str] = {"best": "Best explained", "median": "In the middle", "
 
 def write_report(results: Results, out: Path) -> Path:
     """Write tables, figures and the page; return the page's path."""
-    drawn = figures(results)
-    write_tables(tables(results), out)
+    study = study_of(results)
+    drawn = figures(results) if study is None else study_figures(study)
+    write_tables((*tables(results), *study_tables(study)), out)
     write_figures(drawn, out)
-    write_text(out / "report.html", page(results, drawn))
+    write_text(out / "report.html", page(results if study is None else study.first_seeds, drawn, study))
     return out / "report.html"
 
 
-def page(results: Results, drawn: Mapping[str, Figure]) -> str:
-    """The page's HTML."""
+def page(results: Results, drawn: Mapping[str, Figure], study: Study | None = None) -> str:
+    """The page's HTML. Of a study the results hold one run of each group."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    sentences = verdict(results)
+    sentences = verdict(results) if study is None else study_sentences(study)
     return template.substitute(
         style=style, style_hash=digest, title=escape(_listed([model.title for model in results.models])),
         verdict="\n".join(_paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
-        numbers=_numbers(results), figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
+        numbers="".join(map(as_html, study_tables(study))) + _numbers(results),
+        figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
         neurons=_neurons(results), method=_method(results),
     )  # fmt: skip
 
@@ -238,8 +242,9 @@ def _census(model: RunResult) -> str:
 
 
 def _card(one: NeuronExample, strings: Sequence[str]) -> str:
+    share = 100 * one.density
     facts = (
-        f"Scored over {one.tokens:,} tokens. Active on {_share(one.density)} of all tokens, "
+        f"Scored over {one.tokens:,} tokens. Active on {share:{'.1f' if share >= 0.1 else '.1g'}} % of all tokens, "
         f"at most {one.maximum:.3g} (the model's own units)."
     )
     strongest, *others = one.scored or one.explained
@@ -256,11 +261,6 @@ def _card(one: NeuronExample, strings: Sequence[str]) -> str:
         f"<details><summary>More excerpts</summary>{hidden}</details>"
         f'<p class="facts-line">{escape(facts)}</p></article>'
     )
-
-
-def _share(density: float) -> str:
-    percent = 100 * density
-    return f"{percent:.1f} %" if percent >= 0.1 else f"{percent:.1g} %"
 
 
 def _excerpt(excerpt: Excerpt, maximum: float, strings: Sequence[str]) -> str:

@@ -1,9 +1,13 @@
-"""How to train: `TrainConfig`, its defaults the paper's, and the learning-rate schedule."""
+"""How to train: `TrainConfig`, its defaults the paper's, the learning-rate schedules; and how to execute it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from cratelm.errors import CrateError
+
+Schedule = Literal["cosine", "wsd"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,20 +17,29 @@ class TrainConfig:
     tokens: int = 157_286_400_000
     """Tokens to train on, in all."""
     batch_tokens: int = 262_144
-    """Tokens per optimizer step."""
+    """Tokens per optimizer step, over all processes."""
     micro_batch: int = 8
-    """Sequences per forward pass; a batch is accumulated over as many as it takes."""
+    """Sequences per forward pass of one process; a batch is accumulated over as many as it takes."""
     context: int = 1024
     """Tokens per training sequence."""
     learning_rate: float = 6e-4
-    """Peak of the schedule: linear warm-up from 0, then a cosine."""
+    """Peak of the schedule."""
     final_learning_rate: float = 6e-5
-    """End of the cosine."""
+    """End of the schedule."""
+    schedule: Schedule = "cosine"
+    """After a linear warm-up from 0, a cosine to the end; or `wsd`: stable at the peak, at last a linear decay."""
     warmup_steps: int = 2000
+    """Steps over which the learning rate rises."""
+    decay_share: float = 0.2
+    """Share of all steps that `wsd` decays over."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
     weight_decay: float = 0.1
     """On tensors with two or more dimensions."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 1337
@@ -34,23 +47,31 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 1000
-    """Steps between measurements of the held-out loss, on the first `evaluate_tokens` held-out tokens."""
+    """Steps between measurements of the held-out loss."""
     evaluate_tokens: int = 262_144
+    """Held-out tokens, the first ones, that it is measured on."""
+    measure_every: int = 1000
+    """Steps between calls of the measurements that were asked for; they are also made before the first step."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last two are kept."""
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept, beside the best (the lowest held-out loss that was measured at one)."""
 
     def __post_init__(self) -> None:
-        counts = ("tokens", "batch_tokens", "micro_batch", "context", "log_every", "evaluate_every", "evaluate_tokens")
+        counts = (
+            "tokens", "batch_tokens", "micro_batch", "context", "log_every", "evaluate_every", "evaluate_tokens",
+            "measure_every", "checkpoint_every", "keep_last",
+        )  # fmt: skip
         problems = [
-            f"{name} is {getattr(self, name)}, at least 1 is needed"
-            for name in (*counts, "checkpoint_every")
-            if getattr(self, name) < 1
+            f"{name} is {getattr(self, name)}, at least 1 is needed" for name in counts if getattr(self, name) < 1
         ]
         problems += [
             f"{name} is {getattr(self, name)}, it must be above 0"
             for name in ("learning_rate", "clip")
             if not getattr(self, name) > 0
         ]
+        if not 0 < self.decay_share <= 1:
+            problems.append(f"decay_share is {self.decay_share}, a share above 0 and up to 1 is needed")
         if not problems and self.batch_tokens % self.context:
             problems.append(f"batch_tokens {self.batch_tokens} is not a multiple of context {self.context}")
         if not problems and self.sequences % self.micro_batch:
@@ -71,9 +92,58 @@ class TrainConfig:
         return math.ceil(self.tokens / self.batch_tokens)
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear from 0 over the warm-up, then a cosine that ends at `final_learning_rate`; steps count from 0."""
+        """Linear from 0 over the warm-up, then by `schedule` to `final_learning_rate`; steps count from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.final_learning_rate + cosine * (self.learning_rate - self.final_learning_rate)
+        if self.schedule == "wsd":
+            decay = max(1, round(self.decay_share * self.steps))
+            share = min(1.0, max(0, self.steps - 1 - step) / decay)
+        else:
+            progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+            share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
+
+    def rows_of(self, rank: int, world_size: int) -> range:
+        """Which sequences of every batch one of several processes computes.
+
+        Raises CrateError where the processes, or then the micro-batches, do not divide the batch.
+        """
+        own, rest = divmod(self.sequences, world_size)
+        if rest:
+            raise CrateError(
+                f"{world_size} processes do not divide a batch of {self.sequences} sequences ({self.batch_tokens} "
+                f"tokens). Use a number of processes that does, or another --batch-tokens"
+            )
+        if own % min(self.micro_batch, own):
+            raise CrateError(
+                f"each of {world_size} processes gets {own} of the batch's {self.sequences} sequences, not a multiple "
+                f"of micro_batch {self.micro_batch}. Use a --micro-batch that divides {own}"
+            )
+        return range(rank * own, (rank + 1) * own)
+
+
+MAY_CHANGE = ("micro_batch", "log_every", "checkpoint_every", "keep_last")
+"""Settings with which a run may go on though it began with others: the same batches in the same order are computed."""
+
+
+def settled(training: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run what it is; what an older `run.json` does not name yet was the default then."""
+    defaults = asdict(TrainConfig())
+    return {name: value for name, value in (defaults | training).items() if name not in MAY_CHANGE}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How the arithmetic is carried out. It does not change what is computed, so a run may go on with another."""
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes (torchrun): each with the whole model, or each with a share of its tensors (FSDP2)."""
+    compile: bool | None = None
+    """Fuse operations with torch.compile; by default on a GPU only."""
+    prefetch: int = 4
+    """Micro-batches read ahead by a thread of their own."""
+    track: tuple[Tracker, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio (needs the extra `track`)."""
+
+
+assert set(MAY_CHANGE) <= {field.name for field in fields(TrainConfig)}

@@ -11,6 +11,7 @@ from jaxtyping import Float64, Int, Integer
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
+from cratelm.training.distributed import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,28 +70,44 @@ def evaluate(
     )  # fmt: skip
 
 
-@torch.inference_mode()
-def held_out_loss(model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int) -> float:
-    """Mean cross-entropy in nats per token over a stream, in sequences of the model's context."""
-    losses = [losses for _, losses in _losses(model, tokens, batch)]
-    return float(np.concatenate(losses).mean())
+@torch.no_grad()
+def held_out_loss(
+    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int, world: World = ALONE
+) -> float:
+    """Mean cross-entropy in nats per token over a stream, in sequences of the model's context.
+
+    Several processes share the work. Each makes as many forward passes as the others, which a model that is spread
+    over them needs; one that has nothing left repeats its last.
+    """
+    passes = _passes(len(tokens) - 1, model.config.context_length, batch)
+    total = torch.zeros(2, dtype=torch.float64)
+    for turn in range(0, len(passes), world.size):
+        own = turn + world.rank
+        losses = _token_losses(model, tokens, *passes[min(own, len(passes) - 1)])
+        if own < len(passes):
+            total += torch.tensor([losses.sum(), len(losses)], dtype=torch.float64)
+    summed, count = world.sum_on_hosts(total).tolist()
+    return summed / count
 
 
 def _losses(
-    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], batch: int
-) -> Iterator[tuple[int, Float64[np.ndarray, " piece"]]]:
+    model: LanguageModel, tokens: np.ndarray, batch: int
+) -> Iterator[tuple[int, Float64[np.ndarray, " predicted"]]]:
     """Yield (index of the first predicted token, losses) for consecutive stretches of the stream."""
-    context = model.config.context_length
-    step = context * batch
-    for first in range(0, len(tokens) - 1, step):
-        piece = torch.from_numpy(tokens[first : first + step + 1].astype(np.int64)).to(model.device)
-        rows = (len(piece) - 1) // context
-        whole = rows * context
-        losses = []
-        if rows:
-            losses.append(
-                model.token_losses(piece[:whole].view(rows, context), piece[1 : whole + 1].view(rows, context))
-            )
-        if whole < len(piece) - 1:
-            losses.append(model.token_losses(piece[None, whole:-1], piece[None, whole + 1 :]))
-        yield first + 1, torch.cat([part.flatten() for part in losses]).double().cpu().numpy()
+    for first, rows, length in _passes(len(tokens) - 1, model.config.context_length, batch):
+        yield first + 1, _token_losses(model, tokens, first, rows, length)
+
+
+def _passes(predicted: int, context: int, batch: int) -> list[tuple[int, int, int]]:
+    """The forward passes over a stream: index of the first token, sequences, tokens of each."""
+    whole = predicted // context
+    found = [(row * context, min(batch, whole - row), context) for row in range(0, whole, batch)]
+    return found + ([(whole * context, 1, predicted - whole * context)] if predicted % context else [])
+
+
+def _token_losses(
+    model: LanguageModel, tokens: np.ndarray, first: int, rows: int, length: int
+) -> Float64[np.ndarray, " predicted"]:
+    piece = torch.from_numpy(tokens[first : first + rows * length + 1].astype(np.int64)).to(model.device)
+    losses = model.token_losses(piece[:-1].view(rows, length), piece[1:].view(rows, length))
+    return losses.flatten().double().cpu().numpy()

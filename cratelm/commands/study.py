@@ -1,0 +1,200 @@
+"""The paper's study on your text: every variant at every size from several seeds, trained on equal tokens and compared.
+
+    cratelm study --data tokens --sizes 1l,2l,3l --seeds 3 --out study --tokens 3_000_000 --context 256 \\
+        --batch-tokens 2048 --learning-rate 3e-3 --warmup-steps 40
+
+For each of them: train, write the random-init control, evaluate, collect, explain, simulate and score by lookup with
+shuffled explanations beside; at last the report, with means and differences over seeds. How long it takes is told
+first, and `--dry-run` stops there. Stopped and started again, it goes on: what is done is not done twice.
+
+A variant is a model configuration by name: `crate` and `gpt2`, or `NAME:FIELD=VALUE,...`, for example
+`sparser:penalty=1.0` or `gelu:arch=gpt2,activation=gelu`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from cratelm.errors import CrateError
+from cratelm.model.config import SIZES, ModelConfig, Size, sized
+from cratelm.model.settings import field_value
+from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
+from cratelm.training.config import Execution, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from cratelm.data.tokens import TokenDirectory
+
+FORWARD_PASSES = 2 * (1.25 + 1)
+"""Over the held-out tokens, for each training: collection (which keeps records too) and evaluation, of the model and
+of its control."""
+REPORT_SECONDS = 20
+"""Roughly, to explain, simulate, score and report on one training of a small model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `cratelm study`."""
+
+    data: Path
+    """Token directory (from `cratelm tokenize`, or nanoGPT's)."""
+    out: Path
+    """Folder for all runs, OUT/VARIANT-SIZE-seedK, and the report."""
+    sizes: str = "1l,2l,3l"
+    """Of the paper's table, with commas: 1l 2l 3l s b."""
+    seeds: int = 3
+    """Trainings of each variant and size; the seeds count up from --seed."""
+    variant: tuple[str, ...] = ("crate", "gpt2")
+    """What is compared: crate, gpt2, or NAME:FIELD=VALUE,... (fields of a model's configuration)."""
+    tokenizer: str | None = None
+    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
+    vocab_size: int | None = None
+    """Rows of the embedding; by default the tokenizer's vocabulary, rounded up to a multiple of 64."""
+    collect_tokens: int | None = None
+    """Held-out tokens to record neurons on, in whole documents; all by default."""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    """How to train, the same for all."""
+    execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
+    """How to carry it out."""
+    dry_run: bool = False
+    """Say what would be done and how long it takes, then stop."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One training of the study."""
+
+    run: Path
+    config: TrainConfig
+    model: ModelConfig
+
+    @property
+    def control(self) -> Path:
+        """The run directory of its random-init control."""
+        return self.run.with_name(f"{self.run.name}-random")
+
+
+def run(options: Options) -> None:
+    """Foretell, then do every part that is not done yet, then report."""
+    from cratelm.data.tokens import TokenDirectory
+
+    data = TokenDirectory.open(options.data, tokenizer=options.tokenizer)
+    parts = list(plan(options, data))
+    device = select_device(options.device)
+    _foretell(options, parts, data, device)
+    if options.dry_run:
+        return
+    for number, part in enumerate(parts, 1):
+        console.print(f"[bold]{number}/{len(parts)}[/bold] {part.run.name}")
+        _train(options, part, data, device)
+        _measure(options, part)
+    _report(options, parts)
+
+
+def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
+    """All trainings of the study: seed by seed, so that a study that is stopped has whole seeds."""
+    from cratelm.commands.train import padded
+
+    sizes = [size.strip() for size in options.sizes.split(",")]
+    if unknown := [size for size in sizes if size not in SIZES]:
+        raise CrateError(f"unknown size {unknown[0]!r}, known are {', '.join(SIZES)}. Write for example 1l,2l,3l")
+    if options.seeds < 1:
+        raise CrateError(f"--seeds is {options.seeds}, at least 1 is needed")
+    names = [text.partition(":")[0] for text in options.variant]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CrateError(f"two variants are named {twice[0]!r}. Give each a name of its own: NAME:FIELD=VALUE,...")
+    vocab = options.vocab_size or padded(data.vocab_size)
+    for number in range(options.seeds):
+        for size in typing.cast(list[Size], sizes):
+            for text in options.variant:
+                name, model = variant(text, size, vocab_size=vocab, context=options.training.context)
+                config = replace(options.training, seed=options.training.seed + number)
+                yield Part(run=options.out / f"{name}-{size}-seed{number}", config=config, model=model)
+
+
+def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[str, ModelConfig]:
+    """The name and the model of `NAME` or `NAME:FIELD=VALUE,...` at a size. CRATE unless the fields name another."""
+    name, _, listed = text.partition(":")
+    changes: dict[str, Any] = {"arch": name} if name in ("crate", "gpt2") else {"arch": "crate"}
+    if not name or (not listed and name not in ("crate", "gpt2")):
+        raise CrateError(f"variant {text!r} says nothing. Write crate, gpt2, or NAME:FIELD=VALUE,...")
+    for setting in filter(None, listed.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise CrateError(f"variant {text!r}: {setting!r} is no FIELD=VALUE")
+        changes[key] = field_value(text, key, value)
+    arch = changes.pop("arch")
+    return name, sized(arch, size, vocab_size=vocab_size, **({"context_length": context} | changes))
+
+
+def _foretell(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
+    """Print what each model costs and how long the parts that are left will take, from a few timed passes of each."""
+    from cratelm.training.forecast import duration, forecast
+
+    total = 0.0
+    held_out = min(options.collect_tokens or data.splits["val"].tokens, data.splits["val"].tokens)
+    for model in dict.fromkeys(part.model for part in parts):
+        own = [part for part in parts if part.model == model]
+        left = [part for part in own if not (part.run / "model").exists()]
+        name = own[0].run.name.rpartition("-seed")[0]
+        costs = f"{human(model.num_parameters)} parameters, {human(model.flops_per_token())}FLOP per token"
+        said = f"{name}: {costs}, {len(own)} seeds"
+        if left:
+            expected = forecast(own[0].config, model, device=device, execution=options.execution)
+            forward = expected.seconds / expected.tokens / 3
+            each = expected.seconds + FORWARD_PASSES * held_out * forward + REPORT_SECONDS
+            total += each * len(left)
+            said += f", about {duration(each)} each"
+        console.print(said if len(left) == len(own) else f"{said}, {len(own) - len(left)} trained", soft_wrap=True)
+    console.print(f"{len(parts)} trainings, about {duration(total)} in all on {device}", soft_wrap=True)
+
+
+def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.device") -> None:
+    from cratelm.commands.train import stopping
+    from cratelm.training.opening import open_run
+    from cratelm.training.train import train, write_control
+
+    if (part.run / "run.json").exists():
+        open_run(part.run, part.config, part.model, data)
+    if not (part.run / "model").exists():
+        total = part.config.steps * part.config.batch_tokens
+        with stopping() as stop, progress_bar(f"train {part.run.name}", total=total) as bar:
+            train(
+                part.config, part.model, data, part.run, device=device, bar=bar, stop=stop,
+                execution=options.execution,
+            )  # fmt: skip
+    write_control(part.run, part.control)
+
+
+def _measure(options: Options, part: Part) -> None:
+    """Evaluate, collect and score the model and its control."""
+    from cratelm.commands import collect, evaluate, interpret
+    from cratelm.rundir import claim
+
+    controlled: tuple[tuple[Path, tuple[str, ...]], ...] = ((part.run, ("shuffled",)), (part.control, ()))
+    for one, controls in controlled:
+        if not (one / "evaluation.json").exists():
+            asked = evaluate.Options(runs=(one,), data=options.data, tokenizer=options.tokenizer, device=options.device)
+            evaluate.evaluate_run(one, options.data, asked)
+        collect.collect_run(one, collect.Options(
+            runs=(one,), data=options.data, tokenizer=options.tokenizer, tokens=options.collect_tokens,
+            device=options.device,
+        ))  # fmt: skip
+        selection = interpret.Options(runs=(one,), controls=controls)
+        with claim(one):
+            interpret.explain_run(one, selection)
+            interpret.simulate_run(one, selection, selection.controls)
+            interpret.score_run(one, selection, selection.controls)
+
+
+def _report(options: Options, parts: list[Part]) -> None:
+    from cratelm.commands import report
+
+    runs = tuple(run for part in parts for run in (part.run, part.control))
+    report.run(report.Options(runs=runs, out=options.out / "report"))

@@ -1,0 +1,83 @@
+"""Batches read ahead: a thread cuts the next micro-batches out of the tokens while the device computes.
+
+Which rows they hold is a function of (seed, step) and of the process alone (`sample_batch`), not of the thread.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cratelm.data.tokens import sample_batch
+from cratelm.training.config import TrainConfig
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, each (rows, context), on the device."""
+
+
+class Batches:
+    """The micro-batches of this process from one step on, in order; a context manager that ends its thread."""
+
+    def __init__(
+        self, config: TrainConfig, tokens: np.ndarray, rows: range, *, first: int, device: torch.device, ahead: int
+    ) -> None:
+        """`rows` are the sequences of every batch that this process computes; `ahead` micro-batches are kept ready."""
+        self.config, self.tokens, self.rows, self.device = config, tokens, rows, device
+        self.size = min(config.micro_batch, len(rows))
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(first,), name="batches", daemon=True)
+
+    def __enter__(self) -> "Batches":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of a step."""
+        return len(self.rows) // self.size
+
+    def micro_rows(self, micro: int) -> range:
+        """The sequences of the batch that a micro-batch of this process holds."""
+        return self.rows[micro * self.size : (micro + 1) * self.size]
+
+    def step(self) -> Iterator[Batch]:
+        """The micro-batches of the next step."""
+        for _ in range(self.per_step):
+            found = self._ready.get()
+            if isinstance(found, BaseException):
+                raise found
+            inputs, targets = found
+            yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def _read(self, first: int) -> None:
+        try:
+            for step in range(first, self.config.steps):
+                for micro in range(self.per_step):
+                    if not self._put(self._cut(step, self.micro_rows(micro))):
+                        return
+        except BaseException as error:  # whatever it is, the thread that waits for a batch must hear of it
+            self._put(error)
+
+    def _cut(self, step: int, rows: range) -> Batch:
+        batch = sample_batch(self.tokens, seed=self.config.seed, step=step, rows=rows, context=self.config.context)
+        inputs, targets = (torch.from_numpy(part) for part in batch)
+        if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
+            return inputs.pin_memory(), targets.pin_memory()
+        return inputs, targets
+
+    def _put(self, found: Batch | BaseException) -> bool:
+        while not self._ended.is_set():
+            try:
+                self._ready.put(found, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False

@@ -1,0 +1,246 @@
+"""Checkpoints: written by all processes while training goes on, whole under their final name, some of them kept.
+
+`checkpoints/step_N/` is torch's distributed format, which loads on any number of processes, and `checkpoint.json`:
+the step, the configuration, the held-out loss if it was measured, and size and CRC-32 of every file. It is written
+into `checkpoints/.step_N.tmp`, on one file system that all processes see, and renamed when everything is there.
+"""
+
+import errno
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._pytree import tree_map_only
+
+from cratelm.errors import CrateError
+from cratelm.model.language_model import LanguageModel
+from cratelm.rundir import differing_fields, read_json, write_json
+from cratelm.runtime import console
+from cratelm.training.config import settled
+from cratelm.training.distributed import ALONE, World
+from cratelm.training.optimizer import Optimizers
+
+DESCRIPTION = "checkpoint.json"
+
+
+class Checkpoints:
+    """The checkpoints of a run. As a context manager it waits at the end for the one that is being written."""
+
+    def __init__(
+        self, run: Path, *, configuration: Mapping[str, Any], keep_last: int = 2, world: World = ALONE
+    ) -> None:
+        """`configuration` goes into every checkpoint, and one with another is refused."""
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+        self.run, self.folder, self.world = run, run / "checkpoints", world
+        self.configuration, self.keep_last = configuration, keep_last
+        self._made: Future[None] | None = None
+        self._name = ""
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._made is not None:  # the first error is the one to tell
+            self._made.exception()
+
+    def save(
+        self, model: LanguageModel, optimizers: Optimizers, step: int, *, held_out_loss: float | None = None
+    ) -> None:
+        """Begin to write a checkpoint of this moment and return; first wait for one that is still being written."""
+        self.finish()
+        self._name = f"step_{step:07d}"
+        temporary = self.folder / f".{self._name}.tmp"
+        self.world.decide(lambda: _sweep(self.folder))
+        description = {"step": step, "held_out_loss": held_out_loss, **self.configuration}
+        state = _snapshot(model, optimizers)
+        writing = dcp.async_save(state, checkpoint_id=temporary, process_group=self.world.disks)
+        assert isinstance(writing, Future)
+        made = self._made = Future[None]()
+        writing.add_done_callback(lambda written: self._complete(written, made, temporary, description))
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises CrateError if there was no room for it."""
+        if self._made is None:
+            return
+        made, self._made = self._made, None
+        failures = [failure for failure in self.world.gather(_failure(made)) if failure]
+        if not failures:
+            return
+        self.world.decide(lambda: _sweep(self.folder))
+        kept = checkpoints(self.run)
+        where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        if any(full for full, _ in failures):
+            raise CrateError(
+                f"no space left while writing {self.folder / self._name}; {where}. Free some and run the same command "
+                "again"
+            )
+        raise CrateError(f"{self.folder / self._name} could not be written ({failures[0][1]}); {where}")
+
+    def _complete(
+        self, written: Future[Any], made: Future[None], temporary: Path, description: Mapping[str, Any]
+    ) -> None:
+        """What follows the writing, in the writer's thread: process 0 gives the checkpoint its name."""
+        try:
+            written.result()
+            if self.world.leads:
+                write_json(temporary / DESCRIPTION, {**description, "files": _sums(temporary)})
+                final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
+                if final.exists():
+                    shutil.rmtree(final)
+                temporary.rename(final)
+                self._prune()
+        except BaseException as error:  # it belongs to the thread that asked for the checkpoint
+            made.set_exception(error)
+        else:
+            made.set_result(None)
+
+    def _prune(self) -> None:
+        """Keep the newest and the best."""
+        found = checkpoints(self.run)
+        best = best_checkpoint(self.run)
+        for old in found[: -self.keep_last]:
+            if old != best:
+                shutil.rmtree(old)
+
+    def resume(self, build: Callable[[], tuple[LanguageModel, Optimizers]]) -> tuple[LanguageModel, Optimizers, int]:
+        """A model and its optimizers from the newest readable checkpoint and how many steps it has seen; else fresh."""
+        model, optimizers = build()
+        tried = False
+        for folder in reversed(self.world.decide(lambda: checkpoints(self.run))):
+            problem = self.world.decide(lambda folder=folder: self._problem(folder))  # type: ignore[misc]
+            if problem is None:
+                tried = True
+                problem = next(filter(None, self.world.gather(_load(folder, model, optimizers))), None)
+            if problem is None:
+                return model, optimizers, int(folder.name.removeprefix("step_"))
+            console.print(
+                f"checkpoint {folder} is not readable ({problem}); going back to the one before", markup=False
+            )
+        if tried:  # a failed reading leaves traces in what it was to fill
+            model, optimizers = build()
+        return model, optimizers, 0
+
+    def _problem(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint's files; CrateError if it is of another configuration."""
+        if not (folder / DESCRIPTION).exists():
+            return None if (folder / ".metadata").exists() else "it has no metadata"
+        try:
+            found = read_json(folder / DESCRIPTION, made_by="cratelm train")
+        except CrateError as error:
+            return str(error)
+        self._check_configuration(folder, found)
+        for name, (size, crc) in found["files"].items():
+            file = folder / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            if _crc(file) != crc:
+                return f"{name} was changed after it was written"
+        return None
+
+    def _check_configuration(self, folder: Path, found: Mapping[str, Any]) -> None:
+        model = differing_fields(found["model"], self.configuration["model"])
+        training = differing_fields(settled(found["training"]), settled(self.configuration["training"]))
+        if model or training:
+            raise CrateError(
+                f"checkpoint {folder} is of another configuration ({', '.join(filter(None, (model, training)))}). "
+                "Use another --out, or remove it"
+            )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"))
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss, the newest of equals; None if it was measured at none."""
+    losses: list[tuple[float, Path]] = []
+    for folder in checkpoints(run):
+        try:
+            loss = json.loads((folder / DESCRIPTION).read_text())["held_out_loss"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if loss is not None:
+            losses.append((loss, folder))
+    return min(reversed(losses), key=lambda pair: pair[0])[1] if losses else None
+
+
+def read_weights(folder: Path, model: LanguageModel) -> None:
+    """Load only the weights of a checkpoint, in one process."""
+    state = {"model": model.state_dict()}
+    _read(state, folder, alone=True)
+    model.load_state_dict(state["model"])
+
+
+def _snapshot(model: LanguageModel, optimizers: Optimizers) -> dict[str, Any]:
+    """Weights and moments of this moment. On the CPU they are copied here: the next step would change them."""
+    weights, moments = get_state_dict(model, optimizers)
+    state = {"model": weights, "optimizer": moments}
+    if model.device.type == "cpu":
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
+    return state
+
+
+def _load(folder: Path, model: LanguageModel, optimizers: Optimizers) -> str | None:
+    """Fill model and optimizers from a checkpoint; say what is wrong if that cannot be done."""
+    weights, moments = get_state_dict(model, optimizers)
+    try:
+        _read({"model": weights, "optimizer": moments}, folder)
+    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).strip().splitlines()
+        return reason[-1][:80] if reason else type(error).__name__
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
+    return None
+
+
+def _read(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+    dcp.load(state, checkpoint_id=folder, no_dist=alone)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process that was killed left half-written."""
+    for stale in folder.glob(".step_*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _failure(made: Future[None]) -> tuple[bool, str] | None:
+    """Why a checkpoint was not made: whether for want of space, and in words. Torch wraps whatever goes wrong."""
+    error = made.exception()
+    if error is None:
+        return None
+    causes: list[BaseException] = [error, *(pair[0] for pair in getattr(error, "failures", {}).values())]
+    for cause in causes:
+        causes += [deeper for deeper in (cause.__cause__, cause.__context__) if deeper and deeper not in causes]
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    full = any(
+        getattr(cause, "errno", None) in codes or any(os.strerror(code) in str(cause) for code in codes)
+        for cause in causes
+    )
+    words = str(causes[-1]).strip().splitlines()
+    return full, words[-1][:120] if words else type(error).__name__
+
+
+def _sums(folder: Path) -> dict[str, tuple[int, int]]:
+    files = [file for file in sorted(folder.iterdir()) if file.name != DESCRIPTION]
+    return {file.name: (file.stat().st_size, _crc(file)) for file in files}
+
+
+def _crc(file: Path) -> int:
+    crc = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,108 @@
+"""What a run says while it trains: metrics.jsonl always, TensorBoard, Weights & Biases and Trackio where asked for.
+
+A training that goes on from a checkpoint first drops the lines that a killed one wrote past it, so no step is there
+twice.
+"""
+
+import hashlib
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cratelm.errors import CrateError
+from cratelm.rundir import append_jsonl, rewind_jsonl
+from cratelm.training.config import Tracker
+
+Row = Mapping[str, float | int]
+Settings = Mapping[str, Any]
+
+
+class Log:
+    """Where the lines of one training go. Only process 0 has one that writes."""
+
+    def __init__(self, run: Path, trackers: tuple[Tracker, ...], *, first: int, writes: bool, config: Settings) -> None:
+        """`first` is the step that training goes on from; later lines of metrics.jsonl are dropped."""
+        self.run, self.writes = run, writes
+        self._sinks: list[tuple[Callable[[Row], None], Callable[[], None]]] = []
+        self._since, self._seen = time.monotonic(), first
+        if writes:
+            rewind_jsonl(run / "metrics.jsonl", lambda row: 0 < first >= row["step"])
+            self._sinks = [SINKS[tracker](run, first, config) for tracker in dict.fromkeys(trackers)]
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _write, close in self._sinks:
+            close()
+
+    def write(self, row: Row) -> None:
+        """Add one line: `step`, and whatever was measured at it."""
+        if self.writes and len(row) > 2:
+            append_jsonl(self.run / "metrics.jsonl", row)
+            for write, _close in self._sinks:
+                write(row)
+
+    def steps_per_second(self, step: int) -> float:
+        """Since the last call."""
+        now = time.monotonic()
+        rate = (step - self._seen) / max(now - self._since, 1e-9)
+        self._since, self._seen = now, step
+        return rate
+
+    def pause(self) -> Callable[[], None]:
+        """Stop the clock of `steps_per_second` for what is no training; call what is returned to go on."""
+        stopped = time.monotonic()
+
+        def go_on() -> None:
+            self._since += time.monotonic() - stopped
+
+        return go_on
+
+
+def _package(tracker: Tracker, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CrateError(
+            f"--track {tracker} needs a package that is not here ({error}). Install it with: pip install "
+            "'cratelm[track]'"
+        ) from None
+
+
+def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
+    writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(
+        str(run / "tensorboard"), purge_step=first + 1 if first else None
+    )
+
+    def write(row: Row) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, int(row["step"]))
+
+    return write, writer.close
+
+
+def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
+    wandb: Any = _package("wandb", "wandb")
+    own = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]  # a run that goes on is one run there too
+    session = wandb.init(
+        project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=own, resume="allow"
+    )
+    return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
+
+
+def _trackio(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
+    trackio: Any = _package("trackio", "trackio")
+    session = trackio.init(project="cratelm", name=run.resolve().name, config=dict(config), resume="allow", embed=False)
+    return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
+
+
+SINKS: dict[Tracker, Callable[[Path, int, Settings], tuple[Callable[[Row], None], Callable[[], None]]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

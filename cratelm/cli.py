@@ -23,12 +23,13 @@ from cratelm.errors import CrateError
 
 VERBS = {
     "demo": "the whole job below, small, on text that is already on this machine",
+    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
     "tokenize": "text, from files, folders or data sets, to a directory of tokens",
     "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
-    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
     "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
+    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",
     "explain": "records to explanations: what a neuron stands for",
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
@@ -36,14 +37,13 @@ VERBS = {
     "interpret": "explain, simulate and score in one go",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
-    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
 }
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
     ("Everything at once", ("demo", "study")),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
-    ("Models and neurons from and for elsewhere", ("import", "export")),
+    ("From and for elsewhere", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("Neurons to look at", ("neurons", "report")),
 )

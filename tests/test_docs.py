@@ -70,7 +70,7 @@ def test_every_command_in_the_documentation_is_one_that_runs(page: Path) -> None
     for verb, *rest in commands(page):
         if verb == "--help":
             continue
-        module = importlib.import_module(f"cratelm.commands.{verb}")
+        module = importlib.import_module(cli.command_module(verb))
         options = cli._parse(module, verb, rest)
         assert isinstance(options, module.Options), f"cratelm {verb} {' '.join(rest)}"
 

@@ -242,13 +242,13 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
     )
     told = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--held-out", "0.5", "--out", str(tmp_path / "tokens")]
     assert cli.main(["tokenize", str(tmp_path / "text.jsonl"), *told]) == 0
-    for command, said in (("collect", "holds no tokenizer.json"), ("evaluate", "knows 99")):
+    for command, said in (("collect", "has no tokenizer.json"), ("evaluate", "knows 99")):
         capsys.readouterr()
         assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "tokens")]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
-    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
 
 
 def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
@@ -274,9 +274,9 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
         (["import", "{tmp}/nothing.pt", "--out", "{tmp}/new"], "is not there"),
         (["import", "{ckpt}", "--out", "{tmp}/new", "--tokenizer", "{tokenizer}"], "the tokenizer has"),
         (["import", "{run}/model/model.safetensors", "--out", "{tmp}/new"], "Name its folder"),
-        (["export", "{run}"], "nowhere to write to"),
-        (["export", "{run}", "--out", "{run}"], "is there already"),
-        (["export", "{run}", "--format", "official", "--push", "me/model"], "an official checkpoint is a file"),
+        (["export", "{run}", "--format", "hf"], "nowhere to write to"),
+        (["export", "{run}", "--format", "hf", "--out", "{run}"], "is there already"),
+        (["export", "{run}", "--format", "official", "--push", "me/model"], "use it with --format hf, not official"),
     ],
 )
 def test_a_wrong_import_or_export_gets_one_line(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from cratelm.activations.records import Excerpts, Kind, LayerRecords, Mode, join
 from cratelm.errors import CrateError
@@ -106,14 +107,21 @@ def draw(records: LayerRecords, draws: Sequence[Draw], part: Part) -> Excerpts:
     parts = []
     for one in draws:
         excerpts = records.excerpts(one.width, split, one.kind).take(one.picks)
-        parts.append(excerpts if one.crop is None else _out_of_context(excerpts, one.crop, records.mode))
+        parts.append(excerpts if one.crop is None else excerpts.crop(_first_kept(records, one, excerpts), one.crop))
     return join(parts)
 
 
-def _out_of_context(excerpts: Excerpts, width: int, mode: Mode) -> Excerpts:
-    """Cut each excerpt to `width` tokens: around its strongest token, or around the sampled one in `compat` mode."""
-    first = np.full(excerpts.position.shape, COMPAT_FIRST)
-    if mode == "fixed":
-        strongest = np.where(excerpts.valid, excerpts.activations, -np.inf).argmax(axis=2)
-        first = np.clip(strongest - width // 2, 0, np.maximum(excerpts.valid.sum(axis=2) - width, 0))
-    return excerpts.crop(first, width)
+def _first_kept(records: LayerRecords, one: Draw, excerpts: Excerpts) -> Int[np.ndarray, "neurons excerpts"]:
+    """Where to cut excerpts out of their context: around the strongest token, or in `compat` mode the sampled one.
+
+    Repaired `compat` records say which that is; in the released ones it always stands in the same place.
+    """
+    assert one.crop is not None
+    sampled = records.arrays.get(f"{one.width}.all.{one.kind}.sampled")
+    if records.mode == "fixed":
+        middle = np.where(excerpts.valid, excerpts.activations, -np.inf).argmax(axis=2)
+    elif sampled is None:
+        return np.full(excerpts.position.shape, COMPAT_FIRST)
+    else:
+        middle = sampled[:, one.picks].astype(np.int64)
+    return np.clip(middle - one.crop // 2, 0, np.maximum(excerpts.valid.sum(axis=2) - one.crop, 0))

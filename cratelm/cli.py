@@ -21,9 +21,9 @@ from cratelm.errors import CrateError
 
 VERBS = {
     "demo": "the whole job below, small, on text that is already on this machine",
+    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
     "tokenize": "text, from files, folders or data sets, to a directory of tokens",
     "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
-    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",

@@ -1,12 +1,14 @@
 """The command line: a table of verbs. A verb's module is imported when the verb runs, so `--help` loads no torch.
 
-`cratelm VERB ...` runs `cratelm.commands.VERB`: its `Options` become the flags, its docstring the help text.
+`cratelm VERB ...` runs `cratelm.commands.VERB` (`import_` for `import`): its `Options` become the flags, its docstring
+the help text.
 """
 
 import contextlib
 import difflib
 import importlib
 import io
+import keyword
 import os
 import re
 import shutil
@@ -26,11 +28,14 @@ VERBS = {
     "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
     "evaluate": "the loss of a model on held-out text",
     "generate": "text that goes on from a prompt",
+    "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
+    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
     "collect": "the records of every neuron in one pass: where it fires and how strongly",
     "explain": "records to explanations: what a neuron stands for",
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
     "score": "simulations to scores: how well the explanation predicts the neuron",
     "interpret": "explain, simulate and score in one go",
+    "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
 }
 """Verb -> one line of help, in the order of the flow."""
@@ -38,8 +43,9 @@ VERBS = {
 FLOW = (
     ("Everything at once", ("demo", "study")),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
+    ("To and from other tools", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
-    ("From scores to a page", ("report",)),
+    ("Neurons to look at", ("neurons", "report")),
 )
 """The verbs as the overview groups them."""
 
@@ -62,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes once more at exit, which must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A path that the user named and that the system refuses: a file where a folder must be, no permission.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Give another path", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -72,12 +84,17 @@ def _run(arguments: list[str]) -> None:
         case ["--version" | "-V", *_]:
             print(f"cratelm {__version__}")
         case [verb, *rest] if verb in VERBS:
-            module = importlib.import_module(f"cratelm.commands.{verb}")
+            module = importlib.import_module(command_module(verb))
             module.run(_parse(module, verb, rest))
         case [unknown, *_]:
             close = difflib.get_close_matches(unknown, VERBS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}? Run" if close else "run"
             raise CrateError(f"there is no command {unknown!r}; {hint}: cratelm --help")
+
+
+def command_module(verb: str) -> str:
+    """The module of a verb; one that Python reserves has `_` behind it there."""
+    return f"cratelm.commands.{verb}{'_' if keyword.iskeyword(verb) else ''}"
 
 
 def overview(columns: int) -> str:
@@ -101,21 +118,33 @@ def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
     """The command's `Options` from its flags. What tyro says about a mistake in a box becomes one line."""
     import tyro
 
+    if {"-h", "--help"} & set(arguments):
+        print(wrapped(module.__doc__ or "", shutil.get_terminal_size().columns), end="\n\n")
+        arguments = ["--help"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 module.Options,
                 prog=f"cratelm {verb}",
-                description=module.__doc__,
+                description="",
                 args=arguments,
-                config=(tyro.conf.HelptextFromCommentsOff,),
+                config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if stop.code == 2 and (line := first_paragraph(said.getvalue())):
             raise CrateError(f"{line.rstrip('.')}. Run: cratelm {verb} --help") from None
         print(said.getvalue(), end="", file=sys.stderr)
         raise
+
+
+def wrapped(text: str, columns: int) -> str:
+    """A docstring fitted to a terminal of 40 columns or more, but for its indented lines: they are to be copied."""
+    width, lines = min(max(columns, 40), 100), []
+    for paragraph in text.strip().split("\n\n"):
+        lines += [paragraph] if paragraph.startswith(" ") else textwrap.wrap(paragraph, width, break_on_hyphens=False)
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def first_paragraph(box: str) -> str:

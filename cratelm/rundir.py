@@ -27,32 +27,47 @@ FORMAT_VERSION = 1
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.
+    """Yield a temporary path; on success it is flushed to disk and renamed to `path`.
 
     On any exception the temporary file or folder is removed and `path` is untouched, so a file under its final
-    name is always whole. A full disk becomes a `CrateError`.
+    name is always whole. A full disk becomes a `CrateError`. The temporary path lies in a folder of its own beside
+    `path`: some libraries write further files next to the one they are told to.
     """
     with _space_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _make(folder, path)
         try:
+            temporary = folder / path.name
             yield temporary
             _flush(temporary)
             _replace(temporary, path)
-        except BaseException:
-            _remove(temporary)
-            raise
+        finally:
+            _remove(folder)
+
+
+def _make(folder: Path, path: Path) -> None:
+    """Make the temporary folder; where that is refused, the error names the path that was asked for."""
+    try:
+        folder.mkdir()
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
 def _space_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into a `CrateError`. Libraries wrap the system's error in one of theirs, but keep its words."""
+    """Turn a full disk into a `CrateError`. Libraries wrap the system's error in one of theirs, but keep its words.
+
+    SQLite has words of its own.
+    """
     codes = (errno.ENOSPC, errno.EDQUOT)
+    words = (*map(os.strerror, codes), "database or disk is full")
     try:
         yield
     except BaseException as error:
-        if getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes):
+        if getattr(error, "errno", None) in codes or any(said in str(error) for said in words):
             raise CrateError(f"no space left while writing {path}. Free some and run the same command again") from error
         raise
 
@@ -87,11 +102,15 @@ def _flush(path: Path) -> None:
 
 def _replace(temporary: Path, path: Path) -> None:
     """Rename into place. No folder can be renamed onto a full one, so the old one first steps aside, whole."""
-    aside = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
-    if temporary.is_dir() and path.exists():
-        os.replace(path, aside)
-    os.replace(temporary, path)
-    _remove(aside)
+    aside = temporary.with_name(f"{path.name}.old")
+    try:
+        if temporary.is_dir() and path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -82,7 +82,7 @@ class _Rate(ProgressColumn):
 def human(number: float | int) -> str:
     """`1234567` -> `1.23M`: three significant digits."""
     number = float(f"{number:.3g}")  # rounded first: 999999 is 1M
-    for threshold, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for threshold, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= threshold:
             return f"{number / threshold:.3g}{suffix}"
     return f"{number:.3g}"

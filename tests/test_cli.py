@@ -2,13 +2,17 @@
 
 import ast
 import dataclasses
+import errno
 import importlib
 import inspect
+import os
+import re
 import subprocess
 import sys
 import textwrap
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
@@ -59,6 +63,27 @@ def test_help_of_a_command_teaches_its_flags(report_runs: Any, capsys: pytest.Ca
     assert "nobody's help" not in text
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("columns", [20, 60, 90])
+def test_the_help_of_every_command_fits_the_terminal_and_keeps_its_examples(
+    verb: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--no-such-flag", "--help"])
+    assert stop.value.code == 0
+    said = importlib.import_module(cli.command_module(verb)).__doc__ or ""
+    text, _, flags = capsys.readouterr().out.partition("\nusage: cratelm ")
+    assert flags.count("\n") > 3
+    assert not re.search(r" --no-", flags)
+    assert text.split() == said.split()
+    assert text.count("\n\n") == said.strip().count("\n\n")
+    assert "\n\n\n" not in text
+    examples = [line for line in said.splitlines() if line.startswith("  ")]
+    assert [line for line in text.splitlines() if line.startswith("  ")] == examples
+    assert max(len(line) for line in text.splitlines() if line not in examples) <= max(columns, 40)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -89,6 +114,48 @@ def test_a_mistake_is_one_line_with_exit_code_2(report_runs: Any, capsys: pytest
     report_runs(run)
     assert cli.main(["report", "--steps", "3"]) == 2
     assert capsys.readouterr() == ("", "error: cannot take 3 steps. Run: walk\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokenize", "stdlib", "--tokenizer", "bpe:300", "--out", "FILE/x"],
+        ["demo", "--out", "FILE"],
+        ["report", "FILE"],
+        ["report", "FILE/x"],
+    ],
+)
+def test_a_file_where_a_folder_must_be_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("mine")
+    assert cli.main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: FILE\S*: (File exists|Not a directory)\. Give another path", last)
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG])
+def test_a_path_that_the_system_refuses_is_one_line(
+    code: int, report_runs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Options) -> None:
+        raise OSError(code, os.strerror(code), "some/where")
+
+    report_runs(run)
+    assert cli.main(["report", "--steps", "3"]) == 2
+    assert capsys.readouterr() == ("", f"error: some/where: {os.strerror(code)}. Give another path\n")
+
+
+def test_a_system_error_about_no_path_keeps_its_traceback(report_runs: Any) -> None:
+    def run(_: Options) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    report_runs(run)
+    with pytest.raises(OSError, match="broken"):
+        cli.main(["report", "--steps", "3"])
 
 
 def test_a_programming_error_keeps_its_traceback(report_runs: Any) -> None:
@@ -169,7 +236,7 @@ def test_python_dash_m_is_the_command() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_command_explains_itself_and_every_flag(verb: str) -> None:
-    module = importlib.import_module(f"cratelm.commands.{verb}")
+    module = importlib.import_module(cli.command_module(verb))
     assert module.__doc__, f"{verb} has no docstring"
     assert callable(module.run)
     assert _fields_without_help(module.Options) == []

@@ -1,54 +1,25 @@
 """`compat` collection against the released procedure done the plain way: hold all activations, sort, pick."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from planted import CONTEXT, NEURONS, TOKENS, collect_planted, planted
 
 from cratelm.activations.compat import collect_compat
+from cratelm.activations.reading import NARROW, WIDE, Reading
 from cratelm.activations.records import ABSENT, read_records
-from cratelm.activations.released import NARROW, PER_INTERVAL, QUANTILES, TOP, WIDE, ReleasedLayer, rank_ranges
+from cratelm.activations.released import PER_INTERVAL, QUANTILES, TOP, ReleasedLayer, rank_bounds
+from cratelm.activations.repairs import Repair
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.errors import CrateError
 from cratelm.runtime import progress_bar
 
-CONTEXT, BLOCKS, NEURONS = 100, 37, 6
-TOKENS = BLOCKS * CONTEXT
-
-
-def planted(token_ids: np.ndarray) -> np.ndarray:
-    """Codes of all tokens: from dense to dead, with many equal values, some neurons firing on fewer than TOP tokens."""
-    rng = np.random.default_rng(3)
-    codes = np.maximum(rng.normal(0, 1, (len(token_ids), NEURONS)), 0).astype(np.float32)
-    codes[:, 1] = rng.integers(0, 4, len(token_ids))  # few values, so that intervals end inside one
-    codes[:, 2] *= rng.random(len(token_ids)) < 0.05
-    codes[:, 3] = 0
-    codes[rng.integers(0, len(token_ids), 20), 3] = 1.5
-    codes[:, 4] = 0
-    codes[:, 5] += 1  # never zero
-    return codes
-
-
-def collect_planted(run: Path, codes: np.ndarray, batch_rows: int, seed: int = 0) -> None:
-    tokens = np.arange(TOKENS + 30, dtype=np.uint16)  # each token is its own index, so a forward pass can look it up
-
-    def forward(blocks: Tensor) -> Mapping[int, Tensor]:
-        return {0: torch.from_numpy(codes)[blocks]}
-
-    subject = Subject(forward=forward, layers={0: NEURONS}, context=CONTEXT, tap="neurons", identity={})
-    corpus = Corpus(tokens=tokens, documents=np.array([0, 900, TOKENS + 30]), end_of_text=0, identity={})
-    with progress_bar("collect", total=2 * TOKENS) as bar:
-        collect_compat(
-            subject, corpus, run, device=torch.device("cpu"), bar=bar, seed=seed, batch_rows=batch_rows
-        )  # fmt: skip
-
 
 @pytest.fixture(scope="module", params=[1, 8])
 def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    codes = planted(np.arange(TOKENS))
+    codes = planted(TOKENS)
     run = tmp_path_factory.mktemp("compat") / "run"
     collect_planted(run, codes, request.param)
     return run, codes
@@ -70,8 +41,14 @@ def ranks(codes: np.ndarray, neuron: int) -> np.ndarray:
     return rank
 
 
+def rank_ranges(tokens: int, width: int) -> list[tuple[int, int]]:
+    """The intervals as [first, last) ranks."""
+    bounds = rank_bounds(np.array(tokens), width).tolist()
+    return list(zip(bounds[1:], bounds[:-1], strict=True))
+
+
 def test_rank_ranges_are_the_released_ones() -> None:
-    """Vector K.4 of the specification."""
+    """For the corpora of the paper."""
     wide = [(4096000, 8192000), (819199, 4096000), (81920, 819199), (8192, 81920), (0, 8192)]
     assert rank_ranges(8_192_000, WIDE) == wide
     edges = [819200, 750933, 682666, 614400, 546133, 477866, 409600, 341333, 273066, 204800, 136533, 68266]
@@ -114,13 +91,17 @@ def test_windows_run_from_half_a_width_before_the_token_cut_only_by_the_corpus(
             assert np.array_equal(excerpt.activations, codes[first:last, neuron])
 
 
-def test_draws_from_an_interval_are_uniform() -> None:
+@pytest.mark.parametrize("repairs", [frozenset(), frozenset({"positive-intervals", "skip-first-tokens"})], ids=len)
+def test_draws_from_an_interval_are_uniform(repairs: frozenset[Repair]) -> None:
     """Over many seeds each token of an interval comes equally often: ties, zeros, rare and common intervals alike."""
-    codes = planted(np.arange(600))[:600]
-    repeats, counts = 150, np.zeros((2, NEURONS, 600))
+    repeats, counts, read = 150, np.zeros((2, NEURONS, 600)), np.zeros(600, bool)
+    codes = planted(600)
     for seed in range(repeats):
         for number, width in enumerate((WIDE, NARROW)):
-            layer = ReleasedLayer(NEURONS, width, 600, seed=(seed, width), device=torch.device("cpu"))
+            reading = Reading(
+                blocks=np.arange(6) * CONTEXT, context=CONTEXT, documents=np.array([0, 600]), repairs=repairs
+            )
+            layer = ReleasedLayer(NEURONS, width, reading, seed=(seed, width), device=torch.device("cpu"))
             for first in range(0, 600, 100):
                 layer.count(torch.from_numpy(codes[first : first + 100]), first)
             layer.choose()
@@ -128,12 +109,16 @@ def test_draws_from_an_interval_are_uniform() -> None:
                 layer.gather(torch.from_numpy(codes[first : first + 100]), first)
             table = layer._quantile_positions().numpy()
             for neuron in range(NEURONS):
-                counts[number, neuron] += np.bincount(table[neuron][table[neuron] >= 0], minlength=600)
+                chosen = reading.place(torch.from_numpy(table[neuron][table[neuron] >= 0])).numpy()
+                counts[number, neuron] += np.bincount(chosen, minlength=600)
+    read[reading.place(torch.arange(reading.choosable)).numpy()] = True
+    assert not counts[..., ~read].any()
     for number, width in enumerate((WIDE, NARROW)):
         for neuron in range(NEURONS):
-            rank = ranks(codes, neuron)
-            for low, high in rank_ranges(600, width):
-                inside = counts[number, neuron][(rank >= low) & (rank < high)]
+            rank = ranks(codes[read], neuron)
+            ranked = int((codes[read, neuron] > 0).sum()) if "positive-intervals" in repairs else len(rank)
+            for low, high in rank_ranges(ranked, width):
+                inside = counts[number, neuron][read][(rank >= low) & (rank < high)]
                 chance = min(1, PER_INTERVAL / max(1, high - low))
                 assert inside.sum() == repeats * min(PER_INTERVAL, high - low)
                 error = np.sqrt(repeats * chance * (1 - chance)) + 1e-9
@@ -151,8 +136,24 @@ def test_another_seed_draws_other_tokens_and_the_same_seed_the_same(
         assert not np.array_equal(centres(run, NARROW, kind), centres(tmp_path / "other", NARROW, kind))
 
 
+def test_a_negative_zero_ranks_as_zero(collected: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    """ReLU gives it for an input of -0.0, and its bits are those of no activation."""
+    run, codes = collected
+    collect_planted(tmp_path / "signed", np.where(codes == 0, np.float32(-0.0), codes), 8)
+    for name, array in read_records(run, 0, mode="compat").arrays.items():
+        assert np.array_equal(array, read_records(tmp_path / "signed", 0, mode="compat").arrays[name])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    codes = planted(TOKENS)
+    codes[1234, 2] = bad
+    with pytest.raises(CrateError, match="layer 0 has an activation that is not finite"):
+        collect_planted(tmp_path / "run", codes, 8)
+
+
 def test_negative_activations_and_too_little_text_are_refused(tmp_path: Path) -> None:
-    codes = planted(np.arange(TOKENS)) - 1
+    codes = planted(TOKENS) - 1
     with pytest.raises(CrateError, match="layer 0 has negative activations"):
         collect_planted(tmp_path / "run", codes, 8)
     subject = Subject(forward=lambda _: {}, layers={0: 1}, context=100, tap="neurons", identity={})

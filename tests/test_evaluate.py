@@ -4,10 +4,12 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tiny import hidden_bar, make_tokens, random_model, tiny_config
 
 from cratelm import cli
@@ -15,6 +17,7 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, save_model
+from cratelm.report.loss import DOCUMENTS, read_loss
 from cratelm.rundir import claim
 from cratelm.training.evaluate import Evaluation, evaluate, held_out_loss
 
@@ -125,9 +128,9 @@ def test_nothing_to_predict_is_refused(stream: Stream) -> None:
 def test_a_diverged_model_is_refused_and_a_hopeless_one_is_not(stream: Stream) -> None:
     model = stream[0]
     with torch.no_grad():
-        model.norm.weight *= 1e4
+        model.norm.weight.mul_(1e4)
         assert run_evaluate(stream).perplexity == math.inf
-        model.norm.weight *= math.nan
+        model.norm.weight.mul_(math.nan)
     with pytest.raises(CrateError, match="the loss of this model is nan: its training has diverged"):
         run_evaluate(stream)
 
@@ -163,11 +166,68 @@ def test_the_command_prints_and_writes_the_evaluation(
     assert f"({len(tokens) - 1} tokens of {first['documents']} val documents)" in out[0]
 
 
+def strictly(text: str) -> Any:
+    """What other readers of JSON make of it: they know no NaN and no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_command_keeps_the_loss_of_every_document(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, run = make_tokens(tmp_path / "tokens", rng, documents=150), tmp_path / "run"
+    save_model(random_model(tiny_config(vocab_size=320, context_length=8), rng), run / "model", data.tokenizer())
+    assert cli.main(["evaluate", str(run), "--data", str(data.path), "--batch", "3"]) == 0
+    tokens, documents = data.tokens("val"), data.documents("val")
+    of_position = np.concatenate([[0.0], brute_losses(load_model(run / "model"), tokens)])
+    spans = [(max(start, 1), stop) for start, stop in zip(documents[:-1], documents[1:], strict=True)]
+    kept = load_file(run / DOCUMENTS)
+    np.testing.assert_allclose(kept["nats"], [of_position[a:b].sum() for a, b in spans], rtol=1e-5)
+    np.testing.assert_array_equal(kept["tokens"], [b - a for a, b in spans])
+    assert {name: str(one.dtype) for name, one in kept.items()} == {"nats": "float64", "tokens": "int64"}
+    assert len(spans) > 2
+    loss = read_loss(run)
+    assert loss is not None
+    assert loss.by_document is not None
+    np.testing.assert_array_equal(loss.by_document.nats, kept["nats"])
+    np.testing.assert_array_equal(loss.by_document.tokens, kept["tokens"])
+    assert loss.data_hash == data.splits["val"].sha256
+
+
+def test_numbers_that_are_none_are_null_in_evaluation_json(
+    made: tuple[TokenDirectory, Path], rng: np.random.Generator
+) -> None:
+    data, run = made
+    model = random_model(tiny_config(vocab_size=320), rng)
+    with torch.no_grad():
+        model.norm.weight *= 1e4
+    save_model(model, run / "model", data.tokenizer())
+    (run / "evaluation.json").write_text('{"zero_shot": {"old": {"standard_error": NaN}}}')
+    assert cli.main(["evaluate", str(run), "--data", str(data.path)]) == 0
+    found = strictly((run / "evaluation.json").read_text())
+    assert found["perplexity"] is None
+    assert found["nats_per_token"] > 700
+    assert found["zero_shot"] == {"old": {"standard_error": None}}
+    loss = read_loss(run)
+    assert loss is not None
+    assert loss.perplexity is None
+
+
+def test_an_unreadable_evaluation_is_refused_with_a_whole_command(
+    made: tuple[TokenDirectory, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = made
+    (run / "evaluation.json").write_text("{")
+    assert cli.main(["evaluate", str(run), "--data", str(data.path)]) == 2
+    assert capsys.readouterr().err.endswith(f"run: cratelm evaluate {run} --data DIR\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ("{run} --data {other}", "come from another tokenizer than the model"),
-        ("{small} --data {tokens}", "come from a vocabulary of 270, the model of .* has 99 rows"),
+        ("{small} --data {tokens}", "are of 270 kinds, the model of .* knows 99"),
         ("{run} --data {tokens} --batch 0", "--batch is 0"),
         ("{run} --data {tokens} --split test", "has no split test"),
         ("{run} --data {run}", "is not a token directory"),

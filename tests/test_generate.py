@@ -90,6 +90,14 @@ def test_the_command_streams_prompt_and_continuation(folder: Path, capsys: pytes
     assert first.startswith("the neuron")
 
 
+def test_without_a_prompt_the_model_begins_a_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(folder), "--tokens", "9", "--temperature", "0"]) == 0
+    model, tokenizer = load(folder)
+    assert tokenizer is not None
+    made = model.generate(torch.tensor([[tokenizer.token_to_id("<|endoftext|>")]]), 9, temperature=0)[0, 1:]
+    assert capsys.readouterr().out == tokenizer.decode(made.tolist()) + "\n"
+
+
 def generates(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
     """Make every model go on with these tokens."""
 

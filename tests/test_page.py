@@ -17,9 +17,11 @@ from cratelm.commands import interpret
 from cratelm.interpretation.score import ModelAggregate
 from cratelm.interpretation.store import Store
 from cratelm.report import page as report_page
-from cratelm.report.page import page, verdict, write_report
+from cratelm.report.loss import DocumentLosses, Loss
+from cratelm.report.page import page, write_report
 from cratelm.report.plots import figures
-from cratelm.report.results import Loss, Results, RunResult, gather, outcome
+from cratelm.report.results import Results, RunResult, display_name, gather, outcome
+from cratelm.report.verdict import verdict
 
 EVIL = "<script>alert('corpus')</script>"
 VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
@@ -85,6 +87,21 @@ def loss(nats: float) -> Loss:
     return Loss(
         nats_per_token=nats, standard_error=0.01, perplexity=1.0, bits_per_byte=1.0, tokens=1, documents=1, split="val"
     )
+
+
+def loss_of(nats: np.ndarray, tokens: np.ndarray) -> Loss:
+    """The loss of these documents, which differ so much that its own standard error says nothing."""
+    return replace(
+        loss(float(nats.sum() / tokens.sum())), standard_error=9.0, documents=len(tokens), tokens=int(tokens.sum()),
+        data_hash="data", by_document=DocumentLosses(nats=nats, tokens=tokens),
+    )  # fmt: skip
+
+
+def no_break(text: str) -> str:
+    """The text as the page writes it."""
+    for name in ("CRATE-2L", "GPT-2-2L"):
+        text = text.replace(name, name.replace("-", "\u2011"))
+    return text.replace(" %", "\u00a0%")
 
 
 @pytest.fixture
@@ -215,22 +232,82 @@ def test_the_verdict_says_higher_lower_and_no_clear_difference(pair: Results) ->
     assert first == (
         "CRATE-2L scores higher than GPT-2-2L on "
         f"top-and-random {numbers}, random-only {numbers} and anthropic {numbers}; "
-        "the loss of CRATE-2L is 0.40 nats per token worse at 20 % fewer parameters and 1.40 times the FLOPs per token."
+        "the loss of CRATE-2L is 0.400 nats per token worse at 20 % fewer parameters and 1.40 times the FLOPs per token."
     )
     first, *_ = verdict(replace(pair, models=(low, high)))
     assert first.startswith("GPT-2-2L scores lower than CRATE-2L on top-and-random (8.0 against 12.0 points)")
-    assert "0.40 nats per token better at 25 % more parameters and 0.71 times" in first
-    near = rescored(crate, 9.0, 1.0, loss=loss(3.11), parameters=100)
+    assert "0.400 nats per token better at 25 % more parameters and 0.71 times" in first
+    near = rescored(crate, 9.0, 1.0, loss=loss(3.1), parameters=100)
     first, *_ = verdict(replace(pair, models=(near, low)))
     assert first.startswith(
         "No clear difference between CRATE-2L and GPT-2-2L on top-and-random (9.0 against 8.0 points)"
     )
-    assert "not clearly different (0.010 nats per token) at as many parameters" in first
+    assert "0.000 nats per token better at as many parameters" in first
+    assert "clearly different" not in first
     mixed = replace(high, scores={**high.scores, "anthropic": near.scores["anthropic"]})
     first, *_ = verdict(replace(pair, models=(mixed, low)))
     assert (
         "and random-only (12.0 against 8.0 points); no clear difference on anthropic (9.0 against 8.0 points);" in first
     )
+
+
+def test_losses_on_the_same_documents_are_called_clearly_different_or_not(
+    pair: Results, rng: np.random.Generator
+) -> None:
+    crate, gpt2 = pair.models
+    tokens = rng.integers(50, 500, size=200)
+    hard = tokens * rng.uniform(1, 6, size=200)
+    noise = rng.normal(0, 0.2, size=200)
+    noise -= (tokens * noise).sum() / tokens.sum()
+    for shift, words in ((0.3, "is clearly"), (-0.3, "is clearly"), (0.005, "is not clearly")):
+        apart = tokens * (shift + noise)
+        models = tuple(
+            replace(one, loss=loss_of(nats, tokens)) for one, nats in ((crate, hard + apart), (gpt2, hard))
+        )  # fmt: skip
+        mean = apart.sum() / tokens.sum()
+        error = np.sqrt(200 / 199 * np.sum((apart - mean * tokens) ** 2)) / tokens.sum()
+        side = "worse" if mean > 0 else "better"
+        first, *_, last = verdict(replace(pair, models=models))
+        assert (
+            f"the loss of CRATE-2L {words} different, {abs(mean):.3f} ± {error:.3f} nats per token {side}, at as"
+            in first
+        )
+        assert "one in loss, taken document by document, where it is more than 1.96 times" in last
+    bare = tuple(replace(one, loss=replace(one.loss, by_document=None)) for one in models if one.loss is not None)
+    first, *_, last = verdict(replace(pair, models=bare))
+    assert "clearly different" not in first.partition("the loss of")[2]
+    assert last == "A difference in score is clear where the 95 % intervals do not overlap."
+
+
+def test_no_line_breaks_inside_a_models_name_or_before_a_per_cent_sign(pair: Results) -> None:
+    reader = Reader(page(pair, figures(pair)))
+    assert reader.text["h1"][0] == "CRATE\u20112L and GPT\u20112\u20112L"
+    assert reader.text["title"] == ["CRATE-2L and GPT-2-2L"]
+    first, *others = verdict(pair)
+    assert reader.text["lead"] == [no_break(first)]
+    assert {no_break(text) for text in others} <= set(reader.text["p"])
+    for tag in ("h1", "h3", "lead", "p", "caption", "th", "td", "n", "figcaption", "dd"):
+        shown = " ".join(reader.text[tag])
+        assert " %" not in shown
+        assert not re.search(r"(CRATE|GPT-?2)-2L", shown)
+    assert "95\u00a0% interval" in " ".join(reader.text["n"])
+    for arch in ("crate", "gpt2"):
+        for size in ("1l", "2l", "3l", "s", "b"):
+            title = display_name(f"{arch}-{size}")
+            assert "-" not in report_page._text(title)
+            assert report_page._text(f"my-{title}-run").startswith("my-")
+
+
+def test_the_page_says_what_the_held_out_curve_and_compat_mode_are_not(pair: Results) -> None:
+    [caption] = [
+        text for text in Reader(page(pair, figures(pair))).text["figcaption"] if text.startswith("Loss along")
+    ]  # fmt: skip
+    assert "held-out curve is measured during training on a sample of the held-out tokens" in caption
+    assert "full pass" in caption
+    compat = replace(pair, mode="compat")
+    [said] = [text for text in Reader(page(compat, figures(compat))).text["dd"] if "released procedure" in text]
+    assert "excerpts of the released procedure" in said
+    assert "beside the paper" not in said
 
 
 def test_the_verdict_mentions_how_far_a_model_stands_above_its_controls(pair: Results) -> None:

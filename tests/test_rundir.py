@@ -1,16 +1,19 @@
 """Files on disk: nothing half-written under a final name, one process per run, and versions."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import small_disk
 from synthetic import make_tokenizer
 
 from cratelm import rundir
@@ -61,7 +64,8 @@ def test_a_file_or_folder_appears_whole_and_replaces_the_old(folder: bool, tmp_p
     for text in ("first", "second"):
         with atomic_path(path) as temporary:
             fill(temporary, text, folder=folder)
-            assert temporary.parent == path.parent
+            assert temporary.name == "it"
+            (temporary.parent / "journal").touch()
             assert not path.exists() or content(path) == "first"
         assert content(path) == text
         assert names(path.parent) == ["it"]
@@ -84,7 +88,7 @@ def test_an_exception_leaves_the_old_content_and_nothing_else(
 @pytest.mark.parametrize("at", ["rename", "flush", "delete"])
 def test_a_process_killed_at_the_end_leaves_all_or_nothing(folder: bool, at: str, tmp_path: Path) -> None:
     """Whichever renaming, flush or deletion it dies in, the old content, the new one, or nothing is there."""
-    call = {"rename": "replace", "flush": "fsync", "delete": "unlink"}[at]
+    call = {"rename": "replace", "flush": "fsync", "delete": "rmdir"}[at]
     code = f"""
 import os, sys
 from pathlib import Path
@@ -115,6 +119,22 @@ with atomic_path(Path(sys.argv[1])) as temporary:
 def dead_process() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         return process.pid
+
+
+def test_a_rename_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "it", os.replace
+    fill(path, "old", folder=True)
+
+    def replace(source: Path, target: Path) -> None:
+        if target == path and content(source) == "new":
+            raise PermissionError
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError), atomic_path(path) as temporary:
+        fill(temporary, "new", folder=True)
+    assert content(path) == "old"
+    assert names(tmp_path) == ["it"]
 
 
 def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
@@ -150,18 +170,6 @@ def test_a_full_disk_is_one_line(code: int, wrapped: bool, tmp_path: Path) -> No
     assert (tmp_path / "it").read_text() == "old"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only on Linux, for root: no file system could be mounted")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def write_lines(disk: Path) -> None:
     for step in range(100_000):
         append_jsonl(disk / "metrics.jsonl", {"step": step})
@@ -174,19 +182,36 @@ def write_tokenizer(disk: Path) -> None:
         make_tokenizer(500).save(str(temporary / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("write", [write_lines, write_tokenizer, lambda disk: write_text(disk / "a", "x" * 100_000)])
-def test_a_disk_that_fills_up_is_one_line(write: Callable[[Path], None], small_disk: Path) -> None:
-    with pytest.raises(CrateError, match="no space left while writing"):
-        write(small_disk)
-    assert not [name for name in names(small_disk) if name.startswith(".")]
-    lines = read_jsonl(small_disk / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(len(lines)))
+def write_database(disk: Path) -> None:
+    with atomic_path(disk / "store") as temporary, contextlib.closing(sqlite3.connect(temporary)) as new, new:
+        new.execute("CREATE TABLE texts (text)")
+        new.execute("INSERT INTO texts VALUES (?)", ["x" * 100_000])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_lines, write_tokenizer, write_database, lambda disk: write_text(disk / "a", "x" * 100_000)],
+)
+def test_a_disk_that_fills_up_is_one_line(write: Callable[[Path], None], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        with pytest.raises(CrateError, match="no space left while writing"):
+            write(disk)
+        assert not [name for name in names(disk) if name.startswith(".")]
+        lines = read_jsonl(disk / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(len(lines)))
 
 
 def test_other_system_errors_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "file" / "below", "x")
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_told_by_the_path_it_was_for(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250)
+    with pytest.raises(OSError, match="too long") as told:
+        write_text(path, "x")
+    assert told.value.filename == str(path)
 
 
 def test_json_comes_back_with_its_version(tmp_path: Path) -> None:

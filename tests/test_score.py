@@ -170,6 +170,26 @@ def test_the_same_seed_gives_the_same_interval(rng: np.random.Generator) -> None
     assert ends[0] == ends[1] != ends[2]
 
 
+def test_an_interval_does_not_change_with_the_layers_and_protocols_beside_it(rng: np.random.Generator) -> None:
+    layers = [layer_scores(layer, *population(rng, 8)) for layer in (0, 1, 4)]
+    together = aggregate(layers, protocol="anthropic", resamples=100)
+    for layer, line in zip(layers, together.layers, strict=True):
+        assert aggregate([layer], protocol="anthropic", resamples=100).layers == (line,)
+        assert aggregate([layer], protocol="random-only", resamples=100).layers[0].low != line.low
+    low, high = together.low, together.high
+    reversed_layers = aggregate(layers[::-1], protocol="anthropic", resamples=100)
+    assert (reversed_layers.low, reversed_layers.high) == pytest.approx((low, high))
+
+
+def test_the_layers_of_a_model_are_resampled_independently(rng: np.random.Generator) -> None:
+    """Of four layers with the same scores the mean is surer than each; with the same draws it would not be."""
+    a, s = population(rng, 30)
+    found = aggregate([layer_scores(layer, a, s) for layer in range(4)], protocol="anthropic", resamples=1000)
+    widths = [line.high - line.low for line in found.layers if line.high is not None and line.low is not None]
+    assert found.high is not None and found.low is not None  # noqa: PT018
+    assert found.high - found.low == pytest.approx(np.mean(widths) / 2, rel=0.2)
+
+
 def brute_bootstrap(
     a: np.ndarray, s: np.ndarray, present: list[int], rng: np.random.Generator, times: int
 ) -> np.ndarray:

@@ -126,6 +126,16 @@ def test_layers_without_any_score_give_dashes_not_numbers(tmp_path: Path, rng: n
     assert f"| {ABSENT} |" in as_markdown(table)
 
 
+@pytest.mark.parametrize("text", ["null", "NaN", "Infinity"])
+def test_numbers_an_evaluation_does_not_have_are_dashes(text: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    [run] = scored_runs(tmp_path, rng, "crate-2l")
+    change(run / "evaluation.json", standard_error=json.loads(text), perplexity=json.loads(text))
+    table = tables.performance(gather([run]))
+    assert cells(table, "Standard error") == cells(table, "Perplexity") == [None]
+    assert isinstance(cells(table, "Loss")[0], float)
+    assert f"| {ABSENT} | {ABSENT} |" in as_markdown(table)
+
+
 def test_csv_holds_unrounded_what_markdown_rounds(tmp_path: Path, rng: np.random.Generator) -> None:
     results = gather(scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l"))
     for table in tables.tables(results):
@@ -185,9 +195,9 @@ def test_what_is_not_there_yet_is_named_with_the_command_that_makes_it(
     (run / "evaluation.json").unlink()
     results = gather([run])
     assert results.protocols == ("random-only",)
-    assert any(f"cratelm evaluate {run}" in line for line in results.missing)
+    assert any(line.endswith(f"cratelm evaluate {run} --data DIR") for line in results.missing)
     assert cells(tables.performance(results), "Loss") == ["not evaluated"]
-    assert f"cratelm evaluate {run}" in as_markdown(tables.performance(results)).replace("\\", "")
+    assert f"cratelm evaluate {run} --data DIR" in as_markdown(tables.performance(results)).replace("\\", "")
     with pytest.raises(CrateError, match=r"no compat scores .*--mode compat"):
         gather([run], mode="compat")
     with pytest.raises(CrateError, match=r"run\.json is not there"):

@@ -1,7 +1,7 @@
 """Reading and editing named places of a model whose `forward` knows nothing of it."""
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -36,13 +36,14 @@ def hooks(model: nn.Module) -> int:
 
 def decoded(model: LanguageModel, code: Tensor, layer: int, tokens: Tensor) -> Tensor:
     """What the model makes of a code from that layer on: the rest of it, taken by hand."""
-    block = model.blocks[layer]
+    block: Any = model.blocks[layer]
     if model.config.arch == "crate":
         x = code @ block.ista.atoms
     else:
         with capture(model, [f"blocks.{layer - 1}", f"blocks.{layer}.attention"]) as outputs:
             model(tokens)
         x = outputs[f"blocks.{layer - 1}"] + outputs[f"blocks.{layer}.attention"] + block.mlp.down(code)
+    later: Any
     for later in model.blocks[layer + 1 :]:
         x = later(x)
     return model.norm(x) @ model.embedding.weight.T

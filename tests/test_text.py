@@ -89,9 +89,33 @@ def test_stdlib_is_the_library_without_tests_and_installed_packages() -> None:
     assert names == sorted(names)
     assert {"os.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "idle_test", "site-packages"} & set(Path(name).parts[:-1])]
+    assert not [name for name in names if name.startswith(("encodings/", "_sysconfigdata"))]
     documents = list(stream_documents(["stdlib"]))
     assert 300 < len(documents) <= len(names)
     assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_files_of_stdlib_share_little_with_one_another() -> None:
+    """Documents are split by a hash, which keeps apart what is the same, not what is nearly the same."""
+    owners: dict[str, set[str]] = {}
+    total = 0
+    for document in stream_documents(["stdlib"]):
+        lines = [line.strip() for line in document.text.splitlines() if len(line.strip()) >= 40]
+        total += len(lines)
+        for line in lines:
+            owners.setdefault(line, set()).add(document.origin)
+    assert sum(len(files) for files in owners.values() if len(files) > 1) < 0.06 * total
+
+
+def test_stdlib_leaves_out_what_a_build_made_and_nothing_that_is_only_named_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("encodings/cp037.py", "_sysconfigdata__linux_x86_64.py", "encodings.py", "sysconfig.py", "a/tests.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert [file.name for file in list_files("stdlib")] == ["a/tests.py", "encodings.py", "sysconfig.py"]
+    assert len(list_files(str(tmp_path))) == 5
 
 
 def test_stdlib_goes_past_an_undecodable_file_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,15 +157,20 @@ def test_damaged_weights_are_refused(crate: Path) -> None:
         refused(crate, r"model\.safetensors is damaged")
     file.unlink()
     refused(crate, "has a config.json but no model.safetensors")
+    (crate / "model.safetensors.index.json").write_text("{")
+    refused(crate, r"index.json is not readable .*\. Put back the model.safetensors.index.json that was written with")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda state: state | {"surplus": torch.ones(2)}, r"surplus is \(2,\), expected nothing of that name"),
-        (lambda state: {k: v for k, v in state.items() if k != "norm.bias"}, r"norm.bias is missing, expected \(16,\)"),
+        (
+            lambda state: {k: v for k, v in state.items() if k != "model.norm.bias"},
+            r"norm.bias is missing, expected \(16,\)",
+        ),
         (lambda state: state | {"norm.bias": torch.ones(3)}, r"norm.bias is \(3,\), expected \(16,\)"),
-        (lambda state: {k: v for k, v in state.items() if k[:6] != "blocks"}, "is missing, .* and 15 more"),
+        (lambda state: {k: v for k, v in state.items() if k[:12] != "model.blocks"}, "is missing, .* and 15 more"),
     ],
 )
 def test_weights_that_do_not_fit_the_configuration_are_named(crate: Path, change: Any, said: str) -> None:
@@ -183,11 +188,11 @@ def test_weights_that_no_gpt2_has_are_named(name: str, tmp_path: Path, rng: np.r
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "config.json is not readable"),
-        ("[]", "config.json lacks or misspells a field"),
+        ("{", r"config.json is not readable .*\. Put back the config.json that was written with the weights"),
+        ("[]", r"config.json lacks or misspells a field .*list\)\. Put back the config.json"),
         ("{}", "describes a None model; this command reads crate and gpt2"),
         ('{"model_type": "llama"}', "describes a 'llama' model"),
-        ('{"model_type": "crate"}', "lacks or misspells a field .*num_layers"),
+        ('{"model_type": "crate"}', r"lacks or misspells a field .*num_layers.*\. Put back the config.json"),
         ('{"model_type": "crate", "format_version": 99}', "has format version 99, this cratelm reads up to 1"),
         ('{"model_type": "gpt2"}', "lacks or misspells a field .*n_embd"),
         ('{"model_type": "gpt2", "activation_function": "silu"}', "has activation_function 'silu'"),
@@ -217,18 +222,24 @@ def test_load_takes_a_run_or_a_model_directory(crate: Path) -> None:
 
 def test_a_path_without_a_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused(tmp_path, r"no model in .* \(no config.json there or in model/\). Run: cratelm train --out")
-    refused(tmp_path / "nowhere", r"nowhere is not there. Run: cratelm train")
+    refused(tmp_path, r"no model in .* \(no config.json there or in model/\). Run: cratelm train --data DIR --out")
+    refused(tmp_path / "nowhere", r"nowhere is not there. Run: cratelm train --data DIR --out .*nowhere$")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for path in ("./x", "a/b/c", "~/x", "runs/crate-2l"):
         refused(path, rf"{path} is not there. Run: cratelm train")
 
 
+def test_a_file_in_the_place_of_a_model_is_not_to_be_trained_into(tmp_path: Path) -> None:
+    file = tmp_path / "ckpt.pt"
+    file.write_text("weights")
+    refused(file, r"ckpt.pt is a file, .* run: cratelm import \S+/ckpt.pt --out RUN$")
+
+
 def test_a_hub_name_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("someone/gpt2", r"is not a folder here, and hub names need an extra: pip install 'cratelm\[hf\]'")
+    refused("someone/gpt2", r"is not a folder here, and hub names need an extra. Run: pip install 'cratelm\[hf\]'")
 
 
 def test_a_hub_name_is_fetched_and_a_failure_is_one_line(
@@ -247,7 +258,10 @@ def test_a_hub_name_is_fetched_and_a_failure_is_one_line(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_model("someone/gpt2") == crate
-    refused("gone", r"gone is neither a folder here nor reachable on the hub \(offline\)")
+    refused(
+        "gone",
+        r"gone is neither a folder here nor reachable on the hub \(offline\)\. Check name .* cratelm train --data",
+    )
     assert asked == ["someone/gpt2", "gone"]
 
 

@@ -80,7 +80,7 @@ class Excerpts:
     def of(self, row: int) -> Iterator[Excerpt]:
         """The excerpts of one row (one neuron), without padding."""
         for i in np.flatnonzero(self.present[row]):
-            length = int(self.valid[row, i].sum())
+            length = int((self.tokens[row, i] != ABSENT).sum())
             yield Excerpt(
                 tokens=self.tokens[row, i, :length], activations=self.activations[row, i, :length],
                 position=int(self.position[row, i]), document=int(self.document[row, i]),
@@ -299,4 +299,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             check_format_version(path, (file.metadata() or {}).get("format_version", 1))
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise CrateError(f"{path} is not a readable records file ({error}). Run cratelm collect again") from None
+        records = path.parent if path.name == "windows.safetensors" else path.parent.parent
+        option = " --mode compat" if records.name == "compat" else ""
+        raise CrateError(
+            f"{path} is not a readable records file ({error}). "
+            f"Remove {records} and run: cratelm collect {records.parent.parent} --data DIR{option}"
+        ) from None

@@ -14,7 +14,7 @@ _FIRST_KEY = (127 - 16) * 2  # 2^-16, in units of the 22-bit shift that leaves s
 
 
 def histogram_edges() -> Float[np.ndarray, " edges"]:
-    """Lower edges of bins 1 to 63, two an octave from 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 holds what is below.
+    """Lower edges of bins 1 to 63, two an octave from 1.5 * 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 is what is below.
 
     The last bin has no upper edge.
     """
@@ -26,8 +26,9 @@ def histogram_edges() -> Float[np.ndarray, " edges"]:
 class Moments:
     """Count, mean, central sums of powers 2 to 4, density, extremes and a log-binned histogram of each neuron.
 
-    Sums are of deviations from a value near the mean (`start`), added up in float64, so that nothing cancels. Activations are taken in blocks that stay in the processor's cache; that, and sums by matrix
-    product, is what makes it fast (`docs/performance.md`).
+    Sums are of deviations from a value near the mean (`start`), added up in float64, so that nothing cancels.
+    Activations are taken in blocks that stay in the processor's cache; that, and sums by matrix product, is what makes
+    it fast (`docs/performance.md`).
     """
 
     neurons: int
@@ -81,7 +82,7 @@ class Moments:
         }  # fmt: skip
 
     def result(self) -> dict[str, Tensor]:
-        """Density, mean, unbiased variance, standardised skewness and kurtosis (3 for a normal), extremes, histogram."""
+        """Density, mean, unbiased variance, standardised skewness and kurtosis (normal: 3), extremes, histogram."""
         c = self.central()
         spread = c["power2"] / c["count"]
         return {

@@ -1,27 +1,37 @@
 """Record every neuron: the excerpts on which it fires most, random ones, ones from all strengths, and its statistics.
 
     cratelm collect runs/crate-2l --data tokens
+    cratelm collect EleutherAI/pythia-70m --data tokens --out runs/pythia-70m --tokens 8.2M
 
 One pass over the held-out documents gives all layers. Half of the documents (by a hash of their content) are for
 explaining and half for scoring, so that no explanation is tested on a text it was made from. `--mode compat` follows
-the released code of the paper instead. A killed collection goes on where it was.
+the released code of the paper instead. A killed collection goes on where it was. A Hugging Face model gets a run
+directory of its own, `--out`. `--tap` records another place than the neurons (docs/collect.md).
 """
 
+import contextlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from cratelm.activations.plan import CollectConfig
-from cratelm.activations.records import Mode
+from cratelm.activations.records import Mode, layer_file, records_folder
+from cratelm.activations.repairs import Repair
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, console, progress_bar, select_device
+from cratelm.rundir import atomic_path, claim, read_json
+from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
+    from torch import nn
 
-    from cratelm.activations.subject import Subject
+    from cratelm.activations.foreign import ForeignModel
+    from cratelm.activations.subject import Corpus, Subject
     from cratelm.data.tokens import TokenDirectory
 
 
@@ -30,17 +40,30 @@ class Options:
     """Options of `cratelm collect`."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
+    """Run directories; or one Hugging Face model, a directory or a name on the hub."""
     data: Path
     """Token directory to read."""
+    out: Path | None = None
+    """Run directory to write for a Hugging Face model. A run of ours keeps its records itself."""
     tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
+    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model that holds none."""
     split: str = "val"
     """Split to read; held-out text by default."""
     mode: Mode = "fixed"
     """`fixed`, or `compat` for the released procedure."""
-    tokens: int | None = None
-    """Read the first documents that hold so many tokens; all by default."""
+    repair: tuple[Repair, ...] = ()
+    """With `compat`, flaws of the released procedure to repair (docs/compat.md). Another set needs another run."""
+    tap: str = "neurons"
+    """What to record: neurons, heads (their outputs side by side), residual (the output of each layer), or a module
+    such as 'model.layers.{layer}.mlp.down_proj:input'; :input is what it reads."""
+    sign: Literal["positive", "negative"] = "positive"
+    """negative records the activations times -1, as a tap of its own: top excerpts rank the positive side only."""
+    layer: tuple[int, ...] = ()
+    """Zero-based layers to record; all if left out."""
+    tokens: str = "all"
+    """Read the first documents that hold so many tokens, as in 200k, 8.2M or 1G; or all."""
+    context: int | None = None
+    """Tokens per row; by default the model's context, for a Hugging Face model at most 1024."""
     seed: int = 0
     """Of the halving of documents and of random excerpts."""
     bf16: bool = False
@@ -51,77 +74,187 @@ class Options:
     """Where to compute."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model to collect from and the run directory that its records go to."""
+
+    model: "nn.Module"
+    tokenizer: "Tokenizer | None"
+    model_hash: str
+    run: Path
+    foreign: "ForeignModel | None"
+    """None for a run of ours."""
+
+
 def run(options: Options) -> None:
     """Collect the records of each run."""
+    if not options.runs:
+        raise CrateError("no run and no model was named. Run: cratelm collect RUN --data DIR")
+    if options.out is not None and len(options.runs) > 1:
+        raise CrateError(f"--out is the run of one model, {len(options.runs)} were named. Collect them one by one")
     for one in options.runs:
         collect_run(one, options)
-        console.print(f"records in {one / 'records' / options.mode}. Next: cratelm interpret {one}")
 
 
-def collect_run(run_folder: Path, options: Options) -> None:
-    """Collect the records of one run, unless they are there already."""
+def collect_run(source: Path, options: Options) -> None:
+    """Collect the records of one run or foreign model, unless they are there already."""
+    from cratelm.activations.observe import observe
+
+    max_tokens = read_count(options.tokens)
+    if options.batch_rows < 1:
+        raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
+    if options.repair and options.mode != "compat":
+        raise CrateError(f"--repair {options.repair[0]} is for the released procedure. Use it with --mode compat")
+    device = own_device(options.device)
+    opened = open_model(source, options)
+    tokenizer = _tokenizer_of(opened, source, options.tokenizer)
+    corpus = _corpus(open_tokens(options.data, options.tokenizer, tokenizer, source), options.split, opened.model)
+    subject = observe(
+        opened.model.to(device), model_hash=opened.model_hash, tap=options.tap, sign=options.sign,
+        layers=options.layer, context=options.context, bf16=options.bf16,
+    )  # fmt: skip
+    with Team.joined() as team, claim(opened.run) if team.rank == 0 else contextlib.nullcontext():
+        if team.rank == 0:
+            _write_head(opened, tokenizer, options.mode)
+        _collect(subject, corpus, opened.run, options, max_tokens, device, team)
+        if team.rank == 0:
+            _report(opened.run, options, subject)
+
+
+def _write_head(opened: Opened, tokenizer: "Tokenizer", mode: Mode) -> None:
+    """What lies beside the records: the tokenizer, and whose they are."""
+    from cratelm.activations.foreign import write_foreign_run
+
+    if opened.foreign is not None:
+        write_foreign_run(opened.run, opened.foreign)
+    with atomic_path(records_folder(opened.run, mode) / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
+
+
+def _collect(
+    subject: "Subject", corpus: "Corpus", run: Path, options: Options, max_tokens: int | None, device: "torch.device",
+    team: Team,
+) -> None:  # fmt: skip
     from cratelm.activations.collect import collect
     from cratelm.activations.compat import collect_compat
-    from cratelm.activations.records import records_folder
-    from cratelm.activations.subject import Corpus
-    from cratelm.model.weights import copy_tokenizer, find_model, load
-    from cratelm.rundir import claim
 
-    model, tokenizer = load(run_folder)
-    data = open_tokens(options.data, options.tokenizer, tokenizer, run_folder)
-    device = select_device(options.device)
-    identity = {"split": options.split, "tokenizer_hash": data.tokenizer_hash}
-    corpus = Corpus(
-        tokens=data.tokens(options.split), documents=data.documents(options.split), end_of_text=data.end_of_text,
-        identity=identity | {"data_hash": data.splits[options.split].sha256},
-    )  # fmt: skip
-    subject = observe(model.to(device), bf16=options.bf16)
-    total = min(options.tokens or len(corpus.tokens), len(corpus.tokens))
+    total = min(max_tokens or len(corpus.tokens), len(corpus.tokens))
     passes = 2 if options.mode == "compat" else 1
-    with claim(run_folder), progress_bar(f"collect {run_folder.name}", total=passes * total) as bar:
-        copy_tokenizer(find_model(run_folder), records_folder(run_folder, options.mode) / "tokenizer.json")
-        if options.mode == "compat":
-            collect_compat(
-                subject, corpus, run_folder, device=device, bar=bar, max_tokens=options.tokens, seed=options.seed,
-                batch_rows=options.batch_rows,
-            )  # fmt: skip
-        else:
+    with progress_bar(f"collect {run.name}", total=passes * total) as bar:
+        if options.mode == "fixed":
             config = CollectConfig(seed=options.seed, batch_rows=options.batch_rows)
-            collect(config, subject, corpus, run_folder, device=device, bar=bar, max_tokens=options.tokens)
+            collect(config, subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, team=team)
+            return
+        if team.size > 1:
+            raise CrateError(f"--mode compat is for one process, torchrun started {team.size}. Run it without torchrun")
+        collect_compat(
+            subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, seed=options.seed,
+            batch_rows=options.batch_rows, repairs=frozenset(options.repair),
+        )  # fmt: skip
 
 
-def observe(model, *, bf16: bool) -> "Subject":  # type: ignore[no-untyped-def]
-    """A model of ours as the collector sees it: token ids to the code of each layer."""
+def own_device(name: DeviceName) -> "torch.device":
+    """The device of this process: under torchrun each process on a machine has a GPU of its own."""
     import torch
 
-    from cratelm.activations.subject import Subject
-    from cratelm.activations.taps import capture
-    from cratelm.model.weights import weights_hash
+    device = select_device(name)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
 
-    taps = model.neuron_taps
 
-    def forward(tokens: torch.Tensor) -> dict[int, torch.Tensor]:
-        autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
-        with torch.inference_mode(), autocast, capture(model, taps) as codes:
-            model.features(tokens)
-        return {layer: codes[tap].float() for layer, tap in enumerate(taps)}
+def read_count(text: str) -> int | None:
+    """`8.2M` -> 8200000, `all` -> None."""
+    if text == "all":
+        return None
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kKMG]?)", text)
+    count = round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2].replace("K", "k")]) if match else 0
+    if count < 1:
+        raise CrateError(f"--tokens is {text!r}. Write a number such as 200000, 200k, 8.2M or 1G, or all")
+    return count
 
-    return Subject(
-        forward=forward, layers={layer: model.config.num_neurons for layer in range(len(taps))},
-        context=model.config.context_length, tap="neurons",
-        identity={"model_hash": weights_hash(model), "precision": "bfloat16" if bf16 else "float32"},
+
+def open_model(source: Path, options: Options) -> Opened:
+    """Load the model of a run, or a foreign model with its `--out`; the run of a foreign model remembers its source."""
+    from cratelm.activations.foreign import load_foreign
+    from cratelm.model.weights import load, weights_hash
+
+    described = source / "run.json"
+    description = read_json(described, made_by="cratelm train") if described.is_file() else {}
+    remembered = description.get("source")
+    is_run = described.is_file() or (source / "model" / "config.json").is_file()
+    if is_run and options.out is not None:
+        raise CrateError(f"{source} is a run, which keeps its records itself. Leave --out away")
+    if is_run and remembered is None:
+        model, tokenizer = load(source)
+        return Opened(model=model, tokenizer=tokenizer, model_hash=weights_hash(model), run=source, foreign=None)
+    if not is_run and options.out is None:
+        what = "is a model and no run" if (source / "config.json").exists() else "is no run directory"
+        raise CrateError(
+            f"{source} {what}. For the records of a Hugging Face model name the run to write: "
+            f"cratelm collect {source} --data {options.data} --out runs/{source.name}"
+        )
+    foreign = load_foreign(remembered or source)
+    return Opened(
+        model=foreign.model, tokenizer=foreign.tokenizer, model_hash=foreign.model_hash,
+        run=options.out or source, foreign=foreign,
     )  # fmt: skip
 
 
-def open_tokens(folder: Path, named: str | None, tokenizer: "Tokenizer | None", run_folder: Path) -> "TokenDirectory":
+def _tokenizer_of(opened: Opened, source: Path, named: str | None) -> "Tokenizer":
+    """The model's own tokenizer, or the one that was named for a model without."""
+    from cratelm.data.tokenizer import load_tokenizer
+
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    if named is None:
+        raise CrateError(
+            f"the model of {source} has no tokenizer.json, so nothing says that the tokens are its own. "
+            "Put it there, or name its tokenizer with --tokenizer"
+        )
+    return load_tokenizer(named)
+
+
+def open_tokens(folder: Path, named: str | None, tokenizer: "Tokenizer | None", source: Path) -> "TokenDirectory":
     """Open a token directory and check that its tokenizer is the model's."""
     from cratelm.data.tokenizer import tokenizer_hash
     from cratelm.data.tokens import TokenDirectory
 
     data = TokenDirectory.open(folder, tokenizer=named)
     if tokenizer is not None and tokenizer_hash(tokenizer) != data.tokenizer_hash:
+        inside = source / "model" / "tokenizer.json"
         raise CrateError(
-            f"the tokens of {folder} come from another tokenizer than the model of {run_folder}. "
-            f"Run: cratelm tokenize SOURCE --tokenizer {run_folder / 'model' / 'tokenizer.json'} --out DIR"
+            f"the tokens of {folder} come from another tokenizer than the model of {source}. "
+            f"Run: cratelm tokenize SOURCE --tokenizer {inside if inside.exists() else source} --out DIR"
         )
     return data
+
+
+def _corpus(data: "TokenDirectory", split: str, model: "nn.Module") -> "Corpus":
+    from cratelm.activations.places import vocabulary_rows
+    from cratelm.activations.subject import Corpus
+
+    tokens, rows = data.tokens(split), vocabulary_rows(model)
+    if data.vocab_size > rows and (largest := int(tokens.max())) >= rows:
+        raise CrateError(
+            f"{data.path / split}.bin holds token {largest}, the model's vocabulary ends at {rows - 1}. "
+            "Tokenize with the model's own tokenizer"
+        )
+    identity = {"split": split, "tokenizer_hash": data.tokenizer_hash, "data_hash": data.splits[split].sha256}
+    return Corpus(tokens=tokens, documents=data.documents(split), end_of_text=data.end_of_text, identity=identity)
+
+
+def _report(run: Path, options: Options, subject: "Subject") -> None:
+    """Say where the records are, and what they mean where activations can be negative."""
+    from cratelm.activations.writing import least_activation
+
+    files = [layer_file(run, options.mode, subject.tap, layer) for layer in subject.layers]
+    if (least := min(map(least_activation, files))) < 0:
+        other = "positive" if options.sign == "negative" else "negative"
+        console.print(
+            f"{subject.tap} has negative activations (down to {least:.3g}). Top excerpts are the strongest positive "
+            f"ones, density counts what is above 0. For the other side: --sign {other}"
+        )
+    folder = records_folder(run, options.mode)
+    if subject.tap == "neurons":
+        console.print(f"records in {folder}. Next: cratelm interpret {run}")
+    else:
+        console.print(f"records in {folder / subject.tap}, read by cratelm.read_records(..., tap={subject.tap!r})")

@@ -1,13 +1,19 @@
-"""Measure the held-out loss of a trained model.
+"""Measure the held-out loss of a trained model, and its loss on texts it was not trained for.
 
     cratelm evaluate runs/crate-2l --data tokens
+    cratelm evaluate runs/crate-2l --zero-shot lambada,wikitext2,ptb --eval-data FOLDER
 
-One deterministic pass over a split: nats per token with a standard error over documents, perplexity, bits per byte.
-Printed, and written to evaluation.json in the run directory.
+One deterministic pass over a split, or over every token of each text: nats per token with a standard error over
+documents, perplexity, bits per byte; for LAMBADA also accuracy and perplexity of the last word. Printed, and written to
+evaluation.json in the run directory, where each part replaces what an earlier evaluation left of it. The loss of every
+document of a split goes to evaluation_documents.safetensors, by which a report compares models on the same documents.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,14 +25,18 @@ from cratelm.runtime import DeviceName, progress_bar, select_device
 class Options:
     """Options of `cratelm evaluate`."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories."""
-    data: Path
+    data: Path | None = None
     """Token directory to predict."""
     tokenizer: str | None = None
     """Tokenizer of a nanoGPT directory, which has no tokens.json."""
     split: str = "val"
     """Split to predict."""
+    zero_shot: str = ""
+    """Texts to predict, with commas between: lambada, wikitext2, ptb, or paths of text files."""
+    eval_data: str = "hub"
+    """Folder with lambada_test.jsonl, wikitext2-test.txt and ptb-test.txt; or hub, which needs the extra hf."""
     batch: int = 16
     """Sequences per forward pass."""
     device: DeviceName = "auto"
@@ -34,22 +44,29 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Evaluate each run and print a line for it."""
+    """Evaluate each run; print a line for its held-out loss and a table for its zero-shot losses."""
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm evaluate RUN --data DIR")
+    if options.data is None and not _names(options):
+        raise CrateError("nothing to evaluate on. Give --data DIR, or --zero-shot lambada,wikitext2,ptb")
     for one in options.runs:
-        result = evaluate_run(one, options.data, options)
-        print(
-            f"{one.name}: {result['nats_per_token']:.4f} ± {result['standard_error']:.4f} nats per token, perplexity "
-            f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte ({result['tokens']} tokens of "
-            f"{result['documents']} {options.split} documents)"
-        )
+        if options.data is not None:
+            result = evaluate_run(one, options.data, options)
+            print(
+                f"{one.name}: {result['nats_per_token']:.4f} ± {result['standard_error']:.4f} nats per token, "
+                f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte "
+                f"({result['tokens']} tokens of {result['documents']} {options.split} documents)"
+            )
+        if _names(options):
+            print_table(one.name, zero_shot_run(one, options))
 
 
 def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[str, object]:
-    """Evaluate one run and write its evaluation.json."""
+    """Evaluate one run on held-out tokens and write its evaluation.json."""
     from cratelm.commands.collect import open_tokens
     from cratelm.model.weights import load
-    from cratelm.rundir import claim, origin, write_json
-    from cratelm.training.evaluate import evaluate
+    from cratelm.rundir import claim, origin
+    from cratelm.training.evaluate import document_losses, summarise
 
     if options.batch < 1:
         raise CrateError(f"--batch is {options.batch}, it must be at least 1")
@@ -57,15 +74,86 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     data = open_tokens(data_folder, options.tokenizer, tokenizer, run_folder)
     if data.vocab_size > model.config.vocab_size:
         raise CrateError(
-            f"the tokens of {data_folder} come from a vocabulary of {data.vocab_size}, the model of {run_folder} has "
-            f"{model.config.vocab_size} rows. Tokenize with the model's own tokenizer"
+            f"the tokens of {data_folder} are of {data.vocab_size} kinds, the model of {run_folder} knows "
+            f"{model.config.vocab_size}. Tokenize with the model's own tokenizer"
         )
     tokens = data.tokens(options.split)
     with claim(run_folder), progress_bar(f"evaluate {run_folder.name}", total=len(tokens)) as bar:
-        evaluation = evaluate(
+        losses = document_losses(
             model.to(select_device(options.device)), tokens, data.documents(options.split),
-            text_bytes=data.text_bytes(options.split), batch=options.batch, bar=bar,
+            batch=options.batch, bar=bar,
         )  # fmt: skip
+        evaluation = summarise(losses, text_bytes=data.text_bytes(options.split))
         result = {"split": options.split, **asdict(evaluation), "data_hash": data.splits[options.split].sha256}
-        write_json(run_folder / "evaluation.json", result | {"origin": origin()})
+        _write_documents(run_folder, {"nats": losses.nats, "tokens": losses.tokens}, result)
+        _write(run_folder, result | {"origin": origin()})
     return result
+
+
+def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any]]:
+    """Evaluate one run on the named texts and write what was found under `zero_shot` of its evaluation.json."""
+    from cratelm.model.weights import load
+    from cratelm.rundir import claim, origin
+    from cratelm.training.zero_shot import zero_shot
+
+    model, tokenizer = load(run_folder)
+    if tokenizer is None:
+        raise CrateError(f"{run_folder} holds no tokenizer.json. Put the model's tokenizer beside its weights")
+    model.to(select_device(options.device))
+    found = {}
+    with claim(run_folder):
+        for name in _names(options):
+            measured = zero_shot(model, tokenizer, name, options.eval_data, batch=options.batch)
+            found[name] = measured | {"origin": origin()}
+            _write(run_folder, {"zero_shot": _evaluated(run_folder).get("zero_shot", {}) | found})
+    return found
+
+
+def print_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line per text."""
+    width = max(len("text"), *map(len, found))
+    columns = "   nats per token  perplexity  bits/byte   tokens  last word: %, perplexity"
+    print(f"{title}, zero-shot\n{'text':{width}}{columns}")
+    for name, row in found.items():
+        loss = f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f}"
+        line = f"{name:{width}}  {loss:>15}  {row['perplexity']:10.6g}  {row['bits_per_byte']:9.4f}  {row['tokens']:7d}"
+        if word := row.get("last_word"):
+            line += f"  {100 * word['accuracy']:.2f} ± {100 * word['standard_error']:.2f}, {word['perplexity']:.4g}"
+        print(line)
+
+
+def _names(options: Options) -> list[str]:
+    return [name for part in options.zero_shot.split(",") if (name := part.strip())]
+
+
+def _evaluated(run_folder: Path) -> dict[str, Any]:
+    from cratelm.rundir import read_json
+
+    path = run_folder / "evaluation.json"
+    return read_json(path, made_by=f"cratelm evaluate {run_folder} --data DIR") if path.exists() else {}
+
+
+def _write(run_folder: Path, part: dict[str, Any]) -> None:
+    """Put a part into evaluation.json; other parts stay."""
+    from cratelm.rundir import write_json
+
+    write_json(run_folder / "evaluation.json", _strict(_evaluated(run_folder) | part))
+
+
+def _strict(value: Any) -> Any:
+    """The value as JSON has it: null for a number that is none, such as a perplexity too large."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_documents(run_folder: Path, losses: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """The loss of every document, and which evaluation it is of."""
+    from safetensors.numpy import save_file
+
+    from cratelm.report.loss import DOCUMENTS
+    from cratelm.rundir import FORMAT_VERSION, atomic_path
+
+    named = {"split": result["split"], "data_hash": result["data_hash"] or "", "format_version": str(FORMAT_VERSION)}
+    with atomic_path(run_folder / DOCUMENTS) as temporary:
+        save_file(dict(losses), temporary, metadata=named)

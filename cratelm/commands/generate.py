@@ -1,6 +1,7 @@
-"""Continue a text with a trained model.
+"""Continue a text with a trained model, or let it begin one.
 
     cratelm generate runs/crate-2l --prompt "def read_file("
+    cratelm generate runs/crate-2l --temperature 0.5 --seed 1
 
 The text is written as it is made. Temperature 0 takes the most probable token each time.
 """
@@ -8,27 +9,33 @@ The text is written as it is made. Temperature 0 takes the most probable token e
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, select_device
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `cratelm generate`."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
     """Run directory or model directory."""
-    prompt: str
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; left out, the model begins a document of its own."""
     tokens: int = 100
     """Tokens to add."""
     temperature: float = 0.8
     """Below 1 the probable becomes more probable; 0 is deterministic."""
     top_k: int | None = None
     """Draw only from so many of the most probable tokens."""
+    top_p: float | None = None
+    """Draw only from the fewest most probable tokens that together have this probability."""
     seed: int | None = None
     """The same seed gives the same text."""
     device: DeviceName = "auto"
@@ -46,12 +53,10 @@ def run(options: Options) -> None:
     model, tokenizer = load(options.run)
     if tokenizer is None:
         raise CrateError(f"{options.run} holds no tokenizer.json. Put the model's tokenizer beside its weights")
-    prompt = tokenizer.encode(options.prompt).ids
-    if not prompt:
-        raise CrateError("the prompt is empty. Give some text to continue with --prompt")
+    prompt = prompt_tokens(tokenizer, options.prompt)
     model.to(select_device(options.device))
-    made: list[int] = list(prompt)
-    shown = tokenizer.decode(prompt)
+    made: list[int] = [] if options.prompt is None else list(prompt)
+    shown = tokenizer.decode(made)
     sys.stdout.write(shown)
 
     def show(new: torch.Tensor) -> None:
@@ -65,6 +70,20 @@ def run(options: Options) -> None:
 
     model.generate(
         torch.tensor([prompt], device=model.device), options.tokens, temperature=options.temperature,
-        top_k=options.top_k, seed=options.seed, on_token=show,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed, on_token=show,
     )  # fmt: skip
     sys.stdout.write(tokenizer.decode(made)[len(shown) :] + "\n")
+
+
+def prompt_tokens(tokenizer: "Tokenizer", prompt: str | None) -> list[int]:
+    """The tokens of a prompt; without one, the <|endoftext|> that comes before every document but the first."""
+    from cratelm.model.weights import END_OF_TEXT
+
+    if prompt is None:
+        start = tokenizer.token_to_id(END_OF_TEXT)
+        if start is None:
+            raise CrateError(f"the model's tokenizer has no {END_OF_TEXT} to begin from. Give a text with --prompt")
+        return [start]
+    if not (tokens := tokenizer.encode(prompt).ids):
+        raise CrateError("the prompt is empty. Give some text to continue with --prompt, or leave it out")
+    return tokens

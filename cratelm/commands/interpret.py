@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -37,13 +38,13 @@ COLUMNS = {"dead": "dead", "too rare": "rare", "constant activations": "const a"
 class Selection:
     """Which neurons of which runs, and by which protocols."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories, each with the records that `cratelm collect` wrote."""
-    protocol: tuple[str, ...] = ("all",)
+    protocol: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("all",)
     """One or more of top-and-random, random-only, anthropic; or all."""
     mode: Mode = "fixed"
     """fixed: explained and scored on different documents. compat: the paper's released procedure."""
-    layer: tuple[int, ...] = ()
+    layer: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", help_behavior_hint="")] = ()
     """Zero-based layers; all that have records if left out."""
 
 
@@ -51,12 +52,13 @@ class Selection:
 class Options(Selection):
     """Which neurons, protocols and controls."""
 
-    controls: tuple[str, ...] = ()
+    controls: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
     """shuffled: also score each neuron with the explanation of another neuron of its layer."""
 
 
 def run(options: Options) -> None:
     """Run the three stages on every run."""
+    check_controls(options.controls)
     for one in check_runs(options):
         with claim(one):
             explain_run(one, options)

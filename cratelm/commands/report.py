@@ -10,7 +10,7 @@ and .png.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -19,7 +19,7 @@ import tyro
 class Options:
     """Which runs to report on, and where."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories, scored by `cratelm interpret`."""
     out: Path | None = None
     """Folder of the report; left out, `report` in the folder that holds the runs, or in the run if it is one."""

@@ -11,18 +11,16 @@ A variant is a model configuration by name: `crate` and `gpt2`, or `NAME:FIELD=V
 `sparser:penalty=1.0` or `gelu:arch=gpt2,activation=gelu`.
 """
 
-import dataclasses
-import json
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
 from cratelm.errors import CrateError
 from cratelm.model.config import SIZES, ModelConfig, Size, sized
+from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
 from cratelm.training.config import Execution, TrainConfig
 
@@ -114,7 +112,7 @@ def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
         raise CrateError(f"two variants are named {twice[0]!r}. Give each a name of its own: NAME:FIELD=VALUE,...")
     vocab = options.vocab_size or padded(data.vocab_size)
     for number in range(options.seeds):
-        for size in typing.cast(list[Size], sizes):
+        for size in cast(list[Size], sizes):
             for text in options.variant:
                 name, model = variant(text, size, vocab_size=vocab, context=options.training.context)
                 config = replace(options.training, seed=options.training.seed + number)
@@ -131,27 +129,9 @@ def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[st
         key, equals, value = setting.partition("=")
         if not equals:
             raise CrateError(f"variant {text!r}: {setting!r} is no FIELD=VALUE")
-        changes[key] = _value(text, key, value)
+        changes[key] = field_value(text, key, value)
     arch = changes.pop("arch")
     return name, sized(arch, size, vocab_size=vocab_size, **({"context_length": context} | changes))
-
-
-def _value(text: str, key: str, value: str) -> Any:
-    """A field's value, checked against its type."""
-    known = {one.name: one.type for one in dataclasses.fields(ModelConfig)}
-    if key not in known:
-        raise CrateError(f"variant {text!r}: a model has no field {key!r} (it has {', '.join(known)})")
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError:
-        found = value
-    if known[key] is float and type(found) is int:
-        found = float(found)
-    choices = get_args(known[key])
-    if found in choices or type(found) is known[key] or any(type(found) is choice for choice in choices):
-        return found
-    wanted = " or ".join(map(str, choices)) or getattr(known[key], "__name__", str(known[key]))
-    raise CrateError(f"variant {text!r}: {key} is {value!r}, it must be {wanted}")
 
 
 def _foretell(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
@@ -217,7 +197,7 @@ def _measure(options: Options, part: Part) -> None:
             asked = evaluate.Options(runs=(one,), data=options.data, tokenizer=options.tokenizer, device=options.device)
             evaluate.evaluate_run(one, options.data, asked)
         collect.collect_run(one, collect.Options(
-            runs=(one,), data=options.data, tokenizer=options.tokenizer, tokens=options.collect_tokens,
+            runs=(one,), data=options.data, tokenizer=options.tokenizer, tokens=str(options.collect_tokens or "all"),
             device=options.device,
         ))  # fmt: skip
         selection = interpret.Options(runs=(one,), controls=controls)

@@ -27,6 +27,7 @@ import tyro
 from cratelm.commands.measurements import MeasurementName
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig, Size, sized
+from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.training.config import Execution, TrainConfig
 
@@ -47,6 +48,8 @@ class Options:
     """Of the paper's table: 1l 2l 3l (width 128), s (6 layers, width 768), b (12 layers)."""
     activation: Literal["relu", "gelu"] = "relu"
     """GPT-2's nonlinearity: relu as in the paper, or gelu."""
+    variant: tuple[str, ...] = ()
+    """Departures from the paper, FIELD=VALUE each: penalty=1.0 shifted_keys=true rotary=true ... (docs/variants.md)."""
     vocab_size: int | None = None
     """Rows of the embedding; by default the tokenizer's vocabulary, rounded up to a multiple of 64."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -93,6 +96,7 @@ def _train(options: Options, data_folder: Path) -> None:
     )
     if options.arch == "gpt2":
         model_config = replace(model_config, activation=options.activation)
+    model_config = depart(model_config, options.variant)
     with stopping() as stop, join_world(options.device) as (world, device):
         console.print(preview(config, model_config), soft_wrap=True)
         if world.leads and (options.dry_run or not (options.out / "run.json").exists()):
@@ -130,6 +134,17 @@ def stopping() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
+    """The configuration with some fields changed, each as FIELD=VALUE."""
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key == "arch":
+            raise CrateError(f"--variant {setting!r} is no FIELD=VALUE of a model. See docs/variants.md")
+        changes[key] = field_value(setting, key, value)
+    return replace(model_config, **changes)
 
 
 def model_for(arch: Architecture, size: Size, *, vocab_size: int, context: int) -> ModelConfig:

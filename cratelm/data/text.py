@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tokenize import detect_encoding
 from typing import Any
@@ -23,8 +24,15 @@ from cratelm.errors import CrateError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-"""Folders of the standard library that are not read: tests, and what is installed beside it."""
+STDLIB_LEFT_OUT = (
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
+    # Generated character tables, most of them near-copies of one another. The hash that splits documents tells only
+    # exact copies apart, so the held-out text would be a fifth tables already seen in training.
+    "encodings",
+    # The settings of one machine's build, its paths among them.
+    "_sysconfigdata*",
+)  # fmt: skip
+"""Folders and files of the standard library that are not read: tests, what is installed beside it, generated tables."""
 
 _CHUNK = 1 << 16
 
@@ -100,7 +108,7 @@ def list_files(source: str) -> list[_File]:
         return _walk(Path(sysconfig.get_paths()["stdlib"]), TEXT_SUFFIXES, STDLIB_LEFT_OUT)
     path = Path(source)
     if path.is_dir():
-        return _walk(path, TEXT_SUFFIXES + ROW_SUFFIXES, frozenset({"__pycache__"}))
+        return _walk(path, TEXT_SUFFIXES + ROW_SUFFIXES, ("__pycache__",))
     if not path.exists():
         raise CrateError(f"source {source} is not there. Give a file, a folder, stdlib, or hf:DATASET")
     if not path.name.lower().endswith(TEXT_SUFFIXES + ROW_SUFFIXES):
@@ -139,13 +147,16 @@ def _ignore(_: object) -> None:
     """Hear and say nothing."""
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> list[_File]:
+def _walk(root: Path, suffixes: tuple[str, ...], left_out: tuple[str, ...]) -> list[_File]:
+    def is_out(name: str) -> bool:
+        return name.startswith(".") or any(fnmatchcase(name, pattern) for pattern in left_out)
+
     found, others = [], Counter[str]()
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_out(name)]
         for name in names:
             path = Path(folder, name)
-            if name.startswith(".") or not path.is_file():
+            if is_out(name) or not path.is_file():
                 continue
             if name.lower().endswith(suffixes):
                 found.append(_File(path, path.relative_to(root).as_posix()))

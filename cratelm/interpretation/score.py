@@ -18,7 +18,14 @@ from cratelm.activations.records import Excerpts, LayerRecords, Mode, NeuronId
 from cratelm.interpretation.explain import unexplained
 from cratelm.interpretation.protocols import Protocol, draw
 from cratelm.interpretation.simulate import LayerSimulations
-from cratelm.interpretation.statistics import bootstrap_means, interval, mean_and_variance, paper_table, shown_layers
+from cratelm.interpretation.statistics import (
+    bootstrap_means,
+    generator,
+    interval,
+    mean_and_variance,
+    paper_table,
+    shown_layers,
+)
 
 NOT_SIMULATED = "not simulated"
 """Reason: there is no simulation, as for a control in a layer with no second explained neuron."""
@@ -225,9 +232,12 @@ class ModelAggregate:
 def aggregate(
     layers: Sequence[LayerScores], *, protocol: str, seed: int = 0, resamples: int = 2000
 ) -> ModelAggregate:  # fmt: skip
-    """Summarise a model's scores, layer by layer and over its layers. `seed` is of the bootstrap."""
-    rng = np.random.default_rng(seed)
-    lines, samples = zip(*(_aggregate_layer(layer, rng, resamples) for layer in layers), strict=True)
+    """Summarise a model's scores, layer by layer and over its layers.
+
+    `seed` is of the bootstrap. A layer's interval does not depend on which other layers and protocols there are.
+    """
+    found = [_aggregate_layer(one, generator(seed, protocol, one.layer), resamples) for one in layers]
+    lines, samples = zip(*found, strict=True)
     shown = shown_layers(len(lines))
     mean, variance = paper_table([line.points for line in lines])
     mean_all_layers, variance_all_layers = mean_and_variance([line.points for line in lines])

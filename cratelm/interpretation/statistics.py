@@ -1,5 +1,6 @@
 """Statistics of scores: the paper's table rule, and the two-level bootstrap that puts an interval around a mean."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -89,6 +90,11 @@ def _alike(
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             yield chunk, np.take_along_axis(sums[chunk], order[chunk, :count, None], axis=1)
+
+
+def generator(seed: int, protocol: str, layer: int) -> np.random.Generator:
+    """The random numbers of one layer's bootstrap by one protocol, whatever else is scored beside it."""
+    return np.random.default_rng([seed, zlib.crc32(protocol.encode()), layer])
 
 
 def interval(samples: Float[np.ndarray, " samples"]) -> tuple[float, float]:

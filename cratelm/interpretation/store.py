@@ -148,7 +148,7 @@ class Store:
                 yield connection
         except sqlite3.DatabaseError as error:
             if "full" in str(error):
-                raise CrateError(f"no space left while writing {self.path}. Free some and run again") from error
+                raise CrateError(f"no space left for {self.path}. Free some and run the same command again") from error
             if type(error) is not sqlite3.DatabaseError and "no such table" not in str(error):
                 raise
             remedy = f"Move it away and run: cratelm interpret {self.run}"
@@ -306,14 +306,14 @@ class Store:
 
 
 def identity(run: Path, mode: Mode) -> str:
-    """What tells one collection of records from another: everything in `records.json` but where it was made.
+    """What tells collections of records apart: `records.json` but for its origin and the taps that are there.
 
     Empty where the records are not there, as in a store that was passed on alone.
     """
     if not (records_folder(run, mode) / "records.json").exists():
         return ""
-    collection = {key: value for key, value in read_collection(run, mode=mode).items() if key != "origin"}
-    return hashlib.sha256(json.dumps(collection, sort_keys=True).encode()).hexdigest()[:16]
+    told = {k: v for k, v in read_collection(run, mode=mode).items() if k not in ("origin", "taps", "signed")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache

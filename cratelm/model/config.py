@@ -1,6 +1,6 @@
 """What a language model is made of: `ModelConfig`, the paper's table of sizes, and what a size costs."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from cratelm.errors import CrateError
@@ -11,7 +11,7 @@ Size = Literal["1l", "2l", "3l", "s", "b"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The architecture of a CRATE or GPT-2 language model. Defaults are the paper's."""
+    """The architecture of a CRATE or GPT-2 language model. Defaults are the paper's; variants: `docs/variants.md`."""
 
     arch: Architecture
     num_layers: int
@@ -25,16 +25,43 @@ class ModelConfig:
     """Longest sequence, in tokens."""
     expansion: int = 4
     """Neurons per layer, in units of `d_model`: CRATE's dictionary size, GPT-2's hidden size."""
+
+    rotary: bool = False
+    """Variant: queries and keys rotated by position; the learned position embedding stays."""
+    shifted_keys: bool = False
+    """Variant: a key is a learned mix, per channel, of its token's projection and the previous token's."""
+    normalised: bool = False
+    """Variant: queries and keys of unit length per head, with a learned temperature."""
+    strict_mask: bool = False
+    """Variant: a token attends to the past without itself."""
+
     ista_steps: int = 2
     """CRATE: proximal gradient steps of the ISTA block."""
     ista_step_size: float = 0.1
     """CRATE: step size eta."""
     penalty: float = 0.1
     """CRATE: sparsity penalty lambda; the threshold of a step is eta * lambda."""
+    attention: Literal["mssa", "qkv"] = "mssa"
+    """CRATE variant: `qkv` puts GPT-2's attention in front of ISTA."""
+    learned_step_size: bool = False
+    """CRATE variant: each step of each layer learns its step size, from `ista_step_size`."""
+    learned_penalty: bool = False
+    """CRATE variant: each neuron learns its penalty, and so its threshold, from `penalty`."""
+    ista_residual: bool = False
+    """CRATE variant: x = z + ISTA(LN(z))."""
+    untied_decoder: bool = False
+    """CRATE variant: decode with a matrix of its own; with `ista_residual`, CRATE-alpha."""
+    dictionary: Literal["overcomplete", "complete"] = "overcomplete"
+    """CRATE variant: `complete` codes in d_model neurons, from the input, and outputs the code; no final norm."""
+
     activation: Literal["relu", "gelu"] = "relu"
     """GPT-2: nonlinearity of the MLP. The paper's baseline has ReLU, OpenAI's GPT-2 has (tanh-approximated) GELU."""
     bias: bool = False
     """GPT-2: biases in linear maps and LayerNorms. The paper's baseline has none."""
+    activation_l1: float = 0.0
+    """GPT-2 variant: weight of the L1 norm of the activations in the training objective."""
+    top_k_activations: int | None = None
+    """GPT-2 variant: keep so many of a token's activations, the largest, in each layer."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -56,6 +83,7 @@ class ModelConfig:
             problems.append(f"activation is {self.activation!r}, known are relu and gelu")
         if self.num_heads >= 1 and self.d_model % self.num_heads:
             problems.append(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
+        problems += _problems_of_variants(self)
         if problems:
             raise CrateError("unusable model configuration: " + "; ".join(problems))
 
@@ -65,13 +93,35 @@ class ModelConfig:
         return self.expansion * self.d_model
 
     @property
+    def shares_projection(self) -> bool:
+        """Whether one projection serves as query, key and value, as in the paper's MSSA."""
+        return self.arch == "crate" and self.attention == "mssa"
+
+    @property
+    def departures(self) -> dict[str, Any]:
+        """The switches that are on: fields that name a variant and do not have the paper's value."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in _VARIANTS and getattr(self, field.name) != field.default
+        }
+
+    @property
     def num_parameters(self) -> int:
         """Trainable numbers, position embeddings left out and the tied head counted once, as the paper counts."""
         d, h = self.d_model, self.num_neurons
+        attention = (
+            (2 if self.shares_projection else 4) * d * d + self.shifted_keys * d + self.normalised * self.num_heads
+        )
         if self.arch == "crate":
-            return self.vocab_size * d + self.num_layers * (2 * d * d + h * d + 5 * d) + 2 * d
-        biases = self.num_layers * (7 * d + h) + d if self.bias else 0
-        return self.vocab_size * d + self.num_layers * (4 * d * d + 2 * h * d + 2 * d) + d + biases
+            atoms = (2 if self.untied_decoder else 1) * h * d
+            learned = self.learned_step_size * self.ista_steps + self.learned_penalty * h
+            layer = attention + self.shares_projection * d + atoms + learned + 4 * d
+            final_norm = 0 if self.dictionary == "complete" else 2 * d
+        else:
+            layer = attention + 2 * h * d + 2 * d + self.bias * (7 * d + h)
+            final_norm = d + self.bias * d
+        return self.vocab_size * d + self.num_layers * layer + final_norm
 
     def flops_per_token(self, sequence: int | None = None) -> int:
         """Floating-point operations of one forward pass per token: 2 per multiply-add of every matrix product.
@@ -80,16 +130,51 @@ class ModelConfig:
         with the whole vocabulary. A training step costs three times as much.
         """
         d, h, length = self.d_model, self.num_neurons, sequence or self.context_length
-        if self.arch == "crate":
-            layer = 4 * d * d + 4 * self.ista_steps * h * d
-        else:
-            layer = 8 * d * d + 4 * h * d
-        return self.num_layers * (layer + 4 * length * d) + 2 * self.vocab_size * d
+        projections = (4 if self.shares_projection else 8) * d * d
+        products = 2 * self.ista_steps if self.arch == "crate" else 2
+        layer = projections + 2 * products * h * d + 4 * length * d
+        return self.num_layers * layer + 2 * self.vocab_size * d
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without those that belong to the other architecture."""
-        other = ("activation", "bias") if self.arch == "crate" else ("ista_steps", "ista_step_size", "penalty")
-        return {name: value for name, value in asdict(self).items() if name not in other}
+        """The fields as JSON values, without those of the other architecture and the switches that are off."""
+        others = _VARIANTS | set(("activation", "bias") if self.arch == "crate" else _ISTA)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
+        return values | self.departures
+
+
+_ISTA = ("ista_steps", "ista_step_size", "penalty")
+_ONLY_CRATE = ("attention", "learned_step_size", "learned_penalty", "ista_residual", "untied_decoder", "dictionary")
+_ONLY_GPT2 = ("activation_l1", "top_k_activations")
+_VARIANTS = {"rotary", "shifted_keys", "normalised", "strict_mask", *_ONLY_CRATE, *_ONLY_GPT2}
+
+_CHOICES = {"activation": ("relu", "gelu"), "attention": ("mssa", "qkv"), "dictionary": ("overcomplete", "complete")}
+
+
+def _problems_of_variants(config: ModelConfig) -> list[str]:
+    """Switches that do not go together, or not with this architecture."""
+    foreign = set(config.departures) & set(_ONLY_GPT2 if config.arch == "crate" else _ONLY_CRATE)
+    problems = [f"{name} does not belong to {config.arch}" for name in sorted(foreign)]
+    problems += [
+        f"{name} is {getattr(config, name)!r}, known are {' and '.join(known)}"
+        for name, known in _CHOICES.items()
+        if getattr(config, name) not in known
+    ]
+    if config.rotary and config.num_heads >= 1 and config.d_model // config.num_heads % 2:
+        problems.append(
+            f"rotary needs heads of even width, d_model / num_heads is {config.d_model // config.num_heads}"
+        )
+    if config.dictionary == "complete" and config.expansion != 1:
+        problems.append(f"dictionary complete needs expansion 1, found {config.expansion}")
+    if config.dictionary == "complete" and config.untied_decoder:
+        problems.append("dictionary complete has no decoder, so untied_decoder means nothing there")
+    if config.ista_step_size <= 0 or config.penalty < 0 or (config.learned_penalty and config.penalty == 0):
+        problems.append("ista_step_size and a learned penalty start above 0, a fixed penalty may be 0")
+    if config.activation_l1 < 0:
+        problems.append(f"activation_l1 is {config.activation_l1}, at least 0 is needed")
+    top_k = config.top_k_activations
+    if top_k is not None and not 1 <= top_k <= config.num_neurons:
+        problems.append(f"top_k_activations is {top_k}, possible are 1 to {config.num_neurons}")
+    return problems
 
 
 SIZES: dict[Size, tuple[int, int, int]] = {
@@ -103,9 +188,14 @@ SIZES: dict[Size, tuple[int, int, int]] = {
 
 
 def sized(arch: Architecture, size: Size, *, vocab_size: int = 50304, **changes: Any) -> ModelConfig:
-    """The configuration of one of the paper's models, with some fields changed."""
+    """The configuration of one of the paper's models, with some fields changed.
+
+    `dictionary="complete"` alone gives the released code's model of that name, with expansion 1 and one ISTA step.
+    """
     if size not in SIZES:
         raise CrateError(f"unknown size {size!r}, known are {', '.join(SIZES)}")
     layers, width, heads = SIZES[size]
     config = ModelConfig(arch=arch, num_layers=layers, d_model=width, num_heads=heads, vocab_size=vocab_size)
+    if changes.get("dictionary") == "complete":
+        changes = {"expansion": 1, "ista_steps": 1} | changes
     return replace(config, **changes)

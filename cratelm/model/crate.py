@@ -3,12 +3,16 @@
 The facing page is `gpt2.py`; the two have the same outline, so that a diff of them is the paper's proposal.
 """
 
+import math
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cratelm.model.attention import Attend, Span
 from cratelm.model.config import ModelConfig
+from cratelm.model.gpt2 import Attention
+from cratelm.model.ista import sparse_code
 
 
 class MSSA(nn.Module):
@@ -22,15 +26,17 @@ class MSSA(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.subspaces = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.attend = Attend(config)
         self.output = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], span: Span | None = None
+    ) -> Float[Tensor, "batch seq d_model"]:
         """Attend to the past and to oneself."""
-        w = self.subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, seq, p)
-        compressed = F.scaled_dot_product_attention(w, w, w, is_causal=True)
-        return self.output(compressed.transpose(1, 2).flatten(-2))
+        w = self.subspaces(x)
+        (past,) = (w,) if span is None else span.extend(w)
+        return self.output(self.attend(w, past, past, span))
 
 
 class ISTA(nn.Module):
@@ -44,20 +50,59 @@ class ISTA(nn.Module):
     products: D^T x,  D a1,  D^T (x - D a1),  D a2.
     """
 
+    recompute = False
+    """Whether backward passes compute the inner codes again: one product in twelve more, half the codes kept."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_steps, self.step_size, self.penalty = config.ista_steps, config.ista_step_size, config.penalty
+        self.complete = config.dictionary == "complete"
         self.atoms = nn.Parameter(torch.empty(config.num_neurons, config.d_model))  # D^T: one dictionary atom a row
+        self.decoder = nn.Parameter(torch.empty_like(self.atoms)) if config.untied_decoder else None
+        self.shrinkage = Shrinkage(config)
         self.neurons = nn.Identity()  # tap
 
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
-        """Code each token, then decode."""
-        threshold = self.step_size * self.penalty
-        code = F.relu(self.step_size * F.linear(x, self.atoms) - threshold)
-        for _ in range(self.num_steps - 1):
-            residual = x - code @ self.atoms
-            code = F.relu(code + self.step_size * F.linear(residual, self.atoms) - threshold)
-        return self.neurons(code) @ self.atoms
+        """Code each token, then decode. A complete dictionary codes from the input on, and its code is the output."""
+        step_sizes, thresholds = self.shrinkage(self.atoms)
+        code = sparse_code(x, self.atoms, step_sizes, thresholds, from_input=self.complete, recompute=self.recompute)
+        code = self.neurons(code)
+        return code if self.complete else code @ (self.atoms if self.decoder is None else self.decoder)
+
+
+class Shrinkage(nn.Module):
+    """The step sizes eta_t and the thresholds eta_t * lambda of a layer's steps; the paper's are constants.
+
+    What is learned is its logarithm, so that it stays positive: eta_t one per step, lambda one per neuron.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_steps, self.step_size, self.penalty = config.ista_steps, config.ista_step_size, config.penalty
+        self.log_step_sizes = nn.Parameter(torch.empty(config.ista_steps)) if config.learned_step_size else None
+        self.log_penalties = nn.Parameter(torch.empty(config.num_neurons)) if config.learned_penalty else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from the constants."""
+        if self.log_step_sizes is not None:
+            nn.init.constant_(self.log_step_sizes, math.log(self.step_size))
+        if self.log_penalties is not None:
+            nn.init.constant_(self.log_penalties, math.log(self.penalty))
+
+    def forward(
+        self, atoms: Float[Tensor, "neurons d_model"]
+    ) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps #neurons"]]:
+        """Step sizes, and each step's thresholds, one for all neurons or one each, where the atoms are."""
+        step_sizes, penalties = (
+            atoms.new_full((count,), value, dtype=torch.promote_types(atoms.dtype, torch.float32))
+            if logarithm is None
+            else logarithm.exp()
+            for count, value, logarithm in (
+                (self.num_steps, self.step_size, self.log_step_sizes),
+                (1, self.penalty, self.log_penalties),
+            )
+        )
+        return step_sizes, step_sizes[:, None] * penalties
 
 
 class CrateBlock(nn.Module):
@@ -69,11 +114,15 @@ class CrateBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.d_model)
-        self.mssa = MSSA(config)
+        self.mssa = MSSA(config) if config.attention == "mssa" else Attention(config)
         self.norm_2 = nn.LayerNorm(config.d_model)
         self.ista = ISTA(config)
+        self.residual = config.ista_residual  # a variant: CRATE-alpha has one
 
-    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], span: Span | None = None
+    ) -> Float[Tensor, "batch seq d_model"]:
         """One layer."""
-        z = x + self.mssa(self.norm_1(x))
-        return self.ista(self.norm_2(z))
+        z = x + self.mssa(self.norm_1(x), span)
+        coded = self.ista(self.norm_2(z))
+        return z + coded if self.residual else coded

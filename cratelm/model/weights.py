@@ -1,18 +1,19 @@
 """Model directories: `config.json`, `model.safetensors`, `tokenizer.json`, as Hugging Face lays them out.
 
-GPT-2 is written under the names, shapes and zero biases that `GPT2LMHeadModel` expects, so any tool opens it. CRATE has
-its own `model_type` and our names.
+GPT-2 is written under the names, shapes and zero biases that `GPT2LMHeadModel` expects, so any tool opens it. CRATE,
+and a GPT-2 that differs from the stock one, have a `model_type` of their own, `crate`, and our names; transformers
+opens them with the classes of `cratelm.huggingface`.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -32,48 +33,112 @@ _GPT2_BLOCK = {
 _GPT2_ACTIVATION = {"relu": "relu", "gelu": "gelu_new"}
 _GPT2_FIXED = {
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True, "add_cross_attention": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
-"""Settings of `GPT2LMHeadModel` that change what it computes, at the one value we compute with."""
+"""Options of a GPT-2 directory that have one value here."""
+
+
+AUTO_MAP = {"AutoConfig": "modeling_crate.CrateConfig", "AutoModelForCausalLM": "modeling_crate.CrateForCausalLM"}
+STUB = '''"""Opens this directory with `trust_remote_code=True` in other tools, where cratelm is installed."""
+
+from cratelm.huggingface import CrateConfig, CrateForCausalLM
+
+__all__ = ["CrateConfig", "CrateForCausalLM"]
+'''
+"""The file `modeling_crate.py` of a directory of type `crate`, which its `auto_map` names."""
 
 
 def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a model directory, atomically; an existing one is replaced."""
-    to_config, to_state = (_crate_config, _same) if model.config.arch == "crate" else (_gpt2_config, _to_gpt2)
+    stock = is_stock_gpt2(model.config)
+    to_config, to_state = (_gpt2_config, _to_gpt2) if stock else (_crate_config, _to_crate)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         state = {name: tensor.contiguous() for name, tensor in to_state(model.state_dict()).items()}
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         end = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
-        config = to_config(model.config) | {"bos_token_id": end, "eos_token_id": end}
+        config = to_config(model.config) | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if not stock:
+            (temporary / "modeling_crate.py").write_text(STUB)
         if tokenizer is not None:
             tokenizer.save(str(temporary / "tokenizer.json"))
+            names = ("bos_token", "eos_token", "unk_token", "pad_token") if end is not None else ()
             settings = {
-                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-                "unk_token": END_OF_TEXT, "model_max_length": model.config.context_length,
+                "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context_length,
+                "padding_side": "left", **dict.fromkeys(names, END_OF_TEXT),
             }  # fmt: skip
             (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_model(folder: Path) -> LanguageModel:
     """Read a model directory; weights stay in float32 on the CPU, in evaluation mode."""
-    config = read_model_config(folder)
+    path = folder / "config.json"
+    fields, state = _read_fields(path), _read_weights(folder)
     try:
-        state = load_file(folder / "model.safetensors")
-    except FileNotFoundError:
-        raise CrateError(f"{folder} has a config.json but no model.safetensors. Run: cratelm train --help") from None
-    except (SafetensorError, OSError) as error:
-        raise CrateError(f"{folder / 'model.safetensors'} is damaged ({error}). Make it again") from None
-    if config.arch == "gpt2":
-        state = _from_gpt2(state)
-        if not config.bias:
-            state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
+        config, state = _fit(path, fields, state)
+    except (KeyError, TypeError) as error:
+        raise CrateError(f"{path} lacks or misspells a field ({error}). {_put_back(path)}") from None
+    head = state.pop("lm_head.weight", None)
+    if head is not None and "embedding.weight" in state and not torch.equal(head, state["embedding.weight"]):
+        raise CrateError(f"the head of {folder} is not its embedding; only models with a tied head can be read")
     return build(config, state, source=str(folder))
 
 
-def build(config: ModelConfig, state: Mapping[str, Tensor], *, source: str) -> LanguageModel:
-    """A model with these weights; names or shapes that do not fit are reported in one line."""
+def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights under our names."""
+    match fields.get("model_type"):
+        case "crate":
+            check_format_version(path, fields.get("format_version", FORMAT_VERSION))
+            return _read_crate_config(fields), _from_crate(state)
+        case "gpt2":
+            state = _from_gpt2(state)
+            # Other tools need zero biases where we have none. `bias` in our config.json cannot say it alone: they
+            # copy it when they train the model further.
+            biases = {name for name, tensor in state.items() if name.endswith(".bias")}
+            bias = bool(fields.get("bias")) or any(bool(state[name].any()) for name in biases)
+            kept = {name: tensor for name, tensor in state.items() if bias or name not in biases}
+            return _read_gpt2_config(path, fields, bias=bias), kept
+        case kind:
+            raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CrateError(f"{path} is not readable ({error}). {_put_back(path)}") from None
+    if not isinstance(fields, dict):
+        raise CrateError(f"{path} lacks or misspells a field (it holds a {type(fields).__name__}). {_put_back(path)}")
+    return fields
+
+
+def _put_back(path: Path) -> str:
+    return f"Put back the {path.name} that was written with the weights, or make the model again"
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, from one file or from the several that transformers cuts large models into."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_read_fields(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state |= load_file(folder / name)
+        except FileNotFoundError:
+            raise CrateError(f"{folder} has a config.json but no {name}. Run: cratelm import --help") from None
+        except (SafetensorError, OSError) as error:
+            raise CrateError(f"{folder / name} is damaged ({error}). Make it again") from None
+    return state
+
+
+def build(
+    config: ModelConfig, state: Mapping[str, Tensor], *, source: str, named: Callable[[str], str] = str
+) -> LanguageModel:  # fmt: skip
+    """A model with these weights; names or shapes that do not fit are reported in one line.
+
+    `named` turns our name of a weight into the one that `source` has for it.
+    """
     with torch.device("meta"):
         model = LanguageModel(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -82,7 +147,7 @@ def build(config: ModelConfig, state: Mapping[str, Tensor], *, source: str) -> L
     if wrong:
         name, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CrateError(
-            f"the weights of {source} do not fit its configuration: {name} is {found.get(name, 'missing')}, "
+            f"the weights of {source} do not fit its configuration: {named(name)} is {found.get(name, 'missing')}, "
             f"expected {wanted.get(name, 'nothing of that name')}{more}"
         )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
@@ -116,23 +181,33 @@ def find_model(source: str | Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists():
             return candidate
+    if folder.is_dir():
+        raise CrateError(
+            f"no model in {folder} (no config.json there or in model/). Run: cratelm train --data DIR --out {folder}"
+        )
     if folder.exists():
-        raise CrateError(f"no model in {folder} (no config.json there or in model/). Run: cratelm train --out {folder}")
+        raise CrateError(
+            f"{folder} is a file, not the folder of a run or of a model. If it is a checkpoint, "
+            f"run: cratelm import {folder} --out RUN"
+        )
     is_path = str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))
     if is_path or ("/" in str(source) and folder.parent.is_dir()):
-        raise CrateError(f"{source} is not there. Run: cratelm train --out {source}")
+        raise CrateError(f"{source} is not there. Run: cratelm train --data DIR --out {source}")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CrateError(
-            f"{source} is not a folder here, and hub names need an extra: pip install 'cratelm[hf]'"
+            f"{source} is not a folder here, and hub names need an extra. Run: pip install 'cratelm[hf]'"
         ) from None
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CrateError(f"{source} is neither a folder here nor reachable on the hub ({reason})") from None
+        raise CrateError(
+            f"{source} is neither a folder here nor reachable on the hub ({reason}). "
+            "Check name and connection, or make a model: cratelm train --data DIR --out RUN"
+        ) from None
 
 
 def weights_hash(model: LanguageModel) -> str:
@@ -150,28 +225,29 @@ def copy_tokenizer(model_folder: Path, to: Path) -> None:
         shutil.copyfile(model_folder / "tokenizer.json", temporary)
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """The `ModelConfig` of a CRATE or GPT-2 model directory."""
-    path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = fields.get("model_type")
-        if kind == "crate":
-            check_format_version(path, fields.get("format_version", FORMAT_VERSION))
-            names = ModelConfig.__dataclass_fields__.keys() - {"arch"}
-            return ModelConfig(arch="crate", **{name: fields[name] for name in fields if name in names})
-        if kind == "gpt2":
-            return _read_gpt2_config(path, fields)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CrateError(f"{path} is not readable ({error})") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CrateError(f"{path} lacks or misspells a field ({error})") from None
-    raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
+def is_stock_gpt2(config: ModelConfig) -> bool:
+    """Whether `GPT2LMHeadModel` computes the same: a GPT-2 with every variant at its default."""
+    if config.arch != "gpt2":
+        return False
+    return config == ModelConfig(arch="gpt2", **{name: getattr(config, name) for name in _STOCK})
+
+
+_STOCK = (
+    "num_layers", "d_model", "num_heads", "vocab_size", "context_length", "expansion", "activation", "bias",
+)  # fmt: skip
+"""The fields of a `ModelConfig` that a stock GPT-2 has."""
 
 
 def _crate_config(config: ModelConfig) -> dict[str, Any]:
-    fields = {name: value for name, value in config.as_dict().items() if name != "arch"}
-    return {"model_type": "crate", "architectures": ["CrateForCausalLM"], "format_version": FORMAT_VERSION, **fields}
+    return {
+        "model_type": "crate", "architectures": ["CrateForCausalLM"], "auto_map": AUTO_MAP,
+        "format_version": FORMAT_VERSION, **config.as_dict(),
+    }  # fmt: skip
+
+
+def _read_crate_config(fields: Mapping[str, Any]) -> ModelConfig:
+    names = ModelConfig.__dataclass_fields__
+    return ModelConfig(**{"arch": "crate"} | {name: fields[name] for name in fields if name in names})
 
 
 def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
@@ -179,44 +255,37 @@ def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": config.num_layers,
         "n_embd": config.d_model, "n_head": config.num_heads, "n_inner": config.num_neurons,
         "n_positions": config.context_length, "n_ctx": config.context_length, "vocab_size": config.vocab_size,
-        "activation_function": _GPT2_ACTIVATION[config.activation], "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": True, "bias": config.bias,
+        "activation_function": _GPT2_ACTIVATION[config.activation], "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0, "bias": config.bias, **_GPT2_FIXED,
     }  # fmt: skip
 
 
-def _read_gpt2_config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
+def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> ModelConfig:
     activations = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
     activation = fields.get("activation_function", "gelu_new")
     if activation not in activations:
         raise CrateError(f"{path} has activation_function {activation!r}, readable are {', '.join(activations)}")
-    for name, usual in _GPT2_FIXED.items():
-        if fields.get(name, usual) != usual:
-            raise CrateError(f"{path} has {name} {fields[name]!r}; our GPT-2 computes only with {usual!r}")
+    for name, value in _GPT2_FIXED.items():
+        if fields.get(name, value) != value:
+            raise CrateError(f"{path} has {name} {fields[name]!r}, readable is {value!r} only")
     width = fields["n_embd"]
     inner = fields.get("n_inner") or 4 * width
+    if inner % width:
+        raise CrateError(f"{path} has n_inner {inner}, which is not a multiple of n_embd {width}")
     return ModelConfig(
         arch="gpt2", num_layers=fields["n_layer"], d_model=width, num_heads=fields["n_head"],
         vocab_size=fields["vocab_size"], context_length=fields.get("n_positions", 1024), expansion=inner // width,
-        activation=activations[activation],  # type: ignore[arg-type]
-        bias=bool(fields.get("bias")) or _has_biases(path.parent / "model.safetensors"),
+        activation=activations[activation], bias=bias,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
-def _has_biases(path: Path) -> bool:
-    """Whether any bias is not zero; `GPT2LMHeadModel` always has biases, so zero ones stand where we have none.
-
-    `bias` in our config.json cannot say it alone: other tools copy it when they train the model further.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith(".bias") and not name.endswith(".attn.bias")]  # noqa: SIM118
-            return any(bool(file.get_tensor(name).any()) for name in names)
-    except (SafetensorError, OSError):
-        return True  # `load_model` says what is wrong with the file
+def _to_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names as `CrateForCausalLM` has them, which holds the `LanguageModel` as its `model`."""
+    return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
-def _same(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return dict(state)
+def _from_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _to_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,21 +310,24 @@ def _gpt2_module(module: str) -> str:
 
 
 def _from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`GPT2LMHeadModel`'s names and layout to ours; mask buffers and the tied head are left out."""
+    """`GPT2LMHeadModel`'s names and layout to ours; mask buffers are left out."""
     shell = {theirs: ours for ours, theirs in _GPT2_SHELL.items()}
     block = {theirs: ours for ours, theirs in _GPT2_BLOCK.items()}
     renamed = {}
     for full_name, tensor in state.items():
         name = full_name.removeprefix("transformer.")
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
         module, _, kind = name.rpartition(".")
-        place, _, inner = module.removeprefix("h.").partition(".")
         if module in shell:
             renamed[f"{shell[module]}.{kind}"] = tensor
-        elif module.startswith("h.") and inner in block:
-            linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
-            renamed[f"blocks.{place}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
-        else:
-            renamed[full_name] = tensor  # an unknown name: `build` reports it
+            continue
+        match module.split(".", 2):
+            case ["h", layer, inner] if inner in block:
+                pass
+            case _:
+                renamed[full_name] = tensor  # the head, or an unknown name that `build` reports
+                continue
+        linear = inner.endswith(("c_attn", "c_proj", "c_fc"))
+        renamed[f"blocks.{layer}.{block[inner]}.{kind}"] = tensor.T if linear and kind == "weight" else tensor
     return {name: tensor.contiguous() for name, tensor in renamed.items()}

@@ -21,28 +21,28 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cratelm.activations.records import Excerpt
-from cratelm.interpretation.score import ModelAggregate
 from cratelm.report.plots import figures, inline_svg, write_figures
 from cratelm.report.results import (
     RESAMPLES,
     SEED,
     SHOWN_PROTOCOL,
     NeuronExample,
-    Outcome,
     Rank,
     Results,
     RunResult,
-    matched_pairs,
-    outcome,
     undefined_neurons,
 )
 from cratelm.report.study import Study, study_of, study_sentences, study_tables
 from cratelm.report.study_plots import study_figures
 from cratelm.report.tables import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
+from cratelm.report.verdict import listed, points, verdict
 from cratelm.rundir import write_text
 
 HEAT_LEVELS = 8
 """Shades of a token, by the activation in units of the neuron's maximum."""
+
+MODEL_NAME = r"(?:CRATE|GPT-2)-(?:[123]L|S|B)"
+"""The paper's models, as `display_name` writes them."""
 
 RANKS: dict[Rank, str] = {"best": "Best explained", "median": "In the middle", "worst": "Worst explained"}
 
@@ -62,9 +62,10 @@ def page(results: Results, drawn: Mapping[str, Figure], study: Study | None = No
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    title = listed([model.title for model in results.models])
     sentences = verdict(results) if study is None else study_sentences(study)
     return template.substitute(
-        style=style, style_hash=digest, title=escape(_listed([model.title for model in results.models])),
+        style=style, style_hash=digest, title=escape(title), heading=_text(title),
         verdict="\n".join(_paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
         numbers="".join(map(as_html, study_tables(study))) + _numbers(results),
         figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
@@ -72,83 +73,17 @@ def page(results: Results, drawn: Mapping[str, Figure], study: Study | None = No
     )  # fmt: skip
 
 
-def verdict(results: Results) -> list[str]:
-    """Who wins where, whatever the outcome: a sentence for each pair of models, then one for each model's controls."""
-    pairs = [_pair_sentence(*pair, results.protocols) for pair in matched_pairs(results.models)]
-    alone = [_single_sentence(model, results.protocols) for model in results.models]
-    controls = [text for model in results.models if (text := _control_sentence(model, results.protocols))]
-    return [*(pairs or alone), *controls, "A difference is clear where the 95 % intervals do not overlap."]
-
-
-def _pair_sentence(first: RunResult, second: RunResult, protocols: Sequence[str]) -> str:
-    found: dict[Outcome | None, list[str]] = {}
-    for name in protocols:
-        if name in first.scores and name in second.scores:
-            mine, other = first.scores[name], second.scores[name]
-            numbers = f"{name} ({_points(mine.mean)} against {_points(other.mean)} points)"
-            found.setdefault(outcome(mine, other), []).append(numbers)
-    clear = [f"{how} than {second.title} on {_listed(found[how])}" for how in ("higher", "lower") if how in found]
-    parts = [f"{first.title} scores {_listed(clear)}"] if clear else []
-    if tied := found.get("no clear difference"):
-        between = f"No clear difference between {first.title} and {second.title}"
-        parts.append(f"{'no clear difference' if clear else between} on {_listed(tied)}")
-    if not parts:
-        parts = [f"{first.title} and {second.title} have no score to compare"]
-    return f"{'; '.join([*parts, _cost_clause(first, second)])}."
-
-
-def _cost_clause(first: RunResult, second: RunResult) -> str:
-    parameters = 100 * (first.parameters / second.parameters - 1)
-    flops = first.flops_per_token / second.flops_per_token
-    more = "as many" if abs(parameters) < 0.5 else f"{abs(parameters):.0f} % {'more' if parameters > 0 else 'fewer'}"
-    cost = f"{more} parameters and {flops:.2f} times the FLOPs per token"
-    if first.loss is None or second.loss is None:
-        return f"{first.title} has {cost} (loss not evaluated)"
-    difference = first.loss.nats_per_token - second.loss.nats_per_token
-    how = f"{abs(difference):.2f} nats per token {'worse' if difference > 0 else 'better'}"
-    if abs(difference) <= 1.96 * math.hypot(first.loss.standard_error, second.loss.standard_error):
-        how = f"not clearly different ({written(difference, '0.001')} nats per token)"
-    return f"the loss of {first.title} is {how} at {cost}"
-
-
-def _single_sentence(model: RunResult, protocols: Sequence[str]) -> str:
-    scored = [f"{_points(model.scores[name].mean)} points on {name}" for name in protocols if name in model.scores]
-    loss = "not evaluated" if model.loss is None else f"{model.loss.nats_per_token:.3f} nats per token"
-    return f"{model.title} scores {_listed(scored)}; its loss is {loss}."
-
-
-def _control_sentence(model: RunResult, protocols: Sequence[str]) -> str:
-    """How far a model stands above its controls; empty if it has none."""
-    named = [name for name in protocols if name in model.scores]
-    random_init = model.random_init.scores if model.random_init is not None else {}
-    controls = {"the same model with random weights": random_init, "shuffled explanations": model.shuffled}
-    clauses = [
-        f"{_listed([_gap(model.scores[name], control.get(name)) for name in named])} points against {what}"
-        for what, control in controls.items()
-        if any(name in control and control[name].mean is not None for name in named)
-    ]
-    return f"{model.title} on {_listed(named)}: {'; '.join(clauses)}." if clauses else ""
-
-
-def _gap(mine: ModelAggregate, control: ModelAggregate | None) -> str:
-    if mine.mean is None or control is None or control.mean is None:
-        return "undefined"
-    doubt = " (no clear difference)" if outcome(mine, control) == "no clear difference" else ""
-    difference = mine.mean - control.mean
-    return f"{'+' if difference > 0 else ''}{_points(difference)}{doubt}"
-
-
-def _points(value: float | None) -> str:
-    return "undefined" if value is None else written(value, "0.1")
-
-
-def _listed(parts: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
 def _paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    return f'<p class="{kind}">{_text(text)}</p>' if kind else f"<p>{_text(text)}</p>"
+
+
+def _text(text: str) -> str:
+    """Text of ours as HTML, in which a narrow screen breaks no line inside GPT-2-2L or before a per cent sign.
+
+    Not for what a reader may copy: commands and the corpus keep their characters.
+    """
+    whole = re.sub(rf"\b{MODEL_NAME}\b", lambda name: name[0].replace("-", "\N{NON-BREAKING HYPHEN}"), text)
+    return escape(whole.replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def _numbers(results: Results) -> str:
@@ -163,7 +98,7 @@ def _numbers(results: Results) -> str:
 def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
     """The table as HTML that may be wider than the screen; rows about one of `quiet` are set in a fainter colour."""
     head = "".join(
-        f'<th scope="col"{_html_class(column)}>{escape(column.title)}'
+        f'<th scope="col"{_html_class(column)}>{_text(column.title)}'
         + (f"<small>{escape(column.unit)}</small></th>" if column.unit else "</th>")
         for column in table.columns
     )
@@ -172,7 +107,7 @@ def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
     bodies = "".join(_html_group(rows, table.columns, quiet, grouped) for rows in groups)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return (
-        f'<div class="scroll" tabindex="0"><table><caption>{escape(table.caption)}</caption>'
+        f'<div class="scroll" tabindex="0"><table><caption>{_text(table.caption)}</caption>'
         f"<thead><tr>{head}</tr></thead>{bodies}</table></div>{notes}"
     )
 
@@ -185,7 +120,7 @@ def _html_group(
     for place, row in enumerate(rows):
         cells = []
         for i, (cell, column) in enumerate(zip(row, columns, strict=True)):
-            text = re.sub(r"^(\S+) (\[.*\])$", r"\1<small>\2</small>", escape(written(cell, column.style)))
+            text = re.sub(r"^(\S+) (\[.*\])$", r"\1<small>\2</small>", _text(written(cell, column.style)))
             if i == 0 and grouped and place == 0:
                 cells.append(f'<th scope="rowgroup" rowspan="{len(rows)}">{text}</th>')
             elif i == 0 and not grouped:
@@ -206,7 +141,7 @@ def _figure(name: str, figure: Figure) -> str:
     drawing = inline_svg(figure, name, _prose()["alternatives"][name])
     return (
         f'<figure{wide}><div class="scroll" tabindex="0">{drawing}</div>'
-        f"<figcaption>{escape(_prose()['captions'][name])}</figcaption></figure>"
+        f"<figcaption>{_text(_prose()['captions'][name])}</figcaption></figure>"
     )
 
 
@@ -227,7 +162,7 @@ def _model_neurons(model: RunResult) -> str:
         cards = [_card(one, model.token_strings) for one in model.examples if one.rank == rank]
         if cards:
             groups.append(f'<h4>{heading}</h4>\n<div class="cards">\n{chr(10).join(cards)}\n</div>')
-    return f"<h3>{escape(model.title)}</h3>\n{_paragraph(_census(model))}\n" + "\n".join(groups)
+    return f"<h3>{_text(model.title)}</h3>\n{_paragraph(_census(model))}\n" + "\n".join(groups)
 
 
 def _census(model: RunResult) -> str:
@@ -256,10 +191,10 @@ def _card(one: NeuronExample, strings: Sequence[str]) -> str:
     )
     return (
         f'<article class="neuron"><header><h5>Layer {one.layer}, neuron {one.index}</h5>'
-        f'<span class="score">{_points(100 * one.correlation)}<small> points</small></span></header>'
+        f'<span class="score">{points(100 * one.correlation)}<small> points</small></span></header>'
         f'<p class="said">{escape(_visible(one.explanation))}</p>{_excerpt(strongest, one.maximum, strings)}'
         f"<details><summary>More excerpts</summary>{hidden}</details>"
-        f'<p class="facts-line">{escape(facts)}</p></article>'
+        f'<p class="facts-line">{_text(facts)}</p></article>'
     )
 
 
@@ -304,9 +239,10 @@ def _method(results: Results) -> str:
         f"{results.explainer} explainer": prose["explainers"].get(results.explainer, ""),
         **{name: prose["protocols"].get(name, "") for name in results.protocols},
         "score": prose["score"], "controls": prose["controls"],
-        "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seed {SEED}.",
+        "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seed {SEED} "
+        "with the protocol and the layer.",
     }  # fmt: skip
-    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in parts.items())
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{_text(text)}</dd>" for name, text in parts.items())
     return f"<dl>{terms}</dl>\n{_facts(results.rows)}"
 
 
@@ -320,7 +256,7 @@ def _facts(runs: Sequence[RunResult]) -> str:
     """Everything the runs record about how they came to be, side by side; what all share is said once."""
     columns = [dict(_flat({"run": str(run.path), "training": run.training or {"tokens": 0}, "model made": run.origin,
                            "records": run.collection})) for run in runs]  # fmt: skip
-    head = "".join(f'<th scope="col">{escape(run.title)}</th>' for run in runs)
+    head = "".join(f'<th scope="col">{_text(run.title)}</th>' for run in runs)
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
         values = [column.get(name, "") for column in columns]

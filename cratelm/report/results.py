@@ -1,6 +1,6 @@
 """Everything a report says, gathered once from the files of each run: tables, figures and the page only format it.
 
-Reads `run.json`, `metrics.jsonl`, `evaluation.json`, `interpretation.sqlite` and the records. A control run (the same
+Reads `run.json`, `metrics.jsonl`, the evaluation, `interpretation.sqlite` and the records. A control run (the same
 architecture with random weights) is attached to the model it controls.
 """
 
@@ -22,6 +22,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
 from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store import Store
+from cratelm.report.loss import Loss, read_loss
 from cratelm.rundir import read_json, read_jsonl
 from cratelm.runtime import progress_bar
 
@@ -33,20 +34,6 @@ RESAMPLES, SEED = 2000, 0
 
 Rank = Literal["best", "median", "worst"]
 Outcome = Literal["higher", "lower", "no clear difference"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """Loss on held-out text, as `cratelm evaluate` measured it."""
-
-    nats_per_token: float
-    standard_error: float
-    """Nats per token, over documents."""
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    documents: int
-    split: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +178,7 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, mode: Mode
         path=path, name=str(description["name"]), title=title, arch=str(description["arch"]), num_layers=num_layers,
         control=description.get("control"), of=description.get("of"),
         parameters=int(description["parameters"]), flops_per_token=int(description["flops_per_token"]),
-        training=description.get("training") or {}, loss=_read_loss(path),
+        training=description.get("training") or {}, loss=read_loss(path),
         train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
         scores={name: found for (name, control), found in aggregates.items() if not control},
         shuffled={name: found for (name, control), found in aggregates.items() if control == "shuffled"},
@@ -199,13 +186,6 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, mode: Mode
         token_strings=token_strings(load_tokenizer(records_folder(path, mode) / "tokenizer.json")),
         collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
     )  # fmt: skip
-
-
-def _read_loss(path: Path) -> Loss | None:
-    if not (path / "evaluation.json").exists():
-        return None
-    found = read_json(path / "evaluation.json", made_by=f"cratelm evaluate {path}")
-    return Loss(**{name: found[name] for name in Loss.__slots__})
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
@@ -300,8 +280,10 @@ def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:
 
 def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[str]:
     for run in models:
-        if run.loss is None:
-            yield f"The loss of {run.title} is not evaluated. Run: cratelm evaluate {run.path}"
+        if run.loss is None and not run.training and run.control is None:
+            yield f"The loss of {run.title} is not measured: cratelm evaluate reads models that cratelm trained."
+        elif run.loss is None:
+            yield f"The loss of {run.title} is not evaluated. Run: cratelm evaluate {run.path} --data DIR"
         for name in protocols:
             if name not in run.scores:
                 yield f"{run.title} is not scored on {name}. Run: cratelm interpret {run.path} --protocol {name}"

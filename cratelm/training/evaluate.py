@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int, Integer
+from jaxtyping import Float64, Int, Int64, Integer
 
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
@@ -31,7 +31,16 @@ class Evaluation:
     documents: int
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DocumentLosses:
+    """What a text costs a model, document by document."""
+
+    nats: Float64[np.ndarray, " documents"]
+    """Summed cross-entropy of each document's tokens."""
+    tokens: Int64[np.ndarray, " documents"]
+    """Predicted tokens of each."""
+
+
 def evaluate(
     model: LanguageModel,
     tokens: Integer[np.ndarray, " stream"],
@@ -43,14 +52,25 @@ def evaluate(
 ) -> Evaluation:
     """Predict each token of a stream once, in non-overlapping sequences of the model's context.
 
-    `documents` holds where each document starts, and the end of the last. With S_d and n_d the summed loss and the
-    number of tokens of document d, the loss is L = sum S_d / sum n_d and its variance, as of a ratio,
-    D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
+    `documents` holds where each document starts, and the end of the last.
     """
+    return summarise(document_losses(model, tokens, documents, batch=batch, bar=bar), text_bytes=text_bytes)
+
+
+@torch.inference_mode()
+def document_losses(
+    model: LanguageModel,
+    tokens: Integer[np.ndarray, " stream"],
+    documents: Int[np.ndarray, " bounds"],
+    *,
+    batch: int,
+    bar: ProgressBar,
+) -> DocumentLosses:
+    """What `evaluate` summarises: the loss and the size of every document."""
     if len(tokens) < 2:
         raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Tokenize more text")
     count = len(documents) - 1
-    sums, sizes = np.zeros(count), np.zeros(count)
+    sums, sizes = np.zeros(count), np.zeros(count, dtype=np.int64)
     for first, losses in _losses(model, tokens, batch):
         positions = np.arange(first, first + len(losses))
         owner = np.searchsorted(documents, positions, side="right") - 1
@@ -58,6 +78,16 @@ def evaluate(
         sums[low:high] += np.bincount(owner - low, losses, minlength=high - low)
         sizes[low:high] += np.bincount(owner - low, minlength=high - low)
         bar.advance(len(losses))
+    return DocumentLosses(nats=sums, tokens=sizes)
+
+
+def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
+    """The loss of a text of so many bytes and its standard error.
+
+    With S_d and n_d the summed loss and the number of tokens of document d, the loss is L = sum S_d / sum n_d and its
+    variance, as of a ratio, D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
+    """
+    sums, sizes, count = losses.nats, losses.tokens, len(losses.nats)
     total, predicted = sums.sum(), sizes.sum()
     loss = total / predicted
     if not math.isfinite(loss):

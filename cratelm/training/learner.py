@@ -28,9 +28,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token."""
-        return self.model.loss(inputs, targets)
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats per token, and what a variant adds to it."""
+        return self.model.objective(inputs, targets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +64,8 @@ class Learner:
         for micro, (inputs, targets) in enumerate(batches.step(), 1):
             with self._synchronised(micro == batches.per_step):
                 with autocast(self.device):
-                    loss = self._objective(inputs, targets)
-                (loss * share).backward()
+                    loss, added = self._objective(inputs, targets)
+                ((loss + added) * share).backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for optimizer in self.optimizers:
@@ -108,7 +108,7 @@ def shard(model: LanguageModel, world: World, device: torch.device) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **policy)
     fully_shard(model, mesh=mesh, **policy)
-    for method in ("loss", "token_losses"):
+    for method in ("loss", "objective", "token_losses"):
         register_fsdp_forward_method(model, method)
 
 

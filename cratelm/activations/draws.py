@@ -1,0 +1,60 @@
+"""Random draws of tokens for every neuron, in bounded memory: sequences, priorities, and candidates of intervals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+DRAWS = 1200
+"""Length of a neuron's random sequence of tokens."""
+OUTSIDE, EDGE = 254, 255
+"""Instead of an interval: in none; in one or the other, as the token's value is one at which an interval ends."""
+
+
+def priorities(neuron: Int[Tensor, "*some"], position: Int[Tensor, "*some"], seed: int) -> Float[Tensor, "*some"]:
+    """An independent uniform number in [0, 1) for each (neuron, position).
+
+    Steele, Lea & Flood's SplitMix64 finaliser over a linear combination of the pair; int64 products wrap.
+    """
+    x = (neuron + 1) * 0x632BE59BD9B4E019 + (position + 1) * -0x61C8864680B583EB + seed
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def random_sequences(neurons: int, tokens: int, generator: np.random.Generator) -> Int[np.ndarray, "neurons draws"]:
+    """Distinct tokens in random order for each neuron; a repeated draw of a longer corpus is left out as -1."""
+    if tokens <= 4 * DRAWS:
+        return generator.random((neurons, tokens)).argsort(axis=1)[:, :DRAWS]
+    drawn = generator.integers(0, tokens, (neurons, DRAWS))
+    order = drawn.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(drawn, order, axis=1)
+    again = np.zeros(drawn.shape, dtype=bool)
+    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return np.where(again, -1, drawn)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Tokens that may be drawn from an interval; in each, those of smallest priority are."""
+
+    neuron: Int[Tensor, " some"]
+    position: Int[Tensor, " some"]
+    priority: Float[Tensor, " some"]
+    interval: Int[Tensor, " some"]
+    """`EDGE` where the token's value is one at which an interval ends."""
+    rare: Bool[Tensor, " some"]
+    """Whether it is a candidate for the rare intervals only, or for the others only."""
+
+    def where(self, keep: Bool[Tensor, " some"]) -> "Candidates":
+        """Some of them."""
+        return Candidates(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+
+    @staticmethod
+    def join(parts: "list[Candidates]") -> "Candidates":
+        """All of several."""
+        names = Candidates.__dataclass_fields__
+        return Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -1,0 +1,119 @@
+"""A model as the collector sees it: a `Subject` from one of ours or from any Hugging Face causal language model."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cratelm.activations.places import decoders, find_places, tap_folder, vocabulary_rows
+from cratelm.activations.subject import Subject
+from cratelm.activations.taps import capture, find_tap
+from cratelm.errors import CrateError
+from cratelm.model.language_model import LanguageModel
+
+Sign = Literal["positive", "negative"]
+
+CONTEXT = 1024
+"""Longest row of a foreign model unless another is asked for: the paper's context. Its own may be 131072 tokens."""
+
+
+def observe(
+    model: nn.Module,
+    *,
+    model_hash: str,
+    tap: str = "neurons",
+    sign: Sign = "positive",
+    layers: Sequence[int] = (),
+    context: int | None = None,
+    bf16: bool = False,
+) -> Subject:
+    """Token ids to the activations at a tap (`places.find_places` says which there are) of some or all layers.
+
+    `sign="negative"` gives the activations times -1, under a tap name of its own. A pass of a few tokens finds how
+    many features the tap has, and refuses one that is not (batch, seq, features) or that sees later tokens.
+    """
+    places = _chosen(find_places(model, tap), layers)
+    read, device = _reader(model, places.values()), next(model.parameters()).device
+
+    def forward(tokens: Int[Tensor, "batch seq"]) -> dict[int, Tensor]:
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+        with torch.inference_mode(), autocast, capture(model, places.values()) as codes:
+            read(tokens)
+        if missing := [place for place in places.values() if place not in codes]:
+            raise CrateError(f"{missing[0]} takes no part in the model's forward pass. Name another --tap")
+        found = {layer: _by_row(codes[place], tokens).float() for layer, place in places.items()}
+        return _signed(found, sign)
+
+    length = row_length(model, context)
+    sizes = _probe(forward, tap, vocabulary_rows(model), min(6, length), device)
+    identity = {"model_hash": model_hash, "precision": "bfloat16" if bf16 else "float32"}
+    directions = decoders(model, places)
+    return Subject(
+        forward=forward, layers=sizes, context=length, tap=tap_folder(tap, negative=sign == "negative"),
+        identity=identity | {"context": length, "layers": sorted(sizes)},
+        decoders=None if directions is None else _signed(directions, sign),
+    )  # fmt: skip
+
+
+def _by_row(code: Tensor, tokens: Int[Tensor, "batch seq"]) -> Tensor:
+    """(batch, seq, features), where a model (OPT) lays all rows behind each other."""
+    return code.unflatten(0, tokens.shape) if code.ndim == 2 and len(code) == tokens.numel() else code
+
+
+def _signed(values: dict[int, Tensor], sign: Sign) -> dict[int, Tensor]:
+    return values if sign == "positive" else {layer: -value for layer, value in values.items()}
+
+
+def row_length(model: nn.Module, asked: int | None = None) -> int:
+    """Tokens in the longest row: what was asked for, or else the model's context, for a foreign one at most 1024."""
+    config: Any = model.config
+    if isinstance(model, LanguageModel):
+        limit, usual = model.config.context_length, model.config.context_length
+    else:
+        limit = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        usual = min(limit, CONTEXT)
+    if asked is not None and not 1 <= asked <= limit:
+        raise CrateError(f"--context is {asked}, the model reads 1 to {limit} tokens. Give a number of them")
+    return asked or usual
+
+
+def _chosen(places: dict[int, str], layers: Sequence[int]) -> dict[int, str]:
+    if unknown := sorted(set(layers) - places.keys()):
+        there = ", ".join(map(str, places))
+        raise CrateError(f"the model has no layer {unknown[0]} at this tap (there are {there}). Give another --layer")
+    return {layer: place for layer, place in places.items() if not layers or layer in layers}
+
+
+def _reader(model: nn.Module, places: Collection[str]) -> Callable[[Tensor], object]:
+    """The cheapest forward pass that goes through all places: without the head, unless a place is there."""
+    if isinstance(model, LanguageModel):
+        return model.features
+    body: Any = model.base_model
+    inside = set(body.modules())
+    return body if all(find_tap(model, place) in inside for place in places) else model
+
+
+def _probe(
+    forward: Callable[[Int[Tensor, "batch seq"]], dict[int, Tensor]],
+    tap: str,
+    vocabulary: int,
+    length: int,
+    device: torch.device,
+) -> dict[int, int]:
+    """Features of each layer at a tap, from two rows that differ in their last token alone."""
+    tokens = (torch.arange(length, device=device) % vocabulary).repeat(2, 1)
+    tokens[1, -1] = (tokens[1, -1] + 1) % vocabulary
+    found = forward(tokens)
+    for layer, code in found.items():
+        if code.ndim != 3 or code.shape[:2] != tokens.shape:
+            raise CrateError(
+                f"the tap {tap} gives a shape of {tuple(code.shape)} in layer {layer} for {tuple(tokens.shape)} tokens,"
+                " needed is (batch, seq, features). Name another --tap"
+            )
+        if not torch.allclose(code[0, :-1], code[1, :-1], rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise CrateError(
+                f"layer {layer} sees tokens that come later, so this is no causal language model. Collect from one"
+            )
+    return {layer: code.shape[2] for layer, code in found.items()}

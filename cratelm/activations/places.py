@@ -1,0 +1,181 @@
+"""Where a model's neurons, heads and residual stream are, found in the structure of its modules.
+
+Works on our models and on any Hugging Face causal language model whose layers are a list of blocks, each with an
+attention and a two-matrix or gated MLP: GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen, OPT, Phi, Gemma and their
+like. The neurons are what the MLP's last map reads: `act(W1 x)`, or `act(gate) * up` of a gated MLP. The rows of that
+map are the directions in which they write to the residual stream.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cratelm.activations.taps import INPUT, find_tap, near
+from cratelm.errors import CrateError
+
+LAYER = "{layer}"
+"""Stands for the number of the layer in the pattern of a tap."""
+
+NAMED = ("neurons", "heads", "residual")
+"""Taps that every model has, whatever its modules are called."""
+
+
+def find_places(model: nn.Module, tap: str) -> dict[int, str]:
+    """Layer -> module path, for `neurons`, `heads`, `residual`, or a path in which {layer} stands for the number.
+
+    A path without {layer} is one place; its layer is the first number in it, or 0.
+    """
+    if tap == "neurons":
+        taps = getattr(model, "neuron_taps", None)
+        return dict(enumerate(taps)) if taps else {layer: f"{path}{INPUT}" for layer, path in _neuron_maps(model)}
+    if tap == "heads":
+        return {layer: f"{path}{INPUT}" for layer, path in _head_maps(model)}
+    if tap == "residual":
+        return {layer: path for layer, path, _ in _blocks(model)}
+    return _match(model, tap)
+
+
+def tap_folder(tap: str, *, negative: bool = False) -> str:
+    """The folder of a tap's records: {layer} becomes L, `:input` becomes `-input`, mirrored ones end in `-negative`."""
+    name = tap.replace(LAYER, "L").replace(INPUT, "-input")
+    return f"{name}-negative" if negative else name
+
+
+def decoders(model: nn.Module, places: Mapping[int, str]) -> dict[int, Float[Tensor, "neurons d_model"]] | None:
+    """The direction that each neuron of each layer adds to the residual stream; None where a place has none.
+
+    A place that a linear map reads writes through that map; CRATE's code writes its atoms.
+    """
+    found = {layer: _direction(model, tap) for layer, tap in places.items()}
+    known = {layer: direction for layer, direction in found.items() if direction is not None}
+    return known if len(known) == len(found) else None
+
+
+def _direction(model: nn.Module, tap: str) -> Float[Tensor, "neurons d_model"] | None:
+    if tap.endswith(INPUT):
+        last: Any = find_tap(model, tap)
+    else:  # the tap of our models' codes is a module without weights, inside the block that decodes them
+        block: Any = model.get_submodule(tap.rpartition(".")[0]) if tap.endswith(".neurons") else None
+        if hasattr(block, "atoms"):
+            return block.atoms.detach()
+        last = getattr(block, "down", None)
+    shape = _shape(last)
+    return _matrix(last) if shape is not None and shape[1] == _width(model) else None
+
+
+def vocabulary_rows(model: nn.Module) -> int:
+    """How many token ids the model has an embedding for."""
+    return len(_embedding(model).weight)
+
+
+def attention_widths(model: nn.Module) -> list[int]:
+    """Width of the concatenated heads of each layer that has an attention."""
+    shapes = [_shape(find_tap(model, path)) for _, path in _head_maps(model)]
+    return [shape[0] for shape in shapes if shape is not None]
+
+
+def num_layers(model: nn.Module) -> int:
+    """Blocks the model has."""
+    return sum(1 for _ in _blocks(model))
+
+
+def _embedding(model: Any) -> Any:
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.embedding
+
+
+def _width(model: Any) -> int:
+    """Width of the residual stream, which is not the embedding's in every model."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "hidden_size", None) or text.d_model)
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+    """Number, path and module of each layer: the list of modules that holds most of the weights."""
+    shelves = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    if not shelves:
+        raise CrateError(f"{type(model).__name__} has no list of layers. Name a module: --tap PATH")
+    name = max(shelves, key=lambda name: sum(weight.numel() for weight in shelves[name].parameters()))
+    yield from ((layer, f"{name}.{layer}", block) for layer, block in enumerate(shelves[name]))
+
+
+def _neuron_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
+    width = _width(model)
+    for layer, path, block in _blocks(model):
+        found = list(_down_maps(block, width))
+        if len(found) != 1 or any(weight.ndim > 2 for weight in block.parameters()):
+            inside = ", ".join(name for name, part in block.named_modules() if name and not list(part.children()))
+            raise CrateError(
+                f"layer {layer} of {type(model).__name__} is no attention with one MLP, so its neurons are not known "
+                f"by themselves. Name a module: --tap '{path[: path.rindex('.')]}.{LAYER}.MODULE' (there are {inside})"
+            )
+        yield layer, f"{path}.{found[0]}"
+
+
+def _down_maps(block: nn.Module, width: int) -> Iterator[str]:
+    """The last map of each MLP: it leads back to the residual stream from where a sister (or a gate) leads."""
+    for name, parent in block.named_modules():
+        if "att" in name.lower():
+            continue
+        maps = {child: shape for child, part in parent.named_children() if (shape := _shape(part))}
+        downs = [
+            child for child, (neurons, out) in maps.items()
+            if out == width and any(
+                other != child and wide in ((width, neurons), (width, 2 * neurons)) for other, wide in maps.items()
+            )
+        ]  # fmt: skip
+        if downs:
+            yield f"{name}.{downs[-1]}".lstrip(".")
+
+
+def _head_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """The map after the heads of each layer: the last one inside its attention."""
+    width = _width(model)
+    for layer, path, block in _blocks(model):
+        maps = [
+            name for name, part in block.named_modules()
+            if ("att" in name.lower() or name.startswith("mssa."))
+            and (shape := _shape(part)) is not None and shape[1] == width
+        ]  # fmt: skip
+        if not maps:
+            raise CrateError(f"layer {layer} of {type(model).__name__} has no attention known by its name. Use --tap")
+        yield layer, f"{path}.{maps[-1]}"
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(in, out) of a linear map, None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":  # GPT-2's linear map in `transformers`, whose matrix lies the other way
+        return tuple(module.weight.shape)
+    return None
+
+
+def _matrix(module: Any) -> Float[Tensor, "neurons d_model"]:
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, nn.Linear) else weight
+
+
+def _match(model: nn.Module, tap: str) -> dict[int, str]:
+    if LAYER not in tap:
+        find_tap(model, tap)
+        number = re.search(r"(?<=\.)\d+(?=\.|:|$)", tap)
+        return {int(number[0]) if number else 0: tap}
+    path, suffix = tap.removesuffix(INPUT), INPUT if tap.endswith(INPUT) else ""
+    before, _, after = path.partition(LAYER)
+    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    names = [name for name, part in model.named_modules() if not isinstance(part, nn.ModuleList)]
+    found = {int(match[1]): match[0] + suffix for name in names if (match := pattern.fullmatch(name))}
+    if not found:
+        there = near(path, _patterns(names))
+        raise CrateError(f"the model has no modules {path!r} to tap; there are, for example: {there}")
+    return dict(sorted(found.items()))
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Module paths with {layer} for their first number, each once."""
+    numbered = (re.sub(r"(?<=\.)\d+(?=\.|$)", LAYER, name, count=1) for name in names if name)
+    return list(dict.fromkeys(numbered))

@@ -1,0 +1,186 @@
+"""List the neurons of a layer, or look at one: what it fires on, how strongly, and how well that is explained.
+
+    cratelm neurons runs/demo/crate-2l --layer 1 --sort score
+    cratelm neurons runs/demo/crate-2l --filter "density<1" "max>2" "token=return"
+    cratelm neurons runs/demo/crate-2l --layer 1 --neuron 17
+
+Needs the records that `cratelm collect` wrote; scores and explanations are shown where `cratelm interpret` made them.
+Density is in percent of all tokens, a score in points (100 is perfect, 0 is chance), all else in the model's own
+units. Through a pipe or with NO_COLOR, strong tokens are marked «so»; COLUMNS=200 makes the table wider.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from cratelm.activations.records import Mode, recorded_layers
+from cratelm.errors import CrateError
+from cratelm.report.neuron_table import Column, NeuronTable, open_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+NEIGHBOURS = {
+    "nearest by what they write (cosine)": ("similar_neuron", "similar_cosine"),
+    "nearest by when they fire (Jaccard)": ("cofiring_neuron", "cofiring_jaccard"),
+}
+SHOWN_NEIGHBOURS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which neurons to show."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory with the records that `cratelm collect` wrote."""
+    layer: int | None = None
+    """Zero-based layer; the first that has records if left out."""
+    neuron: int | None = None
+    """Zero-based neuron to look at, with its excerpts; left out, the layer is listed."""
+    sort: Column = "neuron"
+    """Column to sort by: neuron by index, all others from the highest value down."""
+    reverse: bool = False
+    """Sort the other way."""
+    filter: tuple[str, ...] = ()
+    """Conditions that must all hold, in quotes: "score>50", "density<0.1", "status=dead", "token=return"."""
+    protocol: str = ""
+    """Protocol whose scores and explanations to show; the first that is scored if left out."""
+    limit: int = 20
+    """List so many neurons at most; 0 for all."""
+    excerpts: int = 5
+    """Of one neuron, show so many excerpts of each kind; 0 for all."""
+    width: int | None = None
+    """Of one neuron, show excerpts of so many tokens; the longest recorded if left out."""
+    mode: Mode = "fixed"
+    """Which records."""
+    tap: str = "neurons"
+    """Which place of the model the records are of."""
+    explainer: str = "lookup"
+    """Who made the explanations to show."""
+
+
+def run(options: Options) -> None:
+    """Print the list, or one neuron."""
+    from rich.console import Console
+
+    layers = find_layers(options.run, options.mode, options.tap)
+    layer = layers[0] if options.layer is None else options.layer
+    check_layers(options.run, [layer], layers)
+    table = open_table(
+        options.run, layer, mode=options.mode, tap=options.tap, protocol=options.protocol, explainer=options.explainer
+    )
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if options.neuron is None:
+        _list(console, table, options, layers)
+    else:
+        _look(console, table, options, options.neuron)
+
+
+def find_layers(run: Path, mode: Mode, tap: str) -> list[int]:
+    """The layers with records; a run without any is told what it has, or what to run."""
+    if not run.is_dir():
+        raise CrateError(f"there is no run directory {run}. Run: cratelm train --data DIR --out {run}")
+    if found := recorded_layers(run, mode=mode, tap=tap):
+        return found
+    folders = {file.parent for file in (run / "records").rglob("layer_*.safetensors")}
+    others = sorted(folder.relative_to(run / "records").parts for folder in folders)
+    if others:
+        has = "; ".join(f"--mode {mode} --tap {'/'.join(tap)}" for mode, *tap in others)
+        raise CrateError(f"{run} has no {mode} records of the tap {tap}. It has: {has}")
+    raise CrateError(f"{run} has no records. Run: cratelm collect {run} --data DIR")
+
+
+def check_layers(run: Path, asked: Sequence[int], found: Sequence[int]) -> None:
+    """Refuse a layer that is not there."""
+    for layer in asked:
+        if layer not in found:
+            raise CrateError(f"{run} has no records of layer {layer}. Use --layer with one of: {_spans(found)}")
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """`0 to 11`, or a list where some are missing."""
+    whole = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+
+
+def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequence[int]) -> None:
+    from cratelm.report.terminal import layer_table
+
+    rows = table.choose(options.filter, options.sort, reverse=options.reverse)
+    shown = rows[: options.limit] if options.limit > 0 else rows
+    total = table.records.num_neurons
+    console.print(f"{options.run.name}, layer {table.records.layer} of {_spans(layers)}: {total} neurons")
+    if table.scores is not None:
+        console.print(f"scores and explanations: {table.protocol}, by {options.explainer}")
+    console.print()
+    console.print(layer_table(table, shown.tolist(), console.width))
+    console.print()
+    passed = f" that pass {' and '.join(options.filter)}" if options.filter else ""
+    more = "" if len(shown) == len(rows) else "; --limit 0 shows all"
+    console.print(f"{len(shown)} of {len(rows)} neurons{passed}{more}. Look at one with --neuron")
+    if table.hint:
+        print(table.hint)
+
+
+def _look(console: "Console", table: NeuronTable, options: Options, index: int) -> None:
+    from cratelm.report.neuronrecord import choose_width
+    from cratelm.report.terminal import excerpt_text, legend, shows_colours
+
+    record, colours = table.records[index], shows_colours(console)
+    width = choose_width(table.records, options.width)
+    total = table.records.num_neurons
+    console.print(f"{options.run.name}, layer {table.records.layer}, neuron {index} (of 0 to {total - 1})")
+    for line in _facts(table, index):
+        console.print(line)
+    if table.hint:
+        print(table.hint)
+    console.print()
+    console.print(legend(colours=colours))
+    maximum = record.statistics["maximum"]
+    for (wide, split, kind), excerpts in sorted(record.excerpts.items(), key=_strongest_kind_first):
+        if wide != width:
+            continue
+        count = len(excerpts) if options.excerpts <= 0 else min(options.excerpts, len(excerpts))
+        purpose = {"explain": " for explaining", "score": " for scoring"}.get(split, "")
+        console.print(f"\n{kind} excerpts{purpose}: {count} of {len(excerpts)}, {wide} tokens each")
+        for excerpt in _spread(excerpts, count) if kind == "quantile" else excerpts[:count]:
+            peak = max(excerpt.activations.tolist(), default=0.0)
+            console.print(f"\n  document {excerpt.document}, at most {peak:.3g}")
+            console.print(excerpt_text(excerpt, table.strings, maximum, colours=colours))
+
+
+def _facts(table: NeuronTable, index: int) -> Iterator[str]:
+    """Statistics, scores and explanations of one neuron, a line each."""
+    from cratelm.report.terminal import visible
+
+    names = ("density", "max", "min", "mean", "variance", "skewness", "kurtosis")
+    values = {name: float(table.column(name)[index]) for name in names}
+    yield ", ".join(f"{name} {value:.3g}{' %' if name == 'density' else ''}" for name, value in values.items())
+    for name, one in table.interpretations.items():
+        if one.scores is None:
+            score = "not scored"
+        elif one.scores.reason[index]:
+            score = f"no score: {one.scores.reason[index]}"
+        else:
+            score = f"{100 * one.scores.correlation[index]:z.1f} points over {one.scores.tokens[index]} tokens"
+        said = one.explanations.get(index)
+        yield f"{name}: {score}" + (f"; {visible(said)}" if said else "")
+    for name, (indices, closeness) in NEIGHBOURS.items():
+        if indices in table.records.tables:
+            pairs = zip(table.records.tables[indices][index], table.records.tables[closeness][index], strict=True)
+            yield f"{name}: " + ", ".join(f"{other} ({value:.2f})" for other, value in list(pairs)[:SHOWN_NEIGHBOURS])
+
+
+def _strongest_kind_first(item: tuple[tuple[int, str, str], object]) -> tuple[int, str]:
+    (_, split, kind), _excerpts = item
+    return ("top", "quantile", "random").index(kind), split
+
+
+def _spread(excerpts: Sequence, count: int) -> Iterator:
+    """So many of them, evenly from the first (weakest) to the last (strongest)."""
+    for i in range(count):
+        yield excerpts[round(i * (len(excerpts) - 1) / max(count - 1, 1))]

@@ -1,0 +1,59 @@
+"""Directories for the Hugging Face hub: a model, its tokenizer, and a card with what was measured; and their upload."""
+
+import tempfile
+from pathlib import Path
+
+from cratelm.errors import CrateError
+from cratelm.model.weights import find_model, load, save_model
+from cratelm.report.model_card import model_card, run_of
+from cratelm.rundir import atomic_path
+
+
+def write_directory(source: str | Path, folder: Path, *, title: str | None = None) -> None:
+    """Write the model directory of a run, tokenizer included, with its card as README.md."""
+    model, tokenizer = load(source)
+    found = find_model(source)
+    with atomic_path(folder) as temporary:
+        save_model(model, temporary, tokenizer)
+        card = model_card(run_of(found) or temporary, title=title or folder.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def push_to_hub(
+    source: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
+) -> str:  # fmt: skip
+    """Upload the model of a run, of either architecture, with its card; returns the address."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        write_directory(source, folder, title=repo_id)
+        return upload(folder, repo_id, private=private, token=token)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    message: str = "Upload model",
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Put the files of a folder into a repository on the hub, which is made where it is new; returns the address."""
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError:
+        raise CrateError("the hub needs an extra. Run: pip install 'cratelm[hf]'") from None
+    hub = HfApi(token=token)
+    try:
+        name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        done = hub.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, create_pr=create_pr, revision=revision
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CrateError(
+            f"{repo_id} could not be uploaded ({reason}). Check the name, and log in: hf auth login"
+        ) from None
+    return str(done)

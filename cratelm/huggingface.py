@@ -1,0 +1,219 @@
+"""CRATE in transformers: `import cratelm.huggingface`, and `AutoModelForCausalLM` opens our model directories.
+
+A stock GPT-2 needs nothing of this. CRATE, and a GPT-2 that differs from the stock one, have the `model_type` `crate`:
+`CrateConfig` carries the fields of a `ModelConfig`, and `CrateForCausalLM` holds the `LanguageModel` that the rest of
+cratelm works with as its `model`, so taps have the names they have elsewhere, behind `model.`.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cratelm.errors import CrateError
+from cratelm.hub import upload
+from cratelm.model.config import ModelConfig
+from cratelm.model.language_model import LanguageModel
+from cratelm.model.weights import AUTO_MAP, STUB
+from cratelm.report.model_card import model_card, run_of
+from cratelm.rundir import FORMAT_VERSION, atomic_path
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+except ImportError:
+    raise CrateError("cratelm.huggingface needs transformers. Run: pip install 'cratelm[hf]'") from None
+
+Mask = Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
+FIELDS = tuple(ModelConfig.__dataclass_fields__)
+
+
+class CrateConfig(PretrainedConfig):
+    """The fields of a `ModelConfig`, whichever it has; left out, they are those of the paper's smallest model."""
+
+    model_type = "crate"
+    attribute_map = {
+        "hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+        "max_position_embeddings": "context_length",
+    }  # fmt: skip
+
+    def __init__(self, **fields: Any) -> None:
+        paper: dict[str, Any] = {
+            "arch": "crate", "num_layers": 1, "d_model": 128, "num_heads": 4, "vocab_size": 50304,
+        }  # fmt: skip
+        plain = {self.attribute_map.get(name, name): value for name, value in fields.items()}
+        model = ModelConfig(**paper | {name: value for name, value in plain.items() if name in FIELDS})
+        ends = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        rest = {name: value for name, value in plain.items() if name not in FIELDS}
+        super().__init__(**{"use_cache": False, "tie_word_embeddings": True} | rest)
+        for name, value in {**model.as_dict(), **ends}.items():
+            setattr(self, name, value)
+        self.format_version = FORMAT_VERSION
+        self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Neurons per layer."""
+        return self.model_config().num_neurons
+
+    def model_config(self) -> ModelConfig:
+        """The same as cratelm has it."""
+        return ModelConfig(**{name: getattr(self, name) for name in FIELDS if hasattr(self, name)})
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+        """Write config.json, and beside it the stub that lets tools open the directory with `trust_remote_code`."""
+        super().save_pretrained(save_directory, push_to_hub, **options)
+        with atomic_path(Path(save_directory) / "modeling_crate.py") as temporary:
+            temporary.write_text(STUB)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
+
+
+class CrateForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `LanguageModel` with the interface of transformers; its head is tied to the embedding."""
+
+    config_class = CrateConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}
+    _no_split_modules = ["CrateBlock", "GPT2Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: CrateConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(config.model_config())
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, which the head is tied to."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.model.embedding = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Mask | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+        """Logits of the next token; with `labels` (the same tokens, -100 where none counts) the loss, too.
+
+        `attention_mask` may leave out tokens at both ends of a row. `hidden_states` are the input of each block and,
+        last, what the head reads.
+        """
+        if options.get("inputs_embeds") is not None or options.get("past_key_values") is not None:
+            raise CrateError("CrateForCausalLM reads input_ids, without inputs_embeds and without past_key_values")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        padding = _left_padding(attention_mask)
+        inputs: list[Tensor] = []
+        with _block_inputs(self.model, inputs) if wanted else contextlib.nullcontext():
+            features = self.model.features(_rolled(input_ids, padding))
+        states = tuple(_rolled(state, padding, back=True) for state in (*inputs, features))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(states[-1][:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **options)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states if wanted else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """As in transformers, but every step recomputes the prefix."""
+        return super().generate(*inputs, **options | {"use_cache": False})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload model",
+        create_pr: bool = False,
+        revision: str | None = None,
+        **_: Any,
+    ) -> str:
+        """Upload model, tokenizer and a card with what was measured, if the model was loaded from a run."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(self.config._name_or_path)
+            for file in source.glob("tokenizer*.json") if self.config._name_or_path else ():
+                (Path(folder) / file.name).write_bytes(file.read_bytes())
+            self.save_pretrained(folder)
+            run = run_of(source)
+            (Path(folder) / "README.md").write_text(model_card(run or Path(folder), title=repo_id))
+            return upload(
+                Path(folder), repo_id, private=private, token=token, message=commit_message, create_pr=create_pr,
+                revision=revision,
+            )  # fmt: skip
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the weights that no file gave as `LanguageModel.initialise` does, and remake tables that no file has."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        needed = {name: x for name, x in tensors.items() if not getattr(x, "_is_hf_initialized", False)}
+        if needed:
+            fresh = LanguageModel(self.config.model_config()).initialise(int(torch.randint(2**31, ())))
+            drawn = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
+            for name, tensor in needed.items():
+                tensor.copy_(drawn[name])
+
+
+def _left_padding(mask: Mask | None) -> Int[Tensor, " batch"] | None:
+    """How many tokens each row leaves out at its beginning; None if no row does."""
+    if mask is None or bool(mask.all()):
+        return None
+    kept = mask.bool()
+    if bool((kept[:, 1:] & ~kept[:, :-1]).sum(1).add(kept[:, 0]).gt(1).any()):
+        raise CrateError("an attention_mask may leave out tokens at the ends of a row, not inside")
+    return kept.int().argmax(1)
+
+
+def _rolled(
+    x: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq d_model"],
+    padding: Int[Tensor, " batch"] | None,
+    *,
+    back: bool = False,
+) -> Int[Tensor, "batch seq"] | Float[Tensor, "batch seq d_model"]:
+    """Each row moved left by its padding, or moved back.
+
+    Moved to the front, the tokens have their right positions and, attention being causal, see nothing of the padding.
+    """
+    if padding is None:
+        return x
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    index = (positions + (-padding if back else padding)[:, None]) % x.shape[1]
+    return x.gather(1, index if x.dim() == 2 else index[..., None].expand_as(x))
+
+
+@contextlib.contextmanager
+def _block_inputs(model: LanguageModel, inputs: list[Tensor]) -> Iterator[None]:
+    """A forward pass inside the block appends what each block of the model is given."""
+
+    def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0])
+
+    with contextlib.ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.register_forward_pre_hook(keep).remove)
+        yield
+
+
+AutoConfig.register(CrateConfig.model_type, CrateConfig, exist_ok=True)
+AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)

@@ -1,0 +1,195 @@
+"""Generation: the cache, reading a text that grows, drawing its next token. The door is `LanguageModel.generate`."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cratelm.errors import CrateError
+from cratelm.model.attention import Span
+from cratelm.model.config import ModelConfig
+
+
+class Cache:
+    """The projections of the tokens read so far: per layer one tensor for CRATE's MSSA, two (k and v) for GPT-2.
+
+    What is kept is as the linear map made it; rotary positions and the other variants of attention are applied to all
+    keys at each reading. For inference only.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        kinds = 1 if config.shares_projection else 2
+        self.kept = torch.empty(config.num_layers, kinds, batch, capacity, config.d_model, device=device, dtype=dtype)
+        self.real: Tensor | None = None
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens it holds."""
+        return self.kept.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return self.kept.nbytes
+
+    def admit(self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> None:
+        """Make room for the tokens of the next pass and remember which are real."""
+        new = tokens.shape[1]
+        assert self.length + new <= self.capacity, "the cache is full"
+        if self.real is not None or mask is not None:
+            real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+            earlier = real.new_ones(len(tokens), self.length) if self.real is None else self.real
+            self.real = torch.cat([earlier, real], dim=1)
+        self.length += new
+
+
+def spans_of(
+    config: ModelConfig,
+    tokens: Int[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"] | None,
+    cache: Cache | None,
+) -> Sequence[Span | None]:
+    """What each layer needs to know about the tokens of a pass; nothing in the plain case. Padding is on the left."""
+    if mask is None and cache is None:
+        return [None] * config.num_layers
+    real, length = mask, tokens.shape[1]
+    if cache is not None:
+        cache.admit(tokens, mask)
+        real, length = cache.real, cache.length
+    if real is None:
+        positions = torch.arange(length, device=tokens.device)[None]
+    else:
+        positions = (real.cumsum(1) - 1).clamp_min(0)
+    kept = [None] * config.num_layers if cache is None else cache.kept
+    return [Span(positions=positions, real=real, kept=layer) for layer in kept]
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What generation needs of a model."""
+
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def last_logits(
+        self, tokens: Int[Tensor, "batch seq"], *, mask: Bool[Tensor, "batch seq"] | None, cache: Cache | None
+    ) -> Float[Tensor, "batch vocab"]: ...
+
+
+class Reader:
+    """Gives the logits after a text that grows a token at a time, reading only what is new.
+
+    Positions are learned, so they cannot slide under a cache: once the context is full, the oldest `slide` tokens are
+    forgotten and the rest is read again.
+    """
+
+    def __init__(
+        self,
+        model: Predictor,
+        *,
+        longest: int,
+        mask: Bool[Tensor, "batch seq"] | None,
+        slide: int,
+        use_cache: bool,
+    ) -> None:
+        context = model.config.context_length
+        self.model, self.use_cache = model, use_cache
+        self.mask = None if mask is None or bool(mask.all()) else mask
+        self.capacity = min(context, longest)
+        self.slide = slide
+        if not 1 <= self.slide <= context:
+            raise CrateError(f"slide is {slide}, possible are 1 to the context, {context}")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise CrateError("a prompt ends in padding. Pad on the left, and give mask=False there")
+        self.start: int | None = None
+        self.cache: Cache | None = None
+
+    def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch vocab"]:
+        """Logits after all of `tokens`, which begin with those of the last call."""
+        count, context = tokens.shape[1], self.model.config.context_length
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, count - self.mask.shape[1]), value=True)
+        if self.start is None:
+            self.start = max(0, count - context)
+        elif count - self.start > context:
+            self.start = count - (context - self.slide + 1)
+            self.cache = None
+        read = self.start
+        if self.cache is not None:
+            read += self.cache.length
+        elif self.use_cache:
+            self.cache = Cache(
+                self.model.config, batch=len(tokens), capacity=self.capacity, device=tokens.device,
+                dtype=cache_type(self.model.device),
+            )  # fmt: skip
+        mask = None if self.mask is None else self.mask[:, read:]
+        return self.model.last_logits(tokens[:, read:], mask=mask, cache=self.cache)
+
+
+def cache_type(device: torch.device) -> torch.dtype:
+    """What linear maps put out: autocast's type where that is on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else torch.float32
+
+
+def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
+    """Refuse what no token can be drawn with."""
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise CrateError(f"temperature is {temperature} and top_k {top_k}; at least 0 and at least 1 are needed")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise CrateError(f"top_p is {top_p}, possible is above 0 up to 1")
+
+
+def sample(
+    logits: Float[Tensor, "batch vocab"],
+    *,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int | None = None,
+    generator: torch.Generator,
+) -> Int[Tensor, " batch"]:
+    """Draw one token per row from `probabilities`; temperature 0 takes the most probable."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    restricted = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    return torch.multinomial(restricted, 1, generator=generator).squeeze(1)
+
+
+def probabilities(
+    logits: Float[Tensor, "batch vocab"], *, temperature: float | int, top_k: int | None, top_p: float | int | None
+) -> Float[Tensor, "batch vocab"]:
+    """softmax(logits / temperature) of the `top_k` most probable tokens, then of those that make up `top_p` of it.
+
+    These are the fewest most probable tokens that together have that probability. Rows need not sum to one.
+    """
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    result = torch.softmax(logits, dim=-1)
+    if top_p is not None:
+        ordered, tokens = result.sort(dim=-1, descending=True)
+        unneeded = ordered.cumsum(-1) - ordered >= top_p  # those before it have top_p already
+        result = result.masked_fill(unneeded.gather(-1, tokens.argsort(-1)), 0.0)
+    return result
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], *, device: torch.device | None = None
+) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Token ids of prompts of any length as one tensor, padded on the left, and the mask that says so."""
+    if not prompts or not all(prompts):
+        raise CrateError("an empty prompt has no next token. Give each prompt at least one token")
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    missing = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    return tokens, torch.arange(longest, device=device) >= missing[:, None]

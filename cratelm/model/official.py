@@ -1,0 +1,240 @@
+"""Checkpoints of the released code (`torch.save`, one `.pt` file) to our models and back.
+
+The file holds a dictionary with the weights under `model` and the sizes under `model_args`; nanoGPT's GPT-2 checkpoints
+have the same layout. Nothing in it says which activation a GPT-2 has: the released baseline has ReLU, nanoGPT's GELU.
+"""
+
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cratelm.errors import CrateError
+from cratelm.model.config import Architecture, ModelConfig
+from cratelm.model.language_model import LanguageModel
+from cratelm.model.weights import build
+from cratelm.rundir import atomic_path
+
+_SHELL = {"embedding": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f"}
+_BLOCK: dict[Architecture, dict[str, str]] = {
+    "crate": {
+        "norm_1": "prenorm_1", "mssa.subspaces": "attn.c_attn", "mssa.output": "attn.c_proj", "norm_2": "prenorm_2",
+    },
+    "gpt2": {
+        "norm_1": "ln_1", "attention.query_key_value": "attn.c_attn", "attention.output": "attn.c_proj",
+        "norm_2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+    },
+}  # fmt: skip
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_FIELDS = ("num_layers", "d_model", "num_heads", "vocab_size", "context_length")
+"""The fields of a `ModelConfig` that every released model has; the others are the paper's."""
+_COMPLETE: dict[str, Any] = {"dictionary": "complete", "expansion": 1, "ista_steps": 1}
+"""The model of the released `crate.py`. It stores D where the other stores D^T: one atom a column."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """What a checkpoint says about its training."""
+
+    iter_num: int | None = None
+    """Optimizer steps taken."""
+    best_val_loss: float | None = None
+    """Lowest validation loss so far, in nats per token."""
+
+
+def read_official(
+    path: Path, *, activation: Literal["relu", "gelu"] = "relu"
+) -> tuple[LanguageModel, Provenance]:  # fmt: skip
+    """The model of a released checkpoint: CRATE with a 4x or a complete dictionary, GPT-2 with or without biases.
+
+    Only tensors and plain values are read; a file that holds code is refused. Optimizer state is left unread.
+    """
+    checkpoint = _load(path)
+    if not isinstance(checkpoint.get("model"), Mapping) or not isinstance(checkpoint.get("model_args"), Mapping):
+        found = ", ".join(map(str, list(checkpoint)[:4])) or "nothing"
+        raise CrateError(f"{path} is no released checkpoint: it has no model and model_args (found: {found})")
+    state = _cleaned(checkpoint["model"], path)
+    config = _config(state, checkpoint["model_args"], activation, path)
+    head = state.pop(_HEAD, None)
+    if head is not None and not torch.equal(head, state[_EMBEDDING]):
+        raise CrateError(f"{path} holds two different copies of the tied head, {_HEAD} and {_EMBEDDING}")
+    with torch.device("meta"):
+        names = {official_name(name, config.arch): name for name in LanguageModel(config).state_dict()}
+    ours = {names.get(name, name): tensor for name, tensor in _oriented(state, config).items()}
+    return build(config, ours, source=str(path), named=lambda name: official_name(name, config.arch)), _said(checkpoint)
+
+
+def write_official(model: LanguageModel, path: Path, said: Provenance | None = None) -> None:
+    """Write a checkpoint as the released code reads it, without optimizer state; other models are refused."""
+    config, said = model.config, said or Provenance()
+    if config != _released(config):
+        known = _released(config).as_dict()
+        other = ", ".join(f"{name} {value!r}" for name, value in config.as_dict().items() if known.get(name) != value)
+        raise CrateError(f"the released format cannot express this model ({other}). Use: cratelm export --format hf")
+    ours = {official_name(name, config.arch): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = _oriented(ours, config)
+    state[_HEAD] = state[_EMBEDDING]  # one storage under two names
+    arguments = {
+        "n_layer": config.num_layers, "n_head": config.num_heads, "n_embd": config.d_model,
+        "block_size": config.context_length, "bias": config.bias, "vocab_size": config.vocab_size, "dropout": 0.0,
+    }  # fmt: skip
+    with atomic_path(path) as temporary:
+        torch.save(
+            {
+                "model": state, "optimizer": None, "model_args": arguments, "iter_num": said.iter_num or 0,
+                "best_val_loss": said.best_val_loss, "config": {},
+            },
+            temporary,
+        )  # fmt: skip
+
+
+def official_name(name: str, arch: Architecture) -> str:
+    """`blocks.3.mssa.output.bias` -> `transformer.h.3.attn.c_proj.bias`; a name of nothing stays as it is."""
+    module, _, kind = name.rpartition(".")
+    if module in _SHELL:
+        return f"{_SHELL[module]}.{kind}"
+    match name.split(".", 2):
+        case ["blocks", layer, "ista.atoms"]:
+            return f"transformer.h.{layer}.ista.weight"
+        case ["blocks", layer, inner] if (known := inner.removesuffix(f".{kind}")) in _BLOCK[arch]:
+            return f"transformer.h.{layer}.{_BLOCK[arch][known]}.{kind}"
+    return name
+
+
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    MemoryError,
+)  # fmt: skip
+"""What torch's reader of plain values raises on bytes that are no checkpoint."""
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The dictionary in a file, its tensors mapped and not read before they are used."""
+    if not path.is_file():
+        raise CrateError(f"{path} is not a file. Name a checkpoint (.pt), or a folder with a config.json")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol, which does not matter here
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise CrateError(f"{path} is not a checkpoint that torch can read. Fetch it again") from None
+        raise CrateError(
+            f"{path} holds pickled code ({code[1]}) and is refused: only tensors and plain values are read. "
+            "Ask for a file of weights alone"
+        ) from None
+    except _DAMAGE as error:
+        reason = str(error).strip().splitlines()
+        raise CrateError(
+            f"{path} is damaged or no checkpoint ({reason[0][:120] if reason else type(error).__name__})"
+        ) from None
+    if not isinstance(found, dict):
+        raise CrateError(f"{path} holds a {type(found).__name__}, not the dictionary of a checkpoint")
+    return found
+
+
+def _cleaned(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights under their plain names: no prefix of `torch.compile` or DDP, no buffers of causal masks."""
+    cleaned = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CrateError(
+                f"{path} has a {type(tensor).__name__} under {name}, where a released checkpoint has weights"
+            )
+        plain = re.sub(r"^((_orig_mod|module)\.)+", "", name)
+        if not plain.endswith((".attn.bias", ".attn.masked_bias", ".attn.mask")):
+            cleaned[plain] = tensor
+    for name in (_EMBEDDING, "transformer.wpe.weight"):
+        if name not in cleaned or cleaned[name].dim() != 2:
+            raise CrateError(f"{path} is no released checkpoint: it has no table {name}")
+    return cleaned
+
+
+def _config(
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any], activation: Literal["relu", "gelu"], path: Path
+) -> ModelConfig:
+    """The configuration that the shapes tell; `model_args` has to agree, and gives the number of heads."""
+    layers = {int(found[1]) for name in state if (found := re.match(r"transformer\.h\.(\d+)\.", name))}
+    vocab_size, width = state[_EMBEDDING].shape
+    context = len(state["transformer.wpe.weight"])
+    told = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
+    wrong = [
+        f"{name} {arguments[name]}, weights {told[name]}"
+        for name in told
+        if arguments.get(name, told[name]) != told[name]
+    ]
+    if wrong:
+        raise CrateError(f"the shapes in {path} do not fit its model_args ({'; '.join(wrong)})")
+    heads = arguments.get("n_head")
+    if not isinstance(heads, int):
+        raise CrateError(f"{path} does not say how many heads the model has (n_head in model_args)")
+    shell: dict[str, Any] = {
+        "num_layers": len(layers), "d_model": width, "num_heads": heads, "vocab_size": vocab_size,
+        "context_length": context,
+    }  # fmt: skip
+    ista, mlp = state.get("transformer.h.0.ista.weight"), state.get("transformer.h.0.mlp.c_fc.weight")
+    if ista is not None:
+        if "transformer.ln_f.weight" not in state:
+            return _complete_dictionary(len(ista), shell, path)
+        return ModelConfig(arch="crate", expansion=_expansion(len(ista), width, "ista.weight", path), **shell)
+    if mlp is not None:
+        expansion = _expansion(len(mlp), width, "mlp.c_fc.weight", path)
+        bias = "transformer.ln_f.bias" in state
+        return ModelConfig(arch="gpt2", activation=activation, bias=bias, expansion=expansion, **shell)
+    raise CrateError(
+        f"{path} is neither a CRATE nor a GPT-2: its first layer has no ista.weight and no mlp.c_fc.weight"
+    )
+
+
+def _expansion(rows: int, width: int, name: str, path: Path) -> int:
+    if rows % width:
+        raise CrateError(f"the {name} of {path} has {rows} rows, which is not a multiple of the width {width}")
+    return rows // width
+
+
+def _complete_dictionary(rows: int, shell: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The configuration of the released `crate.py`: one step from the input with a square dictionary, no last norm."""
+    if rows != shell["d_model"]:
+        raise CrateError(
+            f"{path} has no ln_f, as the complete dictionary has none, but {rows} atoms at width {shell['d_model']}"
+        )
+    if "dictionary" not in ModelConfig.__dataclass_fields__:
+        raise CrateError(f"{path} is a CRATE with a complete dictionary, which this version of cratelm cannot express")
+    return ModelConfig(arch="crate", **_COMPLETE, **shell)
+
+
+def _is_complete(config: ModelConfig) -> bool:
+    return getattr(config, "dictionary", "overcomplete") == "complete"
+
+
+def _oriented(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Between the released orientation of the dictionary and ours, either way."""
+    turned = _is_complete(config)
+    return {name: x.T.contiguous() if turned and name.endswith("ista.weight") else x for name, x in state.items()}
+
+
+def _released(config: ModelConfig) -> ModelConfig:
+    """The released model nearest to a configuration: its sizes, and everything else as in the paper."""
+    shell = {name: getattr(config, name) for name in _FIELDS}
+    if _is_complete(config):
+        return ModelConfig(arch="crate", **_COMPLETE, **shell)
+    if config.arch == "crate":
+        return ModelConfig(arch="crate", **shell)
+    plain = ModelConfig(arch="gpt2", **shell)
+    return replace(plain, bias=config.bias, activation=config.activation)
+
+
+def _said(checkpoint: Mapping[str, Any]) -> Provenance:
+    steps, loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+    return Provenance(
+        iter_num=int(steps) if isinstance(steps, int | float | Tensor) else None,
+        best_val_loss=float(loss) if isinstance(loss, int | float | Tensor) else None,
+    )

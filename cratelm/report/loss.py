@@ -1,0 +1,120 @@
+"""Losses on held-out text, and whether two models differ: on the same documents they are compared one by one."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from safetensors import SafetensorError, safe_open
+
+from cratelm.errors import CrateError
+from cratelm.rundir import check_format_version, read_json
+
+DOCUMENTS = "evaluation_documents.safetensors"
+"""Beside evaluation.json: `nats` (float64) and `tokens` (int64) of each document, in the order of the split."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """Loss on held-out text, as `cratelm evaluate` measured it."""
+
+    nats_per_token: float
+    standard_error: float | None
+    """Nats per token, over documents; None for a single document."""
+    perplexity: float | None
+    """None where it is too large for a number."""
+    bits_per_byte: float
+    tokens: int
+    documents: int
+    split: str
+    data_hash: str | None = None
+    """sha256 of the tokens predicted, where it is known."""
+    by_document: "DocumentLosses | None" = field(default=None, repr=False)
+    """None where the evaluation did not keep it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DocumentLosses:
+    """What a loss is made of."""
+
+    nats: Float64[np.ndarray, " documents"]
+    """Summed cross-entropy of each document's tokens."""
+    tokens: Int64[np.ndarray, " documents"]
+    """Predicted tokens of each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossDifference:
+    """How much more one model loses than another."""
+
+    nats: float
+    """Nats per token."""
+    standard_error: float | None
+    """Of `nats`, over documents; None where the two were not measured on the same documents, each kept."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether 0 lies outside the 95 % interval; asked only where there is a standard error."""
+        assert self.standard_error is not None
+        return abs(self.nats) > 1.96 * self.standard_error
+
+
+def loss_difference(first: Loss, second: Loss) -> LossDifference:
+    """The difference of two losses, paired by document where that can be.
+
+    With d_i the difference of the summed losses of document i, n_i its tokens and L = sum d_i / sum n_i, the standard
+    error is sqrt(D / (D - 1) * sum (d_i - L n_i)^2) / sum n_i. What makes a document hard for both models is not in it.
+    """
+    difference = first.nats_per_token - second.nats_per_token
+    a, b = first.by_document, second.by_document
+    if a is None or b is None or first.data_hash is None or first.documents < 2:
+        return LossDifference(nats=difference, standard_error=None)
+    same = (first.data_hash, first.split) == (second.data_hash, second.split) and np.array_equal(a.tokens, b.tokens)
+    if not same:
+        return LossDifference(nats=difference, standard_error=None)
+    apart, count, total = a.nats - b.nats, len(a.nats), a.tokens.sum()
+    mean = apart.sum() / total
+    spread = ((apart - mean * a.tokens) ** 2).sum() * count / (count - 1)
+    return LossDifference(nats=float(mean), standard_error=math.sqrt(spread) / float(total))
+
+
+def read_loss(run: Path) -> Loss | None:
+    """The held-out loss of a run; None where it was not evaluated."""
+    if not (run / "evaluation.json").exists():
+        return None
+    found = read_json(run / "evaluation.json", made_by=f"cratelm evaluate {run} --data DIR")
+    if "nats_per_token" not in found:
+        return None
+    return Loss(
+        nats_per_token=found["nats_per_token"], standard_error=_finite(found["standard_error"]),
+        perplexity=_finite(found["perplexity"]), bits_per_byte=found["bits_per_byte"], tokens=found["tokens"],
+        documents=found["documents"], split=found["split"], data_hash=found.get("data_hash"),
+        by_document=_read_documents(run, found),
+    )  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    """Evaluations of old hold NaN and Infinity, which are no JSON, where null stands now."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _read_documents(run: Path, evaluation: dict[str, Any]) -> DocumentLosses | None:
+    """The documents of this evaluation; None where there are none, or they are of another one."""
+    path = run / DOCUMENTS
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            described = file.metadata() or {}
+            check_format_version(path, described.get("format_version", 1))
+            nats, tokens = file.get_tensor("nats"), file.get_tensor("tokens")
+    except (SafetensorError, OSError) as error:
+        raise CrateError(f"{path} is not readable ({error}). Run: cratelm evaluate {run} --data DIR") from None
+    made = (described.get("split"), described.get("data_hash"), len(nats), len(tokens), int(tokens.sum()))
+    documents = evaluation["documents"]
+    asked = (evaluation["split"], evaluation.get("data_hash") or "", documents, documents, evaluation["tokens"])
+    if made != asked or not math.isclose(nats.sum() / tokens.sum(), evaluation["nats_per_token"], rel_tol=1e-9):
+        return None
+    return DocumentLosses(nats=nats, tokens=tokens)

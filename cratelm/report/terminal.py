@@ -1,0 +1,91 @@
+"""Neurons on a terminal: excerpts with every token on the colour of its activation, or marked where there is none."""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cratelm.activations.records import Excerpt
+from cratelm.interpretation.lookup import legible
+from cratelm.report.neuron_table import NeuronTable
+
+HEAT = ("#fff3bf", "#ffd875", "#ffab49", "#f77f4f")
+"""Backgrounds by quarters of the neuron's largest activation; black on them is readable, whatever the terminal's."""
+STRONG = 0.3
+"""Share of the neuron's largest activation from which a token is marked where colours cannot be shown."""
+NUMBERS, EXPLANATIONS, STATUS = 60, 80, 100
+"""Columns of the terminal from which density and maximum, explanations, and a status beside the score have room."""
+LONGEST_STATUS = 11
+
+
+def shows_colours(console: Console) -> bool:
+    """Whether the reader sees colours: not through a pipe, nor with NO_COLOR."""
+    return console.color_system is not None and not console.no_color
+
+
+def visible(text: str) -> str:
+    """Text of a corpus on one line: line breaks and tabs as signs, what is invisible or steers a terminal as a code."""
+    return "".join(_sign(letter) for letter in text)
+
+
+def _sign(letter: str) -> str:
+    if letter in "\n\t\r":
+        return {"\n": "↵", "\t": "⇥", "\r": "␍"}[letter]
+    return letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else f"U+{ord(letter):04X}"
+
+
+def excerpt_text(excerpt: Excerpt, strings: Sequence[str], maximum: float, *, colours: bool) -> Text:
+    """The tokens of an excerpt, coloured by activation, or the strong ones as «token»."""
+    text = Text()
+    for token, activation in zip(excerpt.tokens.tolist(), excerpt.activations.tolist(), strict=True):
+        shown, share = visible(strings[token]), activation / maximum if maximum > 0 else 0.0
+        if colours and share > 0:
+            text.append(shown, style=f"#000000 on {HEAT[min(len(HEAT), math.ceil(len(HEAT) * share)) - 1]}")
+        else:
+            text.append(f"«{shown}»" if share >= STRONG and not colours else shown)
+    return text
+
+
+def legend(*, colours: bool) -> Text:
+    """How to read an excerpt."""
+    if not colours:
+        return Text(f"«token»: at least {STRONG:.0%} of the neuron's largest activation")
+    text = Text("colour: share of the neuron's largest activation, up to ")
+    for level, background in enumerate(HEAT, start=1):
+        text.append(f" {level / len(HEAT):.0%} ", style=f"#000000 on {background}")
+    return text.append("; without colour: 0 or below")
+
+
+def layer_table(table: NeuronTable, rows: Sequence[int], columns: int) -> Table:
+    """Some neurons of a layer in so many columns of a terminal; the narrower it is, the fewer facts."""
+    numbers, said, own_status = (columns >= least for least in (NUMBERS, EXPLANATIONS, STATUS))
+    said = said and bool(table.explanations)
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, width=columns)
+    for head in ("neuron", *(("density %", "max") if numbers else ())):
+        grid.add_column(head, justify="right", no_wrap=True)
+    grid.add_column("score", justify="right", no_wrap=True, max_width=LONGEST_STATUS)
+    if own_status:
+        grid.add_column("status", no_wrap=True, max_width=LONGEST_STATUS)
+    grid.add_column("strongest tokens", ratio=2, no_wrap=True, overflow="ellipsis")
+    if said:
+        grid.add_column("explanation", ratio=3, no_wrap=True, overflow="ellipsis")
+    density, maximum, score = (table.column(name) for name in ("density", "max", "score"))
+    strongest = table.strongest(np.array(rows, dtype=np.int64))
+    for index, tokens in zip(rows, strongest, strict=True):
+        cells = [str(index)]
+        cells += [_short(density[index]), _short(maximum[index])] if numbers else []
+        unscored = "-" if own_status else table.status[index]
+        cells.append(unscored if np.isnan(score[index]) else f"{score[index]:z.1f}")
+        cells += [table.status[index]] if own_status else []
+        cells.append(" ".join(visible(legible(token)) for token in tokens))
+        cells += [visible(table.explanations.get(index, ""))] if said else []
+        grid.add_row(*map(Text, cells))
+    return grid
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"

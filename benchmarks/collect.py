@@ -98,13 +98,14 @@ def report(config: ModelConfig, bare: list[float], kept: list[float], tokens: in
     keep = (ratio - 1) * forward  # all layers
     sorting = sort * config.num_neurons  # one layer
     released = config.num_layers * (forward + sorting)
-    print(f"{config.num_layers} layers of width {config.d_model}, {tokens} tokens a batch, {threads} threads")
+    print(
+        f"{config.num_layers} layers of width {config.d_model}, {tokens} tokens a batch, {threads} threads; us = 1e-6 s"
+    )
     print(f"bare forward pass            {1e6 * forward:10.1f} us per token")
     print(f"with all records             {1e6 * forward * ratio:10.1f} us per token: {ratio:.2f} x the bare pass")
     print(f"record keeping alone         {1e6 * keep / config.num_layers:10.1f} us per token and layer")
-    print(
-        f"sorting and drawing          {1e6 * sorting:10.1f} us per token and layer: {sorting * config.num_layers / keep:.1f} x"
-    )
+    times = sorting * config.num_layers / keep
+    print(f"sorting and drawing          {1e6 * sorting:10.1f} us per token and layer: {times:.1f} x")
     print(f"the job, released procedure  {1e6 * released:10.1f} us per token: {released / (forward * ratio):.1f} x")
 
 

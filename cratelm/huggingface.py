@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cratelm.errors import CrateError
 from cratelm.hub import upload
 from cratelm.model.config import ModelConfig
+from cratelm.model.generate import Cache, cache_type
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import AUTO_MAP, STUB
 from cratelm.report.model_card import model_card, run_of
@@ -90,6 +91,7 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LanguageModel(config.model_config())
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._read: _Read | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -118,6 +120,13 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
         if options.get("inputs_embeds") is not None or options.get("past_key_values") is not None:
             raise CrateError("CrateForCausalLM reads input_ids, without inputs_embeds and without past_key_values")
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        ends = attention_mask is None or bool(
+            attention_mask[:, -1].all()
+        )  # no padding there, which a cache cannot hold
+        if self._read is not None and ends and not wanted and labels is None and logits_to_keep == 1:
+            logits = self.lm_head(self._read.features(self.model, input_ids, attention_mask)[:, -1:])
+            output = CausalLMOutputWithPast(logits=logits)
+            return output if return_dict is not False else output.to_tuple()
         padding = _left_padding(attention_mask)
         inputs: list[Tensor] = []
         with _block_inputs(self.model, inputs) if wanted else contextlib.nullcontext():
@@ -131,9 +140,17 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states if wanted else None)
         return output if return_dict is not False else output.to_tuple()
 
-    def generate(self, *inputs: Any, **options: Any) -> Any:
-        """As in transformers, but every step recomputes the prefix."""
-        return super().generate(*inputs, **options | {"use_cache": False})
+    def generate(self, *inputs: Any, use_cache: bool = True, **options: Any) -> Any:
+        """As in transformers, with cratelm's cache: one tensor per layer for CRATE.
+
+        transformers passes all tokens at each step, so each of its ways to generate is right. Tokens that continue
+        those of the last step are read alone; others, as of another beam, anew.
+        """
+        self._read = _Read() if use_cache else None
+        try:
+            return super().generate(*inputs, **options | {"use_cache": False})
+        finally:
+            self._read = None
 
     def push_to_hub(
         self,
@@ -173,6 +190,27 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
             drawn = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
             for name, tensor in needed.items():
                 tensor.copy_(drawn[name])
+
+
+class _Read:
+    """The tokens that a generation has read so far, and their cache."""
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | None = None
+        self.cache: Cache | None = None
+
+    def features(self, model: LanguageModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Features of the tokens that are new; padding is on the left."""
+        known = 0 if self.tokens is None else self.tokens.shape[1]
+        if self.tokens is None or known >= tokens.shape[1] or not torch.equal(tokens[:, :known], self.tokens):
+            known, weight = 0, model.embedding.weight
+            dtype = cache_type(weight.device) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+            self.cache = Cache(
+                model.config, batch=len(tokens), capacity=model.config.context_length, device=weight.device, dtype=dtype
+            )
+        self.tokens = tokens
+        new = None if mask is None or bool(mask.all()) else mask.bool()[:, known:]
+        return model.features(tokens[:, known:], mask=new, cache=self.cache)
 
 
 def _left_padding(mask: Mask | None) -> Int[Tensor, " batch"] | None:

@@ -128,9 +128,9 @@ def test_nothing_to_predict_is_refused(stream: Stream) -> None:
 def test_a_diverged_model_is_refused_and_a_hopeless_one_is_not(stream: Stream) -> None:
     model = stream[0]
     with torch.no_grad():
-        model.norm.weight.mul_(1e4)
+        model.get_parameter("norm.weight").mul_(1e4)
         assert run_evaluate(stream).perplexity == math.inf
-        model.norm.weight.mul_(math.nan)
+        model.get_parameter("norm.weight").mul_(math.nan)
     with pytest.raises(CrateError, match="the loss of this model is nan: its training has diverged"):
         run_evaluate(stream)
 
@@ -201,7 +201,7 @@ def test_numbers_that_are_none_are_null_in_evaluation_json(
     data, run = made
     model = random_model(tiny_config(vocab_size=320), rng)
     with torch.no_grad():
-        model.norm.weight *= 1e4
+        model.get_parameter("norm.weight").mul_(1e4)
     save_model(model, run / "model", data.tokenizer())
     (run / "evaluation.json").write_text('{"zero_shot": {"old": {"standard_error": NaN}}}')
     assert cli.main(["evaluate", str(run), "--data", str(data.path)]) == 0

@@ -72,7 +72,7 @@ def test_push_to_hub_uploads_model_tokenizer_and_card(
     run = _scored_run(tmp_path, rng)
     assert push_to_hub(run, "me/one") == "https://hub/me/one"
     assert CrateForCausalLM.from_pretrained(run / "model").push_to_hub("me/two") == "https://hub/me/two"
-    assert cli.main(["export", str(run), "--push", "me/three"]) == 0
+    assert cli.main(["export", str(run), "--format", "hf", "--push", "me/three"]) == 0
     assert [name for name, _ in uploaded] == ["me/one", "me/two", "me/three"]
     for name, files in uploaded:
         wanted = {"README.md", "config.json", "model.safetensors", "modeling_crate.py", "tokenizer.json"}

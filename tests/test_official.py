@@ -248,7 +248,7 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
-    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
 
 
 def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(

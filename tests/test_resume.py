@@ -152,7 +152,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[..., An
 
 def spoil(model: LanguageModel, taken: Taken) -> Taken:
     with torch.no_grad():
-        model.norm.weight[3] = math.nan
+        model.get_parameter("norm.weight")[3] = math.nan
     return taken
 
 

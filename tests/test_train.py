@@ -274,7 +274,9 @@ def test_a_control_is_the_model_before_its_first_step(trained: Path, tmp_path: P
         model, tokenizer = load(tmp_path / "random")
         assert weights_hash(model) == weights_hash(LanguageModel(tiny_config()).initialise(1337))
         assert tokenizer is not None
-        assert tokenizer.to_str() == load(trained)[1].to_str()
+        own = load(trained)[1]
+        assert own is not None
+        assert tokenizer.to_str() == own.to_str()
         found = json.loads((tmp_path / "random" / "run.json").read_text())
         assert (found["control"], found["of"], found["training"]) == ("random-init", "crate", None)
         assert found["model"] == model.config.as_dict()

@@ -138,7 +138,9 @@ def test_a_model_that_knows_the_words_is_right(model: LanguageModel) -> None:
     word, target = next((w, ids) for w in WORDS if w.isalpha() and len(ids := tokenizer.encode(f" {w}").ids) == 1)
     texts = [f"the neuron {word}", f"of a layer {word}"]
     with torch.no_grad():  # the head is the embedding: make one row win everywhere
-        model.norm.bias.copy_(10 * model.embedding.weight[target[0]])
+        model.embedding.weight[target[0]] = 10.0
+        model.get_parameter("norm.weight").zero_()
+        model.get_parameter("norm.bias").fill_(1.0)
     assert last_word(model, tokenizer, texts, batch=2).accuracy == 1.0
 
 

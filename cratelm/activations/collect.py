@@ -58,7 +58,7 @@ def collect(
         corpus.tokens, corpus.documents, context=subject.context, wide=config.wide, narrow=config.narrow,
         warmup=config.warmup, max_tokens=max_tokens, seed=config.seed,
     )  # fmt: skip
-    _check_documents(plan, config)
+    check_documents(plan, config)
     reading = _Reading(config, subject, corpus, plan, team, device, run, settings)
     reading.read(bar)
     collector = reading.gathered()
@@ -148,7 +148,8 @@ class _Reading:
         return int(metadata["done"])
 
 
-def _check_documents(plan: Plan, config: CollectConfig) -> None:
+def check_documents(plan: Plan, config: CollectConfig) -> None:
+    """Refuse a corpus that has too few documents for a neuron's top excerpts, before anything is computed."""
     needed = max(config.top_wide, config.top_narrow)
     readable = np.unique(plan.row_document)
     for index, split in enumerate(SPLITS):

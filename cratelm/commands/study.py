@@ -87,6 +87,7 @@ def run(options: Options) -> None:
     data = TokenDirectory.open(options.data, tokenizer=options.tokenizer)
     parts = list(plan(options, data))
     device = select_device(options.device)
+    _check_documents(options, data)
     _foretell(options, parts, data, device)
     if options.dry_run:
         return
@@ -153,6 +154,19 @@ def _foretell(options: Options, parts: list[Part], data: "TokenDirectory", devic
             said += f", about {duration(each)} each"
         console.print(said if len(left) == len(own) else f"{said}, {len(own) - len(left)} trained", soft_wrap=True)
     console.print(f"{len(parts)} trainings, about {duration(total)} in all on {device}", soft_wrap=True)
+
+
+def _check_documents(options: Options, data: "TokenDirectory") -> None:
+    """Refuse too few documents for collection now, not after the first training."""
+    from cratelm.activations.collect import check_documents
+    from cratelm.activations.plan import CollectConfig, make_plan
+
+    config = CollectConfig()
+    rows = make_plan(
+        data.tokens("val"), data.documents("val"), context=options.training.context, wide=config.wide,
+        narrow=config.narrow, warmup=config.warmup, max_tokens=options.collect_tokens, seed=config.seed,
+    )  # fmt: skip
+    check_documents(rows, config)
 
 
 def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.device") -> None:

@@ -158,8 +158,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def student(freedom: int) -> float:
     """Below how many standard errors 97.5 % of Student's distribution lie."""
     z = 1.959964
-    expanded = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return _T.get(freedom, expanded)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return _T.get(freedom, z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
 
 
 def over_seeds(group: Group, of: Quantity) -> Estimate | None:
@@ -184,7 +184,7 @@ def _score(protocol: str) -> Quantity:
 
 
 def _variance(protocol: str) -> Quantity:
-    return lambda run: run.scores[protocol].variance if protocol in run.scores else None
+    return lambda run: run.scores[protocol].variance if protocol in run.scores and run.num_layers > 1 else None
 
 
 def _difference(group: Group, others: Sequence[Group], of: Quantity, basis: Basis) -> Estimate | None:

@@ -63,6 +63,7 @@ class Batches:
                 for micro in range(self.per_step):
                     if not self._put(self._cut(step, self.micro_rows(micro))):
                         return
+            self._put(IndexError("there is no batch after the last step"))
         except BaseException as error:  # whatever it is, the thread that waits for a batch must hear of it
             self._put(error)
 

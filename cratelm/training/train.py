@@ -144,11 +144,12 @@ def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: in
     if whole is None:
         return {}
     whole.eval()
-    found = {
-        f"{name}/{number}": float(value)
-        for name, measure in measurements.items()
-        for number, value in measure(whole, step).items()
-    }
+    with torch.no_grad():
+        found = {
+            f"{name}/{number}": float(value)
+            for name, measure in measurements.items()
+            for number, value in measure(whole, step).items()
+        }
     whole.train()
     return found
 

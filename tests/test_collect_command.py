@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from collecting import held_out_documents, make_run, message, options, snapshot
 
+from cratelm import cli
 from cratelm.activations import collect as collecting
 from cratelm.activations.records import layer_file, read_collection, read_records, records_folder
 from cratelm.commands import collect, interpret
@@ -173,6 +174,20 @@ def test_a_truncated_records_file_is_named(data: TokenDirectory, tmp_path: Path)
     (run / "records" / "fixed" / "windows.safetensors").write_bytes(b"")
     with pytest.raises(CrateError, match=r"windows.safetensors is not .*Remove \S+/run/records/fixed and run"):
         read_records(run, 0)
+
+
+def test_a_tokenizer_that_is_gone_from_the_records_is_told_with_both_ways_back(
+    data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run(tmp_path / "run", data)
+    collect.run(options(run, data))
+    (run / "records" / "fixed" / "tokenizer.json").unlink()
+    for command in (["interpret", str(run)], ["neurons", str(run)]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: {run}/records/fixed/tokenizer.json is not there. Copy {run}/model/tokenizer.json to it, "
+            f"or remove {run}/records/fixed and run: cratelm collect {run} --data DIR"
+        )
 
 
 def test_damaged_records_of_the_released_procedure_are_collected_again_by_it(tmp_path: Path) -> None:

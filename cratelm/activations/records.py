@@ -261,6 +261,18 @@ def recorded_layers(run: Path, *, mode: Mode = "fixed", tap: str = "neurons") ->
     return sorted(int(file.stem.removeprefix("layer_")) for file in files)
 
 
+def records_tokenizer(run: Path, mode: Mode) -> Path:
+    """The tokenizer that lies beside the records, refused where it is missing."""
+    path = records_folder(run, mode) / "tokenizer.json"
+    if not path.exists():
+        option = " --mode compat" if mode == "compat" else ""
+        raise CrateError(
+            f"{path} is not there. Copy {run / 'model' / 'tokenizer.json'} to it, or remove {path.parent} "
+            f"and run: cratelm collect {run} --data DIR{option}"
+        )
+    return path
+
+
 def read_collection(run: Path, *, mode: Mode = "fixed") -> dict[str, Any]:
     """What was collected and how: the contents of `records.json`."""
     return read_json(records_folder(run, mode) / "records.json", made_by=f"cratelm collect {run} --data DIR")

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from cratelm.activations.records import LayerRecords, Mode, read_records, recorded_layers, records_folder
+from cratelm.activations.records import LayerRecords, Mode, read_records, recorded_layers, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import explain_layer
@@ -73,7 +73,7 @@ def explain_run(run: Path, selection: Selection) -> None:
 
     @cache
     def strings() -> list[str]:
-        return token_strings(load_tokenizer(records_folder(run, selection.mode) / "tokenizer.json"))
+        return token_strings(load_tokenizer(records_tokenizer(run, selection.mode)))
 
     def explain(records: LayerRecords, by: Protocol, store: Store, key: SetKey) -> None:
         store.write_explanations(key, explain_layer(records, by, strings()))

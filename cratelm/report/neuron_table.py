@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from cratelm.activations.records import Excerpts, LayerRecords, Mode, join, read_records, records_folder
+from cratelm.activations.records import Excerpts, LayerRecords, Mode, join, read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import DEAD
@@ -157,7 +157,7 @@ def open_table(
     scored = [name for name, one in found.items() if one.scores is not None]
     shown = protocol or [*scored, *found, PROTOCOLS[0]][0]
     return NeuronTable(
-        records=records, strings=token_strings(load_tokenizer(records_folder(run, mode) / "tokenizer.json")),
+        records=records, strings=token_strings(load_tokenizer(records_tokenizer(run, mode))),
         interpretations=found, protocol=shown,
         hint="" if shown in scored else _hint(
             run, SetKey(mode=mode, tap=tap, layer=layer, protocol=shown, explainer=explainer)

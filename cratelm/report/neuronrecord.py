@@ -26,7 +26,7 @@ from cratelm.activations.records import (
     Mode,
     read_collection,
     read_records,
-    records_folder,
+    records_tokenizer,
 )
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
@@ -48,7 +48,7 @@ def export_neuron_records(
     if mode == "compat" and split != "both":
         raise CrateError("compat records are one list, not split into explain and score. Leave --split out")
     collection = read_collection(run, mode=mode)
-    strings = token_strings(load_tokenizer(records_folder(run, mode) / "tokenizer.json"))
+    strings = token_strings(load_tokenizer(records_tokenizer(run, mode)))
     first = read_records(run, layers[0], mode=mode, tap=tap)
     wide = choose_width(first, width)
     per_interval = int(collection.get("per_quantile", PER_INTERVAL[mode]))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cratelm.activations.records import Excerpt, Mode, read_collection, read_records, records_folder
+from cratelm.activations.records import Excerpt, Mode, read_collection, read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
@@ -183,7 +183,7 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, mode: Mode
         scores={name: found for (name, control), found in aggregates.items() if not control},
         shuffled={name: found for (name, control), found in aggregates.items() if control == "shuffled"},
         random_init=None, examples=tuple(_examples(path, shown, mode, explainer)),
-        token_strings=token_strings(load_tokenizer(records_folder(path, mode) / "tokenizer.json")),
+        token_strings=token_strings(load_tokenizer(records_tokenizer(path, mode))),
         collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
     )  # fmt: skip
 

@@ -4,8 +4,9 @@
 
 Three times are measured in turn, batch by batch, on a model of this shape with random weights: the bare forward pass
 (up to the last LayerNorm, no head); the same pass with all records kept; and, for one layer, the released procedure on
-activations that are held in memory: per neuron a full argsort and the draws from intervals of ranks (spec C.3). The
-released procedure reads one layer per pass, so for L layers it costs L passes and L sorts.
+activations of the layer that are held in memory: per neuron a full argsort and the draws from intervals of ranks
+(docs/compat.md). 64 neurons are sorted; a layer costs in proportion. The released procedure reads one layer per pass,
+so for L layers it costs L passes and L sorts.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import torch
 
 from cratelm.activations.collector import Collector
 from cratelm.activations.plan import CollectConfig, make_plan, read_rows
-from cratelm.activations.released import NARROW, PER_INTERVAL, RANDOM, WIDE, rank_ranges
+from cratelm.activations.reading import NARROW, WIDE
+from cratelm.activations.released import PER_INTERVAL, RANDOM, rank_bounds
 from cratelm.activations.taps import capture
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
@@ -72,7 +74,7 @@ def time_passes(
                 model.features(ids)
             collector.update({layer: codes[tap] for layer, tap in enumerate(model.neuron_taps)}, rows)
             kept.append(clock() - started)
-        held.append(codes[model.neuron_taps[0]].flatten(0, 1)[:, :SORTED_NEURONS].clone())
+        held.append(codes[model.neuron_taps[0]].flatten(0, 1).clone())
     return bare[2:], kept[2:], ids.numel(), torch.cat(held)
 
 
@@ -86,7 +88,8 @@ def time_released(held: torch.Tensor, clock: Callable[[], float]) -> float:
         order = np.argsort(-activations[:, neuron])
         rng.integers(0, count, RANDOM)
         for width in (WIDE, NARROW):
-            for low, high in rank_ranges(count, width):
+            bounds = rank_bounds(np.array(count), width).ravel().tolist()
+            for low, high in zip(bounds[1:], bounds[:-1], strict=True):
                 rng.choice(order[low:high], min(PER_INTERVAL, high - low), replace=False)
     return (clock() - started) / count / SORTED_NEURONS
 

@@ -36,7 +36,12 @@ class Team:
             return
         import torch.distributed as dist
 
-        dist.init_process_group("gloo")
+        store, rank, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # As in training: torchrun keeps its store over a restart, and with it the addresses of dead processes.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         try:
             yield cls(rank, size)
         finally:

@@ -94,8 +94,9 @@ class _Reading:
         """Forward passes over every `team.size`-th batch, from where a killed process stopped."""
         size = self.config.batch_rows
         batches = range(self.team.rank, -(-len(self.plan.row_length) // size), self.team.size)
-        done = self._load(self.collector, self.team.rank)
-        if done == 0:
+        loaded = self._load(self.collector, self.team.rank)
+        done = loaded or 0
+        if loaded is None:
             self.collector.start(self._codes(slice(0, min(size, len(self.plan.row_length)))))
         saved = time.monotonic()
         for index, batch in enumerate(batches):
@@ -118,7 +119,8 @@ class _Reading:
         for rank in range(1, self.team.size):
             if self.team.rank == 0:
                 other = Collector(self.config, self.plan, self.subject.layers, device=self.device)
-                assert self._load(other, rank), "each process saves before it waits"
+                loaded = self._load(other, rank)
+                assert loaded is not None, "each process saves before it waits"
                 self.collector.merge(other)
         return self.collector
 
@@ -132,19 +134,19 @@ class _Reading:
         with atomic_path(self.partial(self.team.rank)) as temporary:
             save_file(state, temporary, metadata={"settings": self.fingerprint, "done": str(done)})
 
-    def _load(self, collector: Collector, rank: int) -> int:
-        """Take up what a process saved, if it was the same collection; return how many of its batches were done."""
+    def _load(self, collector: Collector, rank: int) -> int | None:
+        """Take up what a process saved; how many of its batches were done, None if there is nothing of this one."""
         path = self.partial(rank)
         if not path.exists():
-            return 0
+            return None
         try:
             with safe_open(path, framework="pt", device=str(self.device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("settings") != self.fingerprint:
-                    return 0
+                    return None
                 collector.load_state({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError, KeyError):
-            return 0
+            return None
         return int(metadata["done"])
 
 

@@ -129,6 +129,15 @@ def test_a_tokenizer_without_end_of_text_is_refused() -> None:
         end_of_text_id(tokenizer)
 
 
+@pytest.mark.parametrize("end", ["<|end_of_text|>", "</s>", "<eos>"])
+def test_another_family_ends_a_text_with_its_own_special_token(end: str) -> None:
+    tokenizer = word_level()
+    tokenizer.add_special_tokens(["<s>", end])
+    assert end_of_text_id(tokenizer) == tokenizer.token_to_id(end)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    assert end_of_text_id(tokenizer) == tokenizer.token_to_id(END_OF_TEXT)
+
+
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
     with pytest.raises(CrateError, match="a vocabulary of 256 is too small"):
         train_bpe([], 256)

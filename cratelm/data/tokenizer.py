@@ -69,11 +69,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     )
 
 
+OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>")
+"""What Llama 3, Llama 2 and Mistral, and Gemma have in its place."""
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of `<|endoftext|>`; a tokenizer without it is refused."""
-    found = tokenizer.token_to_id(END_OF_TEXT)
+    """The id of `<|endoftext|>`, or of the special token another family ends a text with; one without is refused."""
+    specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    ends = [END_OF_TEXT, *(end for end in OTHER_ENDS if end in specials)]
+    found = next((tokenizer.token_to_id(end) for end in ends if tokenizer.token_to_id(end) is not None), None)
     if found is None:
-        specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         names = ", ".join(sorted(specials)[:5]) or "none"
         raise CrateError(
             f"the tokenizer has no {END_OF_TEXT} (special tokens: {names}). Use gpt2, or train with bpe:4096"

@@ -61,6 +61,8 @@ def run(options: Options) -> None:
             records = import_neuron_records(path, options.out)
         console.print(f"records in {records}. Next: cratelm interpret {options.out}")
         return
+    if path.suffix in (".pt", ".pth", ".bin") and not path.exists():
+        raise CrateError(f"{path} is not there. Name a checkpoint, a model directory or a name on the hub")
     model, tokenizer, said = _released(path, options) if path.is_file() else _hugging_face(options)
     if tokenizer is not None:
         _check(tokenizer, model, options)

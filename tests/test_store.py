@@ -13,9 +13,10 @@ from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import LayerExplanations, explain_layer
 from cratelm.interpretation.protocols import protocol
+from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.score import LayerScores, score_layer
 from cratelm.interpretation.simulate import LayerSimulations, simulate_layer
-from cratelm.interpretation.store import SetKey, Store
+from cratelm.interpretation.store import Store
 
 Made = tuple[LayerExplanations, LayerSimulations, LayerScores]
 KEY = SetKey(layer=1, protocol="anthropic")

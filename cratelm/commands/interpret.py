@@ -21,9 +21,10 @@ from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import explain_layer
 from cratelm.interpretation.protocols import PROTOCOLS, Protocol, protocol
+from cratelm.interpretation.schema import MADE, SetKey, Stage
 from cratelm.interpretation.score import LayerAggregate, ModelAggregate, aggregate, score_layer
 from cratelm.interpretation.simulate import check_controls, simulate_layer
-from cratelm.interpretation.store import MADE, SetKey, Stage, Store
+from cratelm.interpretation.store import Store
 from cratelm.rundir import claim
 from cratelm.runtime import console, progress_bar
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,45 +24,10 @@ from cratelm.activations.records import Mode, NeuronId, read_collection, records
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import Explanation, LayerExplanations
 from cratelm.interpretation.lookup import EXPLAINER, tables_of
+from cratelm.interpretation.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage
 from cratelm.interpretation.score import LayerScores, Score
 from cratelm.interpretation.simulate import LayerSimulations, Simulation
 
-Stage = Literal["explain", "simulate", "score"]
-MADE: dict[Stage, str] = {"explain": "explanations", "simulate": "simulations", "score": "scores"}
-"""Stage -> the table it fills."""
-
-_KEY = "mode, tap, layer, protocol, explainer, control, sample"
-SCHEMA = (
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    f"""CREATE TABLE sets (
-        id INTEGER PRIMARY KEY, mode TEXT NOT NULL, tap TEXT NOT NULL, layer INTEGER NOT NULL, protocol TEXT NOT NULL,
-        explainer TEXT NOT NULL, control TEXT NOT NULL, sample INTEGER NOT NULL,
-        UNIQUE ({_KEY}))""",
-    # A stage's row is written last: it says that the set's rows are whole, and of which records they are.
-    """CREATE TABLE stages (
-        set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, origin TEXT NOT NULL,
-        PRIMARY KEY (set_id, stage))""",
-    """CREATE TABLE explanations (
-        id INTEGER PRIMARY KEY, set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, text TEXT NOT NULL,
-        tokens BLOB, means BLOB, UNIQUE (set_id, neuron))""",
-    # A control has no explanations of its own: `source` says whose explanation was simulated.
-    """CREATE TABLE simulations (
-        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, source INTEGER NOT NULL, activations BLOB NOT NULL,
-        PRIMARY KEY (set_id, neuron))""",
-    """CREATE TABLE scores (
-        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, correlation REAL, reason TEXT NOT NULL, r_squared REAL,
-        absolute_deviation REAL, tokens INTEGER NOT NULL, excerpts INTEGER NOT NULL, sums BLOB NOT NULL,
-        PRIMARY KEY (set_id, neuron))""",
-    """CREATE TABLE failures (
-        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
-        PRIMARY KEY (set_id, neuron, stage))""",
-    # The index holds no second copy of the text; the triggers keep it in step with the table.
-    "CREATE VIRTUAL TABLE explanation_search USING fts5 (text, content='explanations', content_rowid='id')",
-    """CREATE TRIGGER explanation_added AFTER INSERT ON explanations BEGIN
-        INSERT INTO explanation_search (rowid, text) VALUES (new.id, new.text); END""",
-    """CREATE TRIGGER explanation_removed AFTER DELETE ON explanations BEGIN
-        INSERT INTO explanation_search (explanation_search, rowid, text) VALUES ('delete', old.id, old.text); END""",
-)
 _NUMBERS = {
     "neuron": np.int64, "correlation": np.float64, "r_squared": np.float64, "absolute_deviation": np.float64,
     "tokens": np.int64, "excerpts": np.int64,
@@ -70,36 +35,6 @@ _NUMBERS = {
 """Columns of scores that are fields of `LayerScores`. NaN is NULL in a table."""
 _ONE = " WHERE set_id = ? AND neuron = ?"
 _ALL = " WHERE set_id = ? ORDER BY neuron"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SetKey:
-    """Which set: of one layer, by one protocol. The field order is that of the table `sets`."""
-
-    mode: Mode = "fixed"
-    tap: str = "neurons"
-    layer: int
-    protocol: str
-    explainer: str = EXPLAINER
-    control: str = ""
-    """Empty, or how the explanations were falsified on purpose: `shuffled`."""
-    sample: int = 0
-    """Number of the explanation where an explainer that uses chance made several of each neuron."""
-
-    @property
-    def explained(self) -> "SetKey":
-        """The set that holds the explanations this one uses."""
-        return replace(self, control="")
-
-    @property
-    def what(self) -> str:
-        """For messages: which set this is."""
-        return f"{self.control} {self.protocol}".strip()
-
-    def command(self, verb: str, run: Path) -> str:
-        """The command that makes this set."""
-        options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
-        return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +146,7 @@ class Store:
     def _write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
         table, places = MADE[stage], ", ?" * (names.count(",") + 1)
         with self._connection() as connection:
-            connection.execute("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", astuple(key))
+            connection.execute("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(key))
             own = _set_id(connection, key)
             connection.execute(f"DELETE FROM {table} WHERE set_id = ?", [own])
             connection.executemany(
@@ -292,13 +227,13 @@ class Store:
         """Explanations that hold all the words, best match first, as (set, neuron index, text)."""
         quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.split())
         query = (
-            f"SELECT {_KEY}, neuron, explanations.text FROM explanation_search "
+            f"SELECT {KEY_COLUMNS}, neuron, explanations.text FROM explanation_search "
             "JOIN explanations ON explanations.id = explanation_search.rowid JOIN sets ON sets.id = set_id "
             "WHERE explanation_search MATCH ? ORDER BY rank, layer, neuron LIMIT ?"
         )
         with self._connection() as connection:
             rows = connection.execute(query, [quoted, limit]).fetchall() if quoted else []
-        return [(SetKey(**dict(zip(SetKey.__slots__, row[:7], strict=True))), row[7], row[8]) for row in rows]
+        return [(SetKey(**dict(zip(SetKey.__slots__, own, strict=True))), neuron, text) for *own, neuron, text in rows]
 
     def _rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
         with self._connection() as connection:
@@ -323,7 +258,9 @@ def _origin() -> str:
 
 
 def _set_id(connection: sqlite3.Connection, key: SetKey) -> int | None:
-    row = connection.execute(f"SELECT id FROM sets WHERE ({_KEY}) = (?, ?, ?, ?, ?, ?, ?)", astuple(key)).fetchone()
+    row = connection.execute(
+        f"SELECT id FROM sets WHERE ({KEY_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?)", astuple(key)
+    ).fetchone()
     return row and row[0]
 
 

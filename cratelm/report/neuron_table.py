@@ -22,8 +22,9 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.explain import DEAD
 from cratelm.interpretation.lookup import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS
+from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.score import LayerScores
-from cratelm.interpretation.store import SetKey, Store
+from cratelm.interpretation.store import Store
 
 Column = Literal["neuron", "score", "density", "max", "min", "mean", "variance", "skewness", "kurtosis"]
 STATISTICS = {"max": "maximum", "min": "minimum"}

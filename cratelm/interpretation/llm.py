@@ -1,0 +1,107 @@
+"""What explaining and simulating ask of a language model, whoever runs it.
+
+Two things: an answer to a chat, and an *echo*, the model's own probabilities for the tokens of a text that it is
+given. `endpoint.py` gets them from a server, `cratelm.local_llm` from a model in this process. Both are asynchronous
+and may be asked many things at once: a server is kept busy up to a limit, a model in the process fills its batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float64
+
+from cratelm.errors import CrateError
+
+
+class LLMError(CrateError):
+    """A language model did not do what was asked, whatever was tried; the message says what it said instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    max_tokens: int
+    """Longest answer, in the model's own tokens."""
+    temperature: float = 0.0
+    """0 takes the most probable token each time."""
+    top_p: float = 1.0
+    """Share of the probability that is drawn from."""
+    seed: int = 0
+    """Of the draw; a server is free to ignore it."""
+    schema: Mapping[str, object] | None = None
+    """JSON schema that the answer has to follow, where the model's server can be told so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """The answer to a chat."""
+
+    text: str
+    finish: str
+    """Why it ended: `stop`, or `length` where `max_tokens` cut it off; other words are the server's own."""
+    prompt_tokens: int
+    """Tokens read, as the model counts them."""
+    new_tokens: int
+    """Tokens written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A text to echo, in two parts: what many prompts begin with alike, and the rest."""
+
+    prefix: str
+    """The beginning that is shared with other prompts; computed once where that can be."""
+    rest: str
+    """What follows; only its tokens are in the echo."""
+    at: tuple[int, ...] | None = None
+    """Offsets into `rest`, in characters, at which candidates are wanted; None for every token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Echo:
+    """What a model expected while it read a prompt's `rest`."""
+
+    tokens: tuple[str, ...]
+    """The text of each token; one after the other they are `rest`; a character cut in two stands with one."""
+    logprobs: Float64[np.ndarray, " tokens"] = field(repr=False)
+    """Natural log-probability of each token given all before it; NaN where it was not asked for or is not known."""
+    candidates: Mapping[int, Mapping[str, float]] = field(repr=False)
+    """Offset in `rest` -> the most probable next tokens there, as text -> natural log-probability.
+
+    An offset inside a token has no candidates and is left out.
+    """
+
+
+class LLM(Protocol):
+    """A language model that can be asked."""
+
+    name: str
+    """What it is called in tables and in the store: the server's model name, or that of a directory."""
+    context: int | None
+    """Longest prompt and answer together, in tokens; None where it is not known."""
+
+    def count(self, text: str) -> int:
+        """Tokens of a text in the model's own tokenizer, or the best estimate there is (never too few)."""
+        ...
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """Answer a chat. Raises `LLMError` once retries are used up, or where the model has no chat."""
+        ...
+
+    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+        """What the model expected at each token of each prompt's rest, with up to `top` candidates.
+
+        Raises `LLMError` where the model's server does not give the probabilities of a prompt.
+        """
+        ...

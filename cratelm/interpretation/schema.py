@@ -1,0 +1,82 @@
+"""The tables of `interpretation.sqlite`, and what tells one set in them from another.
+
+A *set* is what one stage makes of one layer by one protocol, with one explainer and one simulator.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cratelm.activations.records import Mode
+from cratelm.interpretation.lookup import EXPLAINER
+
+Stage = Literal["explain", "simulate", "score"]
+MADE: dict[Stage, str] = {"explain": "explanations", "simulate": "simulations", "score": "scores"}
+"""Stage -> the table it fills."""
+
+KEY_COLUMNS = "mode, tap, layer, protocol, explainer, simulator, control, sample"
+"""The columns that tell sets apart: the fields of `SetKey`, in their order."""
+SCHEMA = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    f"""CREATE TABLE sets (
+        id INTEGER PRIMARY KEY, mode TEXT NOT NULL, tap TEXT NOT NULL, layer INTEGER NOT NULL, protocol TEXT NOT NULL,
+        explainer TEXT NOT NULL, simulator TEXT NOT NULL, control TEXT NOT NULL, sample INTEGER NOT NULL,
+        UNIQUE ({KEY_COLUMNS}))""",
+    # A stage's row is written last: it says that the set's rows are whole, and of which records they are.
+    """CREATE TABLE stages (
+        set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, origin TEXT NOT NULL,
+        PRIMARY KEY (set_id, stage))""",
+    """CREATE TABLE explanations (
+        id INTEGER PRIMARY KEY, set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, text TEXT NOT NULL,
+        tokens BLOB, means BLOB, UNIQUE (set_id, neuron))""",
+    # A control has no explanations of its own: `source` says whose explanation was simulated.
+    """CREATE TABLE simulations (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, source INTEGER NOT NULL, activations BLOB NOT NULL,
+        PRIMARY KEY (set_id, neuron))""",
+    """CREATE TABLE scores (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, correlation REAL, reason TEXT NOT NULL, r_squared REAL,
+        absolute_deviation REAL, tokens INTEGER NOT NULL, excerpts INTEGER NOT NULL, sums BLOB NOT NULL,
+        PRIMARY KEY (set_id, neuron))""",
+    """CREATE TABLE failures (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
+        PRIMARY KEY (set_id, neuron, stage))""",
+    # The index holds no second copy of the text; the triggers keep it in step with the table.
+    "CREATE VIRTUAL TABLE explanation_search USING fts5 (text, content='explanations', content_rowid='id')",
+    """CREATE TRIGGER explanation_added AFTER INSERT ON explanations BEGIN
+        INSERT INTO explanation_search (rowid, text) VALUES (new.id, new.text); END""",
+    """CREATE TRIGGER explanation_removed AFTER DELETE ON explanations BEGIN
+        INSERT INTO explanation_search (explanation_search, rowid, text) VALUES ('delete', old.id, old.text); END""",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetKey:
+    """Which set: of one layer, by one protocol. The field order is that of the table `sets`."""
+
+    mode: Mode = "fixed"
+    tap: str = "neurons"
+    layer: int
+    protocol: str
+    explainer: str = EXPLAINER
+    """Who explains: `lookup`, or the name of a language model."""
+    simulator: str = ""
+    """Who simulates, where that is not the explainer: the method and the name of a language model."""
+    control: str = ""
+    """Empty, or how the explanations were falsified on purpose: `shuffled`."""
+    sample: int = 0
+    """Number of the explanation where an explainer that uses chance made several of each neuron."""
+
+    @property
+    def explained(self) -> "SetKey":
+        """The set that holds the explanations this one uses."""
+        return replace(self, control="", simulator="")
+
+    @property
+    def what(self) -> str:
+        """For messages: which set this is."""
+        return f"{self.control} {self.protocol}".strip()
+
+    def command(self, verb: str, run: Path) -> str:
+        """The command that makes this set."""
+        options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
+        return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")

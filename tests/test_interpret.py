@@ -215,7 +215,7 @@ def test_the_printed_table_fits_80_columns_and_shows_every_layer(
 
 def test_layers_and_protocols_can_be_chosen(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["interpret", str(run), "--layer", "1", "--protocol", "random-only", "anthropic"]) == 0
-    assert [row[3:] for row in Store.open(run).scored()] == [("anthropic", 1), ("random-only", 1)]
+    assert [(key.protocol, key.layer) for key in Store.open(run).scored()] == [("anthropic", 1), ("random-only", 1)]
     assert "mean" not in capsys.readouterr().out
 
 

@@ -114,9 +114,9 @@ def test_scored_lists_what_there_is(run: Path, store: Store) -> None:
         made = make(run, key)
         write(store, key, made)
     assert store.scored() == [
-        ("fixed", "lookup", "", "anthropic", 1),
-        ("fixed", "lookup", "", "random-only", 0),
-        ("fixed", "lookup", "shuffled", "anthropic", 1),
+        KEY,
+        SetKey(layer=0, protocol="random-only"),
+        SHUFFLED,
     ]
 
 

@@ -261,6 +261,13 @@ def recorded_layers(run: Path, *, mode: Mode = "fixed", tap: str = "neurons") ->
     return sorted(int(file.stem.removeprefix("layer_")) for file in files)
 
 
+def recorded_taps(run: Path, *, mode: Mode = "fixed") -> list[str]:
+    """The taps a run has records of, the model's own neurons first."""
+    files = records_folder(run, mode).rglob("layer_*.safetensors")
+    found = {file.parent.relative_to(records_folder(run, mode)).as_posix() for file in files}
+    return sorted(found, key=lambda tap: (tap != "neurons", tap))
+
+
 def records_tokenizer(run: Path, mode: Mode) -> Path:
     """The tokenizer that lies beside the records, refused where it is missing."""
     path = records_folder(run, mode) / "tokenizer.json"

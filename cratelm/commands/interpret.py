@@ -9,14 +9,21 @@ of another neuron, which shows what a score is worth. Stopped and started again,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from cratelm.activations.records import LayerRecords, Mode, read_records, recorded_layers, records_tokenizer
+from cratelm.activations.records import (
+    LayerRecords,
+    Mode,
+    read_records,
+    recorded_layers,
+    recorded_taps,
+    records_tokenizer,
+)
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import explain_layer
@@ -45,6 +52,8 @@ class Selection:
     """One or more of top-and-random, random-only, anthropic; or all."""
     mode: Mode = "fixed"
     """fixed: explained and scored on different documents. compat: the paper's released procedure."""
+    tap: str = "neurons"
+    """Which place of the model: its own neurons, sae-NAME, or what `cratelm collect --tap` was given."""
     layer: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", help_behavior_hint="")] = ()
     """Zero-based layers; all that have records if left out."""
 
@@ -112,7 +121,7 @@ def _do(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...]
     with progress_bar(f"{stage} {run.name}", total=len(keys), done=len(keys) - len(missing), unit="sets") as bar:
         for layer in layers:
             todo = [key for key in missing if key.layer == layer]
-            records = read_records(run, layer, mode=selection.mode) if todo else None
+            records = read_records(run, layer, mode=selection.mode, tap=selection.tap) if todo else None
             for key in todo:
                 assert records is not None
                 work(records, protocol(key.protocol, key.mode), store, key)
@@ -131,9 +140,12 @@ def check_runs(selection: Selection) -> tuple[Path, ...]:
 
 def chosen_layers(run: Path, selection: Selection) -> list[int]:
     """The layers asked for, refused if one has no records."""
-    found = recorded_layers(run, mode=selection.mode)
+    found = recorded_layers(run, mode=selection.mode, tap=selection.tap)
     option = " --mode compat" if selection.mode == "compat" else ""
     if not found:
+        taps = ", ".join(recorded_taps(run, mode=selection.mode))
+        if taps:
+            raise CrateError(f"{run} holds no {selection.mode} records of the tap {selection.tap}. Use --tap: {taps}")
         raise CrateError(f"{run} holds no {selection.mode} records. Run: cratelm collect {run} --data DIR{option}")
     if unknown := sorted(set(selection.layer) - set(found)):
         raise CrateError(
@@ -152,7 +164,7 @@ def _keys(run: Path, selection: Selection, controls: tuple[str, ...]) -> Iterato
     for layer in chosen_layers(run, selection):
         for name in chosen_protocols(selection):
             for control in ("", *check_controls(controls)):
-                yield SetKey(mode=selection.mode, layer=layer, protocol=name, control=control)
+                yield SetKey(mode=selection.mode, tap=selection.tap, layer=layer, protocol=name, control=control)
 
 
 def print_scores(run: Path, selection: Selection, controls: tuple[str, ...]) -> None:
@@ -162,12 +174,15 @@ def print_scores(run: Path, selection: Selection, controls: tuple[str, ...]) -> 
         found = []
         with progress_bar(f"intervals {run.name}", total=len(names), unit="protocols") as bar:
             for name in names:
-                scores = [store.read_scores(i, name, mode=selection.mode, control=control) for i in layers]
+                key = SetKey(mode=selection.mode, tap=selection.tap, layer=0, protocol=name, control=control)
+                scores = [store.scores(replace(key, layer=layer)) for layer in layers]
                 found.append(aggregate(scores, protocol=name))
                 bar.advance(1)
         control_note = f", control: {control} explanations" if control else ""
-        print(f"\n{run.name} ({selection.mode} mode, explained by lookup{control_note})")
-        print("\n".join(table(found, whole_model=layers == recorded_layers(run, mode=selection.mode))))
+        of_tap = "" if selection.tap == "neurons" else f", {selection.tap}"
+        print(f"\n{run.name}{of_tap} ({selection.mode} mode, explained by lookup{control_note})")
+        all_layers = recorded_layers(run, mode=selection.mode, tap=selection.tap)
+        print("\n".join(table(found, whole_model=layers == all_layers)))
 
 
 def table(found: Sequence[ModelAggregate], *, whole_model: bool) -> list[str]:

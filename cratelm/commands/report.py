@@ -25,6 +25,8 @@ class Options:
     """Folder of the report; left out, `report` in the folder that holds the runs, or in the run if it is one."""
     mode: Literal["fixed", "compat"] = "fixed"
     """Which records the scores are from."""
+    tap: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("neurons",)
+    """Which places of the models: neurons, sae-NAME, ...; several are shown as rows of their own."""
 
 
 def run(options: Options) -> None:
@@ -39,7 +41,7 @@ def run(options: Options) -> None:
     from cratelm.report.study import study_of, study_sentences
     from cratelm.report.tables import summary, written
 
-    results = gather(options.runs, mode=options.mode)
+    results = gather(options.runs, mode=options.mode, taps=options.tap)
     page = write_report(results, options.out or default_folder(options.runs))
     found = summary(results)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")

@@ -72,6 +72,11 @@ class SetKey:
         return replace(self, control="", simulator="")
 
     @property
+    def of_tap(self) -> str:
+        """For messages, after the layer: which tap, where that is not the model's own neurons."""
+        return "" if self.tap == "neurons" else f" of {self.tap}"
+
+    @property
     def what(self) -> str:
         """For messages: which set this is."""
         return f"{self.control} {self.protocol}".strip()
@@ -79,4 +84,5 @@ class SetKey:
     def command(self, verb: str, run: Path) -> str:
         """The command that makes this set."""
         options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
+        options += f" --tap {self.tap}" if self.tap != "neurons" else ""
         return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")

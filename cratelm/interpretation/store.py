@@ -89,13 +89,14 @@ class Store:
             remedy = f"Move it away and run: cratelm interpret {self.run}"
             raise CrateError(f"{self.path} is not a store of interpretations ({error}). {remedy}") from None
 
-    def scored(self) -> list[tuple[Mode, str, str, str, int]]:
-        """The sets of scores there are, as (mode, explainer, control, protocol, layer)."""
+    def scored(self) -> list[SetKey]:
+        """The sets of scores there are, in the order of their columns."""
         with self._connection() as connection:
-            return connection.execute(
-                "SELECT mode, explainer, control, protocol, layer FROM sets JOIN stages ON set_id = id "
-                "WHERE stage = 'score' AND tap = 'neurons' AND sample = 0 ORDER BY 1, 2, 3, 4, 5"
+            rows = connection.execute(
+                f"SELECT {KEY_COLUMNS} FROM sets JOIN stages ON set_id = id WHERE stage = 'score' "
+                "ORDER BY mode, tap, explainer, simulator, control, sample, protocol, layer"
             ).fetchall()
+        return [SetKey(**dict(zip(SetKey.__slots__, row, strict=True))) for row in rows]
 
     def is_done(self, key: SetKey, stage: Stage) -> bool:
         """Whether the set is there, made from the records that are there now."""
@@ -110,12 +111,13 @@ class Store:
         remedy = f"Run: {key.command(verb or stage, self.run)}"
         if found is None:
             what = f"{key.mode} {key.what} {MADE[stage]}"
-            raise CrateError(f"no {what} of layer {key.layer} in {self.run} (found layers: {layers}). {remedy}")
+            place = f"layer {key.layer}{key.of_tap}"
+            raise CrateError(f"no {what} of {place} in {self.run} (found layers: {layers}). {remedy}")
         now = identity(self.run, key.mode)
         if now and found != now:
             raise CrateError(
-                f"the {key.what} {MADE[stage]} of layer {key.layer} in {self.path} come from other records than "
-                f"{records_folder(self.run, key.mode)} holds now. {remedy}"
+                f"the {key.what} {MADE[stage]} of layer {key.layer}{key.of_tap} in {self.path} come from other records "
+                f"than {records_folder(self.run, key.mode)} holds now. {remedy}"
             )
 
     def write_explanations(self, key: SetKey, made: LayerExplanations) -> None:
@@ -188,19 +190,31 @@ class Store:
         return LayerScores(layer=key.layer, reason=reason, sums=sums, **numbers)
 
     def read_scores(
-        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = ""
-    ) -> LayerScores:
+        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = "",
+        tap: str = "neurons", simulator: str = "",
+    ) -> LayerScores:  # fmt: skip
         """The scores of one layer by one protocol."""
-        return self.scores(SetKey(layer=layer, protocol=protocol, mode=mode, explainer=explainer, control=control))
+        return self.scores(SetKey(
+            layer=layer, protocol=protocol, mode=mode, tap=tap, explainer=explainer, simulator=simulator,
+            control=control,
+        ))  # fmt: skip
 
     def read_explanations(
-        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = ""
-    ) -> dict[int, str]:
+        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = "",
+        tap: str = "neurons", simulator: str = "",
+    ) -> dict[int, str]:  # fmt: skip
         """The explanations of one layer in words, by neuron index; for a control, those that were simulated instead."""
-        key = SetKey(layer=layer, protocol=protocol, mode=mode, explainer=explainer, control=control)
+        key = SetKey(
+            layer=layer, protocol=protocol, mode=mode, tap=tap, explainer=explainer, simulator=simulator,
+            control=control,
+        )  # fmt: skip
+        return self.texts(key)
+
+    def texts(self, key: SetKey) -> dict[int, str]:
+        """The explanations of a set in words, by neuron index; for a control, those that were simulated instead."""
         self.check(key.explained, "explain")
         texts = dict(self._rows(key.explained, "SELECT neuron, text FROM explanations WHERE set_id = ?"))
-        if not control:
+        if not key.control:
             return texts
         self.check(key, "simulate")
         sources = self._rows(key, "SELECT neuron, source FROM simulations WHERE set_id = ?")

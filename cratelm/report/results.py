@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cratelm.activations.records import Excerpt, Mode, read_collection, read_records, records_tokenizer
+from cratelm.activations.records import Excerpt, Mode, read_collection, read_records, recorded_layers, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
+from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store import Store
 from cratelm.report.loss import Loss, read_loss
@@ -80,6 +81,8 @@ class RunResult:
     """`random-init` for a model that was never trained, None for a model."""
     of: str | None
     """For a control, the name of the model it controls."""
+    tap: str = "neurons"
+    """Which place of the model the scores are of: `neurons`, or another that was recorded."""
     parameters: int
     """Trainable numbers, position embeddings left out and the tied head counted once."""
     flops_per_token: int
@@ -115,6 +118,8 @@ class Results:
 
     mode: Mode
     explainer: str
+    taps: tuple[str, ...] = ("neurons",)
+    """The places of the models that were scored."""
     protocols: tuple[str, ...]
     """Those that any run was scored on, in the paper's order."""
     models: tuple[RunResult, ...]
@@ -128,8 +133,13 @@ class Results:
         return tuple(run for model in self.models for run in (model, model.random_init) if run is not None)
 
 
-def gather(runs: Sequence[Path], *, mode: Mode = "fixed", explainer: str = "lookup") -> Results:
-    """Read all runs of a report. A run that is not scored, or only in part, is refused."""
+def gather(
+    runs: Sequence[Path], *, mode: Mode = "fixed", taps: Sequence[str] = ("neurons",), explainer: str = "lookup"
+) -> Results:
+    """Read all runs of a report. A run that is not scored, or only in part, is refused.
+
+    With several taps each run is there once for each of them that it has scores of.
+    """
     paths = list({path.resolve(): path for path in runs}.values())
     if not paths:
         raise CrateError("no run was named. Run: cratelm report RUN...")
@@ -137,13 +147,16 @@ def gather(runs: Sequence[Path], *, mode: Mode = "fixed", explainer: str = "look
     found = []
     with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
         for path, description, title in zip(paths, descriptions, _titles(paths, descriptions), strict=True):
-            found.append(_read_run(path, description, title, mode, explainer))
+            for tap in _scored_taps(path, taps, mode):
+                asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer)
+                found.append(_read_run(path, description, title, asked))
             bar.advance(1.0, note=title)
     models = _attach_controls(found)
     protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in found))
     return Results(
-        mode=mode, explainer=explainer, protocols=protocols, models=models, missing=tuple(_missing(models, protocols))
-    )
+        mode=mode, explainer=explainer, taps=tuple(dict.fromkeys(run.tap for run in found)), protocols=protocols,
+        models=models, missing=tuple(_missing(models, protocols)),
+    )  # fmt: skip
 
 
 def display_name(name: str) -> str:
@@ -165,9 +178,20 @@ def _titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) ->
     return titles
 
 
-def _read_run(path: Path, description: Mapping[str, Any], title: str, mode: Mode, explainer: str) -> RunResult:
-    num_layers = int(description["model"]["num_layers"])
-    scores = _read_scores(path, num_layers, mode, explainer)
+def _scored_taps(path: Path, taps: Sequence[str], mode: Mode) -> list[str]:
+    """Which of the taps a run is scored at; where it is one or none, all, so that what is missing gets a message."""
+    if len(taps) == 1 or not (path / "interpretation.sqlite").exists():
+        return list(taps)[:1]
+    scored = {key.tap for key in Store.open(path).scored() if key.mode == mode}
+    return [tap for tap in dict.fromkeys(taps) if tap in scored] or list(taps)[:1]
+
+
+def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:
+    """Everything about one run. `asked` says which scores: its layer and protocol are open."""
+    num_layers, mode = int(description["model"]["num_layers"]), asked.mode
+    if asked.tap != "neurons":
+        title = f"{title}, {asked.tap}"
+    scores = _read_scores(path, num_layers, asked)
     aggregates = {
         (name, control): aggregate(layers, protocol=name, seed=SEED, resamples=RESAMPLES)
         for (name, control), layers in scores.items()
@@ -176,13 +200,13 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, mode: Mode
     shown = scores.get((SHOWN_PROTOCOL, ""), ())
     return RunResult(
         path=path, name=str(description["name"]), title=title, arch=str(description["arch"]), num_layers=num_layers,
-        control=description.get("control"), of=description.get("of"),
+        control=description.get("control"), of=description.get("of"), tap=asked.tap,
         parameters=int(description["parameters"]), flops_per_token=int(description["flops_per_token"]),
         training=description.get("training") or {}, loss=read_loss(path),
         train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
         scores={name: found for (name, control), found in aggregates.items() if not control},
         shuffled={name: found for (name, control), found in aggregates.items() if control == "shuffled"},
-        random_init=None, examples=tuple(_examples(path, shown, mode, explainer)),
+        random_init=None, examples=tuple(_examples(path, shown, asked)),
         token_strings=token_strings(load_tokenizer(records_tokenizer(path, mode))),
         collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
     )  # fmt: skip
@@ -193,46 +217,43 @@ def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
     return Curve(tokens=tuple(float(row["tokens"]) for row in rows), loss=tuple(float(row[quantity]) for row in rows))
 
 
-def _read_scores(
-    path: Path, num_layers: int, mode: Mode, explainer: str
-) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
-    """The scores of all layers by (protocol, control)."""
-    command = f"cratelm interpret {path}" + (" --mode compat" if mode == "compat" else "")
+def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
+    """The scores of all layers by (protocol, control); of another tap than the neurons, of its recorded layers."""
+    command = f"cratelm interpret {path}" + (" --mode compat" if asked.mode == "compat" else "")
+    if asked.tap != "neurons":
+        command += f" --tap {asked.tap}"
+        num_layers = len(recorded_layers(path, mode=asked.mode, tap=asked.tap))
     if not (path / "interpretation.sqlite").exists():
         raise CrateError(f"{path} is not scored. Run: {command}")
     store = Store.open(path)
-    layers: dict[tuple[str, str], set[int]] = {}
-    for found_mode, found_explainer, control, name, layer in store.scored():
-        if (found_mode, found_explainer) == (mode, explainer):
-            layers.setdefault((name, control), set()).add(layer)
-    if not any(control == "" for _, control in layers):
-        raise CrateError(f"{path} holds no {mode} scores by the {explainer} explainer. Run: {command}")
-    for (name, control), found in layers.items():
-        if len(found) < num_layers:
+    sets: dict[tuple[str, str], list[SetKey]] = {}
+    for key in store.scored():
+        if replace(key, layer=asked.layer, protocol=asked.protocol, control="") == asked:
+            sets.setdefault((key.protocol, key.control), []).append(key)
+    if not any(control == "" for _, control in sets):
+        what = f"{asked.mode} scores{asked.of_tap} by the {asked.explainer} explainer"
+        raise CrateError(f"{path} holds no {what}. Run: {command}")
+    for (name, control), keys in sets.items():
+        if len(keys) < num_layers:
             what = f"{name}, {control}" if control else name
-            have = f"{len(found)} of its {num_layers} layers ({what})"
+            have = f"{len(keys)} of its {num_layers} layers ({what})"
             raise CrateError(f"{path} is scored on {have}. Run: {command} --protocol {name}")
-    return {
-        (name, control): tuple(
-            store.read_scores(layer, name, mode=mode, explainer=explainer, control=control) for layer in sorted(found)
-        )
-        for (name, control), found in layers.items()
-    }
+    return {name: tuple(map(store.scores, keys)) for name, keys in sets.items()}
 
 
-def _examples(path: Path, layers: Sequence[LayerScores], mode: Mode, explainer: str) -> Iterator[NeuronExample]:
+def _examples(path: Path, layers: Sequence[LayerScores], key: SetKey) -> Iterator[NeuronExample]:
     """The best, median and worst scored neurons of every layer, fewer of each where there are many layers."""
     counts: dict[Rank, int] = (
         {"best": 3, "median": 2, "worst": 2} if len(layers) <= 3 else dict.fromkeys(("best", "median", "worst"), 1)
     )
-    asked = protocol(SHOWN_PROTOCOL, mode)
+    asked = protocol(SHOWN_PROTOCOL, key.mode)
     store = Store.open(path)
     for scores in layers:
         chosen = [(rank, row) for rank, rows in _ranked(scores.correlation, counts).items() for row in rows]
         if not chosen:
             continue
-        records = read_records(path, scores.layer, mode=mode)
-        texts = store.read_explanations(scores.layer, SHOWN_PROTOCOL, mode=mode, explainer=explainer)
+        records = read_records(path, scores.layer, mode=key.mode, tap=key.tap)
+        texts = store.texts(replace(key, layer=scores.layer, protocol=SHOWN_PROTOCOL))
         explained, scored = draw(records, asked.explain, "explain"), draw(records, asked.score, "score")
         for rank, row in chosen:
             index = int(scores.neuron[row])
@@ -268,7 +289,10 @@ def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:
     models = [run for run in found if run.control is None]
     alone = []
     for control in (run for run in found if run.control is not None):
-        candidates = [i for i, model in enumerate(models) if model.name == control.of and model.random_init is None]
+        candidates = [
+            i for i, model in enumerate(models)
+            if (model.name, model.tap) == (control.of, control.tap) and model.random_init is None
+        ]  # fmt: skip
         beside = [i for i in candidates if models[i].path.resolve().parent == control.path.resolve().parent]
         if candidates:
             chosen = (beside or candidates)[0]

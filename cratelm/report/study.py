@@ -132,7 +132,9 @@ class Study:
 
 
 def study_of(results: Results) -> Study | None:
-    """The study that the results are; None if no two trained runs differ only in their seed."""
+    """The study that the results are; None if no two trained runs differ only in their seed, or for several taps."""
+    if len(results.taps) > 1:
+        return None
     found: dict[tuple[str, ...], list[tuple[RunResult, dict[str, Any]]]] = {}
     for run in results.models:
         if run.control is None and "seed" in run.training:

@@ -221,6 +221,11 @@ def _interpretability_notes(results: Results) -> tuple[str, ...]:
         "Shuffled and random-init are the controls' means: explanations of other neurons of the layer, and the same "
         "architecture with random weights.",
     ]
+    if any(tap != "neurons" for tap in results.taps):
+        notes.append(
+            "Loss, parameters and FLOPs are the model's, also in the rows of another tap than its neurons: what reads "
+            "that tap, such as a sparse autoencoder, costs more."
+        )
     if any(run.num_layers >= 6 for run in results.rows):
         notes.append("From 6 layers on, mean and variance leave the last layer out, as the paper does.")
     return tuple(notes)

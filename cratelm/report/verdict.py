@@ -40,7 +40,8 @@ def _pair_sentence(first: RunResult, second: RunResult, protocols: Sequence[str]
         parts.append(f"{'no clear difference' if clear else between} on {listed(tied)}")
     if not parts:
         parts = [f"{first.title} and {second.title} have no score to compare"]
-    return f"{'; '.join([*parts, _cost_clause(first, second)])}."
+    cost = [] if first.path == second.path else [_cost_clause(first, second)]
+    return f"{'; '.join([*parts, *cost])}."
 
 
 def _cost_clause(first: RunResult, second: RunResult) -> str:

@@ -123,6 +123,7 @@ def layer_scores(layer: int, a: np.ndarray, s: np.ndarray, *, reasons: list[str]
     return LayerScores(
         layer=layer, neuron=np.arange(len(a)), correlation=np.where(undefined, np.nan, found.correlation),
         reason=tuple(reasons), r_squared=found.r_squared, absolute_deviation=found.absolute_deviation,
+        spearman=found.spearman, auroc=found.auroc,
         tokens=lengths.sum(axis=1), excerpts=np.full(len(a), a.shape[1]), sums=found.sums,
     )  # fmt: skip
 
@@ -146,9 +147,13 @@ def test_aggregates_follow_the_papers_rule_and_count_the_undefined(rng: np.rando
     assert (found.mean, found.variance) == pytest.approx((np.mean(rounded[:5]), np.var(rounded[:5])))
     assert (found.mean_all_layers, found.variance_all_layers) == pytest.approx((np.mean(rounded), np.var(rounded)))
     assert found.mean_undefined_zero == pytest.approx(np.mean(means[:5]) * 5 / 8)
+    assert found.spearman == pytest.approx(np.mean([line.spearman for line in found.layers[:5]]))
     for line, layer, mean in zip(found.layers, layers, means, strict=True):
         assert line.points_undefined_zero == pytest.approx(mean * 5 / 8)
         assert line.deviation == pytest.approx(100 * np.nanstd(layer.correlation, ddof=1))
+        scored = ~np.isnan(layer.correlation)
+        assert line.spearman == pytest.approx(100 * layer.spearman[scored].mean())
+        assert line.auroc == pytest.approx(100 * layer.auroc[scored].mean())
         assert (line.scored, line.total, line.undefined) == (5, 8, {"dead": 2, "too rare": 1})
         assert line.low is not None and line.high is not None and line.low < mean < line.high  # noqa: PT018
 

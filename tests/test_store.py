@@ -217,6 +217,22 @@ def test_a_newer_store_is_refused(run: Path, store: Store) -> None:
         Store.create(run)
 
 
+def test_a_store_from_before_the_rank_scores_is_given_them_and_scored_again(run: Path, store: Store) -> None:
+    made = make(run)
+    write(store, KEY, made)
+    connection = sqlite3.connect(store.path)
+    with connection:
+        for name in ("spearman", "auroc"):
+            connection.execute(f"ALTER TABLE scores DROP COLUMN {name}")
+        connection.execute("DROP TABLE measures")
+        connection.execute("DROP TABLE answers")
+    connection.close()
+    opened = Store.open(run)
+    assert [opened.is_done(KEY, stage) for stage in ("explain", "simulate", "score")] == [True, True, False]
+    opened.write_scores(KEY, made[2])
+    assert_same(Store.open(run).read_scores(1, "anthropic"), made[2])
+
+
 @pytest.mark.parametrize("content", [b"not a database, but long enough to be looked at" * 100, b""])
 def test_a_file_that_is_no_store_is_refused(run: Path, content: bytes) -> None:
     (run / "interpretation.sqlite").write_bytes(content)

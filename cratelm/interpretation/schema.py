@@ -3,6 +3,7 @@
 A *set* is what one stage makes of one layer by one protocol, with one explainer and one simulator.
 """
 
+import sqlite3
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,11 +36,19 @@ SCHEMA = (
         PRIMARY KEY (set_id, neuron))""",
     """CREATE TABLE scores (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, correlation REAL, reason TEXT NOT NULL, r_squared REAL,
-        absolute_deviation REAL, tokens INTEGER NOT NULL, excerpts INTEGER NOT NULL, sums BLOB NOT NULL,
+        absolute_deviation REAL, spearman REAL, auroc REAL, tokens INTEGER NOT NULL, excerpts INTEGER NOT NULL,
+        sums BLOB NOT NULL,
         PRIMARY KEY (set_id, neuron))""",
     """CREATE TABLE failures (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, stage))""",
+    # What is measured of a neuron beside its score, a row each: `detection`, `consistency.top`, ... (`measures.py`).
+    MEASURES := """CREATE TABLE IF NOT EXISTS measures (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, measure TEXT NOT NULL, value REAL, reason TEXT NOT NULL,
+        PRIMARY KEY (set_id, neuron, measure)) WITHOUT ROWID""",
+    ANSWERS := """CREATE TABLE IF NOT EXISTS answers (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, scorer TEXT NOT NULL, detail TEXT NOT NULL,
+        PRIMARY KEY (set_id, neuron, scorer))""",
     # The index holds no second copy of the text; the triggers keep it in step with the table.
     "CREATE VIRTUAL TABLE explanation_search USING fts5 (text, content='explanations', content_rowid='id')",
     """CREATE TRIGGER explanation_added AFTER INSERT ON explanations BEGIN
@@ -47,6 +56,28 @@ SCHEMA = (
     """CREATE TRIGGER explanation_removed AFTER DELETE ON explanations BEGIN
         INSERT INTO explanation_search (explanation_search, rowid, text) VALUES ('delete', old.id, old.text); END""",
 )
+
+
+def upgrade(connection: sqlite3.Connection) -> None:
+    """Give a store of an earlier version the tables and columns it lacks; its scores are then to be made again.
+
+    That costs nothing but time: scores come from simulations, which stay.
+    """
+    if not _lacking(connection):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    lacking = _lacking(connection)  # another process may have been quicker
+    for name in lacking & {"spearman", "auroc"}:
+        connection.execute(f"ALTER TABLE scores ADD COLUMN {name} REAL")
+        connection.execute("DELETE FROM stages WHERE stage = 'score'")
+    for statement in (MEASURES, ANSWERS):
+        connection.execute(statement)
+
+
+def _lacking(connection: sqlite3.Connection) -> set[str]:
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(scores)")}
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return {"spearman", "auroc", "measures", "answers"} - columns - tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

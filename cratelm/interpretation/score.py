@@ -5,6 +5,8 @@ All excerpts of a neuron are taken together: with a the activations and s the si
     correlation          Pearson r of a and s: the paper's score
     R squared            1 - mean (a - s)^2 / mean a^2
     absolute deviation   1 - mean |a - s| / mean |a|
+
+and, of their order alone, Spearman's correlation and the AUROC of active tokens (`ranks.py`).
 """
 
 from collections import Counter
@@ -17,6 +19,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from cratelm.activations.records import Excerpts, LayerRecords, Mode, NeuronId
 from cratelm.interpretation.explain import unexplained
 from cratelm.interpretation.protocols import Protocol, draw
+from cratelm.interpretation.ranks import rank_scores
 from cratelm.interpretation.simulate import LayerSimulations
 from cratelm.interpretation.statistics import (
     bootstrap_means,
@@ -59,6 +62,10 @@ class Score:
     """1 - mean squared error / mean squared activation, at most 1; None where undefined."""
     absolute_deviation: float | None
     """1 - mean absolute error / mean absolute activation, at most 1; None where undefined."""
+    spearman: float | None
+    """Pearson correlation of the ranks, in [-1, 1]; None where undefined."""
+    auroc: float | None
+    """Chance that an active token has the higher simulation than a silent one; None also where all are active."""
     tokens: int
     """Tokens compared."""
     excerpts: int
@@ -81,6 +88,10 @@ class LayerScores:
     """1 - mean squared error / mean squared activation; NaN where undefined."""
     absolute_deviation: Float64[np.ndarray, " neurons"]
     """1 - mean absolute error / mean absolute activation; NaN where undefined."""
+    spearman: Float64[np.ndarray, " neurons"]
+    """Pearson correlation of the ranks, in [-1, 1]; NaN where undefined."""
+    auroc: Float64[np.ndarray, " neurons"]
+    """Chance that an active token has the higher simulation than a silent one; NaN also where all are active."""
     tokens: Int64[np.ndarray, " neurons"]
     """Tokens compared."""
     excerpts: Int64[np.ndarray, " neurons"]
@@ -107,6 +118,7 @@ def score_layer(records: LayerRecords, protocol: Protocol, simulations: LayerSim
         layer=records.layer, neuron=np.arange(neurons), reason=tuple(reasons),
         correlation=spread(found.correlation, np.nan), r_squared=spread(found.r_squared, np.nan),
         absolute_deviation=spread(found.absolute_deviation, np.nan),
+        spearman=spread(found.spearman, np.nan), auroc=spread(found.auroc, np.nan),
         tokens=spread(excerpts.valid.sum(axis=(1, 2))), excerpts=spread(excerpts.present.sum(axis=1)),
         sums=spread(found.sums),
     )  # fmt: skip
@@ -119,6 +131,8 @@ class Comparison:
     correlation: Float64[np.ndarray, " neurons"]
     r_squared: Float64[np.ndarray, " neurons"]
     absolute_deviation: Float64[np.ndarray, " neurons"]
+    spearman: Float64[np.ndarray, " neurons"]
+    auroc: Float64[np.ndarray, " neurons"]
     reasons: list[str]
     sums: Float64[np.ndarray, "neurons excerpts 6"]
 
@@ -154,12 +168,15 @@ def _compare(
         # Centred first and then multiplied: sums of squares would lose digits where the mean is large.
         a, s = (a - (sum_a / count)[:, None]) * there, (s - (sum_s / count)[:, None]) * there
         correlation = _dot(a, s) / np.sqrt(_dot(a, a) * _dot(s, s))
-    constant_a, constant_s = _constant(activations.reshape(shape), there), _constant(simulated.reshape(shape), there)
+    flat = activations.reshape(shape), simulated.reshape(shape)
+    spearman, auroc = rank_scores(*flat, there)
+    constant_a, constant_s = (_constant(side, there) for side in flat)
     undefined = constant_a | constant_s
     return {
         "correlation": np.where(undefined, np.nan, np.clip(correlation, -1, 1)), "sums": sums,
         "r_squared": np.where(undefined, np.nan, r_squared), "constant_a": constant_a,
         "absolute_deviation": np.where(undefined, np.nan, absolute_deviation), "constant_s": constant_s,
+        "spearman": np.where(undefined, np.nan, spearman), "auroc": np.where(undefined, np.nan, auroc),
     }  # fmt: skip
 
 
@@ -199,6 +216,10 @@ class LayerAggregate:
     """Reason -> neurons without a score."""
     deviation: float | None
     """Standard deviation over scored neurons (ddof 1), in points; None for fewer than two."""
+    spearman: float | None = None
+    """Mean of Spearman's correlation over scored neurons, x 100; None if no neuron has one."""
+    auroc: float | None = None
+    """Mean AUROC of active tokens over scored neurons, in per cent: 50 is chance; None if no neuron has one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,6 +248,10 @@ class ModelAggregate:
     """Lower end of the 95 % interval of the mean over layers, in points."""
     high: float | None
     """Upper end."""
+    spearman: float | None = None
+    """Mean over layers of Spearman's correlation, x 100, by the same rule as `mean`."""
+    auroc: float | None = None
+    """Mean over layers of the AUROC of active tokens, in per cent, likewise."""
 
 
 def aggregate(
@@ -247,6 +272,8 @@ def aggregate(
         protocol=protocol, layers=tuple(lines), mean=mean, variance=variance, low=low, high=high,
         mean_all_layers=mean_all_layers, variance_all_layers=variance_all_layers,
         mean_undefined_zero=float(np.mean([line.points_undefined_zero for line in lines[:shown]])),
+        spearman=mean_and_variance([line.spearman for line in lines[:shown]])[0],
+        auroc=mean_and_variance([line.auroc for line in lines[:shown]])[0],
     )  # fmt: skip
 
 
@@ -263,4 +290,10 @@ def _aggregate_layer(
         points_undefined_zero=float(points.sum()) / len(scores.neuron), scored=len(points), total=len(scores.neuron),
         undefined=dict(Counter(reason for reason in scores.reason if reason).most_common()),
         deviation=float(points.std(ddof=1)) if len(points) > 1 else None,
+        spearman=_mean_points(scores.spearman[defined]), auroc=_mean_points(scores.auroc[defined]),
     ), samples  # fmt: skip
+
+
+def _mean_points(values: Float64[np.ndarray, " scored"]) -> float | None:
+    known = values[~np.isnan(values)]
+    return 100 * float(known.mean()) if len(known) else None

@@ -24,13 +24,13 @@ from cratelm.activations.records import Mode, NeuronId, read_collection, records
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import Explanation, LayerExplanations
 from cratelm.interpretation.lookup import EXPLAINER, tables_of
-from cratelm.interpretation.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage
+from cratelm.interpretation.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage, upgrade
 from cratelm.interpretation.score import LayerScores, Score
 from cratelm.interpretation.simulate import LayerSimulations, Simulation
 
 _NUMBERS = {
     "neuron": np.int64, "correlation": np.float64, "r_squared": np.float64, "absolute_deviation": np.float64,
-    "tokens": np.int64, "excerpts": np.int64,
+    "spearman": np.float64, "auroc": np.float64, "tokens": np.int64, "excerpts": np.int64,
 }  # fmt: skip
 """Columns of scores that are fields of `LayerScores`. NaN is NULL in a table."""
 _ONE = " WHERE set_id = ? AND neuron = ?"
@@ -57,6 +57,8 @@ class Store:
         with store._connection() as connection:
             found = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
         rundir.check_format_version(store.path, found[0])
+        with store._connection() as connection:
+            upgrade(connection)
         return store
 
     @classmethod

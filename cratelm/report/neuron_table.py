@@ -31,6 +31,8 @@ STATISTICS = {"max": "maximum", "min": "minimum"}
 """Columns that records name otherwise."""
 STRONGEST = 5
 """Tokens named per neuron."""
+NUMBERS = ("correlation", "spearman", "auroc")
+"""Scores of a neuron that are written out."""
 SCORED, NOT_SCORED, NO_RECORD = "scored", "not scored", "no record"
 CHUNK = 256
 """Neurons at a time."""
@@ -199,7 +201,7 @@ def as_csv(table: NeuronTable) -> str:
     statistics = table.records.statistics
     heads = ["layer", "neuron", *statistics, "strongest_tokens"]
     for name in table.interpretations:
-        heads += [f"{name} {part}" for part in ("correlation", "status", "explanation")]
+        heads += [f"{name} {part}" for part in (*NUMBERS, "status", "explanation")]
     everyone = np.arange(table.records.num_neurons)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -210,8 +212,8 @@ def as_csv(table: NeuronTable) -> str:
         row.append(json.dumps(tokens, ensure_ascii=False))
         for one in table.interpretations.values():
             reason = NOT_SCORED if one.scores is None else one.scores.reason[index] or SCORED
-            correlation = np.nan if one.scores is None else one.scores.correlation[index]
-            row += [_plain(correlation), reason, one.explanations.get(index, "")]
+            numbers = ("",) * 3 if one.scores is None else [_plain(getattr(one.scores, n)[index]) for n in NUMBERS]
+            row += [*numbers, reason, one.explanations.get(index, "")]
         writer.writerow(row)
     return out.getvalue()
 

@@ -61,6 +61,8 @@ COST = (LOSS, PARAMETERS, FLOPS)
 SCORED = Column("Scored", "share", "of all neurons")
 CONTROLS = (Column("Shuffled", "0.1", "points"), Column("Random-init", "0.1", "points"))
 INTERVAL = Column("95 % interval", "interval", "points")
+ORDER = (Column("Spearman", "0.1", "points"), Column("AUROC", "0.1", "%"))
+"""What the order of the simulated activations alone is worth."""
 
 COUNTING = (
     "Parameters leave position embeddings out and count the tied head once; FLOPs are those of a forward pass per "
@@ -137,7 +139,7 @@ def interpretability(results: Results) -> Table:
         Column("Protocol"), Column("Model"), Column("Mean", "0.01", "points"), INTERVAL,
         Column("Variance", "0.01", "points²"), Column("Mean, all layers", "0.01", "points"),
         Column("Variance, all layers", "0.01", "points²"), Column("Undefined = 0", "0.01", "points"),
-        SCORED, *CONTROLS, *COST,
+        *ORDER, SCORED, *CONTROLS, *COST,
     )  # fmt: skip
     rows = [
         (name, run.title, *_aggregate_cells(run.scores[name]), *_control_cells(run, name), *_cost_cells(run))
@@ -158,7 +160,7 @@ def by_layer(results: Results) -> Table:
     """One row per protocol, model and layer."""
     columns = (
         Column("Protocol"), Column("Model"), Column("Layer", "count"), Column("Mean", "0.1", "points"), INTERVAL,
-        Column("SD over neurons", "0.1", "points"), Column("Undefined = 0", "0.1", "points"), SCORED,
+        Column("SD over neurons", "0.1", "points"), Column("Undefined = 0", "0.1", "points"), *ORDER, SCORED,
         Column("Dead", "count"), Column("Too rare", "count"), Column("Otherwise", "count"), *CONTROLS, *COST,
     )  # fmt: skip
     rows = [
@@ -174,7 +176,7 @@ def by_layer(results: Results) -> Table:
 def _aggregate_cells(scores: ModelAggregate) -> tuple[Cell, ...]:
     return (
         scores.mean, _interval(scores), scores.variance, scores.mean_all_layers, scores.variance_all_layers,
-        scores.mean_undefined_zero, 
+        scores.mean_undefined_zero, scores.spearman, scores.auroc,
         (sum(layer.scored for layer in scores.layers), sum(layer.total for layer in scores.layers)),
     )  # fmt: skip
 
@@ -195,7 +197,8 @@ def _layer_cells(run: RunResult, name: str, layer: LayerAggregate) -> tuple[Cell
     dead, rare = layer.undefined.get("dead", 0), layer.undefined.get("too rare", 0)
     return (
         layer.layer, layer.points, _interval(layer), layer.deviation, layer.points_undefined_zero,
-        (layer.scored, layer.total), dead, rare, sum(layer.undefined.values()) - dead - rare,
+        layer.spearman, layer.auroc, (layer.scored, layer.total), dead, rare,
+        sum(layer.undefined.values()) - dead - rare,
         _points_of(run.shuffled.get(name), layer.layer),
         _points_of(run.random_init.scores.get(name) if run.random_init is not None else None, layer.layer),
     )  # fmt: skip
@@ -217,6 +220,9 @@ def _interpretability_notes(results: Results) -> tuple[str, ...]:
         "explanation, averaged over the scored neurons of a layer; mean and population variance are over the layers' "
         "means, each rounded to 0.1 as in the paper. Intervals are by two-level bootstrap, over neurons and over the "
         "excerpts of each.",
+        "Spearman is 100 times the correlation of the ranks; AUROC is how often an active token has the higher "
+        "simulation than a silent one (50 is chance). Both are means over the same scored neurons, and ask for the "
+        "right order alone.",
         "Undefined = 0 is the mean with every neuron without a score (dead, too rare, constant) counted as zero. "
         "Shuffled and random-init are the controls' means: explanations of other neurons of the layer, and the same "
         "architecture with random weights.",

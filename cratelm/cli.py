@@ -35,6 +35,7 @@ VERBS = {
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
     "score": "simulations to scores: how well the explanation predicts the neuron",
     "interpret": "explain, simulate and score in one go",
+    "directions": "what each neuron's weights say: tokens in and out, its neighbours in the next layer",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
 }
@@ -45,7 +46,7 @@ FLOW = (
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
     ("To and from other tools", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
-    ("Neurons to look at", ("neurons", "report")),
+    ("Neurons to look at", ("directions", "neurons", "report")),
 )
 """The verbs as the overview groups them."""
 

@@ -36,7 +36,7 @@ FLOORS = {
 }
 """A room (a file or a folder of the package) -> its floor. A room imports from lower floors and from itself."""
 
-NO_TORCH = ("interpretation/", "report/", "activations/records.py")
+NO_TORCH = ("interpretation/", "report/", "activations/records.py", "activations/direction_files.py")
 """The record line: whoever has only records explains, scores and browses them without torch."""
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "types"}

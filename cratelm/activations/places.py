@@ -60,10 +60,10 @@ def _direction(model: nn.Module, tap: str) -> Float[Tensor, "neurons d_model"] |
     else:  # the tap of our models' codes is a module without weights, inside the block that decodes them
         block: Any = model.get_submodule(tap.rpartition(".")[0]) if tap.endswith(".neurons") else None
         if hasattr(block, "atoms"):
-            return block.atoms.detach()
+            return block.directions.detach()
         last = getattr(block, "down", None)
-    shape = _shape(last)
-    return _matrix(last) if shape is not None and shape[1] == _width(model) else None
+    shape = map_shape(last)
+    return map_matrix(last) if shape is not None and shape[1] == _width(model) else None
 
 
 def vocabulary_rows(model: nn.Module) -> int:
@@ -73,7 +73,7 @@ def vocabulary_rows(model: nn.Module) -> int:
 
 def attention_widths(model: nn.Module) -> list[int]:
     """Width of the concatenated heads of each layer that has an attention."""
-    shapes = [_shape(find_tap(model, path)) for _, path in _head_maps(model)]
+    shapes = [map_shape(find_tap(model, path)) for _, path in _head_maps(model)]
     return [shape[0] for shape in shapes if shape is not None]
 
 
@@ -120,7 +120,7 @@ def _down_maps(block: nn.Module, width: int) -> Iterator[str]:
     for name, parent in block.named_modules():
         if "att" in name.lower():
             continue
-        maps = {child: shape for child, part in parent.named_children() if (shape := _shape(part))}
+        maps = {child: shape for child, part in parent.named_children() if (shape := map_shape(part))}
         downs = [
             child for child, (neurons, out) in maps.items()
             if out == width and any(
@@ -138,14 +138,14 @@ def _head_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
         maps = [
             name for name, part in block.named_modules()
             if ("att" in name.lower() or name.startswith("mssa."))
-            and (shape := _shape(part)) is not None and shape[1] == width
+            and (shape := map_shape(part)) is not None and shape[1] == width
         ]  # fmt: skip
         if not maps:
             raise CrateError(f"layer {layer} of {type(model).__name__} has no attention known by its name. Use --tap")
         yield layer, f"{path}.{maps[-1]}"
 
 
-def _shape(module: Any) -> tuple[int, int] | None:
+def map_shape(module: Any) -> tuple[int, int] | None:
     """(in, out) of a linear map, None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -154,7 +154,8 @@ def _shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def _matrix(module: Any) -> Float[Tensor, "neurons d_model"]:
+def map_matrix(module: Any) -> Float[Tensor, "in out"]:
+    """The weights of a linear map, its inputs as rows."""
     weight = module.weight.detach()
     return weight.T if isinstance(module, nn.Linear) else weight
 

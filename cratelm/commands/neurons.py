@@ -29,6 +29,13 @@ NEIGHBOURS = {
     "nearest by when they fire (Jaccard)": ("cofiring_neuron", "cofiring_jaccard"),
 }
 SHOWN_NEIGHBOURS = 5
+DIRECTIONS = {
+    "tokens_in": "tokens in (their embedding drives it)", "tokens_alone": "tokens that drive it alone in a document",
+    "tokens_out": "tokens out (its direction makes them probable)",
+    "predecessors": "driven by neurons of layer {before}", "successors": "drives neurons of layer {after}",
+}  # fmt: skip
+"""List of a neuron's directions -> how it is introduced."""
+SHOWN_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +141,7 @@ def _look(console: "Console", table: NeuronTable, options: Options, index: int) 
     width = choose_width(table.records, options.width)
     total = table.records.num_neurons
     console.print(f"{options.run.name}, layer {table.records.layer}, neuron {index} (of 0 to {total - 1})")
-    for line in _facts(table, index):
+    for line in (*_facts(table, index), *_directions(options.run, table, index)):
         console.print(line)
     if table.hint:
         print(table.hint)
@@ -173,6 +180,31 @@ def _facts(table: NeuronTable, index: int) -> Iterator[str]:
         if indices in table.records.tables:
             pairs = zip(table.records.tables[indices][index], table.records.tables[closeness][index], strict=True)
             yield f"{name}: " + ", ".join(f"{other} ({value:.2f})" for other, value in list(pairs)[:SHOWN_NEIGHBOURS])
+
+
+def _directions(run: Path, table: NeuronTable, index: int) -> Iterator[str]:
+    """What its weights say, a line for each list; nothing before `cratelm directions` or at another tap."""
+    from cratelm.activations.direction_files import TOKEN_LISTS, directions_file, read_directions
+    from cratelm.report.terminal import visible
+
+    tap, layer = table.records.tap, table.records.layer
+    if not directions_file(run, layer, tap).exists():
+        if tap == "neurons":
+            yield f"what it reads and writes: cratelm directions {run}"
+        return
+    found = read_directions(run, layer, tap=tap)
+    for name in found.lists:
+        said = DIRECTIONS[name].format(before=layer - 1, after=layer + 1)
+        if name in TOKEN_LISTS:
+            shown = (f"«{visible(table.strings[token])}»" for token, _ in found.ranked(name, index)[:SHOWN_TOKENS])
+        else:
+            pairs = found.ranked(name, index)[:SHOWN_NEIGHBOURS]
+            shown = (f"{other} ({value:.2f})" for other, value in pairs)
+        yield f"{said}: {' '.join(shown) or 'none'}"
+    for name, shares in found.head_shares(index).items():
+        said = "fed by heads of this layer" if name == "heads_in" else f"read by heads of layer {layer + 1}"
+        kind = name.partition(".")[2].replace("shared", "")
+        yield f"{said}{f' ({kind})' if kind else ''}: " + ", ".join(f"{share:.0%}" for share in shares)
 
 
 def _strongest_kind_first(item: tuple[tuple[int, str, str], object]) -> tuple[int, str]:

@@ -66,7 +66,14 @@ class ISTA(nn.Module):
         step_sizes, thresholds = self.shrinkage(self.atoms)
         code = sparse_code(x, self.atoms, step_sizes, thresholds, from_input=self.complete, recompute=self.recompute)
         code = self.neurons(code)
-        return code if self.complete else code @ (self.atoms if self.decoder is None else self.decoder)
+        return code if self.complete else code @ self.directions
+
+    @property
+    def directions(self) -> Float[Tensor, "neurons d_model"]:
+        """What each neuron adds to the block's output, per unit of its code; of a complete dictionary itself."""
+        if self.complete:
+            return torch.eye(len(self.atoms), dtype=self.atoms.dtype, device=self.atoms.device)
+        return self.atoms if self.decoder is None else self.decoder
 
 
 class Shrinkage(nn.Module):

@@ -1,0 +1,114 @@
+"""What the weights say about each neuron: tokens in, tokens out, its neighbours in the next layer, its heads.
+
+    cratelm directions runs/crate-2l
+    cratelm neurons runs/crate-2l --layer 1 --neuron 17
+
+Tokens in drive the neuron, tokens out become more probable when it fires; successors and predecessors are neurons of
+the next and of the previous layer that it drives and that drive it. Written to RUN/directions, where `cratelm neurons`
+and the browser read it without the model. A run of a Hugging Face model works, too, where its parts are known.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from cratelm.errors import CrateError
+from cratelm.runtime import DeviceName, console, progress_bar, select_device
+
+if TYPE_CHECKING:
+    from cratelm.commands.opening import OpenedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `cratelm directions`."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    """Run directories, of models of ours or of Hugging Face models that `cratelm collect` has read."""
+    keep: int = 20
+    """Length of each list."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+def run(options: Options) -> None:
+    """Write the directions of each run."""
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm directions RUN")
+    if options.keep < 1:
+        raise CrateError(f"--keep is {options.keep}, it must be at least 1")
+    for one in options.runs:
+        directions_run(one, options)
+
+
+def directions_run(folder: Path, options: Options) -> None:
+    """Write the directions of one run, unless they are there already."""
+    from cratelm.activations.direction_files import directions_folder
+    from cratelm.commands.opening import open_run
+    from cratelm.data.tokenizer import tokenizer_hash
+    from cratelm.rundir import claim, origin, write_json
+
+    opened = open_run(folder)
+    settings = {
+        "model_hash": opened.model_hash, "tokenizer_hash": tokenizer_hash(opened.tokenizer), "keep": options.keep,
+    }  # fmt: skip
+    home = directions_folder(folder)
+    if _is_there(folder, settings):
+        console.print(f"directions of this model are in {home}", soft_wrap=True)
+        return
+    with claim(folder):
+        (home / "directions.json").unlink(missing_ok=True)  # other numbers are on their way into the same files
+        written = _write(opened, options)
+        write_json(home / "directions.json", settings | {"tap": "neurons", "layers": written, "origin": origin()})
+    console.print(f"directions in {home}. Next: cratelm neurons {folder} --layer 0 --neuron 0", soft_wrap=True)
+
+
+def _is_there(folder: Path, settings: dict[str, object]) -> bool:
+    from cratelm.activations.direction_files import described_directions, directions_folder
+
+    if not (directions_folder(folder) / "directions.json").exists():
+        return False
+    found = described_directions(folder)
+    return all(found.get(name) == value for name, value in settings.items())
+
+
+def _write(opened: "OpenedRun", options: Options) -> dict[str, list[str]]:
+    """Write a file for each layer and the tokenizer; return the lists of each layer."""
+    from cratelm.activations.observe import observe
+    from cratelm.activations.places import vocabulary_rows
+    from cratelm.data.tokenizer import vocabulary_size
+    from cratelm.rundir import atomic_path
+    from cratelm.whitebox.directions import layer_directions, tokens_alone, write_layer
+    from cratelm.whitebox.wiring import wiring
+
+    device = select_device(options.device)
+    opened.model.to(device)
+    found = wiring(opened.model)
+    vocabulary = min(vocabulary_size(opened.tokenizer), vocabulary_rows(opened.model))
+    subject = observe(opened.model, model_hash=opened.model_hash)
+    start = _start(opened)
+    with atomic_path(opened.run / "directions" / "tokenizer.json") as temporary:
+        opened.tokenizer.save(str(temporary))
+    written = {}
+    with progress_bar(f"directions {opened.run.name}", total=2 * vocabulary) as bar:
+        alone = tokens_alone(
+            subject, vocabulary=vocabulary, start=start, device=device, bar=bar, keep=options.keep
+        )  # fmt: skip
+        for layer in range(len(found.layers)):
+            arrays = layer_directions(found, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]
+            write_layer(opened.run, layer, arrays)
+            written[str(layer)] = sorted({name.split(".")[0] for name in arrays if name.endswith(".index")})
+            bar.advance(vocabulary / len(found.layers))
+    return written
+
+
+def _start(opened: "OpenedRun") -> int | None:
+    """The token before a document, if the tokenizer has one."""
+    from cratelm.data.tokenizer import end_of_text_id
+
+    try:
+        return end_of_text_id(opened.tokenizer)
+    except CrateError:
+        return None

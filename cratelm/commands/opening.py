@@ -1,0 +1,49 @@
+"""Open the model of a run directory, whether it is one of ours or a Hugging Face model that `collect` has read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cratelm.errors import CrateError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRun:
+    """A run's model, in evaluation mode on the CPU, and its tokenizer."""
+
+    run: Path
+    model: "nn.Module"
+    tokenizer: "Tokenizer"
+    model_hash: str
+    description: dict[str, Any]
+    """`run.json`, empty for a bare model directory."""
+
+
+def open_run(run: Path) -> OpenedRun:
+    """Load model and tokenizer of a run; what is no run, or has no tokenizer, is refused."""
+    from cratelm.activations.foreign import load_foreign
+    from cratelm.data.tokenizer import load_tokenizer
+    from cratelm.model.weights import load, weights_hash
+    from cratelm.rundir import read_json
+
+    if not run.is_dir():
+        raise CrateError(f"there is no run directory {run}. Run: cratelm train --data DIR --out {run}")
+    described = run / "run.json"
+    description = read_json(described, made_by="cratelm train") if described.is_file() else {}
+    model: nn.Module
+    if (source := description.get("source")) is not None and not (run / "model" / "config.json").is_file():
+        foreign = load_foreign(source)
+        model, tokenizer, model_hash = foreign.model, foreign.tokenizer, foreign.model_hash
+    else:
+        own, tokenizer = load(run)
+        model, model_hash = own, weights_hash(own)
+    kept = sorted(run.glob("records/*/tokenizer.json"))
+    if tokenizer is None and kept:
+        tokenizer = load_tokenizer(kept[0])
+    if tokenizer is None:
+        raise CrateError(f"{run} holds no tokenizer.json. Put the model's tokenizer beside its weights")
+    return OpenedRun(run=run, model=model, tokenizer=tokenizer, model_hash=model_hash, description=description)

@@ -1,0 +1,78 @@
+"""The parts of a model's wiring: what a neuron reads with and writes with, and through which normalisations.
+
+A model is seen as layers around a residual stream. Neuron i of a layer reads the stream z (after the attention) as
+r_i . norm(z), and a code a_i adds a_i w_i to the stream that the next layer gets. In CRATE r_i = w_i, the atom d_i of
+the tied dictionary; in GPT-2 they are a row of W1 and a column of W2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Rows = Float[Tensor, "rows d_model"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Norm:
+    """A LayerNorm or RMSNorm at a fixed scale: norm(x) = gain * (x - mean(x)) / scale + bias, or without the mean."""
+
+    module: nn.Module
+    gain: Float[Tensor, " d_model"]
+    centres: bool
+
+    def along(self, directions: Rows) -> Rows:
+        """What the norm makes of directions that are added to its input, times the scale of that input."""
+        return (directions - directions.mean(dim=-1, keepdim=True) if self.centres else directions) * self.gain
+
+    def before(self, reading: Rows) -> Rows:
+        """The transpose of `along`: directions read after the norm, as directions in its input."""
+        scaled = reading * self.gain
+        return scaled - scaled.mean(dim=-1, keepdim=True) if self.centres else scaled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LayerWiring:
+    """One layer."""
+
+    read: Float[Tensor, "neurons d_model"]
+    """r_i: of a gated MLP the gate's rows."""
+    read_bias: Float[Tensor, " neurons"] | None
+    write: Float[Tensor, "neurons d_model"]
+    """w_i."""
+    norm: Norm
+    """What stands before the reading."""
+    attention_norm: Norm | None
+    """What stands before the attention; None where it is not known."""
+    subspaces: Mapping[str, Float[Tensor, "heads p d_model"]] = field(default_factory=dict)
+    """The heads' projections: `shared` for MSSA's U, else `query`, `key`, `value`; empty where they are not known."""
+    output: Float[Tensor, "heads d_model p"] | None = None
+    """Per head, what leads from its values to the stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Wiring:
+    """A whole model."""
+
+    layers: tuple[LayerWiring, ...]
+    embedding: Float[Tensor, "vocab d_model"] | None
+    """None where embeddings are not as wide as the stream."""
+    head: Float[Tensor, "vocab d_model"] | None
+    final_norm: Norm | None
+
+
+def seen_norm(module: nn.Module, like: Tensor) -> Norm:
+    """The gain of a norm, and whether it takes the mean away; of an unknown kind from what it does to some vectors."""
+    if isinstance(module, nn.LayerNorm) and module.weight is not None:
+        return Norm(module=module, gain=module.weight.detach(), centres=True)
+    signs = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
+    signs[1::2] = -1
+    signs[-1] = 0 if len(signs) % 2 else -1  # as many up as down
+    signs = signs / signs.square().mean().sqrt()
+    there, back, shifted = module(signs), module(-signs), module(signs + 3)
+    gain = torch.where(signs == 0, torch.nan, (there - back) / (2 * signs))
+    if signs[-1] == 0:
+        gain[-1] = ((module(signs.roll(1)) - module(-signs.roll(1))) / (2 * signs.roll(1)))[-1]
+    return Norm(module=module, gain=gain, centres=bool(torch.allclose(shifted, there, rtol=1e-3, atol=1e-4)))

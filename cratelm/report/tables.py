@@ -20,8 +20,7 @@ from cratelm.runtime import human
 
 Style = Literal["text", "count", "human", "0.1", "0.01", "0.001", "interval", "share"]
 Cell = str | int | float | tuple[float, float] | tuple[int, int] | None
-ABSENT = "\N{EN DASH}"
-"""What stands where there is no number."""
+ABSENT = "\N{EN DASH}"  # where there is no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,6 @@ SCORED = Column("Scored", "share", "of all neurons")
 CONTROLS = (Column("Shuffled", "0.1", "points"), Column("Random-init", "0.1", "points"))
 INTERVAL = Column("95 % interval", "interval", "points")
 ORDER = (Column("Spearman", "0.1", "points"), Column("AUROC", "0.1", "%"))
-"""What the order of the simulated activations alone is worth."""
 
 COUNTING = (
     "Parameters leave position embeddings out and count the tied head once; FLOPs are those of a forward pass per "
@@ -75,8 +73,7 @@ def tables(results: Results) -> tuple[Table, ...]:
     return performance(results), interpretability(results), by_layer(results)
 
 
-CONTROL_ROWS = ("random-init", "shuffled")
-"""How `summary` names the controls below their model."""
+CONTROL_ROWS = ("random-init", "shuffled")  # as `summary` names the controls below their model
 
 
 def summary(results: Results) -> Table:
@@ -220,9 +217,8 @@ def _interpretability_notes(results: Results) -> tuple[str, ...]:
         "explanation, averaged over the scored neurons of a layer; mean and population variance are over the layers' "
         "means, each rounded to 0.1 as in the paper. Intervals are by two-level bootstrap, over neurons and over the "
         "excerpts of each.",
-        "Spearman is 100 times the correlation of the ranks; AUROC is how often an active token has the higher "
-        "simulation than a silent one (50 is chance). Both are means over the same scored neurons, and ask for the "
-        "right order alone.",
+        "Spearman (100 x the correlation of ranks) and AUROC (how often an active token has the higher simulation than "
+        "a silent one; 50 is chance) ask for the right order alone.",
         "Undefined = 0 is the mean with every neuron without a score (dead, too rare, constant) counted as zero. "
         "Shuffled and random-init are the controls' means: explanations of other neurons of the layer, and the same "
         "architecture with random weights.",

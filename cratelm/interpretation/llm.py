@@ -16,7 +16,11 @@ from cratelm.errors import CrateError
 
 
 class LLMError(CrateError):
-    """A language model did not do what was asked, whatever was tried; the message says what it said instead."""
+    """A language model did not do what was asked, whatever was tried; the message says what it said instead.
+
+    That is a failure of one question, which the work on other neurons survives (`work.py`). A model that cannot be
+    asked at all (no such server, a refused key, a budget that is spent) is a plain `CrateError`, and ends the work.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,16 @@ class Echo:
     """What a model expected while it read a prompt's `rest`."""
 
     tokens: tuple[str, ...]
-    """The text of each token; one after the other they are `rest`; a character cut in two stands with one."""
+    """The text of each token; one after the other they are `rest`. A cut character stands with its first token."""
     logprobs: Float64[np.ndarray, " tokens"] = field(repr=False)
     """Natural log-probability of each token given all before it; NaN where it was not asked for or is not known."""
     candidates: Mapping[int, Mapping[str, float]] = field(repr=False)
     """Offset in `rest` -> the most probable next tokens there, as text -> natural log-probability.
 
-    An offset inside a token has no candidates and is left out.
+    An offset inside a token has no candidates and is left out. Tokens of the same text count as one.
     """
+    prompt_tokens: int = 0
+    """Tokens read, prefix and rest, as the model counts them; 0 where that is not known."""
 
 
 class LLM(Protocol):
@@ -88,6 +94,8 @@ class LLM(Protocol):
 
     name: str
     """What it is called in tables and in the store: the server's model name, or that of a directory."""
+    identity: str
+    """What tells it from every other model, for the cache of its answers: its name and what is known of its weights."""
     context: int | None
     """Longest prompt and answer together, in tokens; None where it is not known."""
 

@@ -4,15 +4,21 @@ A *set* is what one stage makes of one layer by one protocol, with one explainer
 """
 
 import sqlite3
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from cratelm.activations.records import Mode
 from cratelm.interpretation.lookup import EXPLAINER
 
-Stage = Literal["explain", "simulate", "score"]
-MADE: dict[Stage, str] = {"explain": "explanations", "simulate": "simulations", "score": "scores"}
+Stage = Literal["explain", "simulate", "score", "detection", "fuzzing", "intruder", "embedding", "surprisal"]
+MADE: dict[Stage, str] = {
+    "explain": "explanations", "simulate": "simulations", "score": "scores", "detection": "answers",
+    "fuzzing": "answers", "intruder": "answers", "embedding": "answers", "surprisal": "answers",
+}  # fmt: skip
 """Stage -> the table it fills."""
 
 KEY_COLUMNS = "mode, tap, layer, protocol, explainer, simulator, control, sample"
@@ -46,9 +52,18 @@ SCHEMA = (
     MEASURES := """CREATE TABLE IF NOT EXISTS measures (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, measure TEXT NOT NULL, value REAL, reason TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, measure)) WITHOUT ROWID""",
+    # What a language model made of a neuron for the scorers that read its answers, as JSON.
     ANSWERS := """CREATE TABLE IF NOT EXISTS answers (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, scorer TEXT NOT NULL, detail TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, scorer))""",
+    # A set that grows neuron by neuron: which records and settings its rows are of, and which neurons it is to hold.
+    BEGUN := """CREATE TABLE IF NOT EXISTS begun (
+        set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, settings TEXT NOT NULL,
+        neurons BLOB NOT NULL, PRIMARY KEY (set_id, stage))""",
+    # Every answer of a language model, by a hash of the model and of what it was asked. Nothing here names a key.
+    CALLS := """CREATE TABLE IF NOT EXISTS calls (
+        hash TEXT PRIMARY KEY, model TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL,
+        date TEXT NOT NULL, reply BLOB NOT NULL)""",
     # The index holds no second copy of the text; the triggers keep it in step with the table.
     "CREATE VIRTUAL TABLE explanation_search USING fts5 (text, content='explanations', content_rowid='id')",
     """CREATE TRIGGER explanation_added AFTER INSERT ON explanations BEGIN
@@ -70,14 +85,14 @@ def upgrade(connection: sqlite3.Connection) -> None:
     for name in lacking & {"spearman", "auroc"}:
         connection.execute(f"ALTER TABLE scores ADD COLUMN {name} REAL")
         connection.execute("DELETE FROM stages WHERE stage = 'score'")
-    for statement in (MEASURES, ANSWERS):
+    for statement in (MEASURES, ANSWERS, BEGUN, CALLS):
         connection.execute(statement)
 
 
 def _lacking(connection: sqlite3.Connection) -> set[str]:
     columns = {row[1] for row in connection.execute("PRAGMA table_info(scores)")}
     tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    return {"spearman", "auroc", "measures", "answers"} - columns - tables
+    return {"spearman", "auroc", "measures", "answers", "begun", "calls"} - columns - tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,3 +132,13 @@ class SetKey:
         options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
         options += f" --tap {self.tap}" if self.tap != "neurons" else ""
         return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")
+
+
+def packed(values: np.ndarray, dtype: str) -> bytes:
+    """An array as a compressed blob. The fastest level: simulations are mostly 0, which any level makes small."""
+    return zlib.compress(np.ascontiguousarray(values, dtype=dtype).tobytes(), 1)
+
+
+def unpacked(blob: bytes | None, dtype: str) -> np.ndarray:
+    """The array of a blob; none of a NULL, as where an explanation is no table."""
+    return np.frombuffer(zlib.decompress(blob) if blob is not None else b"", dtype=dtype)

@@ -3,14 +3,14 @@
 A *set* is what one stage makes of one layer by one protocol. It is written in one transaction together with the
 identity of the records it came from, so a set is there whole or not at all, and one of other records is noticed.
 Every neuron has a row of its own, with its arrays as compressed little-endian blobs: a browser reads one neuron without
-its layer, an explainer that takes seconds for each adds rows one by one, and a set costs 0.1 to 0.2 ms per neuron.
+its layer, and a set costs 0.1 to 0.2 ms per neuron. A set that a language model makes grows row by row (`growing.py`)
+and counts as there once it is whole. Further processes write into parts (`parts.py`): stores beside this one.
 """
 
 import contextlib
 import hashlib
 import json
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -24,7 +24,7 @@ from cratelm.activations.records import Mode, NeuronId, read_collection, records
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import Explanation, LayerExplanations
 from cratelm.interpretation.lookup import EXPLAINER, tables_of
-from cratelm.interpretation.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage, upgrade
+from cratelm.interpretation.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage, packed, unpacked, upgrade
 from cratelm.interpretation.score import LayerScores, Score
 from cratelm.interpretation.simulate import LayerSimulations, Simulation
 
@@ -42,11 +42,13 @@ class Store:
     """The interpretations of one run. A connection lives as long as one call, so there is nothing to close."""
 
     run: Path
+    part: int = 0
+    """0 is the run's own store; K that of the further process that was given the K-th share of the neurons."""
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.run / "interpretation.sqlite"
+        return self.run / (f"interpretation.part-{self.part}.sqlite" if self.part else "interpretation.sqlite")
 
     @classmethod
     def open(cls, run: Path) -> "Store":
@@ -54,19 +56,23 @@ class Store:
         store = cls(run)
         if not store.path.exists():
             raise CrateError(f"{store.path} is not there. Run: cratelm interpret {run}")
-        with store._connection() as connection:
-            found = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
-        rundir.check_format_version(store.path, found[0])
-        with store._connection() as connection:
-            upgrade(connection)
+        store._check_format()
         return store
 
+    def _check_format(self) -> None:
+        with self.transaction() as connection:
+            found = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
+        rundir.check_format_version(self.path, found[0])
+        with self.transaction() as connection:
+            upgrade(connection)
+
     @classmethod
-    def create(cls, run: Path) -> "Store":
-        """The store of a run, made empty if there is none."""
-        store = cls(run)
+    def create(cls, run: Path, part: int = 0) -> "Store":
+        """The store of a run, or a part of it, made empty if there is none."""
+        store = cls(run, part)
         if store.path.exists():
-            return cls.open(run)
+            store._check_format()
+            return store
         with rundir.atomic_path(store.path) as temporary, contextlib.closing(sqlite3.connect(temporary)) as new, new:
             for statement in SCHEMA:
                 new.execute(statement)
@@ -74,7 +80,7 @@ class Store:
         return store
 
     @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all that is written in the block is there afterwards, or nothing of it.
 
         SQLite's defaults stay: the rollback journal leaves no second file beside the first and works on network
@@ -93,7 +99,7 @@ class Store:
 
     def scored(self) -> list[SetKey]:
         """The sets of scores there are, in the order of their columns."""
-        with self._connection() as connection:
+        with self.transaction() as connection:
             rows = connection.execute(
                 f"SELECT {KEY_COLUMNS} FROM sets JOIN stages ON set_id = id WHERE stage = 'score' "
                 "ORDER BY mode, tap, explainer, simulator, control, sample, protocol, layer"
@@ -102,13 +108,13 @@ class Store:
 
     def is_done(self, key: SetKey, stage: Stage) -> bool:
         """Whether the set is there, made from the records that are there now."""
-        with self._connection() as connection:
-            return _records_of(connection, key, stage) == identity(self.run, key.mode)
+        with self.transaction() as connection:
+            return records_of(connection, key, stage) == identity(self.run, key.mode)
 
     def check(self, key: SetKey, stage: Stage, *, verb: str = "") -> None:
         """Refuse a set that is missing or was made from other records. `verb` is the command to run then."""
-        with self._connection() as connection:
-            found = _records_of(connection, key, stage)
+        with self.transaction() as connection:
+            found = records_of(connection, key, stage)
             layers = _layers(connection, key, stage)
         remedy = f"Run: {key.command(verb or stage, self.run)}"
         if found is None:
@@ -125,7 +131,7 @@ class Store:
     def write_explanations(self, key: SetKey, made: LayerExplanations) -> None:
         """Put a set of explanations in place of what was there."""
         rows = (
-            (int(neuron), made.texts[row], *map(_packed, made.tables.of(row), ("<i4", "<f4")))
+            (int(neuron), made.texts[row], *map(packed, made.tables.of(row), ("<i4", "<f4")))
             for row, neuron in enumerate(made.neuron)
         )
         self._write(key, "explain", "neuron, text, tokens, means", rows)
@@ -133,7 +139,7 @@ class Store:
     def write_simulations(self, key: SetKey, made: LayerSimulations) -> None:
         """Put a set of simulations in place of what was there."""
         rows = (
-            (int(neuron), int(source), _packed(made.of(row), "<f4"))
+            (int(neuron), int(source), packed(made.of(row), "<f4"))
             for row, (neuron, source) in enumerate(zip(made.neuron, made.source, strict=True))
         )
         self._write(key, "simulate", "neuron, source, activations", rows)
@@ -142,23 +148,22 @@ class Store:
         """Put a set of scores in place of what was there."""
         columns = [getattr(made, name).tolist() for name in _NUMBERS]
         rows = (
-            (reason, _packed(sums, "<f8"), *numbers)
+            (reason, packed(sums, "<f8"), *numbers)
             for reason, sums, *numbers in zip(made.reason, made.sums, *columns, strict=True)
         )
         self._write(key, "score", ", ".join(("reason", "sums", *_NUMBERS)), rows)
 
     def _write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
         table, places = MADE[stage], ", ?" * (names.count(",") + 1)
-        with self._connection() as connection:
-            connection.execute("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(key))
-            own = _set_id(connection, key)
+        with self.transaction() as connection:
+            own = add_set(connection, key)
             connection.execute(f"DELETE FROM {table} WHERE set_id = ?", [own])
             connection.executemany(
                 f"INSERT INTO {table} (set_id, {names}) VALUES (?{places})", ((own, *row) for row in rows)
             )
             connection.execute(
                 "INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)",
-                [own, stage, identity(self.run, key.mode), _origin()],
+                [own, stage, identity(self.run, key.mode), made_by()],
             )
 
     def explanations(self, key: SetKey) -> LayerExplanations:
@@ -167,7 +172,7 @@ class Store:
         rows = self._rows(key, "SELECT neuron, text, tokens, means FROM explanations" + _ALL)
         return LayerExplanations(
             neuron=np.array([row[0] for row in rows], dtype=np.int64), texts=tuple(row[1] for row in rows),
-            tables=tables_of([(_unpacked(row[2], "<i4"), _unpacked(row[3], "<f4")) for row in rows]),
+            tables=tables_of([(unpacked(row[2], "<i4"), unpacked(row[3], "<f4")) for row in rows]),
         )  # fmt: skip
 
     def simulations(self, key: SetKey) -> LayerSimulations:
@@ -175,7 +180,7 @@ class Store:
         self.check(key, "simulate")
         rows = self._rows(key, "SELECT neuron, source, activations FROM simulations" + _ALL)
         neuron, source, blobs = zip(*rows, strict=True) if rows else ((), (), ())
-        vectors = [_unpacked(blob, "<f4") for blob in blobs]
+        vectors = [unpacked(blob, "<f4") for blob in blobs]
         return LayerSimulations(
             neuron=np.array(neuron, dtype=np.int64), source=np.array(source, dtype=np.int64),
             first=np.cumsum([0, *map(len, vectors)], dtype=np.int64),
@@ -188,7 +193,7 @@ class Store:
         rows = self._rows(key, f"SELECT reason, sums, {', '.join(_NUMBERS)} FROM scores" + _ALL)
         reason, blobs, *columns = zip(*rows, strict=True)
         numbers = {name: np.array(column, _NUMBERS[name]) for name, column in zip(_NUMBERS, columns, strict=True)}
-        sums = np.stack([_unpacked(blob, "<f8").reshape(-1, 6) for blob in blobs])
+        sums = np.stack([unpacked(blob, "<f8").reshape(-1, 6) for blob in blobs])
         return LayerScores(layer=key.layer, reason=reason, sums=sums, **numbers)
 
     def read_scores(
@@ -228,10 +233,10 @@ class Store:
         own = here | {"neuron": NeuronId(tap=key.tap, layer=key.layer, index=index), "control": key.control}
         explanation = simulation = score = None
         for source, blob in self._rows(key, "SELECT source, activations FROM simulations" + _ONE, index):
-            simulation = Simulation(source=source, activations=_unpacked(blob, "<f4"), **own)
+            simulation = Simulation(source=source, activations=unpacked(blob, "<f4"), **own)
         used = simulation.source if simulation else index
         for text, *blobs in self._rows(key.explained, "SELECT text, tokens, means FROM explanations" + _ONE, used):
-            tokens, means = (_unpacked(blob, dtype).tolist() for blob, dtype in zip(blobs, ("<i4", "<f4"), strict=True))
+            tokens, means = (unpacked(blob, dtype).tolist() for blob, dtype in zip(blobs, ("<i4", "<f4"), strict=True))
             neuron = NeuronId(tap=key.tap, layer=key.layer, index=used)
             explanation = Explanation(neuron=neuron, text=text, table=dict(zip(tokens, means, strict=True)), **here)
         names = ("reason", *(name for name in _NUMBERS if name != "neuron"))
@@ -247,13 +252,13 @@ class Store:
             "JOIN explanations ON explanations.id = explanation_search.rowid JOIN sets ON sets.id = set_id "
             "WHERE explanation_search MATCH ? ORDER BY rank, layer, neuron LIMIT ?"
         )
-        with self._connection() as connection:
+        with self.transaction() as connection:
             rows = connection.execute(query, [quoted, limit]).fetchall() if quoted else []
         return [(SetKey(**dict(zip(SetKey.__slots__, own, strict=True))), neuron, text) for *own, neuron, text in rows]
 
     def _rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
-        with self._connection() as connection:
-            return connection.execute(query, [_set_id(connection, key), *more]).fetchall()
+        with self.transaction() as connection:
+            return connection.execute(query, [set_id(connection, key), *more]).fetchall()
 
 
 def identity(run: Path, mode: Mode) -> str:
@@ -268,36 +273,36 @@ def identity(run: Path, mode: Mode) -> str:
 
 
 @cache
-def _origin() -> str:
+def made_by() -> str:
     """Where this process's sets come from; asked once, because it asks git."""
     return json.dumps(rundir.origin())
 
 
-def _set_id(connection: sqlite3.Connection, key: SetKey) -> int | None:
+def add_set(connection: sqlite3.Connection, key: SetKey) -> int:
+    """The number of a set in this file, given to it now if it has none."""
+    connection.execute("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(key))
+    found = set_id(connection, key)
+    assert found is not None
+    return found
+
+
+def set_id(connection: sqlite3.Connection, key: SetKey) -> int | None:
+    """The number of a set in this file; None if it is not there."""
     row = connection.execute(
         f"SELECT id FROM sets WHERE ({KEY_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?)", astuple(key)
     ).fetchone()
     return row and row[0]
 
 
-def _records_of(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str | None:
+def records_of(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str | None:
     """The identity of the records a set was made from; None if the set is not there."""
     query = "SELECT records FROM stages WHERE set_id = ? AND stage = ?"
-    row = connection.execute(query, [_set_id(connection, key), stage]).fetchone()
+    row = connection.execute(query, [set_id(connection, key), stage]).fetchone()
     return row and row[0]
 
 
 def _layers(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str:
     """The layers that have this set."""
     everywhere = [replace(key, layer=layer) for (layer,) in connection.execute("SELECT DISTINCT layer FROM sets")]
-    found = sorted(one.layer for one in everywhere if _records_of(connection, one, stage) is not None)
+    found = sorted(one.layer for one in everywhere if records_of(connection, one, stage) is not None)
     return ", ".join(map(str, found)) or "none"
-
-
-def _packed(values: np.ndarray, dtype: str) -> bytes:
-    """An array as a compressed blob. The fastest level: simulations are mostly 0, which any level makes small."""
-    return zlib.compress(np.ascontiguousarray(values, dtype=dtype).tobytes(), 1)
-
-
-def _unpacked(blob: bytes, dtype: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(blob), dtype=dtype)

@@ -7,7 +7,7 @@ and may be asked many things at once: a server is kept busy up to a limit, a mod
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -89,6 +89,7 @@ class Echo:
     """Tokens read, prefix and rest, as the model counts them; 0 where that is not known."""
 
 
+@runtime_checkable
 class LLM(Protocol):
     """A language model that can be asked."""
 

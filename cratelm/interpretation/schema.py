@@ -60,6 +60,8 @@ SCHEMA = (
     BEGUN := """CREATE TABLE IF NOT EXISTS begun (
         set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, settings TEXT NOT NULL,
         neurons BLOB NOT NULL, PRIMARY KEY (set_id, stage))""",
+    # Which neurons of its layer a set is about, where not all: those too that cannot be explained.
+    CHOSEN := """CREATE TABLE IF NOT EXISTS chosen (set_id INTEGER PRIMARY KEY, neurons BLOB NOT NULL)""",
     # Every answer of a language model, by a hash of the model and of what it was asked. Nothing here names a key.
     CALLS := """CREATE TABLE IF NOT EXISTS calls (
         hash TEXT PRIMARY KEY, model TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL,
@@ -85,14 +87,14 @@ def upgrade(connection: sqlite3.Connection) -> None:
     for name in lacking & {"spearman", "auroc"}:
         connection.execute(f"ALTER TABLE scores ADD COLUMN {name} REAL")
         connection.execute("DELETE FROM stages WHERE stage = 'score'")
-    for statement in (MEASURES, ANSWERS, BEGUN, CALLS):
+    for statement in (MEASURES, ANSWERS, BEGUN, CHOSEN, CALLS):
         connection.execute(statement)
 
 
 def _lacking(connection: sqlite3.Connection) -> set[str]:
     columns = {row[1] for row in connection.execute("PRAGMA table_info(scores)")}
     tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    return {"spearman", "auroc", "measures", "answers", "begun", "calls"} - columns - tables
+    return {"spearman", "auroc", "measures", "answers", "begun", "chosen", "calls"} - columns - tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

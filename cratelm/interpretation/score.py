@@ -10,8 +10,8 @@ and, of their order alone, Spearman's correlation and the AUROC of active tokens
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -36,6 +36,14 @@ CONSTANT_ACTIVATIONS = "constant activations"
 """Reason: the neuron has one value on all tokens scored, most often 0."""
 CONSTANT_SIMULATION = "constant simulation"
 """Reason: the explanation predicts one value on all tokens scored, most often 0."""
+NO_EXPLANATION, NO_SIMULATION = "explanation failed", "simulation failed"
+"""Reasons: the language model gave no usable answer; the table `failures` has what it said."""
+NOT_CHOSEN = "not sampled"
+"""Of a neuron that was not among those to be scored."""
+MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
+"""Fields of `LayerScores` that are undefined for a neuron without a score."""
+COUNTS = ("tokens", "excerpts", "sums")
+"""Fields that are 0 for it."""
 CHUNK = 32
 """Neurons at a time: the working arrays of so many stay in the processor's cache."""
 
@@ -99,29 +107,51 @@ class LayerScores:
     sums: Float64[np.ndarray, "neurons excerpts 6"] = field(repr=False)
     """Per excerpt: n, sum a, sum s, sum a^2, sum s^2, sum a s. What a bootstrap over excerpts needs."""
 
+    def take(self, rows: Int64[np.ndarray, " chosen"]) -> "LayerScores":
+        """Some of the rows."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in ("layer", "reason")}
+        reason = tuple(self.reason[row] for row in rows.tolist())
+        return LayerScores(layer=self.layer, reason=reason, **{name: array[rows] for name, array in values.items()})
 
-def score_layer(records: LayerRecords, protocol: Protocol, simulations: LayerSimulations) -> LayerScores:
-    """Compare a layer's simulations with what its neurons did; a neuron without a score gets the reason."""
+    def of_layer(self, num_neurons: int) -> "LayerScores":
+        """A row for every neuron of the layer; those that have none here were not chosen to be scored."""
+
+        def spread(name: str, missing: float) -> np.ndarray:
+            values = getattr(self, name)
+            everyone = np.full((num_neurons, *values.shape[1:]), missing, dtype=values.dtype)
+            everyone[self.neuron] = values
+            return everyone
+
+        reason = np.full(num_neurons, NOT_CHOSEN, dtype=object)
+        reason[self.neuron] = self.reason
+        return LayerScores(
+            layer=self.layer, neuron=np.arange(num_neurons), reason=tuple(reason),
+            **{name: spread(name, np.nan) for name in MEASURES}, **{name: spread(name, 0.0) for name in COUNTS},
+        )  # fmt: skip
+
+
+def score_layer(
+    records: LayerRecords, protocol: Protocol, simulations: LayerSimulations,
+    *, chosen: Int64[np.ndarray, " chosen"] | None = None, failed: Mapping[int, str] | None = None,
+) -> LayerScores:  # fmt: skip
+    """Compare a layer's simulations with what its neurons did; a neuron without a score gets the reason.
+
+    `chosen` are the neurons that were to be scored, all if left out. `failed` says of those among them for which a
+    language model gave no usable answer at what.
+    """
     excerpts = draw(records, protocol.score, "score").rows(simulations.neuron)
     found = compare(excerpts, simulations.laid_out(excerpts.valid))
-    neurons, own = records.num_neurons, simulations.neuron
-    reasons = np.array([reason or NOT_SIMULATED for reason in unexplained(records, protocol)], dtype=object)
-    reasons[own] = found.reasons
-
-    def spread(values: np.ndarray, missing: float = 0.0) -> np.ndarray:
-        """The simulated neurons' values among those of all neurons."""
-        everyone = np.full((neurons, *values.shape[1:]), missing, dtype=values.dtype)
-        everyone[own] = values
-        return everyone
-
-    return LayerScores(
-        layer=records.layer, neuron=np.arange(neurons), reason=tuple(reasons),
-        correlation=spread(found.correlation, np.nan), r_squared=spread(found.r_squared, np.nan),
-        absolute_deviation=spread(found.absolute_deviation, np.nan),
-        spearman=spread(found.spearman, np.nan), auroc=spread(found.auroc, np.nan),
-        tokens=spread(excerpts.valid.sum(axis=(1, 2))), excerpts=spread(excerpts.present.sum(axis=1)),
-        sums=spread(found.sums),
+    simulated = LayerScores(
+        layer=records.layer, neuron=simulations.neuron, reason=tuple(found.reasons), correlation=found.correlation,
+        r_squared=found.r_squared, absolute_deviation=found.absolute_deviation, spearman=found.spearman,
+        auroc=found.auroc, tokens=excerpts.valid.sum(axis=(1, 2)), excerpts=excerpts.present.sum(axis=1),
+        sums=found.sums,
     )  # fmt: skip
+    without = dict(enumerate(reason or NOT_SIMULATED for reason in unexplained(records, protocol))) | dict(failed or {})
+    scores = simulated.of_layer(records.num_neurons)
+    reasons = [without[n] if reason == NOT_CHOSEN else reason for n, reason in enumerate(scores.reason)]
+    scores = replace(scores, reason=tuple(reasons))
+    return scores if chosen is None else scores.take(chosen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

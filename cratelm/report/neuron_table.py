@@ -156,7 +156,7 @@ def open_table(
     if protocol and protocol not in PROTOCOLS:
         raise CrateError(f"there is no protocol {protocol!r}. Use one of: {', '.join(PROTOCOLS)}")
     records = read_records(run, layer, mode=mode, tap=tap)
-    found = dict(_interpretations(run, layer, mode, tap, explainer))
+    found = dict(_interpretations(run, records, explainer))
     scored = [name for name, one in found.items() if one.scores is not None]
     shown = protocol or [*scored, *found, PROTOCOLS[0]][0]
     return NeuronTable(
@@ -168,21 +168,17 @@ def open_table(
     )  # fmt: skip
 
 
-def _interpretations(
-    run: Path, layer: int, mode: Mode, tap: str, explainer: str
-) -> Iterator[tuple[str, Interpretation]]:
+def _interpretations(run: Path, records: LayerRecords, explainer: str) -> Iterator[tuple[str, Interpretation]]:
     if not Store(run).path.exists():
         return
     store = Store.open(run)
     for name in PROTOCOLS:
-        key = SetKey(mode=mode, tap=tap, layer=layer, protocol=name, explainer=explainer)
+        key = SetKey(mode=records.mode, tap=records.tap, layer=records.layer, protocol=name, explainer=explainer)
         if store.is_done(key, "explain"):
             made = store.explanations(key)
             texts = dict(zip(made.neuron.tolist(), made.texts, strict=True))
-            yield (
-                name,
-                Interpretation(explanations=texts, scores=store.scores(key) if store.is_done(key, "score") else None),
-            )
+            scores = store.scores(key).of_layer(records.num_neurons) if store.is_done(key, "score") else None
+            yield name, Interpretation(explanations=texts, scores=scores)
 
 
 def _hint(run: Path, key: SetKey) -> str:

@@ -1,0 +1,94 @@
+"""The explainer that is a language model: the excerpts of a neuron -> one sentence.
+
+What is asked depends on the records and the settings alone. An answer that refuses or is empty raises `LLMError` with
+its text, as does a prompt that does not fit; whoever does this for many neurons counts that and goes on.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cratelm.activations.records import LayerRecords, Mode
+from cratelm.errors import CrateError
+from cratelm.interpretation.answers import explanation_of
+from cratelm.interpretation.llm import LLM, Sampling
+from cratelm.interpretation.prompts import ExplainerPrompt, PromptTooLong, explainer_prompt, shown
+from cratelm.interpretation.protocols import Protocol, draw
+
+MAX_TOKENS: dict[Mode, int] = {"fixed": 100, "compat": 60}
+"""Longest answer. The released 60 often cut a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainerSettings:
+    """How explanations are drawn."""
+
+    mode: Mode
+    temperature: float
+    """0 takes the most probable token each time."""
+    seed: int
+    """Of the first explanation of each neuron; the next ones count on from it."""
+    max_tokens: int
+
+    def sampling(self, sample: int) -> Sampling:
+        """How the explanation of this number is drawn."""
+        return Sampling(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed + sample)
+
+    def told(self, llm: LLM, sample: int) -> dict[str, Any]:
+        """All that explanations depend on beside the records, to tell sets apart and to be read later."""
+        return {**asdict(self), "sample": sample, "model": llm.identity, "prompts": _prompts_hash()}
+
+
+def explainer_settings(
+    mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0
+) -> ExplainerSettings:
+    """The settings, with the mode's own temperature where none is given: 1 as released, 0 for one explanation each."""
+    if temperature is None:
+        temperature = 1.0 if mode == "compat" or samples > 1 else 0.0
+    if samples > 1 and temperature == 0:
+        raise CrateError(
+            "--temperature 0 gives the same explanation every time. Use --samples 1, or a temperature above 0"
+        )
+    return ExplainerSettings(mode=mode, temperature=temperature, seed=seed, max_tokens=MAX_TOKENS[mode])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explainer:
+    """Asks a language model what neurons fire on."""
+
+    llm: LLM
+    settings: ExplainerSettings
+    strings: Sequence[str]
+    """What prompts show for each token id (`escape.prompt_strings`)."""
+    system_role: bool = True
+    """Whether the model's chats know a system turn."""
+
+    def prompts(
+        self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int]
+    ) -> Iterator[tuple[int, ExplainerPrompt | PromptTooLong]]:
+        """What each neuron is asked with, or why it cannot be."""
+        excerpts = draw(records, protocol.explain, "explain")
+        for neuron in neurons:
+            try:
+                yield neuron, explainer_prompt(
+                    shown(tuple(excerpts.of(neuron)), self.strings), count=self.llm.count, context=self.llm.context,
+                    max_tokens=self.settings.max_tokens, mode=self.settings.mode, system_role=self.system_role,
+                )  # fmt: skip
+            except PromptTooLong as error:
+                yield neuron, error
+
+    async def explain(self, prompt: ExplainerPrompt | PromptTooLong, sample: int = 0) -> str:
+        """Ask for one explanation. Raises `LLMError` where there is none."""
+        if isinstance(prompt, PromptTooLong):
+            raise prompt
+        reply = await self.llm.chat(prompt.messages, self.settings.sampling(sample))
+        return explanation_of(reply, self.settings.mode)
+
+
+def _prompts_hash() -> str:
+    """Of the words and the solved neurons that prompts are made of."""
+    folder = Path(__file__).parent
+    parts = [(folder / name).read_bytes() for name in ("prompts.json", "few_shot.json")]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

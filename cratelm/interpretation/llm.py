@@ -93,12 +93,20 @@ class Echo:
 class LLM(Protocol):
     """A language model that can be asked."""
 
-    name: str
-    """What it is called in tables and in the store: the server's model name, or that of a directory."""
-    identity: str
-    """What tells it from every other model, for the cache of its answers: its name and what is known of its weights."""
-    context: int | None
-    """Longest prompt and answer together, in tokens; None where it is not known."""
+    @property
+    def name(self) -> str:
+        """What it is called in tables and in the store: the server's model name, or that of a directory."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other model, for the cache: its name and what is known of its weights."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt and answer together, in tokens; None where it is not known."""
+        ...
 
     def count(self, text: str) -> int:
         """Tokens of a text in the model's own tokenizer, or the best estimate there is (never too few)."""

@@ -23,6 +23,7 @@ FLOORS = {
     "huggingface": 6.0,
     "hub": 5.5,
     "shared_prefix": 5.5,
+    "encoder": 5.5,
     "report": 5.0,
     "whitebox": 4.2,
     "sae": 4.1,

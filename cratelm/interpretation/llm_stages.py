@@ -111,7 +111,7 @@ async def simulate(task: Task, simulate: Simulate, settings: Mapping[str, Any], 
     texts = explanations_of(task)
     neurons = np.array(sorted(set(texts) & set(task.explainable.tolist())), dtype=np.int64)
     sources = sources_of(task.key, neurons, task.records.num_neurons)
-    settings = {**settings, "explained": _made(task.store, task.key.explained), "sources": _digest(sources)}
+    settings = {**settings, "explained": made_with(task.store, task.key.explained), "sources": _digest(sources)}
     alone = task.store.part and not task.key.control
     growing = task.begin("simulate", task.explainable if alone else np.array(list(sources), dtype=np.int64), settings)
     share = set(sources) & task.share if task.part != (1, 1) else set(sources)
@@ -169,7 +169,7 @@ def failures(store: Store, key: SetKey, stage: Stage) -> dict[int, str]:
     return GrowingSet(store=store, key=key, stage=stage, neurons=np.empty(0, dtype=np.int64)).failures()
 
 
-def _made(store: Store, key: SetKey) -> str:
+def made_with(store: Store, key: SetKey) -> str:
     """What explanations were made with, as a hash; that of a lookup follows from the records."""
     if key.explainer == EXPLAINER:
         return EXPLAINER

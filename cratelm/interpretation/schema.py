@@ -7,17 +7,20 @@ import sqlite3
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.lookup import EXPLAINER
 
-Stage = Literal["explain", "simulate", "score", "detection", "fuzzing", "intruder", "embedding", "surprisal"]
+Judging = Literal["detection", "fuzzing", "fuzzing-active", "intruder", "surprisal", "embedding", "example-embedding"]
+JUDGED: tuple[Judging, ...] = get_args(Judging)
+"""The stages that are scorers of their own (`scorers.py`)."""
+Stage = Literal["explain", "simulate", "score", "firing"] | Judging
 MADE: dict[Stage, str] = {
-    "explain": "explanations", "simulate": "simulations", "score": "scores", "detection": "answers",
-    "fuzzing": "answers", "intruder": "answers", "embedding": "answers", "surprisal": "answers",
+    "explain": "explanations", "simulate": "simulations", "score": "scores", "firing": "measures",
+    **dict.fromkeys(JUDGED, "answers"),
 }  # fmt: skip
 """Stage -> the table it fills."""
 
@@ -48,7 +51,7 @@ SCHEMA = (
     """CREATE TABLE failures (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, stage))""",
-    # What is measured of a neuron beside its score, a row each: `detection`, `consistency.top`, ... (`measures.py`).
+    # What a simulation says beside the score, a row each: `consistency.top`, ... (`firing.py`).
     MEASURES := """CREATE TABLE IF NOT EXISTS measures (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, measure TEXT NOT NULL, value REAL, reason TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, measure)) WITHOUT ROWID""",

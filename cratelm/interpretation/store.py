@@ -99,10 +99,15 @@ class Store:
 
     def scored(self) -> list[SetKey]:
         """The sets of scores there are, in the order of their columns."""
+        return self.sets("score")
+
+    def sets(self, stage: Stage) -> list[SetKey]:
+        """The whole sets that a stage has made, in the order of their columns."""
         with self.transaction() as connection:
             rows = connection.execute(
-                f"SELECT {KEY_COLUMNS} FROM sets JOIN stages ON set_id = id WHERE stage = 'score' "
-                "ORDER BY mode, tap, explainer, simulator, control, sample, protocol, layer"
+                f"SELECT {KEY_COLUMNS} FROM sets JOIN stages ON set_id = id WHERE stage = ? "
+                "ORDER BY mode, tap, explainer, simulator, control, sample, protocol, layer",
+                [stage],
             ).fetchall()
         return [SetKey(**dict(zip(SetKey.__slots__, row, strict=True))) for row in rows]
 
@@ -152,6 +157,10 @@ class Store:
             for reason, sums, *numbers in zip(made.reason, made.sums, *columns, strict=True)
         )
         self._write(key, "score", ", ".join(("reason", "sums", *_NUMBERS)), rows)
+
+    def write_measures(self, key: SetKey, rows: Iterable[tuple[int, str, float | None, str]]) -> None:
+        """Put measures of simulations, as (neuron, measure, value, why there is none), in place of what was there."""
+        self._write(key, "firing", "neuron, measure, value, reason", rows)
 
     def _write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
         table, places = MADE[stage], ", ?" * (names.count(",") + 1)
@@ -243,6 +252,20 @@ class Store:
         for row in self._rows(key, f"SELECT {', '.join(names)} FROM scores" + _ONE, index):
             score = Score(**own, **dict(zip(names, row, strict=True)))
         return explanation, simulation, score
+
+    def read_measures(self, key: SetKey, index: int | None = None) -> dict[int, dict[str, float]]:
+        """Neuron -> measure -> value, of one neuron or all of the set; what is undefined is left out.
+
+        The measures are those of `firing.py`: `consistency.top`, `distinctiveness.random`, ...
+        """
+        query = "SELECT neuron, measure, value FROM measures WHERE set_id = ?"
+        rows = self._rows(key, query) if index is None else self._rows(key, query + " AND neuron = ?", index)
+        found: dict[int, dict[str, float]] = {}
+        for neuron, measure, value in rows:
+            own = found.setdefault(neuron, {})
+            if value is not None:
+                own[measure] = value
+        return found
 
     def search(self, words: str, *, limit: int = 50) -> list[tuple[SetKey, int, str]]:
         """Explanations that hold all the words, best match first, as (set, neuron index, text)."""

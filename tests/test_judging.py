@@ -1,0 +1,162 @@
+"""Scorers on a whole layer: what is kept, what is asked again, what is counted."""
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from judges import Answer, Judge, answers
+from synthetic import CONSTANT, DEAD, FIRST_TOKEN_NEURON, RARE, make_run
+
+from cratelm import CrateError, read_records
+from cratelm.activations.records import records_tokenizer
+from cratelm.data.tokenizer import load_tokenizer
+from cratelm.interpretation.classify import Questions
+from cratelm.interpretation.contrast import TOO_FEW
+from cratelm.interpretation.escape import prompt_strings
+from cratelm.interpretation.explain import explain_layer
+from cratelm.interpretation.judging import Jury, aggregate_judged, judge_set, judged, judged_key, judged_sets
+from cratelm.interpretation.llm_stages import CONSTANT_EXPLANATION, Task, failures
+from cratelm.interpretation.protocols import protocol
+from cratelm.interpretation.sample import chosen
+from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.store import Store
+from cratelm.interpretation.work import Tally
+
+KEY = SetKey(layer=0, protocol="top-and-random")
+LOOKUP = "fires on"
+
+
+@pytest.fixture
+def run(tmp_path: Path, rng: np.random.Generator) -> Path:
+    return make_explained(tmp_path / "run", rng)
+
+
+def make_explained(path: Path, rng: np.random.Generator, neurons: int = 12) -> Path:
+    make_run(path, rng, layers=1, neurons=neurons)
+    records = read_records(path, 0)
+    Store.create(path).write_explanations(KEY, explain_layer(records, protocol(KEY.protocol), strings(path)))
+    return path
+
+
+def strings(run: Path) -> list[str]:
+    return prompt_strings(load_tokenizer(records_tokenizer(run, "fixed")))
+
+
+def apply(run: Path, scorer: str, judge: Judge, *, control: str = "", neurons: str = "all", seed: int = 0) -> Tally:
+    key = judged_key(replace(KEY, control=control), scorer, judge.name)
+    task = Task(
+        store=Store.create(run), key=key, records=read_records(run, 0), protocol=protocol(KEY.protocol),
+        chosen=chosen(neurons), in_flight=3,
+    )  # fmt: skip
+    jury = Jury(strings=strings(run), questions=Questions(seed=seed), llm=judge)
+    return asyncio.run(judge_set(task, scorer, jury))
+
+
+def always(number: int) -> Answer:
+    return lambda pieces, _: answers([number] * len(pieces))
+
+
+def patterns(judge: Judge) -> set[str]:
+    """The explanations that were shown."""
+    return {chat[-1].text.split("\n\nPieces:")[0].removeprefix("Pattern: ") for chat in judge.chats}
+
+
+def test_every_explained_neuron_is_judged_with_its_own_explanation(run: Path) -> None:
+    judge = Judge(always(1))
+    tally = apply(run, "detection", judge)
+    store, key = Store.open(run), judged_key(KEY, "detection", "judge")
+    found, texts = judged(store, key, "detection"), store.texts(KEY)
+    assert tally == Tally(done=len(texts), failed=0)
+    assert sorted(found) == sorted(texts)
+    assert not {DEAD, RARE} & set(found)
+    assert found[CONSTANT].reason == TOO_FEW
+    assert {texts[neuron] for neuron in found if not found[neuron].reason} == patterns(judge)
+    assert judged_sets(store) == [(key, "detection")]
+
+
+def test_what_is_there_is_not_asked_again_and_other_settings_are(run: Path) -> None:
+    first, again, other = Judge(always(1)), Judge(always(0)), Judge(always(0))
+    apply(run, "detection", first)
+    apply(run, "detection", again)
+    assert first.chats
+    assert again.chats == []
+    apply(run, "detection", other, seed=1)
+    assert patterns(other) == patterns(first)
+
+
+def test_what_was_done_before_a_break_is_kept(run: Path) -> None:
+    count = iter(range(1000))
+
+    def breaks(pieces: list[str], _: object) -> str:
+        if next(count) == 30:
+            raise CrateError("the server is gone")
+        return answers([1] * len(pieces))
+
+    with pytest.raises(CrateError, match="gone"):
+        apply(run, "detection", Judge(breaks))
+    store, key = Store.open(run), judged_key(KEY, "detection", "judge")
+    texts = store.texts(KEY)
+    kept = judged(store, key, "detection")
+    assert 0 < len(kept) < len(texts)
+    judge = Judge(always(1))
+    apply(run, "detection", judge)
+    assert patterns(judge) == {texts[neuron] for neuron in texts if neuron not in kept}
+    assert sorted(judged(store, key, "detection")) == sorted(texts)
+
+
+def test_controls_are_judged_with_what_they_say(run: Path) -> None:
+    constant, shuffled = Judge(always(1)), Judge(always(1))
+    apply(run, "fuzzing", constant, control="constant")
+    assert all(f"Pattern: {CONSTANT_EXPLANATION}\n" in chat[-1].text for chat in constant.chats)
+    apply(run, "fuzzing", shuffled, control="shuffled")
+    own = Judge(always(1))
+    apply(run, "fuzzing", own)
+
+    def said(judge: Judge) -> list[str]:
+        return [chat[-1].text.split("\n\n")[0] for chat in judge.chats]
+
+    def shown(judge: Judge) -> list[str]:
+        return sorted(chat[-1].text.split("\n\n")[1] for chat in judge.chats)
+
+    assert shown(own) == shown(shuffled) == shown(constant), "the same windows are asked about"
+    assert not set(zip(said(own), (chat[-1].text for chat in own.chats), strict=True)) & set(
+        zip(said(shuffled), (chat[-1].text for chat in shuffled.chats), strict=True)
+    )
+
+
+def test_intruders_need_no_explanation_and_are_asked_about_every_chosen_neuron(run: Path) -> None:
+    judge = Judge(lambda *_: json.dumps({"intruder": 2}))
+    apply(run, "intruder", judge)
+    key = judged_key(replace(KEY, control="shuffled"), "intruder", "judge")
+    assert (key.protocol, key.explainer, key.control) == ("", "", "")
+    found = judged(Store.open(run), key, "intruder")
+    assert sorted(found) == list(range(12))
+    assert {neuron for neuron in found if found[neuron].reason} >= {DEAD, CONSTANT}
+    one = aggregate_judged(Store.open(run), key, "intruder", resamples=50)
+    assert (one.total, one.chance) == (12, 20)
+    assert one.undefined[TOO_FEW] == 12 - one.judged
+    assert LOOKUP not in "".join(message.text for chat in judge.chats for message in chat)
+
+
+def test_a_neuron_that_gets_only_nonsense_is_a_failure_and_counted(run: Path) -> None:
+    first = Store.open(run).texts(KEY)[FIRST_TOKEN_NEURON]
+
+    def answer(pieces: list[str], _: object) -> str:
+        judge.turn = judge.chats[-1][-1].text  # type: ignore[attr-defined]
+        return "I cannot." if first in judge.turn else answers([1] * len(pieces))  # type: ignore[attr-defined]
+
+    judge = Judge(answer)
+    assert apply(run, "detection", judge).failed == 1
+    store, key = Store.open(run), judged_key(KEY, "detection", "judge")
+    (message,) = failures(store, key, "detection").values()
+    assert message == "none of its 8 answers can be read; the first is: 'I cannot.'"
+    assert aggregate_judged(store, key, "detection", resamples=50).undefined["failed"] == 1
+
+
+def test_a_model_that_only_refuses_is_given_up_with_what_it_said(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = make_explained(tmp_path / "run", rng, neurons=24)
+    with pytest.raises(CrateError, match="I cannot"):
+        apply(run, "detection", Judge(lambda *_: "I cannot."))

@@ -1,0 +1,203 @@
+"""A language model behind a server: vLLM, llama.cpp, `transformers serve`, or a provider, by its base URL.
+
+Whatever such servers do differently is met here: how they give the probabilities of a prompt (`echoes.py`), whether
+they know the system's turn, an answer's schema, and OpenAI's newer names.
+"""
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from cratelm.errors import CrateError
+from cratelm.interpretation import echoes
+from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.transport import Refused, Retry, Transport, Unreadable
+from cratelm.interpretation.usage import Usage
+
+NO_SYSTEM = re.compile(r"system.{0,20}role|role.{0,20}system|roles? must alternate|only user and assistant", re.I)
+"""How servers say that a chat template knows no system turn."""
+UNKNOWN_MODEL = re.compile(
+    r"model.{0,80}(not (found|exist|served|available)|does not exist|no such|unknown)", re.I | re.S
+)
+FACTS = ("root", "parent", "owned_by", "meta", "quantization")
+"""What a server may tell of a model that another model under the same name would have otherwise."""
+CONTEXTS = ("max_model_len", "context_length", "max_context_length", "n_ctx", "n_ctx_train")
+"""Names under which servers tell the context."""
+IGNORED = "ignored"
+FEWER = 5
+"""Candidates that are asked for where a server refuses as many as are wanted: OpenAI's most."""
+
+
+class Endpoint:
+    """A model that a server has. `connect` asks the server for it."""
+
+    def __init__(
+        self, url: str, model: str, *, key_from: str = "", in_flight: int = 32, timeout: float = 300.0,
+        retry: Retry | None = None, usage: Usage | None = None, counter: Callable[[str], int] | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.identity = model, model
+        self.context: int | None = None
+        self.served: tuple[str, ...] = ()
+        """Models that the server says it has."""
+        self.style: echoes.Style | None = None
+        """How it gives the probabilities of a prompt, once that was found out."""
+        self.transport = Transport(
+            url, key_from=key_from, in_flight=in_flight, timeout=timeout, retry=retry, usage=usage
+        )
+        self._counter = counter
+        self._most_per_byte = 0.0
+        self._no_echo, self._answered = "", False
+        self._top = math.inf
+        self._system, self._schema, self._limit = True, True, "max_tokens"
+
+    async def connect(self) -> None:
+        """Ask what is served. Raises `CrateError` where there is no server; the model may still turn out unknown."""
+        listed = (await self.transport.get("/models")).get("data")
+        entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        self.served = tuple(sorted(str(one["id"]) for one in entries if "id" in one))
+        own = next((one for one in entries if one.get("id") == self.name), None)
+        if own is not None:
+            self.identity = json.dumps([self.name, {key: own[key] for key in FACTS if key in own}], sort_keys=True)
+            told = own | (own["meta"] if isinstance(own.get("meta"), dict) else {})
+            self.context = next((int(told[key]) for key in CONTEXTS if told.get(key)), None)
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self.transport.close()
+
+    def count(self, text: str) -> int:
+        """Tokens of a text: counted if a counter was given, else estimated from what the server counted so far."""
+        if self._counter is not None:
+            return self._counter(text)
+        rate = min(1.0, 1.25 * self._most_per_byte) if self._most_per_byte else 1.0
+        return math.ceil(len(text.encode()) * rate)
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """Answer a chat. Raises `LLMError` where the server refuses or fails, `CrateError` where it cannot be asked."""
+        size = sum(len(message.text.encode()) for message in messages)
+        for _ in range(4):  # each round gives up one thing that the server may not know
+            body = self._chat_body(messages, sampling)
+            try:
+                return await self.transport.ask("/chat/completions", body, partial(self._read_chat, size))
+            except Refused as error:
+                if not self._adapted(error, messages, sampling):
+                    await self._check_model(error)
+                    raise
+        raise AssertionError("every adaptation can be made once")
+
+    def _chat_body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
+        turns = [{"role": message.role, "content": message.text} for message in messages]
+        if not self._system and turns[0]["role"] == "system" and len(turns) > 1:
+            first = {"role": turns[1]["role"], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
+            turns = [first, *turns[2:]]
+        body: dict[str, Any] = {"model": self.name, "messages": turns, self._limit: sampling.max_tokens}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+        if sampling.schema is not None and self._schema:
+            schema = {"name": "answer", "strict": True, "schema": dict(sampling.schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return body
+
+    def _adapted(self, error: Refused, messages: Sequence[Message], sampling: Sampling) -> bool:
+        """Give up what the server says it does not know; whether there was such a thing."""
+        said = str(error)
+        if self._limit == "max_tokens" and "max_completion_tokens" in said:
+            self._limit = "max_completion_tokens"
+        elif self._system and messages[0].role == "system" and NO_SYSTEM.search(said):
+            self._system = False
+        elif self._schema and sampling.schema is not None and re.search(r"response_format|json_schema|grammar", said):
+            self._schema = False
+        else:
+            return False
+        return True
+
+    def _read_chat(self, size: int, answer: Mapping[str, Any]) -> Reply:
+        try:
+            choice = answer["choices"][0]
+            text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+            finish = str(choice.get("finish_reason") or "stop")
+            usage = answer.get("usage") or {}
+            read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise Unreadable(f"no answer to a chat in it ({type(error).__name__}: {error})") from None
+        if refusal:
+            raise LLMError(f"the model refused: {refusal}")
+        if text is None and finish != "length":
+            raise LLMError(f"the model answered nothing (finish: {finish})")
+        self._learn(read, size)
+        self._answered = True
+        return Reply(
+            text=text or "", finish=finish, prompt_tokens=read or math.ceil(size / 3),
+            new_tokens=self.count(text or "") if written is None else written,
+        )  # fmt: skip
+
+    def _learn(self, tokens: int | None, size: int) -> None:
+        """Remember the most tokens for a byte; short texts are mostly what a chat template adds."""
+        if tokens and size >= 400:
+            self._most_per_byte = max(self._most_per_byte, tokens / size)
+
+    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+        """What the model expected. Raises `LLMError` where the server does not give the probabilities of a prompt."""
+        if not prompts:
+            return []
+        if self.style is None:
+            first = await self._echo_in_some_style(prompts[0], top)
+            return [first, *await self.echo(prompts[1:], top=top)]
+        return await asyncio.gather(*(self._echo(self.style, prompt, top) for prompt in prompts))
+
+    async def _echo(self, style: echoes.Style, prompt: Prompt, top: int) -> Echo:
+        asked = int(min(top, self._top))
+        body = echoes.request(style, self.name, prompt, asked)
+        echo = await self.transport.ask("/completions", body, lambda answer: echoes.read(style, answer, prompt, asked))
+        self._learn(echo.prompt_tokens, len((prompt.prefix + prompt.rest).encode()))
+        return echo
+
+    async def _echo_in_some_style(self, prompt: Prompt, top: int) -> Echo:
+        """Try each way, with fewer candidates where many are refused; remember what works, or that nothing does."""
+        if self._no_echo:
+            raise LLMError(self._no_echo)
+        reasons = {}
+        for style in echoes.STYLES:
+            for most in (math.inf, FEWER):
+                self._top = most
+                try:
+                    echo = await self._echo(style, prompt, top)
+                except echoes.Absent:
+                    reasons[style] = IGNORED
+                    break
+                except Refused as error:
+                    reasons[style] = str(error)
+                    if error.status in (404, 405, 501):
+                        await self._check_model(error)
+                        break
+                else:
+                    self.style = style
+                    return echo
+        ways = {"vllm": "prompt_logprobs", "openai": "echo with logprobs"}
+        told = "; ".join(f"{ways[style]}: {reason}" for style, reason in reasons.items())
+        message = f"{self.transport.url} does not give the probabilities of a prompt ({told})"
+        if set(reasons.values()) == {IGNORED}:  # a refusal may be about this prompt alone
+            self._no_echo = message
+        raise LLMError(message)
+
+    async def _check_model(self, error: Refused) -> None:
+        """Where a refusal is about the model, say what the server has."""
+        if self._answered or self.name in self.served or not (error.status == 404 or UNKNOWN_MODEL.search(str(error))):
+            return
+        if not self.served:
+            await self.connect()
+        if self.name not in self.served:
+            found = ", ".join(self.served[:20]) or "nothing that it lists"
+            raise CrateError(f"{self.transport.url} does not serve {self.name} (it serves: {found}). {error}") from None
+
+    async def honours_n(self) -> bool:
+        """Whether several answers can be asked for in one request."""
+        turns = [{"role": "user", "content": "Say a word."}]
+        body = {"model": self.name, "messages": turns, self._limit: 8, "n": 2, "temperature": 1}
+        try:
+            return await self.transport.ask("/chat/completions", body, lambda answer: len(answer["choices"]) == 2)
+        except (LLMError, KeyError, TypeError):
+            return False

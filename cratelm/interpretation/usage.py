@@ -1,0 +1,147 @@
+"""What the work with a language model costs: a count of it, and a budget that ends the work before it is overdrawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cratelm.errors import CrateError
+from cratelm.interpretation.llm import LLM, Echo, Message, Prompt, Reply, Sampling
+from cratelm.runtime import human
+
+
+@dataclass(slots=True)
+class Usage:
+    """What was asked so far. Counted up by whoever asks."""
+
+    calls: int = 0
+    """Answers that were paid for."""
+    cached: int = 0
+    """Answers that were there already."""
+    requests: int = 0
+    """Requests sent to a server, repeated ones too."""
+    retries: int = 0
+    """Requests that repeated another."""
+    prompt_tokens: int = 0
+    """Tokens read, as the server counts them."""
+    new_tokens: int = 0
+    """Tokens written."""
+
+    def add(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Count one answer."""
+        self.calls += 1
+        self.prompt_tokens += prompt_tokens
+        self.new_tokens += new_tokens
+
+    def line(self) -> str:
+        """In a few words, for the end of a progress bar: `212 calls, 40 cached, 1.3M tok`."""
+        words = [f"{self.calls} calls"]
+        words += [f"{number} {what}" for number, what in ((self.cached, "cached"), (self.retries, "retries")) if number]
+        return ", ".join([*words, f"{human(self.prompt_tokens + self.new_tokens)} tok"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """What a provider asks."""
+
+    prompt: float = 0.0
+    """Of a million tokens read."""
+    new: float = 0.0
+    """Of a million tokens written."""
+    currency: str = "USD"
+    """For what is printed."""
+
+    def of(self, prompt_tokens: int, new_tokens: int) -> float:
+        """The price of so many tokens."""
+        return (self.prompt * prompt_tokens + self.new * new_tokens) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What may be spent; what is not set has no limit."""
+
+    tokens: int | None = None
+    """Read and written together."""
+    money: float | None = None
+    """In the currency of the price."""
+    price: Price = field(default_factory=Price)
+
+
+@dataclass(slots=True)
+class Metered:
+    """A language model whose answers are counted, and that stops before a budget is overdrawn.
+
+    Before each call, what it can cost at most is set aside: its prompt, and the longest answer. So calls that are on
+    their way when the budget ends are covered and finish.
+    """
+
+    inner: LLM
+    usage: Usage
+    budget: Budget = field(default_factory=Budget)
+    spent_before: tuple[int, int] = (0, 0)
+    """Tokens read and written by earlier processes of the same work: the budget is for all of it."""
+    _aside: tuple[int, int] = (0, 0)
+
+    @property
+    def name(self) -> str:
+        """That of the model."""
+        return self.inner.name
+
+    @property
+    def identity(self) -> str:
+        """That of the model."""
+        return self.inner.identity
+
+    @property
+    def context(self) -> int | None:
+        """That of the model."""
+        return self.inner.context
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return self.inner.count(text)
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """Answer a chat if the budget allows it."""
+        # What a chat template adds is a few tokens for each turn.
+        most = sum(self.count(message.text) + 16 for message in messages), sampling.max_tokens
+        self._set_aside(most)
+        try:
+            reply = await self.inner.chat(messages, sampling)
+            self.usage.add(reply.prompt_tokens, reply.new_tokens)
+        finally:
+            self._release(most)
+        return reply
+
+    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+        """Echo prompts if the budget allows it. Servers write a token after each, so one is counted."""
+        most = sum(self.count(one.prefix + one.rest) + 2 for one in prompts), len(prompts)
+        self._set_aside(most)
+        try:
+            echoes = await self.inner.echo(prompts, top=top)
+            for echo in echoes:
+                self.usage.add(echo.prompt_tokens, 1)
+        finally:
+            self._release(most)
+        return echoes
+
+    def spent(self) -> tuple[int, int]:
+        """Tokens read and written so far, with those of earlier processes."""
+        return self.usage.prompt_tokens + self.spent_before[0], self.usage.new_tokens + self.spent_before[1]
+
+    def _set_aside(self, most: tuple[int, int]) -> None:
+        spent, budget = self.spent(), self.budget
+        reading, writing = (a + b + c for a, b, c in zip(spent, self._aside, most, strict=True))
+        over_tokens = budget.tokens is not None and reading + writing > budget.tokens
+        if over_tokens or (budget.money is not None and budget.price.of(reading, writing) > budget.money):
+            raise CrateError(self._spent_line())
+        self._aside = self._aside[0] + most[0], self._aside[1] + most[1]
+
+    def _release(self, most: tuple[int, int]) -> None:
+        self._aside = self._aside[0] - most[0], self._aside[1] - most[1]
+
+    def _spent_line(self) -> str:
+        spent, budget = self.spent(), self.budget
+        said = f"{human(sum(spent))} tokens of {'no limit' if budget.tokens is None else human(budget.tokens)}"
+        if budget.money is not None:
+            paid, currency = budget.price.of(*spent), budget.price.currency
+            said += f", {paid:.2f} {currency} of {budget.money:.2f} (left: {budget.money - paid:.2f})"
+        return f"the budget is spent: {said}. All that was answered is kept. Give a larger one to go on"

@@ -35,6 +35,8 @@ VERBS = {
     "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
     "score": "simulations to scores: how well the explanation predicts the neuron",
     "interpret": "explain, simulate and score in one go",
+    "sae train": "a sparse autoencoder on any activations of a model: the post-hoc way",
+    "sae evaluate": "what an autoencoder costs the model, how sparse and how faithful it is",
     "directions": "what each neuron's weights say: tokens in and out, its neighbours in the next layer",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
@@ -46,6 +48,7 @@ FLOW = (
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
     ("To and from other tools", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
+    ("Sparse autoencoders", ("sae train", "sae evaluate")),
     ("Neurons to look at", ("directions", "neurons", "report")),
 )
 """The verbs as the overview groups them."""
@@ -84,18 +87,30 @@ def _run(arguments: list[str]) -> None:
             print(overview(shutil.get_terminal_size().columns))
         case ["--version" | "-V", *_]:
             print(f"cratelm {__version__}")
-        case [verb, *rest] if verb in VERBS:
+        case _ if (found := split_verb(arguments)) is not None:
+            verb, rest = found
             module = importlib.import_module(command_module(verb))
             module.run(_parse(module, verb, rest))
+        case [first, *_] if parts := [verb for verb in VERBS if verb.startswith(f"{first} ")]:
+            commands = " or ".join(f"cratelm {verb}" for verb in parts)
+            raise CrateError(f"cratelm {first} is several commands: {commands}. Run: cratelm {parts[0]} --help")
         case [unknown, *_]:
             close = difflib.get_close_matches(unknown, VERBS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}? Run" if close else "run"
             raise CrateError(f"there is no command {unknown!r}; {hint}: cratelm --help")
 
 
+def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The verb that the arguments begin with, of one word or two, and the rest of them."""
+    for words in (2, 1):
+        if (verb := " ".join(arguments[:words])) in VERBS:
+            return verb, list(arguments[words:])
+    return None
+
+
 def command_module(verb: str) -> str:
-    """The module of a verb; one that Python reserves has `_` behind it there."""
-    return f"cratelm.commands.{verb}{'_' if keyword.iskeyword(verb) else ''}"
+    """The module of a verb; one that Python reserves has `_` behind it there, and one of two words `_` between them."""
+    return f"cratelm.commands.{verb.replace(' ', '_')}{'_' if keyword.iskeyword(verb) else ''}"
 
 
 def overview(columns: int) -> str:

@@ -15,17 +15,21 @@ from cratelm.activations.subject import Corpus, Subject
 from cratelm.errors import CrateError
 from cratelm.rundir import FORMAT_VERSION, atomic_path, differing_fields, origin, read_json, write_json
 
+OF_THE_TAP = {"layers", "sae_hash"}
+"""What a collection says of one tap and not of all taps of its run."""
+
 
 def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, Any]) -> bool:
     """Whether these very records are there; records of the same mode with other settings are refused.
 
-    `layers` is a setting of the tap and not of all its run's taps: some of the layers that are there are there, too.
+    `layers` and `sae_hash` are settings of the tap and not of all its run's taps: some of the layers that are there
+    are there, too; and where an autoencoder was trained anew, its latents are not there.
     """
     path = records_folder(run, mode) / "records.json"
     if not path.exists():
         return False
     found = read_json(path, made_by=f"cratelm collect {run} --data DIR")
-    shared = {name: value for name, value in settings.items() if name != "layers"}
+    shared = {name: value for name, value in settings.items() if name not in OF_THE_TAP}
     different = differing_fields({name: found.get(name) for name in shared}, json.loads(json.dumps(shared)))
     if not different and tap in found["taps"]:
         there, asked = found["taps"][tap]["layers"], list(settings.get("layers", ()))
@@ -34,7 +38,7 @@ def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, An
         raise CrateError(
             f"{run} holds {mode} records of other settings ({different}). Remove {path.parent} to collect anew"
         )
-    return tap in found["taps"]
+    return tap in found["taps"] and found["taps"][tap].get("sae_hash") == settings.get("sae_hash")
 
 
 def write_layers(
@@ -83,9 +87,11 @@ def write_description(run: Path, mode: Mode, description: Mapping[str, Any], sub
     shared = {"mode": mode, **description, **subject.identity, **corpus.identity, "origin": origin()} | earlier
     layers = sorted(subject.layers)
     signed = any(least_activation(layer_file(run, mode, subject.tap, layer)) < 0 for layer in layers)
-    taps = earlier.get("taps", {}) | {subject.tap: {"layers": layers, "signed": signed}}
+    own = {"layers": layers, "signed": signed}
+    own |= {name: value for name, value in subject.identity.items() if name in OF_THE_TAP - {"layers"}}
+    taps = earlier.get("taps", {}) | {subject.tap: own}
     shared |= {"taps": dict(sorted(taps.items())), "signed": any(one["signed"] for one in taps.values())}
-    write_json(path, {key: value for key, value in shared.items() if key != "layers"})
+    write_json(path, {key: value for key, value in shared.items() if key not in OF_THE_TAP})
 
 
 def least_activation(path: Path) -> float:

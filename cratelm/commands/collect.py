@@ -14,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -56,6 +56,8 @@ class Options:
     tap: str = "neurons"
     """What to record: neurons, heads (their outputs side by side), residual (the output of each layer), or a module
     such as 'model.layers.{layer}.mlp.down_proj:input'; :input is what it reads."""
+    sae: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """Record the latents of these autoencoders of the run (docs/sae.md), each as the tap sae-NAME, instead of a tap."""
     sign: Literal["positive", "negative"] = "positive"
     """negative records the activations times -1, as a tap of its own: top excerpts rank the positive side only."""
     layer: tuple[int, ...] = ()
@@ -98,8 +100,6 @@ def run(options: Options) -> None:
 
 def collect_run(source: Path, options: Options) -> None:
     """Collect the records of one run or foreign model, unless they are there already."""
-    from cratelm.activations.observe import observe
-
     max_tokens = read_count(options.tokens)
     if options.batch_rows < 1:
         raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
@@ -107,18 +107,41 @@ def collect_run(source: Path, options: Options) -> None:
         raise CrateError(f"--repair {options.repair[0]} is for the released procedure. Use it with --mode compat")
     device = own_device(options.device)
     opened = open_model(source, options)
-    tokenizer = _tokenizer_of(opened, source, options.tokenizer)
-    corpus = _corpus(open_tokens(options.data, options.tokenizer, tokenizer, source), options.split, opened.model)
-    subject = observe(
-        opened.model.to(device), model_hash=opened.model_hash, tap=options.tap, sign=options.sign,
-        layers=options.layer, context=options.context, bf16=options.bf16,
-    )  # fmt: skip
+    corpus, tokenizer = open_corpus(opened, source, options)
+    subjects = _subjects(opened, options, device)
     with Team.joined() as team, claim(opened.run) if team.rank == 0 else contextlib.nullcontext():
         if team.rank == 0:
             _write_head(opened, tokenizer, options.mode)
-        _collect(subject, corpus, opened.run, options, max_tokens, device, team)
-        if team.rank == 0:
-            _report(opened.run, options, subject)
+        for subject in subjects:
+            _collect(subject, corpus, opened.run, options, max_tokens, device, team)
+            if team.rank == 0:
+                _report(opened.run, options, subject)
+
+
+def _subjects(opened: Opened, options: Options, device: "torch.device") -> "list[Subject]":
+    """What to observe: the tap that was asked for, or the latents of each autoencoder."""
+    from cratelm.activations.observe import observe
+
+    def at(tap: str, layers: tuple[int, ...]) -> "Subject":
+        return observe(
+            opened.model.to(device), model_hash=opened.model_hash, tap=tap, sign=options.sign, layers=layers,
+            context=options.context, bf16=options.bf16,
+        )  # fmt: skip
+
+    if not options.sae:
+        return [at(options.tap, options.layer)]
+    if options.layer or (options.tap, options.sign) != ("neurons", "positive"):
+        raise CrateError("an autoencoder has a tap and a layer of its own. Use --sae without --tap, --layer and --sign")
+    from cratelm.sae.latents import observe_latents
+    from cratelm.sae.loading import check_trained_on, load_sae
+
+    found = []
+    for name in options.sae:
+        sae = load_sae(opened.run, name, device=device)
+        check_trained_on(sae, opened.model_hash, opened.run)
+        sae.place(opened.model)
+        found.append(observe_latents(at(sae.tap, (sae.layer,)), sae))
+    return found
 
 
 def _write_head(opened: Opened, tokenizer: "Tokenizer", mode: Mode) -> None:
@@ -197,6 +220,14 @@ def open_model(source: Path, options: Options) -> Opened:
         model=foreign.model, tokenizer=foreign.tokenizer, model_hash=foreign.model_hash,
         run=options.out or source, foreign=foreign,
     )  # fmt: skip
+
+
+def open_corpus(opened: Opened, source: Path, options: Options) -> "tuple[Corpus, Tokenizer]":
+    """The tokens that a model is to read and the tokenizer that made them, which is the model's own."""
+    tokenizer = _tokenizer_of(opened, source, options.tokenizer)
+    return _corpus(
+        open_tokens(options.data, options.tokenizer, tokenizer, source), options.split, opened.model
+    ), tokenizer
 
 
 def _tokenizer_of(opened: Opened, source: Path, named: str | None) -> "Tokenizer":

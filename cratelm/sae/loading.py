@@ -72,6 +72,16 @@ def load_sae(
     ).to(device)  # fmt: skip
 
 
+def check_trained_on(sae: Autoencoder, model_hash: str, run: Path) -> None:
+    """Refuse an autoencoder of ours that was trained on another model than a run holds now."""
+    trained_on = sae.description.get("settings", {}).get("model_hash")
+    if trained_on not in (None, model_hash):
+        raise CrateError(
+            f"the autoencoder {sae.name} was trained on another model ({trained_on[:12]}) than {run} holds "
+            f"({model_hash[:12]}). Train it anew under another --name, or remove it"
+        )
+
+
 def find_sae(run: Path, name: str | Path) -> Path:
     """The folder of an autoencoder: a name in the run, or a path to a folder of sae-lens'."""
     inside = saes_folder(run) / name

@@ -1,0 +1,238 @@
+"""Train a sparse autoencoder on the activations at one place of a model: the post-hoc way to interpretable latents.
+
+    cratelm sae train runs/crate-2l --data tokens --layer 1 --kind topk --k 32 --expansion 4 --tokens 2M
+    cratelm sae train runs/gpt2-2l --data tokens --layer 1 --kind paper --expansion 16 --tokens 400M
+
+sae-lens trains it (pip install 'cratelm[sae]') and its files are sae-lens' own, in RUN/saes/NAME. Activations are made
+as they are needed, from a tap of the run's model, ours or a Hugging Face one; a corpus of them never exists. Stop it at
+any moment: the same command goes on, through the same batches and the same numbers. --dry-run says what it will take.
+"""
+
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from cratelm.errors import CrateError
+from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
+from cratelm.sae.config import SaeConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from cratelm.activations.subject import Corpus, Subject
+    from cratelm.commands.collect import Opened
+    from cratelm.sae.stream import ActivationStream
+    from cratelm.sae.training import Place, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `cratelm sae train`."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    """Run directories; or one Hugging Face model, a directory or a name on the hub, with --out."""
+    data: Path
+    """Token directory to read."""
+    out: Path | None = None
+    """Run directory to write for a Hugging Face model."""
+    tokenizer: str | None = None
+    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model that holds none."""
+    split: str = "train"
+    """Split to read."""
+    tap: str = "neurons"
+    """Which activations: neurons, heads (their outputs side by side), residual (the output of the layer), or a module
+    such as 'model.layers.{layer}.mlp.down_proj:input'."""
+    layer: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", help_behavior_hint="")]
+    """Zero-based layers, an autoencoder for each."""
+    tokens: str = "2M"
+    """How many activations to learn from, as in 200k, 8.2M or 1G; more than the split holds reads it again."""
+    name: str | None = None
+    """What to call it; by default by kind, size, layer and tap, such as topk-4x-layer1."""
+    context: int | None = None
+    """Tokens per row; by default the model's context, for a Hugging Face model at most 1024."""
+    bf16: bool = False
+    """Compute the model's forward pass in bfloat16; float32 by default."""
+    training: tyro.conf.OmitArgPrefixes[SaeConfig] = field(default_factory=SaeConfig)
+    """How to train."""
+    dry_run: bool = False
+    """Say what would be trained and what it takes, then stop."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+def run(options: Options) -> None:
+    """Train one autoencoder for each run and layer."""
+    from cratelm.commands.collect import read_count
+    from cratelm.sae.library import import_sae_lens
+
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm sae train RUN --data DIR --layer N")
+    if options.name is not None and (len(options.layer) > 1 or not re.fullmatch(r"\w[\w.-]*", options.name)):
+        raise CrateError(
+            f"--name is {options.name!r}. Use letters, digits, - and _ for one autoencoder, of one --layer"
+        )
+    tokens = read_count(options.tokens)
+    if tokens is None:
+        raise CrateError("--tokens is all, but the stream of activations has no end. Give a number such as 2M")
+    options.training.steps(tokens)
+    import_sae_lens()
+    for one in options.runs:
+        for layer in options.layer:
+            _train(one, layer, tokens, options)
+
+
+def sae_name(config: SaeConfig, tap: str, layer: int) -> str:
+    """What an autoencoder is called unless it is named: `topk-4x-layer1`, `standard-1x-layer0-residual`."""
+    from cratelm.activations.places import tap_folder
+
+    place = "" if tap == "neurons" else "-" + re.sub(r"[^\w.-]", "_", tap_folder(tap))
+    return f"{config.kind}-{config.expansion}x-layer{layer}{place}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One autoencoder to train: on what, and where to."""
+
+    config: SaeConfig
+    model: "nn.Module"
+    subject: "Subject"
+    corpus: "Corpus"
+    place: "Place"
+    folder: Path
+    tokens: int
+    device: "torch.device"
+
+    def stream(self, first: int, buffer_tokens: int | None = None) -> "ActivationStream":
+        """The activations, from a batch on."""
+        from cratelm.sae.stream import ActivationStream
+
+        return ActivationStream(
+            lambda tokens: self.subject.forward(tokens)[self.place.layer], self.corpus.tokens, d_in=self.place.d_in,
+            context=self.place.context, batch_tokens=self.config.batch_tokens,
+            buffer_tokens=buffer_tokens or self.config.buffer_tokens, seed=self.config.seed, device=self.device,
+            first=first,
+        )  # fmt: skip
+
+    def candidates(self, trainer: "Trainer", count: int, step: int) -> "torch.Tensor":
+        """Activations for latents that start anew."""
+        from cratelm.sae.resampling import costly_inputs
+
+        return costly_inputs(
+            self.model, self.place.path, trainer.sae, self.corpus.tokens, count=count,
+            rows=self.config.resample_rows, context=min(self.place.context, len(self.corpus.tokens) - 1),
+            seed=self.config.seed, step=step,
+        )  # fmt: skip
+
+
+def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
+    from cratelm.activations.foreign import write_foreign_run
+    from cratelm.commands.collect import Options as CollectOptions
+    from cratelm.commands.collect import open_corpus, open_model
+    from cratelm.commands.train import stopping
+    from cratelm.rundir import claim
+    from cratelm.sae.training import is_trained, settings_of, train_sae
+
+    asked = CollectOptions(
+        runs=(source,), data=options.data, out=options.out, tokenizer=options.tokenizer, split=options.split
+    )
+    opened = open_model(source, asked)
+    corpus, _ = open_corpus(opened, source, asked)
+    job = _job(opened, corpus, layer, tokens, options)
+    console.print(preview(job), soft_wrap=True)
+    if options.dry_run:
+        console.print(forecast(job), soft_wrap=True)
+        return
+    with claim(job.folder), stopping() as stop:
+        if is_trained(job.folder, settings_of(job.config, job.place, tokens)):
+            console.print(f"{job.folder} is trained already")
+            return
+        if opened.foreign is not None:
+            write_foreign_run(opened.run, opened.foreign)
+        with progress_bar(f"sae {job.folder.name}", total=job.config.steps(tokens) * job.config.batch_tokens) as bar:
+            train_sae(
+                job.config, job.place, job.stream, job.folder, tokens=tokens, device=job.device, bar=bar, stop=stop,
+                candidates=job.candidates,
+            )  # fmt: skip
+    console.print(
+        f"autoencoder in {job.folder}. Next: cratelm sae evaluate {opened.run} --sae {job.folder.name} "
+        f"--data {options.data}",
+        soft_wrap=True,
+    )
+
+
+def _job(opened: "Opened", corpus: "Corpus", layer: int, tokens: int, options: Options) -> Job:
+    from cratelm.activations.observe import observe
+    from cratelm.activations.places import find_places
+    from cratelm.sae.loading import saes_folder
+    from cratelm.sae.training import Place
+
+    device = select_device(options.device)
+    model = opened.model.to(device)
+    subject = observe(
+        model, model_hash=opened.model_hash, tap=options.tap, layers=(layer,), context=options.context,
+        bf16=options.bf16,
+    )  # fmt: skip
+    place = Place(
+        tap=options.tap, layer=layer, path=find_places(model, options.tap)[layer], d_in=subject.layers[layer],
+        context=subject.context, model_flops_per_token=flops_per_token(model),
+        identity={name: value for name, value in subject.identity.items() if name in ("model_hash", "precision")}
+        | dict(corpus.identity),
+    )  # fmt: skip
+    config = options.training
+    config.width(place.d_in)
+    folder = saes_folder(opened.run) / (options.name or sae_name(config, options.tap, layer))
+    return Job(
+        config=config, model=model, subject=subject, corpus=corpus, place=place, folder=folder, tokens=tokens,
+        device=device,
+    )  # fmt: skip
+
+
+def flops_per_token(model: "nn.Module") -> int:
+    """Of a forward pass at full context."""
+    from cratelm.activations.foreign import estimate_flops
+    from cratelm.model.language_model import LanguageModel
+
+    return model.config.flops_per_token() if isinstance(model, LanguageModel) else estimate_flops(model)
+
+
+def preview(job: Job) -> str:
+    """One line: what is trained on how much, and the arithmetic it takes."""
+    config, place = job.config, job.place
+    width, steps = config.width(place.d_in), config.steps(job.tokens)
+    seen = steps * config.batch_tokens
+    parameters = 2 * width * place.d_in + width + place.d_in
+    return (
+        f"{job.folder.name}: {width} latents over {place.d_in} of {place.tap}, layer {place.layer}; "
+        f"{human(parameters)} parameters; {human(seen)} of the {human(len(job.corpus.tokens))} tokens of "
+        f"{job.corpus.identity['split']}, {steps} steps of {config.batch_tokens}; "
+        f"{human(config.training_flops(place.d_in, seen, place.model_flops_per_token))}FLOP"
+    )
+
+
+def forecast(job: Job) -> str:
+    """Memory by arithmetic and time by trial: a few steps on a throwaway autoencoder."""
+    from cratelm.sae.training import Trainer
+
+    config, place = job.config, job.place
+    trainer, stream = Trainer(config, place, job.tokens, device=job.device), job.stream(0, config.batch_tokens)
+    times = []
+    for _ in range(4):
+        began = time.monotonic()
+        batch = next(stream)
+        trainer.scale(batch)
+        trainer.learn(batch)
+        times.append(time.monotonic() - began)
+    seconds = min(times[1:]) * trainer.steps
+    weights = 16 * sum(weight.numel() for weight in trainer.sae.parameters())
+    buffer = 4 * place.d_in * (config.buffer_tokens // config.batch_tokens) * config.batch_tokens
+    batch_bytes = 4 * config.batch_tokens * (6 * config.width(place.d_in) + 4 * place.d_in)
+    return (
+        f"about {human(weights + buffer + batch_bytes)}B of memory besides the model (weights with gradients and "
+        f"moments {human(weights)}B, buffer {human(buffer)}B, one batch {human(batch_bytes)}B); about "
+        f"{seconds / 60:.3g} minutes here, by {len(times) - 1} steps"
+    )

@@ -1,0 +1,214 @@
+"""What an autoencoder keeps of the activations and of the model: two passes over held-out text.
+
+The first compares activations with their reconstructions. The second puts the reconstruction, the mean activation and
+zeros in the place of the activation, and measures what each costs the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int, Integer
+from torch import Tensor, nn
+
+from cratelm.activations.subject import Corpus, Subject
+from cratelm.errors import CrateError
+from cratelm.runtime import ProgressBar
+from cratelm.sae.autoencoder import Autoencoder
+from cratelm.sae.splicing import Change, spliced_losses
+
+EDGES = np.linspace(-7, 0, 29)
+"""log10 of the density: where the bars of its histogram begin and end. What is sparser is counted in the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Held-out text in rows of the model's context; each token but the very first is predicted once."""
+
+    tokens: Integer[np.ndarray, " stream"]
+    context: int
+    at_once: int
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are predicted: whole rows, or one shorter row where there is no whole one."""
+        whole = (len(self.tokens) - 1) // self.context * self.context
+        return whole or len(self.tokens) - 1
+
+    def __iter__(self) -> Iterator[Int[Tensor, "rows longer"]]:
+        """Rows of one token more than is read: its last is only predicted."""
+        length = min(self.context, self.predicted)
+        starts = np.arange(0, self.predicted, length)
+        for first in range(0, len(starts), self.at_once):
+            index = starts[first : first + self.at_once, None] + np.arange(length + 1)
+            yield torch.from_numpy(self.tokens[index].astype(np.int64))
+
+
+class Reconstruction:
+    """Sums over tokens of what an activation x, its latents f and its reconstruction x' have to do with each other.
+
+    | number                  | formula                                                              |
+    |-------------------------|----------------------------------------------------------------------|
+    | l0                      | mean of the number of f_i > 0                                        |
+    | fvu                     | sum ||x - x'||^2 / sum ||x - mean x||^2                              |
+    | explained_variance      | 1 - Var(x - x') / Var(x), Var summed over dimensions                 |
+    | cosine                  | mean of <x, x'> / (||x|| ||x'||), over tokens where neither is 0     |
+    | norm_ratio              | mean of ||x'|| / ||x||, over tokens where x is not 0                 |
+    | relative_bias           | mean ||x'||^2 / mean <x, x'>: above 1 too large, below 1 shrunk      |
+    | dead_share              | share of latents that fired on none of the tokens                    |
+    """
+
+    def __init__(self, d_in: int, width: int, device: torch.device) -> None:
+        self.count = 0
+        self.sums: dict[str, float] = {}
+        self.x = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.error = torch.zeros_like(self.x)
+        self.fired = torch.zeros(width, dtype=torch.int64, device=device)
+
+    def update(
+        self, x: Float[Tensor, "tokens d_in"], latents: Float[Tensor, "tokens width"], out: Float[Tensor, "tokens d_in"]
+    ) -> None:
+        """Add some tokens."""
+        self.count += len(x)
+        self.fired += (latents > 0).sum(dim=0)
+        # Sums of squares of many numbers, one of them to be taken from another: float64.
+        x, out = x.double(), out.double()
+        self.x += x.sum(dim=0)
+        self.error += (x - out).sum(dim=0)
+        norm, norm_out, product = x.norm(dim=1), out.norm(dim=1), (x * out).sum(dim=1)
+        both, there = (norm > 0) & (norm_out > 0), norm > 0
+        found = {
+            "squares": norm.square().sum(), "errors": (x - out).square().sum(), "out": norm_out.square().sum(),
+            "product": product.sum(), "cosine": (product / (norm * norm_out))[both].sum(), "both": both.sum(),
+            "ratio": (norm_out / norm)[there].sum(), "there": there.sum(),
+        }  # fmt: skip
+        self.sums = {name: self.sums.get(name, 0.0) + float(value) for name, value in found.items()}
+
+    @property
+    def mean(self) -> Float[Tensor, " d_in"]:
+        """The mean activation."""
+        return (self.x / self.count).float()
+
+    @property
+    def density(self) -> Float64[np.ndarray, " width"]:
+        """Share of tokens on which each latent fired."""
+        return (self.fired.double() / self.count).cpu().numpy()
+
+    def result(self) -> dict[str, float | None]:
+        """The numbers of the table; None where something is divided by nothing."""
+        sums, count = self.sums, self.count
+        spread = sums["squares"] - float((self.x**2).sum()) / count
+        error_spread = sums["errors"] - float((self.error**2).sum()) / count
+        return {
+            "l0": float(self.fired.sum()) / count, "fvu": _ratio(sums["errors"], spread),
+            "explained_variance": None if spread <= 0 else 1 - error_spread / spread,
+            "cosine": _ratio(sums["cosine"], sums["both"]), "norm_ratio": _ratio(sums["ratio"], sums["there"]),
+            "relative_bias": _ratio(sums["out"], sums["product"]),
+            "dead_share": float((self.fired == 0).double().mean()),
+        }  # fmt: skip
+
+
+def evaluate_sae(
+    model: nn.Module, sae: Autoencoder, subject: Subject, corpus: Corpus, *, max_tokens: int | None, at_once: int,
+    bar: ProgressBar, unigram: Callable[[Integer[np.ndarray, " predicted"]], float],
+) -> dict[str, Any]:  # fmt: skip
+    """All numbers of one autoencoder on held-out tokens, as evaluation.json keeps them.
+
+    `unigram` gives the loss of a predictor by frequency alone on some tokens, which is what a model with no behaviour
+    left would have.
+    """
+    tokens = corpus.tokens if max_tokens is None else corpus.tokens[: max_tokens + 1]
+    if len(tokens) < 2:
+        raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Give more --tokens, or tokenize more text")
+    rows = Rows(tokens=tokens, context=subject.context, at_once=at_once)
+    sae.check_width(subject.layers[sae.layer])
+    device, path = next(model.parameters()).device, sae.place(model)
+    seen = Reconstruction(sae.d_in, sae.width, device)
+    for batch in rows:
+        x = subject.forward(batch[:, :-1].to(device))[sae.layer].flatten(0, 1)
+        latents = sae.encode(x)
+        seen.update(x, latents, sae.decode(latents))
+        bar.advance(len(x))
+    edits: dict[str, Change | None] = {
+        "clean": None, "sae": sae, "zero": torch.zeros_like,
+        "mean": lambda x: seen.mean.to(x.dtype).expand_as(x),
+    }  # fmt: skip
+    losses: dict[str, list[np.ndarray]] = {name: [] for name in edits}
+    for batch in rows:
+        for name, change in edits.items():
+            found = spliced_losses(model, batch.to(device), None if change is None else {path: change})
+            losses[name].append(found.double().cpu().numpy().ravel())
+        bar.advance(batch[:, 1:].numel())
+    flat = {name: np.concatenate(parts) for name, parts in losses.items()}
+    owner = np.searchsorted(corpus.documents, np.arange(1, rows.predicted + 1), side="right") - 1
+    return {
+        "tokens": rows.predicted, "documents": len(np.unique(owner)), **seen.result(),
+        **costs(flat, owner, unigram(tokens[1 : rows.predicted + 1])),
+        "decoder_cosine": float(nearest_cosine(sae.W_dec).mean()), "log_density": histogram(seen.density),
+    }  # fmt: skip
+
+
+def costs(
+    losses: Mapping[str, Float64[np.ndarray, " predicted"]],
+    owner: Int[np.ndarray, " predicted"],
+    unigram: float,
+) -> dict[str, Any]:
+    """What each splice costs, in nats per token: the losses, CE added with its standard error, and shares recovered.
+
+    Recovered is (CE_ablated - CE_sae) / (CE_ablated - CE), for each ablation and for `unigram` in the place of one:
+    the share kept of the layer's effect, and of all that the model gains over frequencies. Not clipped.
+    """
+    means = {name: float(values.mean()) for name, values in losses.items()}
+    added = losses["sae"] - losses["clean"]
+
+    def kept(ablated: float) -> float | None:
+        return (ablated - means["sae"]) / (ablated - means["clean"]) if ablated > means["clean"] else None
+
+    return {
+        "ce": means["clean"], "ce_sae": means["sae"], "ce_zero": means["zero"], "ce_mean": means["mean"],
+        "ce_unigram": unigram, "ce_added": float(added.mean()), "ce_added_error": standard_error(added, owner),
+        "recovered_zero": kept(means["zero"]), "recovered_mean": kept(means["mean"]), "kept_model": kept(unigram),
+    }  # fmt: skip
+
+
+def standard_error(values: Float64[np.ndarray, " tokens"], owner: Int[np.ndarray, " tokens"]) -> float | None:
+    """Of a mean over tokens, documents being the sampling unit (the variance of a ratio); None for one document."""
+    _, document = np.unique(owner, return_inverse=True)
+    sums, sizes = np.bincount(document, values), np.bincount(document)
+    count, mean = len(sums), values.mean()
+    if count < 2:
+        return None
+    return float(np.sqrt(((sums - mean * sizes) ** 2).sum() * count / (count - 1)) / len(values))
+
+
+def unigram_loss(
+    counts: Int[np.ndarray, " vocab"], tokens: Integer[np.ndarray, " predicted"]
+) -> float:  # fmt: skip
+    """Mean of -log p(token) in nats, p by counts of another text with one added to each."""
+    p = (counts + 1) / (counts + 1).sum()
+    return float(-np.log(p[tokens.astype(np.int64)]).mean())
+
+
+def histogram(density: Float64[np.ndarray, " width"]) -> dict[str, Any]:
+    """Latents by log10 of their density; dead ones apart."""
+    alive = density[density > 0]
+    counts, _ = np.histogram(np.log10(alive).clip(EDGES[0], EDGES[-1]), EDGES)
+    return {"edges": EDGES.round(4).tolist(), "counts": counts.tolist(), "dead": int((density == 0).sum())}
+
+
+@torch.no_grad()
+def nearest_cosine(directions: Float[Tensor, "width d_in"]) -> Float[Tensor, " width"]:
+    """For each latent, the largest cosine between its decoder row and another's."""
+    unit = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    found = []
+    for first in range(0, len(unit), 1024):
+        cosines = unit[first : first + 1024] @ unit.T
+        cosines[torch.arange(len(cosines)), first + torch.arange(len(cosines))] = -1
+        found.append(cosines.max(dim=1).values)
+    return torch.cat(found)
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b > 0 else None

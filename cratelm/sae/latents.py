@@ -1,0 +1,38 @@
+"""The latents of an autoencoder as neurons: what the collector observes, under a tap of their own."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxtyping import Int
+from torch import Tensor
+
+from cratelm.activations.subject import Subject
+from cratelm.sae.autoencoder import Autoencoder
+
+PREFIX = "sae-"
+
+
+def latents_tap(name: str) -> str:
+    """The tap, and the folder of records, of an autoencoder's latents."""
+    return f"{PREFIX}{name}"
+
+
+def observe_latents(subject: Subject, sae: Autoencoder) -> Subject:
+    """A subject whose neurons are the latents of an autoencoder on one layer of another subject.
+
+    A latent's direction in the residual stream is its decoder row, through the directions of what it decodes to where
+    that is not the residual stream itself. Raises CrateError where the width is not the autoencoder's.
+    """
+    layer = sae.layer
+    sae.check_width(subject.layers[layer])
+
+    def forward(tokens: Int[Tensor, "batch seq"]) -> Mapping[int, Tensor]:
+        return {layer: sae.encode(subject.forward(tokens)[layer])}
+
+    rows = sae.W_dec.detach()
+    through = None if subject.decoders is None else subject.decoders[layer]
+    directions = rows if through is None else rows @ through.to(rows)
+    return replace(
+        subject, forward=forward, layers={layer: sae.width}, tap=latents_tap(sae.name), decoders={layer: directions},
+        identity=dict(subject.identity) | {"layers": [layer], "sae_hash": sae.sae_hash},
+    )  # fmt: skip

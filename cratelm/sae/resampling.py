@@ -1,0 +1,59 @@
+"""Where latents that never fire start anew: at activations whose reconstruction costs the model most."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from cratelm.activations.taps import capture
+from cratelm.data.tokens import sample_batch
+from cratelm.sae.splicing import Change, spliced_losses
+
+ROWS_AT_ONCE = 16
+
+
+@torch.no_grad()
+def costly_inputs(
+    model: nn.Module,
+    path: str,
+    reconstruct: Change,
+    tokens: Integer[np.ndarray, " stream"],
+    *,
+    count: int,
+    rows: int,
+    context: int,
+    seed: int,
+    step: int,
+) -> Float[Tensor, "count d_in"]:
+    """`count` activations at a tap, drawn with a chance proportional to the loss that the reconstruction adds there.
+
+    Rows are read at random places of the corpus. In each, tokens are drawn by what the reconstruction adds to the loss
+    of the token they predict (where it takes some away, hardly ever); among all of those, `count` are drawn the same
+    way. The released code draws one token in each of 60,000 rows; here a row gives more where latents outnumber rows.
+    """
+    generator = np.random.default_rng((seed % 2**63, step))
+    device, each = next(model.parameters()).device, -(-count // rows)
+    costs, inputs = [], []
+    for first in range(0, rows, ROWS_AT_ONCE):
+        chosen = range(first, min(first + ROWS_AT_ONCE, rows))
+        read, targets = sample_batch(tokens, seed=seed + 1, step=step, rows=chosen, context=context)
+        longer = torch.from_numpy(np.concatenate([read, targets[:, -1:]], axis=1)).to(device)
+        with capture(model, [path]) as found:
+            before = spliced_losses(model, longer)
+        added = spliced_losses(model, longer, {path: reconstruct}) - before
+        cost = added.clamp(min=1e-9).double().cpu().numpy()
+        where = torch.from_numpy(_drawn(cost, each, generator))
+        activations = found[path].reshape(*cost.shape, -1).cpu()
+        inputs.append(activations[torch.arange(len(cost))[:, None], where].flatten(0, 1))
+        costs.append(np.take_along_axis(cost, where.numpy(), axis=1).ravel())
+    pool, weights = torch.cat(inputs), np.concatenate(costs)
+    return pool[torch.from_numpy(_drawn(weights[None], count, generator)[0])].float().to(device)
+
+
+def _drawn(weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Of each row, `count` indices without repetition, each next one with a chance proportional to its weight.
+
+    As many as there are, over and over, where `count` is more.
+    """
+    order = np.argsort(-(np.log(weights) + generator.gumbel(size=weights.shape)), axis=1)
+    return np.take(order, np.arange(count) % weights.shape[1], axis=1)

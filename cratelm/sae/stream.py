@@ -1,0 +1,70 @@
+"""Activations as a stream: batches in random order for the trainer, with never more than one buffer of them in memory.
+
+The corpus is cut anew into rows at random places for each buffer, as in pre-training; the buffer's activations are
+shuffled and served. What a batch holds is a function of the seed and its number alone, so a training that was killed
+goes on with the very batches that it would have seen.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from cratelm.data.tokens import sample_batch
+from cratelm.errors import CrateError
+
+Forward = Callable[[Int[Tensor, "batch seq"]], Float[Tensor, "batch seq d_in"]]
+"""Token ids to the activations at one place of a model."""
+
+
+class ActivationStream(Iterator[Tensor]):
+    """Endless batches of shape (batch_tokens, d_in), each activation from a random place of the corpus."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokens: Integer[np.ndarray, " stream"],
+        *,
+        d_in: int,
+        context: int,
+        batch_tokens: int,
+        buffer_tokens: int,
+        seed: int,
+        device: torch.device,
+        first: int = 0,
+        rows_at_once: int = 16,
+    ) -> None:
+        """`first` is the number of the batch to begin with; `buffer_tokens` is rounded down to whole batches."""
+        self.forward, self.tokens, self.context = forward, tokens, min(context, len(tokens) - 1)
+        if self.context < 1:
+            raise CrateError(f"{len(tokens)} tokens are too few to read a row of them. Give more text")
+        self.batch_tokens, self.per_buffer = batch_tokens, buffer_tokens // batch_tokens
+        self.seed, self.device, self.rows_at_once = seed, device, rows_at_once
+        self.number = first
+        self._buffer = torch.empty(self.per_buffer * batch_tokens, d_in, device=device)
+        self._filled: int | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        which, inside = divmod(self.number, self.per_buffer)
+        if which != self._filled:
+            self._fill(which)
+        self.number += 1
+        return self._buffer[self._order[inside * self.batch_tokens : (inside + 1) * self.batch_tokens]]
+
+    def _fill(self, which: int) -> None:
+        """Make buffer number `which`: forward passes, then an order."""
+        size = len(self._buffer)
+        rows, done = -(-size // self.context), 0
+        for first in range(0, rows, self.rows_at_once):
+            chosen = range(first, min(first + self.rows_at_once, rows))
+            inputs, _ = sample_batch(self.tokens, seed=self.seed, step=which, rows=chosen, context=self.context)
+            found = self.forward(torch.from_numpy(inputs).to(self.device)).flatten(0, 1)[: size - done]
+            self._buffer[done : done + len(found)] = found
+            done += len(found)
+        if not bool(self._buffer.isfinite().all()):
+            raise CrateError("the model's activations at this tap are not finite, so nothing can be learned from them")
+        order = np.random.default_rng((self.seed % 2**63, which)).permutation(size)
+        self._order, self._filled = torch.from_numpy(order).to(self.device), which

@@ -1,0 +1,284 @@
+"""Training an autoencoder: sae-lens' trainer on our stream of activations, resumable at any moment.
+
+The batch of a step is a function of (seed, step), the state of the trainer is saved whole, and nothing else is random:
+a training that was killed and started again goes through the same numbers as one that was not.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cratelm.errors import CrateError
+from cratelm.rundir import append_jsonl, atomic_path, differing_fields, origin, read_json, rewind_jsonl, write_json
+from cratelm.runtime import ProgressBar
+from cratelm.sae.config import SaeConfig
+from cratelm.sae.library import import_sae_lens, quiet, untrained
+from cratelm.sae.loading import CONFIG, DESCRIPTION, WEIGHTS_FILE
+
+SAVE_SECONDS = 60
+"""A killed training repeats at most so much."""
+CHECKPOINT = "checkpoint"
+
+Candidates = Callable[["Trainer", int, int], Tensor]
+"""(trainer, how many, step) to so many activations at which latents are to start anew."""
+
+
+Row = dict[str, float | int]
+"""What is logged of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What the activations are of, and everything beside the settings that decides what is learned."""
+
+    tap: str
+    layer: int
+    path: str
+    """The module in the model."""
+    d_in: int
+    context: int
+    """Tokens of a row."""
+    identity: Mapping[str, Any]
+    """Hashes of model, tokens and tokenizer, split, precision."""
+    model_flops_per_token: int
+    """Of a forward pass, for the bill."""
+
+
+class Trainer:
+    """sae-lens' trainer with our schedule, and with resampling for the paper's kind."""
+
+    def __init__(self, config: SaeConfig, place: Place, tokens: int, *, device: torch.device) -> None:
+        sae_lens = import_sae_lens()
+        self.config, self.place = config, place
+        self.steps, self.tokens = config.steps(tokens), tokens
+        self.sae = untrained(config, place.d_in, self.steps, device=device)
+        from sae_lens.config import LoggingConfig, SAETrainerConfig
+
+        with quiet():
+            self.inner = sae_lens.SAETrainer(
+                SAETrainerConfig(
+                    total_training_samples=self.steps * config.batch_tokens,
+                    train_batch_size_samples=config.batch_tokens, lr=config.rate(place.d_in),
+                    lr_end=config.rate(place.d_in), device=str(device),
+                    dead_feature_window=config.dead_steps(tokens), feature_sampling_window=self.steps + 1,
+                    logger=LoggingConfig(log_to_wandb=False),
+                ),
+                self.sae, iter(()),
+            )  # fmt: skip
+        self.inner.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.inner.optimizer, lambda step: config.rate_at(step, self.steps)
+        )
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return int(self.inner.n_training_steps)
+
+    def scale(self, sample: Float[Tensor, "batch d_in"]) -> None:
+        """Settle the factor by which activations are scaled before they are learned, unless it is settled.
+
+        It brings their mean norm to sqrt(d_in), and is folded into the weights at the end.
+        """
+        scaler = self.inner.activation_scaler
+        if self.sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is None:
+            norm = float(sample.norm(dim=-1).mean())
+            if not norm > 0:
+                raise CrateError("the activations at this tap are all zero, so nothing can be learned from them")
+            scaler.scaling_factor = self.place.d_in**0.5 / norm
+
+    def learn(self, batch: Float[Tensor, "batch d_in"], candidates: Candidates | None = None) -> Row:
+        """One step; what is to be logged of it where its turn has come, else nothing."""
+        rate = self.inner.optimizer.param_groups[0]["lr"]
+        output = self.inner.step(batch)
+        self.inner.n_training_steps += 1
+        row: Row = {}
+        if self.step % self.config.log_every == 0 or self.step == self.steps:
+            row = {
+                "step": self.step,
+                "tokens": self.step * self.config.batch_tokens,
+                "loss": float(output.loss.detach()),
+            }
+            row |= {name: float(value.detach()) for name, value in output.losses.items()}
+            row |= {name: float(output.metrics[name]) for name in ("zero_inputs",) if name in output.metrics}
+            row |= _quality(output.sae_in, output.sae_out.detach(), output.feature_acts.detach())
+            row |= {"dead_share": float(self.inner.dead_neurons.float().mean()), "learning_rate": rate}
+        if self.config.kind == "paper":
+            row |= self._resample(candidates)
+        return row
+
+    def _resample(self, candidates: Candidates | None) -> Row:
+        """At the steps that are set for it, let latents that hardly fired start anew; and count anew before them."""
+        config, step = self.config, self.step
+        counted = [max(at - config.resample_window, before) for before, at in _pairs(config.resample_at)]
+        found: Row = {}
+        if step in config.resample_at and self.inner.n_frac_active_samples and step < self.steps:
+            frequency = self.inner.act_freq_scores / self.inner.n_frac_active_samples
+            rare = frequency < (1e-6 if step < 25_000 else 1e-7)
+            count = int(rare.sum())
+            found = {"step": step, "resampled": count}
+            if count and candidates is not None:
+                from cratelm.sae.paper import resample
+
+                resample(self.sae, self.inner.optimizer, rare, candidates(self, count, step))
+        if step in counted or step in config.resample_at:
+            self.inner.act_freq_scores = torch.zeros_like(self.inner.act_freq_scores)
+            self.inner.n_frac_active_samples = 0
+        return found
+
+    def save(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Write everything that the next step depends on."""
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            state = {name: tensor.contiguous() for name, tensor in self.sae.state_dict().items()}
+            save_file(state, temporary / WEIGHTS_FILE)
+            self.inner.save_trainer_state(temporary)
+            write_json(temporary / "checkpoint.json", {"step": self.step, "settings": dict(settings)})
+
+    def load(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Take up what `save` left; refused where it is of other settings."""
+        found = read_json(folder / "checkpoint.json", made_by="cratelm sae train")["settings"]
+        if different := differing_fields(found, json.loads(json.dumps(settings))):
+            raise CrateError(
+                f"{folder.parent} holds a training of other settings ({different}). Give another --name, or remove it"
+            )
+        self.sae.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        with quiet():
+            self.inner.load_trainer_state(folder)
+
+    def finish(self, folder: Path, description: Mapping[str, Any]) -> None:
+        """Write the trained autoencoder as sae-lens does, with rows of norm 1, and our description beside it."""
+        factor = self.inner.activation_scaler.scaling_factor
+        if factor is not None:
+            self.sae.fold_activation_norm_scaling_factor(factor)
+        if self.config.kind in ("standard", "gated", "jumprelu"):
+            self.sae.fold_W_dec_norm()
+        metadata = self.sae.cfg.metadata
+        metadata.hook_name, metadata.context_size = self.place.path, self.place.context
+        # cfg.json gets its name last: with it there, the autoencoder is whole.
+        with atomic_path(folder / CONFIG) as config, atomic_path(folder / WEIGHTS_FILE) as weights:
+            self.sae.save_inference_model(weights.parent)
+            (weights.parent / CONFIG).replace(config)
+            write_json(folder / DESCRIPTION, description)
+
+
+def train_sae(
+    config: SaeConfig,
+    place: Place,
+    stream_from: Callable[[int], Iterator[Tensor]],
+    folder: Path,
+    *,
+    tokens: int,
+    device: torch.device,
+    bar: ProgressBar,
+    stop: Callable[[], bool] = lambda: False,
+    candidates: Candidates | None = None,
+) -> None:
+    """Train an autoencoder into a folder, or go on where a killed call stopped.
+
+    `stream_from` gives the batches from a number on. `stop` is asked before each step; once true, everything is saved
+    and KeyboardInterrupt raised. Raises CrateError where the folder holds another training, and where the loss stops
+    being finite.
+    """
+    settings = settings_of(config, place, tokens)
+    if is_trained(folder, settings):
+        return
+    trainer = Trainer(config, place, tokens, device=device)
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.exists():
+        trainer.load(checkpoint, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    rewind_jsonl(folder / "metrics.jsonl", lambda row: 0 < row["step"] <= trainer.step)
+    bar.advance(trainer.step * config.batch_tokens)
+    stream = stream_from(trainer.step)
+    saved = started = time.monotonic()
+    first = trainer.step
+    while trainer.step < trainer.steps:
+        if stop() or time.monotonic() - saved > SAVE_SECONDS:
+            trainer.save(checkpoint, settings)
+            saved = time.monotonic()
+        if stop():
+            raise KeyboardInterrupt
+        batch = next(stream)
+        trainer.scale(batch)
+        row = trainer.learn(batch, candidates)
+        if row:
+            _check(row, trainer.step, folder)
+            elapsed = max(time.monotonic() - started, 1e-9)
+            append_jsonl(
+                folder / "metrics.jsonl",
+                row | {"tokens_per_second": (trainer.step - first) * config.batch_tokens / elapsed},
+            )
+        bar.advance(config.batch_tokens, _note(row))
+    trainer.finish(folder, _description(trainer, settings, folder.name))
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def settings_of(config: SaeConfig, place: Place, tokens: int) -> dict[str, Any]:
+    """Everything that decides what is learned."""
+    return {
+        **asdict(config), "tokens": tokens, "tap": place.tap, "layer": place.layer, "d_in": place.d_in,
+        "context": place.context, **place.identity,
+    }  # fmt: skip
+
+
+def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether this very autoencoder is there; one of the same name and other settings is refused."""
+    if not (folder / CONFIG).exists():
+        return False
+    found = read_json(folder / DESCRIPTION, made_by="cratelm sae train").get("settings", {})
+    if different := differing_fields(found, json.loads(json.dumps(settings))):
+        raise CrateError(
+            f"{folder} holds an autoencoder of other settings ({different}). Give another --name, or remove it"
+        )
+    return True
+
+
+def _description(trainer: Trainer, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What sae.json says."""
+    config, place = trainer.config, trainer.place
+    seen = trainer.steps * config.batch_tokens
+    return {
+        "name": name, "kind": config.kind, "tap": place.tap, "layer": place.layer, "module": place.path,
+        "d_in": place.d_in, "width": config.width(place.d_in), "expansion": config.expansion,
+        "parameters": sum(weight.numel() for weight in trainer.sae.parameters()), "tokens": seen,
+        "training_flops": config.training_flops(place.d_in, seen, place.model_flops_per_token),
+        "dead_share": float(trainer.inner.dead_neurons.float().mean()),
+        "dead_after": config.dead_steps(trainer.tokens) * config.batch_tokens,
+        "scale": trainer.inner.activation_scaler.scaling_factor, "sae_lens": import_sae_lens().__version__,
+        "settings": dict(settings), "origin": origin(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _quality(
+    x: Float[Tensor, "batch d_in"], out: Float[Tensor, "batch d_in"], latents: Tensor
+) -> dict[str, float]:  # fmt: skip
+    """L0, and the fraction of the variance that is unexplained, on a batch."""
+    spread = ((x - x.mean(dim=0)) ** 2).sum()
+    return {"l0": float((latents > 0).sum(dim=-1).float().mean()), "fvu": float(((x - out) ** 2).sum() / spread)}
+
+
+def _pairs(steps: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Each step with the one before it, 0 before the first."""
+    ordered = sorted(steps)
+    return zip([0, *ordered[:-1]], ordered, strict=True)
+
+
+def _check(row: Row, step: int, folder: Path) -> None:
+    if "loss" in row and not torch.isfinite(torch.tensor(row["loss"])):
+        raise CrateError(
+            f"the loss is {row['loss']} at step {step}. Remove {folder} and train anew with a lower --learning-rate"
+        )
+
+
+def _note(row: Row) -> str:
+    return f"loss {row['loss']:.4g}, L0 {row['l0']:.1f}, FVU {row['fvu']:.3f}" if "loss" in row else ""

@@ -224,7 +224,7 @@ def test_a_store_from_before_the_rank_scores_is_given_them_and_scored_again(run:
     with connection:
         for name in ("spearman", "auroc"):
             connection.execute(f"ALTER TABLE scores DROP COLUMN {name}")
-        connection.execute("DROP TABLE measures")
+        connection.execute("DROP TABLE firing")
         connection.execute("DROP TABLE answers")
     connection.close()
     opened = Store.open(run)

@@ -19,7 +19,7 @@ JUDGED: tuple[Judging, ...] = get_args(Judging)
 """The stages that are scorers of their own (`scorers.py`)."""
 Stage = Literal["explain", "simulate", "score", "firing"] | Judging
 MADE: dict[Stage, str] = {
-    "explain": "explanations", "simulate": "simulations", "score": "scores", "firing": "measures",
+    "explain": "explanations", "simulate": "simulations", "score": "scores", "firing": "firing",
     **dict.fromkeys(JUDGED, "answers"),
 }  # fmt: skip
 """Stage -> the table it fills."""
@@ -51,10 +51,11 @@ SCHEMA = (
     """CREATE TABLE failures (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, stage))""",
-    # What a simulation says beside the score, a row each: `consistency.top`, ... (`firing.py`).
-    MEASURES := """CREATE TABLE IF NOT EXISTS measures (
-        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, measure TEXT NOT NULL, value REAL, reason TEXT NOT NULL,
-        PRIMARY KEY (set_id, neuron, measure)) WITHOUT ROWID""",
+    # How a neuron fires on what its simulation predicts, on each kind of excerpts apart (`firing.py`).
+    FIRING := """CREATE TABLE IF NOT EXISTS firing (
+        set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, excerpts TEXT NOT NULL, consistency REAL, strength REAL,
+        distinctiveness REAL, distinctiveness_mass REAL, firing REAL, relevant REAL, tokens INTEGER NOT NULL,
+        PRIMARY KEY (set_id, neuron, excerpts)) WITHOUT ROWID""",
     # What a language model made of a neuron for the scorers that read its answers, as JSON.
     ANSWERS := """CREATE TABLE IF NOT EXISTS answers (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, scorer TEXT NOT NULL, detail TEXT NOT NULL,
@@ -90,14 +91,14 @@ def upgrade(connection: sqlite3.Connection) -> None:
     for name in lacking & {"spearman", "auroc"}:
         connection.execute(f"ALTER TABLE scores ADD COLUMN {name} REAL")
         connection.execute("DELETE FROM stages WHERE stage = 'score'")
-    for statement in (MEASURES, ANSWERS, BEGUN, CHOSEN, CALLS):
+    for statement in (FIRING, ANSWERS, BEGUN, CHOSEN, CALLS):
         connection.execute(statement)
 
 
 def _lacking(connection: sqlite3.Connection) -> set[str]:
     columns = {row[1] for row in connection.execute("PRAGMA table_info(scores)")}
     tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    return {"spearman", "auroc", "measures", "answers", "begun", "chosen", "calls"} - columns - tables
+    return {"spearman", "auroc", "firing", "answers", "begun", "chosen", "calls"} - columns - tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

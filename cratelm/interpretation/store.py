@@ -139,7 +139,7 @@ class Store:
             (int(neuron), made.texts[row], *map(packed, made.tables.of(row), ("<i4", "<f4")))
             for row, neuron in enumerate(made.neuron)
         )
-        self._write(key, "explain", "neuron, text, tokens, means", rows)
+        self.write(key, "explain", "neuron, text, tokens, means", rows)
 
     def write_simulations(self, key: SetKey, made: LayerSimulations) -> None:
         """Put a set of simulations in place of what was there."""
@@ -147,7 +147,7 @@ class Store:
             (int(neuron), int(source), packed(made.of(row), "<f4"))
             for row, (neuron, source) in enumerate(zip(made.neuron, made.source, strict=True))
         )
-        self._write(key, "simulate", "neuron, source, activations", rows)
+        self.write(key, "simulate", "neuron, source, activations", rows)
 
     def write_scores(self, key: SetKey, made: LayerScores) -> None:
         """Put a set of scores in place of what was there."""
@@ -156,13 +156,10 @@ class Store:
             (reason, packed(sums, "<f8"), *numbers)
             for reason, sums, *numbers in zip(made.reason, made.sums, *columns, strict=True)
         )
-        self._write(key, "score", ", ".join(("reason", "sums", *_NUMBERS)), rows)
+        self.write(key, "score", ", ".join(("reason", "sums", *_NUMBERS)), rows)
 
-    def write_measures(self, key: SetKey, rows: Iterable[tuple[int, str, float | None, str]]) -> None:
-        """Put measures of simulations, as (neuron, measure, value, why there is none), in place of what was there."""
-        self._write(key, "firing", "neuron, measure, value, reason", rows)
-
-    def _write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
+    def write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
+        """Put the rows of a stage in place of what was there; `names` are their columns, after the set."""
         table, places = MADE[stage], ", ?" * (names.count(",") + 1)
         with self.transaction() as connection:
             own = add_set(connection, key)
@@ -178,7 +175,7 @@ class Store:
     def explanations(self, key: SetKey) -> LayerExplanations:
         """A set of explanations, refused where missing or outdated."""
         self.check(key, "explain")
-        rows = self._rows(key, "SELECT neuron, text, tokens, means FROM explanations" + _ALL)
+        rows = self.rows(key, "SELECT neuron, text, tokens, means FROM explanations" + _ALL)
         return LayerExplanations(
             neuron=np.array([row[0] for row in rows], dtype=np.int64), texts=tuple(row[1] for row in rows),
             tables=tables_of([(unpacked(row[2], "<i4"), unpacked(row[3], "<f4")) for row in rows]),
@@ -187,7 +184,7 @@ class Store:
     def simulations(self, key: SetKey) -> LayerSimulations:
         """A set of simulations, refused where missing or outdated."""
         self.check(key, "simulate")
-        rows = self._rows(key, "SELECT neuron, source, activations FROM simulations" + _ALL)
+        rows = self.rows(key, "SELECT neuron, source, activations FROM simulations" + _ALL)
         neuron, source, blobs = zip(*rows, strict=True) if rows else ((), (), ())
         vectors = [unpacked(blob, "<f4") for blob in blobs]
         return LayerSimulations(
@@ -199,7 +196,7 @@ class Store:
     def scores(self, key: SetKey) -> LayerScores:
         """A set of scores, refused where missing or outdated."""
         self.check(key, "score", verb="interpret")
-        rows = self._rows(key, f"SELECT reason, sums, {', '.join(_NUMBERS)} FROM scores" + _ALL)
+        rows = self.rows(key, f"SELECT reason, sums, {', '.join(_NUMBERS)} FROM scores" + _ALL)
         reason, blobs, *columns = zip(*rows, strict=True)
         numbers = {name: np.array(column, _NUMBERS[name]) for name, column in zip(_NUMBERS, columns, strict=True)}
         sums = np.stack([unpacked(blob, "<f8").reshape(-1, 6) for blob in blobs])
@@ -229,11 +226,11 @@ class Store:
     def texts(self, key: SetKey) -> dict[int, str]:
         """The explanations of a set in words, by neuron index; for a control, those that were simulated instead."""
         self.check(key.explained, "explain")
-        texts = dict(self._rows(key.explained, "SELECT neuron, text FROM explanations WHERE set_id = ?"))
+        texts = dict(self.rows(key.explained, "SELECT neuron, text FROM explanations WHERE set_id = ?"))
         if not key.control:
             return texts
         self.check(key, "simulate")
-        sources = self._rows(key, "SELECT neuron, source FROM simulations WHERE set_id = ?")
+        sources = self.rows(key, "SELECT neuron, source FROM simulations WHERE set_id = ?")
         return {neuron: texts[source] for neuron, source in sources}
 
     def read_neuron(self, key: SetKey, index: int) -> tuple[Explanation | None, Simulation | None, Score | None]:
@@ -241,31 +238,17 @@ class Store:
         here: dict[str, Any] = {"mode": key.mode, "protocol": key.protocol, "explainer": key.explainer}
         own = here | {"neuron": NeuronId(tap=key.tap, layer=key.layer, index=index), "control": key.control}
         explanation = simulation = score = None
-        for source, blob in self._rows(key, "SELECT source, activations FROM simulations" + _ONE, index):
+        for source, blob in self.rows(key, "SELECT source, activations FROM simulations" + _ONE, index):
             simulation = Simulation(source=source, activations=unpacked(blob, "<f4"), **own)
         used = simulation.source if simulation else index
-        for text, *blobs in self._rows(key.explained, "SELECT text, tokens, means FROM explanations" + _ONE, used):
+        for text, *blobs in self.rows(key.explained, "SELECT text, tokens, means FROM explanations" + _ONE, used):
             tokens, means = (unpacked(blob, dtype).tolist() for blob, dtype in zip(blobs, ("<i4", "<f4"), strict=True))
             neuron = NeuronId(tap=key.tap, layer=key.layer, index=used)
             explanation = Explanation(neuron=neuron, text=text, table=dict(zip(tokens, means, strict=True)), **here)
         names = ("reason", *(name for name in _NUMBERS if name != "neuron"))
-        for row in self._rows(key, f"SELECT {', '.join(names)} FROM scores" + _ONE, index):
+        for row in self.rows(key, f"SELECT {', '.join(names)} FROM scores" + _ONE, index):
             score = Score(**own, **dict(zip(names, row, strict=True)))
         return explanation, simulation, score
-
-    def read_measures(self, key: SetKey, index: int | None = None) -> dict[int, dict[str, float]]:
-        """Neuron -> measure -> value, of one neuron or all of the set; what is undefined is left out.
-
-        The measures are those of `firing.py`: `consistency.top`, `distinctiveness.random`, ...
-        """
-        query = "SELECT neuron, measure, value FROM measures WHERE set_id = ?"
-        rows = self._rows(key, query) if index is None else self._rows(key, query + " AND neuron = ?", index)
-        found: dict[int, dict[str, float]] = {}
-        for neuron, measure, value in rows:
-            own = found.setdefault(neuron, {})
-            if value is not None:
-                own[measure] = value
-        return found
 
     def search(self, words: str, *, limit: int = 50) -> list[tuple[SetKey, int, str]]:
         """Explanations that hold all the words, best match first, as (set, neuron index, text)."""
@@ -279,7 +262,8 @@ class Store:
             rows = connection.execute(query, [quoted, limit]).fetchall() if quoted else []
         return [(SetKey(**dict(zip(SetKey.__slots__, own, strict=True))), neuron, text) for *own, neuron, text in rows]
 
-    def _rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
+    def rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
+        """What a query finds whose first parameter is the set."""
         with self.transaction() as connection:
             return connection.execute(query, [set_id(connection, key), *more]).fetchall()
 

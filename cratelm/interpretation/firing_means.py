@@ -1,0 +1,159 @@
+"""Means of consistency and distinctiveness over neurons, layers and models, with two-level bootstrap intervals."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64
+
+from cratelm.interpretation.firing import KINDS, MEASURES, STATED, THRESHOLDS, Counts, LayerFiring, measured
+from cratelm.interpretation.statistics import generator, interval, shown_layers
+
+EXCERPT_RESAMPLES = 64
+"""Resampled sets of excerpts per neuron, from which every drawing of that neuron takes one."""
+RESAMPLES = 500
+"""Drawings of the neurons."""
+CHUNK = 32
+"""Neurons, and drawings, at a time."""
+ALL = (*MEASURES, "firing", "relevant")
+"""The numbers that are averaged, in the order of the arrays' last axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """The means of one kind of excerpts over the neurons of a layer, or over the layers of a model. In per cent."""
+
+    values: Float64[np.ndarray, "thresholds 6"]
+    """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
+    samples: Float32[np.ndarray, "resamples thresholds 6"] = field(repr=False)
+    """The same of resampled neurons and excerpts, moved to have the observed mean as theirs."""
+    neurons: int
+    """Neurons counted."""
+    unpredicted: int
+    """Neurons on whose excerpts no token is relevant at the stated threshold: they have no consistency."""
+    silent: int
+    """Neurons that fire on no token of their excerpts: they have no distinctiveness."""
+
+    def of(self, name: str, threshold: int = STATED) -> float | None:
+        """One mean."""
+        value = float(self.values[threshold, ALL.index(name)])
+        return None if np.isnan(value) else value
+
+    def interval(self, name: str, threshold: int = STATED) -> tuple[float, float] | None:
+        """Its 95 % interval."""
+        if self.of(name, threshold) is None:
+            return None
+        return interval(self.samples[:, threshold, ALL.index(name)])
+
+    def curve(self, name: str) -> Float64[np.ndarray, " thresholds"]:
+        """The means at every threshold."""
+        return self.values[:, ALL.index(name)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiring:
+    """One model, from one set of explanations."""
+
+    layers: tuple[int, ...]
+    """Zero-based."""
+    by_layer: dict[str, tuple[Mean, ...]]
+    """Kind of excerpts -> the mean of each layer."""
+    overall: dict[str, Mean]
+    """Kind of excerpts -> the mean over layers; from 6 layers on without the last, as the paper's table."""
+
+
+def mean_firing(layers: Sequence[LayerFiring], *, seed: int = 0, resamples: int = RESAMPLES) -> ModelFiring:
+    """Summarise a model. A layer's interval does not depend on which others there are."""
+    by_layer: dict[str, tuple[Mean, ...]] = {}
+    for kind in KINDS:
+        if all(kind in one.kinds for one in layers):
+            by_layer[kind] = tuple(
+                _mean(one.kinds[kind], generator(seed, f"firing {kind}", one.layer), resamples) for one in layers
+            )
+    shown = shown_layers(len(layers))
+    return ModelFiring(
+        layers=tuple(one.layer for one in layers), by_layer=by_layer,
+        overall={kind: _over_layers(means[:shown]) for kind, means in by_layer.items()},
+    )  # fmt: skip
+
+
+def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
+    observed = _all_measures(counts.base.sum(axis=1), counts.relevant.sum(axis=1), counts.maximum)
+    values = _nanmean(observed)
+    samples = _resampled(counts, rng, resamples) if len(observed) else np.full((resamples, *values.shape), np.nan)
+    centre = _nanmean(samples)
+    return Mean(
+        values=100 * values, samples=(100 * (samples - centre + values)).astype(np.float32), neurons=len(observed),
+        unpredicted=int(np.isnan(observed[:, STATED, 0]).sum()), silent=int(np.isnan(observed[:, STATED, 2]).sum()),
+    )  # fmt: skip
+
+
+def _over_layers(means: Sequence[Mean]) -> Mean:
+    return Mean(
+        values=_nanmean(np.stack([one.values for one in means])),
+        samples=_nanmean(np.stack([one.samples for one in means])).astype(np.float32),
+        neurons=sum(one.neurons for one in means), unpredicted=sum(one.unpredicted for one in means),
+        silent=sum(one.silent for one in means),
+    )  # fmt: skip
+
+
+def _all_measures(
+    base: Float64[np.ndarray, "*any 3"], relevant: Float64[np.ndarray, "*any thresholds 3"],
+    maximum: Float64[np.ndarray, "*any"],
+) -> Float64[np.ndarray, "*any thresholds 6"]:  # fmt: skip
+    """`ALL` from sums."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tokens = base[..., 0, None]
+        fires = np.broadcast_to(base[..., 1, None] / tokens, relevant.shape[:-1])
+        chance = np.stack([fires, relevant[..., 0] / tokens], axis=-1)
+    return np.concatenate([measured(base, relevant, maximum), chance], axis=-1)
+
+
+def _resampled(
+    counts: Counts, rng: np.random.Generator, resamples: int
+) -> Float64[np.ndarray, "resamples thresholds 6"]:
+    """Means over neurons drawn anew, and for each one of its resampled sets of excerpts."""
+    table = np.concatenate(list(_excerpts_drawn_anew(counts, rng)))
+    neurons, times, *shape = table.shape
+    flat = table.reshape(neurons * times, -1)
+    known = ~np.isnan(flat)
+    flat = np.where(known, flat, 0)
+    found = np.empty((resamples, flat.shape[1]))
+    for start in range(0, resamples, CHUNK):
+        drawn = rng.integers(len(flat), size=(min(CHUNK, resamples - start), neurons))
+        found[start : start + CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
+    return found.reshape(resamples, *shape)
+
+
+def _excerpts_drawn_anew(
+    counts: Counts, rng: np.random.Generator
+) -> Iterator[Float32[np.ndarray, "chunk times thresholds 6"]]:
+    """`ALL` of every neuron over excerpts drawn with replacement from its own, several times."""
+    thresholds = len(THRESHOLDS)
+    for start in range(0, len(counts.base), CHUNK):
+        rows = slice(start, start + CHUNK)
+        there = _there(counts.base[rows])
+        number = np.maximum(there.sum(axis=1), 1)
+        chances = np.where(there.any(axis=1, keepdims=True), there, np.eye(1, there.shape[1])) / number[:, None]
+        drawn = rng.multinomial(
+            number[:, None], chances[:, None], size=(len(number), EXCERPT_RESAMPLES)
+        ).astype(np.float64)  # fmt: skip
+        base = drawn @ counts.base[rows]
+        relevant = drawn @ counts.relevant[rows].reshape(len(number), there.shape[1], thresholds * 3)
+        shaped = relevant.reshape(len(number), EXCERPT_RESAMPLES, thresholds, 3)
+        maximum = np.broadcast_to(counts.maximum[rows, None], base.shape[:2])
+        yield _all_measures(base, shaped, maximum).astype(np.float32)
+
+
+def _there(base: Float64[np.ndarray, "chunk excerpts 3"]) -> Bool[np.ndarray, "chunk excerpts"]:
+    return base[:, :, 0] > 0
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is known; NaN where nothing is."""
+    known = ~np.isnan(values)
+    return _share(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)

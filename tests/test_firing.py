@@ -179,7 +179,8 @@ def brute(layer: LayerFiring, rng: np.random.Generator, times: int) -> np.ndarra
             there = np.flatnonzero(counts.base[i, :, 0])
             drawn = rng.choice(there, size=len(there))
             tokens, both, _ = counts.relevant[i, drawn, STATED].sum(axis=0)
-            values.append([both / tokens, both / counts.base[i, drawn, 1].sum()])
+            with np.errstate(invalid="ignore"):
+                values.append([both / tokens, both / counts.base[i, drawn, 1].sum()])
         means.append(np.nanmean(values, axis=0))
     return 100 * np.array(means)
 

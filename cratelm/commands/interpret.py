@@ -27,6 +27,7 @@ from cratelm.activations.records import (
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explain import explain_layer
+from cratelm.interpretation.firing import firing_layer, write_firing
 from cratelm.interpretation.protocols import PROTOCOLS, Protocol, protocol
 from cratelm.interpretation.schema import MADE, SetKey, Stage
 from cratelm.interpretation.score import LayerAggregate, ModelAggregate, aggregate, score_layer
@@ -105,7 +106,9 @@ def score_run(run: Path, selection: Selection, controls: tuple[str, ...]) -> Non
     """Score what is not scored yet."""
 
     def score(records: LayerRecords, by: Protocol, store: Store, key: SetKey) -> None:
-        store.write_scores(key, score_layer(records, by, store.simulations(key)))
+        simulations = store.simulations(key)
+        write_firing(store, key, firing_layer(records, by, simulations))
+        store.write_scores(key, score_layer(records, by, simulations))
 
     _do(run, "score", selection, controls, score)
 

@@ -4,7 +4,7 @@ import os
 import secrets
 from collections.abc import Generator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 # One thread per process, before torch is first imported: the test runner has a process per core, and the commands
 # that tests start as processes of their own inherit it.
@@ -14,6 +14,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import hypothesis
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from browsing import Visit
+    from playwright.sync_api import Browser
 
 REPOSITORY = Path(__file__).parent.parent
 EVERYTHING_IS_INSTALLED = os.environ.get("CRATELM_TEST_ALL") == "1"
@@ -42,6 +46,44 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = int(os.environ.get("CRATELM_TEST_SEED") or secrets.randbits(32))
     request.node.add_report_section("setup", "seed", f"CRATELM_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Generator[Browser, None, None]":
+    """A real Chromium, one for all tests; without one they are skipped."""
+    from browsing import chromium
+
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, browser: object) -> list[Path]:
+    """The runs behind the site."""
+    from browsing import make_runs
+
+    assert browser is not None, "without a browser nothing needs to be made"
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def site(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a site, for tests that only read it."""
+    from browsing import make_site
+
+    return make_site(runs, tmp_path_factory.mktemp("site") / "out")
+
+
+@pytest.fixture
+def visit(browser: "Browser", site: Path) -> "Generator[Visit, None, None]":
+    """A tab on the site from disk, in which nothing may go wrong and nothing else may be asked for."""
+    from browsing import Visit
+
+    tab = Visit(browser, f"file://{site}")
+    yield tab
+    tab.close()
+    assert tab.errors == []
+    assert all(url.startswith((f"file://{site}/", "about:", "blob:")) for url in tab.asked)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,7 +12,7 @@ An excerpt's position is the index of its first token in the split that was coll
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -219,19 +219,22 @@ class LayerRecords:
             position=position, document=self.windows.document_of(position),
         )  # fmt: skip
 
+    def rows(self, neurons: slice) -> "LayerRecords":
+        """The records of some neurons in a row, without a copy; their indices begin at 0 again."""
+        return replace(
+            self, statistics={name: values[neurons] for name, values in self.statistics.items()},
+            tables={name: values[neurons] for name, values in self.tables.items()},
+            arrays={name: values[neurons] for name, values in self.arrays.items()},
+        )  # fmt: skip
+
     def __getitem__(self, index: int) -> "NeuronRecord":
         """One neuron's record."""
         if not 0 <= index < self.num_neurons:
             raise CrateError(f"layer {self.layer} has neurons 0 to {self.num_neurons - 1}, not {index}")
-        one = slice(index, index + 1)
-        row = {name: array[one] for name, array in self.arrays.items()}
-        statistics = {name: values[one] for name, values in self.statistics.items()}
-        single = LayerRecords(
-            tap=self.tap, layer=self.layer, mode=self.mode, statistics=statistics, arrays=row, windows=self.windows
-        )
+        single = self.rows(slice(index, index + 1))
         return NeuronRecord(
             neuron=NeuronId(tap=self.tap, layer=self.layer, index=index),
-            statistics={name: float(values[0]) for name, values in statistics.items()},
+            statistics={name: float(values[0]) for name, values in single.statistics.items()},
             excerpts={key: tuple(single.excerpts(*key).of(0)) for key in self.sets},
         )
 

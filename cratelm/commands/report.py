@@ -2,10 +2,14 @@
 
     cratelm report runs/demo/crate-2l runs/demo/gpt2-2l runs/demo/crate-2l-random runs/demo/gpt2-2l-random
     cratelm report runs/mine --mode compat --out mine-report
+    cratelm report runs/demo/crate-2l runs/demo/gpt2-2l --site
 
 Name control runs (random weights) along with their models. The folder gets report.html, which opens from disk and
 asks nothing of the network; performance, interpretability and layers as .md, .csv and .tex; loss and scores as .svg
 and .png.
+
+With --site it is a browser instead: a folder with a page for every neuron of every run, scored or not, that opens by
+double click or from any static host. Run again, it renews what has changed.
 """
 
 from dataclasses import dataclass
@@ -22,7 +26,10 @@ class Options:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories, scored by `cratelm interpret`."""
     out: Path | None = None
-    """Folder of the report; left out, `report` in the folder that holds the runs, or in the run if it is one."""
+    """Folder of the report; left out, `report` (with --site `site`) in the folder that holds the runs, or in the run
+    if it is one."""
+    site: bool = False
+    """Write the browser: every neuron of every tap, at most 20 KB each."""
     mode: Literal["fixed", "compat"] = "fixed"
     """Which records the scores are from."""
     tap: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("neurons",)
@@ -30,6 +37,16 @@ class Options:
 
 
 def run(options: Options) -> None:
+    """Write the report or the browser, and print where its first page is."""
+    if options.site:
+        from cratelm.report.site import write_site
+
+        _print_path(write_site(options.runs, options.out or default_folder(options.runs, "site"), mode=options.mode))
+    else:
+        _report(options)
+
+
+def _report(options: Options) -> None:
     """Write the report, then print the table and where the page is."""
     # Reading the options must stay quick; the work needs numpy and matplotlib.
     from rich.console import Console
@@ -56,14 +73,19 @@ def run(options: Options) -> None:
     study = study_of(results)
     for sentence in verdict(results) if study is None else study_sentences(study):
         console.print(f"\n{sentence}")
-    print(f"\n{page if not page.is_relative_to('..') else page.resolve()}")
+    print()
+    _print_path(page)
 
 
-def default_folder(runs: tuple[Path, ...]) -> Path:
-    """`report` in the folder that holds all the runs; inside the run if there is one."""
+def _print_path(page: Path) -> None:
+    print(page if not page.is_relative_to("..") else page.resolve())
+
+
+def default_folder(runs: tuple[Path, ...], name: str = "report") -> Path:
+    """A folder of this name in the folder that holds all the runs; inside the run if there is one."""
     import os
 
     if len(runs) == 1:
-        return runs[0] / "report"
+        return runs[0] / name
     common = Path(os.path.commonpath([path.resolve() for path in runs]))
-    return Path(os.path.relpath(common)) / "report"
+    return Path(os.path.relpath(common)) / name

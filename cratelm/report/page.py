@@ -138,10 +138,10 @@ def _html_class(column: Column) -> str:
 
 def _figure(name: str, figure: Figure) -> str:
     wide = ' class="wide"' if figure.get_figwidth() > 7 else ""
-    drawing = inline_svg(figure, name, _prose()["alternatives"][name])
+    drawing = inline_svg(figure, name, standing_sentences()["alternatives"][name])
     return (
         f'<figure{wide}><div class="scroll" tabindex="0">{drawing}</div>'
-        f"<figcaption>{_text(_prose()['captions'][name])}</figcaption></figure>"
+        f"<figcaption>{_text(standing_sentences()['captions'][name])}</figcaption></figure>"
     )
 
 
@@ -233,7 +233,7 @@ def _sign(letter: str) -> str:
 
 
 def _method(results: Results) -> str:
-    prose = _prose()
+    prose = standing_sentences()
     parts = {
         f"{results.mode} mode": prose["modes"][results.mode],
         f"{results.explainer} explainer": prose["explainers"].get(results.explainer, ""),
@@ -247,7 +247,7 @@ def _method(results: Results) -> str:
 
 
 @cache
-def _prose() -> dict[str, Any]:
+def standing_sentences() -> dict[str, Any]:
     """The page's standing sentences."""
     return json.loads(Path(__file__).with_name("prose.json").read_text(encoding="utf-8"))
 

@@ -146,7 +146,7 @@ def gather(
     descriptions = [read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR") for path in paths]
     found = []
     with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
-        for path, description, title in zip(paths, descriptions, _titles(paths, descriptions), strict=True):
+        for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
             for tap in _scored_taps(path, taps, mode):
                 asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer)
                 found.append(_read_run(path, description, title, asked))
@@ -165,7 +165,7 @@ def display_name(name: str) -> str:
     return name if match is None else f"{ {'crate': 'CRATE', 'gpt2': 'GPT-2'}[match[1]] }-{match[2].upper()}"
 
 
-def _titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
+def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
     """A title for every run; runs of the same name are told apart by their folders."""
     names = [str(one["name"]) for one in descriptions]
     titles = []

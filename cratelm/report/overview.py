@@ -1,0 +1,108 @@
+"""What a browser opens with: the models and their layers, and the report's sentences, tables and figures as values."""
+
+from collections.abc import Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from matplotlib.figure import Figure
+
+from cratelm.activations.records import Mode, read_collection
+from cratelm.errors import CrateError
+from cratelm.interpretation.store import Store
+from cratelm.report.catalogue import Model
+from cratelm.report.page import standing_sentences
+from cratelm.report.plots import figures, inline_svg
+from cratelm.report.results import Results, gather
+from cratelm.report.study import study_of, study_sentences, study_tables
+from cratelm.report.study_plots import study_figures
+from cratelm.report.tables import Table, as_csv, summary, tables, written
+from cratelm.report.verdict import verdict
+from cratelm.rundir import origin
+
+
+def manifest(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
+    """Which models, taps and layers there are, and where their chunks lie: what every page needs first.
+
+    `capabilities` names what only a server can do; a folder can do none of it.
+    """
+    return {
+        "mode": mode, "origin": origin(), "capabilities": {},
+        "models": [_model(model, mode) for model in models],
+    }  # fmt: skip
+
+
+def _model(model: Model, mode: Mode) -> dict[str, Any]:
+    run, command = model.run, f"cratelm collect {model.run} --data DIR"
+    collected = read_collection(run, mode=mode) if model.taps else {}
+    return {
+        "slug": model.slug, "title": model.title, "name": model.name, "arch": model.description["arch"],
+        "control": model.description.get("control"), "layers": int(model.description["model"]["num_layers"]),
+        "tokens": collected.get("tokens"), "documents": collected.get("documents"),
+        "missing": "" if model.taps else f"Nothing was collected. Run: {command}",
+        "taps": [
+            {
+                "name": tap.name, "slug": tap.slug,
+                "layers": [{"layer": layer.layer, "folder": layer.folder} for layer in tap.layers],
+            }
+            for tap in model.taps
+        ],
+    }  # fmt: skip
+
+
+def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
+    """The report on those runs that are scored, at every tap; for the others, what to run."""
+    runs = [model.run for model in models]
+    taps = tuple(dict.fromkeys(tap.name for model in models for tap in model.taps))
+    ready = [run for run in runs if Store(run).path.exists()]
+    option = " --mode compat" if mode == "compat" else ""
+    missing = [f"{run.name} is not scored. Run: cratelm interpret {run}{option}" for run in runs if run not in ready]
+    try:
+        results = gather(ready, mode=mode, taps=taps) if ready else None
+    except CrateError as error:
+        results, missing = None, [*missing, str(error)]
+    return (_report(results) if results else {"sentences": [], "tables": [], "figures": []}) | {
+        "missing": [*missing, *(results.missing if results else ())]
+    }
+
+
+def _report(results: Results) -> dict[str, Any]:
+    study = study_of(results)
+    first = results if study is None else study.first_seeds
+    found = [*study_tables(study), summary(first), *tables(results)]
+    drawn = figures(results) if study is None else study_figures(study)
+    return {
+        "sentences": list(verdict(results) if study is None else study_sentences(study)),
+        "tables": [table_value(table) for table in found],
+        "figures": [figure_value(name, figure) for name, figure in drawn.items()],
+        "models": [run.title for run in results.models],
+    }
+
+
+def table_value(table: Table) -> dict[str, Any]:
+    """A table as it is read, and as CSV for who takes it away."""
+    return {
+        "name": table.name, "caption": table.caption, "notes": list(table.notes), "csv": as_csv(table),
+        "columns": [
+            {"title": column.title, "unit": column.unit, "number": column.style != "text"} for column in table.columns
+        ],
+        "rows": [
+            [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows
+        ],
+    }  # fmt: skip
+
+
+def figure_value(name: str, figure: Figure) -> dict[str, Any]:
+    """A figure as a tree of the few elements that a drawing needs, for the page to build anew."""
+    sentences = standing_sentences()
+    drawing = ElementTree.fromstring(inline_svg(figure, name, sentences["alternatives"].get(name, name)))
+    return {"name": name, "caption": sentences["captions"].get(name, ""), "drawing": _tree(drawing)}
+
+
+def _tree(element: ElementTree.Element) -> list[Any]:
+    """`[tag, attributes, children and text...]`."""
+    parts: list[Any] = [element.text] if element.text and element.text.strip() else []
+    for child in element:
+        parts.append(_tree(child))
+        if child.tail and child.tail.strip():
+            parts.append(child.tail)
+    return [element.tag.rpartition("}")[2], dict(element.attrib), *parts]

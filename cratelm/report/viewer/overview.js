@@ -1,0 +1,64 @@
+"use strict";
+/* The first page: which models there are, the report's sentences, tables and figures. */
+
+(() => {
+  const { h, troubleBox } = cratelm;
+  const { count } = cratelm.text;
+  const { link } = cratelm.routes;
+
+  cratelm.pages.overview = async (site) => {
+    const report = h("div", {}, h("p", { class: "loading" }, "Loading the report"));
+    const page = h("div", {},
+      h("p", { class: "eyebrow" }, "How interpretable are the neurons?"),
+      h("h1", {}, listed(site.models.filter((model) => !model.control).map((model) => model.title)) || site.models[0].title),
+      h("div", { class: "said", data: { part: "sentences" } }),
+      h("section", { "aria-labelledby": "models" }, h("h2", { id: "models" }, "Neurons to look at"), models(site)),
+      report);
+    try {
+      const found = await cratelm.data.overview();
+      page.querySelector("[data-part=sentences]").append(
+        ...found.sentences.map((text, i) => h("p", { class: i ? "" : "lead" }, text)));
+      report.replaceChildren(...reported(found, site));
+    } catch (error) {
+      report.replaceChildren(troubleBox(error));
+    }
+    return { title: "Overview", page };
+  };
+
+  function listed(names) {
+    return names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
+  }
+
+  /** A card for each model, with a link to every layer of every tap. */
+  function models(site) {
+    return h("ul", { class: "models" }, site.models.map((model) => h("li", { class: model.control ? "card control" : "card" },
+      h("h3", {}, model.title, model.control && h("small", {}, "control")),
+      model.tokens !== null && h("p", { class: "soft" }, `${count(model.tokens)} tokens observed in ${count(model.documents)} documents`),
+      model.missing && h("p", { class: "missing" }, model.missing),
+      model.taps.map((tap) => h("p", { class: "layers" },
+        h("span", { class: "soft" }, tap.name === "neurons" ? "Layers" : tap.name),
+        tap.layers.map(({ layer, folder }) => h("a", {
+          href: link({ model, tap, layer, folder }), "aria-label": `${model.title}, ${tap.name}, layer ${layer}`,
+        }, String(layer))))))));
+  }
+
+  function* reported(found, site) {
+    if (found.tables.length) {
+      yield h("section", { "aria-labelledby": "numbers" }, h("h2", { id: "numbers" }, "Numbers"),
+        found.tables.slice(0, -1).map(cratelm.table.table),
+        h("details", {}, h("summary", {}, "Every layer"), cratelm.table.table(found.tables.at(-1))));
+    }
+    if (found.figures.length) {
+      yield h("section", { "aria-labelledby": "figures" }, h("h2", { id: "figures" }, "Figures"),
+        found.figures.map((one) => cratelm.figure.figure(one.name, cratelm.figure.built(one.drawing), one.caption)));
+    }
+    if (found.missing.length) {
+      yield h("section", { "aria-labelledby": "absent" }, h("h2", { id: "absent" }, "Not in this report"),
+        h("ul", { class: "missing" }, found.missing.map((line) => h("li", {}, line))));
+    }
+    const { origin } = site;
+    yield h("section", { "aria-labelledby": "made" }, h("h2", { id: "made" }, "How this was made"),
+      h("p", { class: "soft" }, `${site.mode} mode; written ${origin.date} by cratelm ${origin.versions?.cratelm ?? ""}${origin.commit ? `, commit ${origin.commit}` : ""}, on ${origin.machine}, Python ${origin.python}.`),
+      h("p", { class: "soft" }, h("code", {}, origin.command)));
+  }
+})();

@@ -1,0 +1,162 @@
+"use strict";
+/* A blind vote: two neurons with an explanation each, their models hidden. Which explanation fits its neuron better? */
+
+(() => {
+  const { h, memory, say } = cratelm;
+  const { visible, points, count } = cratelm.text;
+  const { link, named, places, pathOf, locate } = cratelm.routes;
+
+  /** @typedef {{date: string, a: string, b: string, explanations: string[], choice: "a"|"b"|"same"}} Vote */
+
+  /** @returns {Vote[]} */
+  function votes() {
+    try {
+      const found = JSON.parse(memory.read("votes") ?? "[]");
+      return Array.isArray(found) ? found.filter((one) => one && typeof one.a === "string" && typeof one.b === "string") : [];
+    } catch {
+      return [];
+    }
+  }
+
+  /** Where votes are kept; a server may put its own in place. */
+  const keeper = {
+    all: async () => votes(),
+    add: async (vote) => memory.write("votes", JSON.stringify([...votes(), vote])),
+    clear: async () => memory.write("votes", "[]"),
+  };
+  cratelm.votes = keeper;
+
+  const any = (list) => list[Math.floor(Math.random() * list.length)];
+
+  /** The models and taps that have a scored layer; controls are left out. */
+  async function contestants(site) {
+    const groups = new Map();
+    for (const place of places(site).filter((one) => !one.model.control)) {
+      const key = `${place.model.slug}/${place.tap.slug}`;
+      groups.set(key, [...(groups.get(key) ?? []), place]);
+    }
+    return [...groups.values()];
+  }
+
+  /** A random neuron of a layer with an explanation that was scored. */
+  async function drawn(place) {
+    const layer = await cratelm.data.layer(place);
+    const set = any(layer.sets.length ? layer.sets : [null]);
+    const scored = set ? Array.from(set.correlation, (_, i) => i).filter((i) => !Number.isNaN(set.correlation[i])) : [];
+    if (!scored.length) return null;
+    const neuron = await cratelm.data.neuron(place, any(scored));
+    const said = neuron.explanations.filter((one) => one.text !== null);
+    return said.length ? { neuron, explanation: any(said) } : null;
+  }
+
+  /** Two neurons of different models where there are two, of the same layer where both have it. */
+  async function pair(site) {
+    const groups = await contestants(site);
+    for (let attempt = 0; groups.length && attempt < 20; attempt += 1) {
+      const first = any(groups), second = groups.length > 1 ? any(groups.filter((group) => group !== first)) : first;
+      const place = any(first), facing = second.find((one) => one.layer === place.layer) ?? any(second);
+      const both = await Promise.all([drawn(place), drawn(facing)]);
+      if (both.every(Boolean) && pathOf(place, both[0].neuron.index) !== pathOf(facing, both[1].neuron.index)) return both;
+    }
+    return null;
+  }
+
+  cratelm.pages.vote = async (site) => {
+    const stage = h("div", {}), tally = h("section", { "aria-labelledby": "tally" });
+    const page = h("div", {}, h("h1", {}, "Which explanation fits better?"),
+      h("p", { class: "soft" }, "Two neurons, their models hidden until you have chosen. Read each explanation against excerpts it was not made from. Keys: 1 left, 2 right, 0 no difference."),
+      stage, tally);
+    let open = null;
+
+    async function next() {
+      open = null;
+      const both = await pair(site);
+      if (!both) {
+        stage.replaceChildren(h("p", { class: "missing" }, "There is nothing to vote on: no two scored neurons have an explanation. Run: ", h("code", {}, "cratelm interpret RUN")));
+        return;
+      }
+      const cards = both.map((one, i) => blind(one, i));
+      const buttons = [["a", "Left fits better", "1"], ["same", "No difference", "0"], ["b", "Right fits better", "2"]].map(([choice, text, key]) =>
+        h("button", { type: "button", class: "choice", on: { click: () => choose(choice) } }, text, h("kbd", { "aria-hidden": "true" }, key)));
+      const answer = h("div", { class: "answer" }, buttons);
+      stage.replaceChildren(h("div", { class: "side two" }, cards), answer);
+      open = { both, cards, answer };
+    }
+
+    async function choose(choice) {
+      if (!open) return;
+      const { both, cards, answer } = open;
+      open = null;
+      await cratelm.votes.add({
+        date: new Date().toISOString(), a: pathOf(both[0].neuron.place, both[0].neuron.index), b: pathOf(both[1].neuron.place, both[1].neuron.index),
+        explanations: both.map((one) => one.explanation.text), explainers: both.map((one) => one.explanation.explainer), choice,
+      });
+      cards.forEach((card, i) => {
+        const { place, index } = both[i].neuron;
+        card.querySelector("h2").replaceChildren(h("a", { href: link(place, index) }, named(place, index)));
+        card.append(h("p", { class: "big" }, points(cratelm.cards.best({ explanations: [both[i].explanation] })), h("small", {}, " points")));
+        card.classList.toggle("won", choice === "ab"[i]);
+      });
+      const again = h("button", { type: "button", class: "choice", on: { click: next } }, "Next pair", h("kbd", { "aria-hidden": "true" }, "n"));
+      answer.replaceChildren(again);
+      again.focus();
+      say("Your vote is kept. The models are shown now.");
+      await count_();
+    }
+
+    async function count_() {
+      tally.replaceChildren(...results(site, await cratelm.votes.all(), count_));
+    }
+
+    await Promise.all([next(), count_()]);
+    return {
+      title: "Vote", page,
+      key: (key) => {
+        const choice = { 1: "a", 2: "b", 0: "same" }[key];
+        if (choice && open) choose(choice);
+        else if (key === "n" && !open) next();
+        else return false;
+        return true;
+      },
+    };
+  };
+
+  /** A neuron without its name: explanation, and excerpts of the documents for scoring. */
+  function blind({ neuron, explanation }, i) {
+    const part = neuron.excerpts.some((group) => group.part === "score") ? "score" : null;
+    return h("article", { class: "card neuron", "aria-label": i ? "Right" : "Left" }, h("h2", {}, i ? "Right" : "Left"),
+      h("p", { class: "said-of" }, visible(explanation.text)),
+      cratelm.excerpts.legend(neuron.statistics),
+      cratelm.cards.excerptsOf(neuron, "top", part, 3), h("h3", {}, "Random"), cratelm.cards.excerptsOf(neuron, "random", part, 2));
+  }
+
+  function* results(site, all, changed) {
+    yield h("h2", { id: "tally" }, "Votes in this browser");
+    if (!memory.works) yield h("p", { class: "missing" }, "This browser keeps nothing for this page: votes are lost when it is closed. Export them before.");
+    if (!all.length) {
+      yield h("p", { class: "soft" }, "None yet.");
+      return;
+    }
+    const wins = new Map();
+    const groupOf = (path) => {
+      try {
+        const { place } = locate(site, path.split("/"));
+        return `${place.model.title}${place.tap.name === "neurons" ? "" : `, ${place.tap.name}`}`;
+      } catch {
+        return "models that are not here";
+      }
+    };
+    for (const vote of all) {
+      for (const side of ["a", "b"]) {
+        const name = groupOf(vote[side]), row = wins.get(name) ?? { better: 0, worse: 0, same: 0 };
+        row[vote.choice === "same" ? "same" : vote.choice === side ? "better" : "worse"] += 1;
+        wins.set(name, row);
+      }
+    }
+    yield h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["Model", "Better", "Worse", "No difference"].map((text, i) => h("th", { scope: "col", class: i ? "n" : null }, text)))),
+      h("tbody", {}, [...wins].map(([name, row]) => h("tr", {}, h("th", { scope: "row" }, name), [row.better, row.worse, row.same].map((n) => h("td", { class: "n" }, count(n))))))));
+    yield h("p", { class: "gets" },
+      cratelm.downloads.getButton(`Export ${count(all.length)} as JSON`, "votes.json", () => cratelm.downloads.json({ format_version: 1, votes: all }), "application/json"),
+      h("button", { type: "button", class: "get", on: { click: async () => { if (confirm("Forget all votes in this browser?")) { await cratelm.votes.clear(); changed(); } } } }, "Forget them"));
+  }
+})();

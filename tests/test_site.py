@@ -1,0 +1,297 @@
+"""The folder itself: what is in its files, that it is whole, renewed and resumed, and how large it is."""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic
+from test_tables import change, scored_runs
+
+from cratelm import cli
+from cratelm.activations.records import read_records
+from cratelm.errors import CrateError
+from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.store import Store
+from cratelm.report import site
+from cratelm.report.catalogue import catalogue, slug
+from cratelm.report.chunks import as_script, pack, pack_sparse, read_script, unpack
+from cratelm.report.search_index import SearchIndex, as_term
+from cratelm.report.site import write_site
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The intervals of the overview are tested elsewhere, and take most of the time."""
+    monkeypatch.setattr("cratelm.report.results.RESAMPLES", 20)
+
+
+def unpack_sparse(text: str, length: int) -> np.ndarray:
+    content = base64.b64decode(text)
+    there = np.unpackbits(np.frombuffer(content[: -(-length // 8)], np.uint8))[:length].astype(bool)
+    values = np.zeros(length, np.float32)
+    values[there] = np.frombuffer(content[-(-length // 8) :], "<f4")
+    return values
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"text": "</script><!-- <script>alert(1)</script>"}, {"text": "\u2028\u2029\\'\"\\\\'"},
+        {"__proto__": {"x": 1}}, {"text": "\ud800 half"}, {"text": "\x00\x1f\n"},
+        {"text": "café → 日本 \U0001f600"}, {"": [None, 1.5, -3, True]},
+    ],
+)  # fmt: skip
+def test_a_chunk_brings_back_any_value_and_holds_no_markup(value: dict[str, Any], tmp_path: Path) -> None:
+    content = as_script("m0/t0/l1/neurons-2", value)
+    assert content.startswith(b"cratelmChunk('m0/t0/l1/neurons-2','")
+    assert not set(b"<>&") & set(content)
+    assert content.count(b"\n") == 1
+    assert "\u2028" not in content.decode()
+    (tmp_path / "chunk.js").write_bytes(content)
+    assert read_script(tmp_path / "chunk.js") == {"format_version": 1, **value}
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "a'b", "x.js", "é"])
+def test_a_chunk_has_no_name_but_of_our_own_words(name: str) -> None:
+    with pytest.raises(AssertionError):
+        as_script(name, {})
+
+
+def test_packed_numbers_come_back_exactly(rng: np.random.Generator) -> None:
+    values = (rng.normal(size=100) * (rng.random(100) < 0.4)).astype(np.float32)
+    assert np.array_equal(unpack(pack(values, "f32")), values)
+    for length in (1, 7, 8, 9, 64):
+        assert np.array_equal(unpack_sparse(pack_sparse(values[:length]), length), values[:length])
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "expected"),
+    [
+        ("CRATE 2L", [], "crate-2l"), ("../../etc", [], "etc"), ("<script>", [], "script"), ("日本", [], "model"),
+        ("search", [], "search-model"), ("a", ["a", "a-2"], "a-3"),
+        ("__proto__", [], "__proto__"), ("x" * 99, [], "x" * 60),
+    ],
+)  # fmt: skip
+def test_a_slug_is_short_plain_and_unlike_the_others(name: str, taken: list[str], expected: str) -> None:
+    assert slug(name, taken) == expected
+
+
+def test_every_neuron_is_there_as_the_run_has_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    [run] = scored_runs(tmp_path, rng, "crate-2l", neurons=20)
+    data = write_site([run], tmp_path / "out").parent / "data"
+    records, store = read_records(run, 1), Store.open(run)
+    for index in range(20):
+        chunk = read_script(data / f"m0/t0/l1/neurons-{index // 16}.js")
+        found = chunk["neurons"][index - chunk["start"]]
+        record = records[index]
+        assert found["index"] == index
+        assert found["statistics"]["density"] == pytest.approx(record.statistics["density"], rel=1e-5)
+        said = [one for one in found["explanations"] if one["text"] is not None]
+        texts = {protocol: one["text"] for one in said for protocol in one["protocols"]}
+        for protocol in ("top-and-random", "random-only", "anthropic"):
+            assert texts.get(protocol) == store.read_explanations(1, protocol).get(index)
+            [score] = [
+                score for one in found["explanations"] for score in one["scores"] if score["protocol"] == protocol
+            ]  # fmt: skip
+            scores = store.read_scores(1, protocol)
+            assert score["reason"] == scores.reason[index]
+            assert np.isnan(scores.correlation[index]) == (score["correlation"] is None)
+            if score["correlation"] is not None:
+                assert score["correlation"] == pytest.approx(scores.correlation[index], rel=1e-5)
+        strings = site.token_strings(site.load_tokenizer(site.records_tokenizer(run, "fixed")))
+        for group in found["excerpts"]:
+            expected = record.excerpts[64, group["part"], group["kind"]]
+            if group["kind"] != "quantile":
+                expected = expected[: len(group["items"])]
+            else:
+                expected = expected[::2]
+            for item, excerpt in zip(group["items"], expected, strict=True):
+                ids = np.frombuffer(base64.b64decode(item["tokens"]), "<u2")
+                assert [chunk["strings"][one] for one in ids] == [strings[token] for token in excerpt.tokens]
+                assert np.array_equal(unpack_sparse(item["values"], len(ids)), excerpt.activations)
+                assert (item["position"], item["document"]) == (excerpt.position, excerpt.document)
+
+
+def test_dead_and_unscored_neurons_say_so(tmp_path: Path, rng: np.random.Generator) -> None:
+    [scored] = scored_runs(tmp_path, rng, "crate-2l")
+    plain = synthetic.make_run(tmp_path / "plain", rng, name="gpt2-2l")
+    data = write_site([scored, plain], tmp_path / "out").parent / "data"
+    neurons = read_script(data / "m0/t0/l0/neurons-0.js")["neurons"]
+    assert neurons[synthetic.DEAD]["status"] == "dead"
+    assert neurons[synthetic.RARE]["status"] == "too rare"
+    assert neurons[synthetic.DEAD]["explanations"][0]["text"] is None
+    assert not [group for group in neurons[synthetic.DEAD]["excerpts"] if group["kind"] == "top"]
+    others = read_script(data / "m1/t0/l0/neurons-0.js")["neurons"]
+    assert [one["status"] for one in others[:1] + others[4:6]] == ["dead", "not scored", "not scored"]
+    assert all(one["explanations"] == [] for one in others)
+    missing = read_script(data / "overview.js")["missing"]
+    assert any("cratelm interpret" in line and "plain" in line for line in missing)
+
+
+def test_a_run_without_records_is_told_in_words_or_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    [scored] = scored_runs(tmp_path, rng, "crate-2l")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "run.json").write_text((scored / "run.json").read_text().replace("crate-2l", "bare"))
+    data = write_site([scored, bare], tmp_path / "out").parent / "data"
+    told = read_script(data / "site.js")["models"][1]
+    assert told["taps"] == []
+    assert "cratelm collect" in told["missing"]
+    with pytest.raises(CrateError, match="holds no fixed records. Run: cratelm collect"):
+        write_site([bare], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(CrateError, match="no run was named"):
+        catalogue([], "fixed")
+
+
+def test_what_has_not_changed_is_not_written_again(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l")
+    out = tmp_path / "out"
+    write_site(runs, out)
+    before = files(out / "data")
+    write_site(runs, out)
+    after = files(out / "data")
+    layers = [name for name in before if re.match(r"m\d/", name)]
+    assert len(layers) == 4 * 4
+    assert {name: before[name] for name in layers} == {name: after[name] for name in layers}
+    monkeypatch.setattr("cratelm.interpretation.store.made_by", lambda: "another day")
+    store, key = Store.open(runs[1]), SetKey(layer=1, protocol="random-only")
+    store.write_scores(key, store.scores(key))
+    write_site(runs, out)
+    renewed = files(out / "data")
+    assert {name.rpartition("/")[0] for name in layers if renewed[name] != before[name]} == {"m1/t0/l1"}
+    write_site(runs[:1], out)
+    assert {name.split("/")[0] for name in files(out / "data") if name[0] == "m"} == {"m0"}
+
+
+def test_a_site_that_was_interrupted_goes_on_where_it_stopped(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l", layers=3)
+    out, opened = tmp_path / "out", []
+    real = site.open_layer
+
+    def failing(layer: Any, strings: Any) -> Any:
+        opened.append(layer.layer)
+        if len(opened) == 3:
+            raise KeyboardInterrupt
+        return real(layer, strings)
+
+    monkeypatch.setattr(site, "open_layer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        write_site(runs, out)
+    assert not (out / "index.html").exists()
+    assert not list(out.rglob("*.tmp"))
+    write_site(runs, out)
+    assert opened == [0, 1, 2, 2]
+    assert (out / "index.html").exists()
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = synthetic.make_run(tmp_path / "run", rng)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(CrateError, match="holds other files"):
+        write_site([run], tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_neuron_takes_less_than_20_kb_where_every_activation_is_different(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dense(
+        rng: np.random.Generator, tokens: np.ndarray, _s: Any, neurons: int, *, trained: bool = True
+    ) -> np.ndarray:
+        assert trained
+        return rng.normal(size=(neurons, len(tokens))).astype(np.float32)
+
+    monkeypatch.setattr(synthetic, "plant", dense)
+    [run] = scored_runs(tmp_path, rng, "gpt2-1l", layers=1, neurons=64)
+    data = write_site([run], tmp_path / "out").parent / "data"
+    size = sum(path.stat().st_size for path in (data / "m0").rglob("*.js"))
+    assert size / 64 < 20_000
+
+
+def test_the_index_finds_what_a_scan_of_all_terms_finds(rng: np.random.Generator) -> None:
+    index = SearchIndex()
+    words = ["".join(rng.choice(list("abé\U0001f600ß "), size=rng.integers(1, 5))) for _ in range(400)]
+    holders: dict[str, set[int]] = {}
+    for place in range(2):
+        tokens = [[str(word) for word in rng.choice(words, size=3)] for _ in range(50)]
+        index.add(place, {"start": 0, "tokens": tokens, "texts": [[]] * 50}, [0.5] * 50, [])
+        for neuron, own in enumerate(tokens):
+            for token in own:
+                holders.setdefault(as_term(token), set()).add((place << 20) | neuron)
+    chunks = list(index.chunks())
+    terms = [term for chunk in chunks for term in chunk["terms"]]
+    assert terms == sorted(terms, key=lambda term: term.encode("utf-16-be"))
+    found = {
+        term: set(unpack(packed).tolist())
+        for chunk in chunks
+        for term, packed in zip(chunk["terms"], chunk["neurons"], strict=True)
+    }
+    assert found == {term: neurons for term, neurons in holders.items() if term}
+
+
+def test_better_matches_come_first_and_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cratelm.report.search_index.MOST_NEURONS", 3)
+    index = SearchIndex()
+    tokens = [[" the"], [" The"], ["x", "the"], ["y"]]
+    texts = [[], [], [], [['the "the" word', [0]]]]
+    index.add(5, {"start": 0, "tokens": tokens, "texts": texts}, [0.1, 0.9, float("nan"), 0.99], ["an-llm"])
+    [chunk] = index.chunks()
+    place = chunk["terms"].index("the")
+    assert (unpack(chunk["neurons"][place]) & 0xFFFFF).tolist() == [1, 0, 2]
+    assert chunk["totals"][place] == 4
+    assert "word" in chunk["terms"]
+
+
+def test_the_page_has_one_strict_policy_and_no_inline_code(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = synthetic.make_run(tmp_path / "run", rng)
+    change(run / "run.json", name='"><script>alert(1)</script>')
+    source = write_site([run], tmp_path / "out").read_text(encoding="utf-8")
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
+    assert policy == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'none'; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    assert re.findall(r"<script(?! defer src=\"viewer/[a-z_]+\.js\"></script>)", source) == []
+    assert not re.search(r"<style|\son\w+=|\sstyle=|javascript:", source)
+    assert source.index("Content-Security-Policy") < source.index("<script")
+    loaded = re.findall(r'src="viewer/([a-z_]+\.js)"', source)
+    assert sorted(loaded) == sorted(path.name for path in site.VIEWER.glob("*.js"))
+
+
+def test_no_script_of_the_viewer_makes_markup_of_text() -> None:
+    for path in site.VIEWER.glob("*.js"):
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|\beval\(|new Function", source
+        )
+        assert len(source.splitlines()) <= 350
+
+
+def test_the_command_writes_the_site_and_prints_its_path(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l")
+    capsys.readouterr()
+    assert cli.main(["report", *map(str, runs), "--site"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "site" / "index.html")
+    assert (
+        json.loads((tmp_path / "site" / "data" / "m0" / "t0" / "l0" / "made.json").read_text())["format"] == site.FORMAT
+    )

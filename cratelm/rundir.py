@@ -180,21 +180,22 @@ def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 @contextlib.contextmanager
-def claim(run: Path) -> Iterator[None]:
-    """Hold the run directory for this process; a second process is refused and told who holds it.
+def claim(run: Path, *, part: int = 0) -> Iterator[None]:
+    """Hold the run directory, or only a part of its work, for this process; a second one is told who holds it.
 
     The lock belongs to the open file, so it goes away with the process however that ends.
     """
     import fcntl
 
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a+", encoding="utf-8") as file:
+    with open(run / (f".lock.part-{part}" if part else ".lock"), "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise CrateError(f"{run} is in use by {holder}. Wait for it, or use another --out") from None
+            what, remedy = (f"part {part} of {run}", "another --part") if part else (str(run), "another --out")
+            raise CrateError(f"{what} is in use by {holder}. Wait for it, or use {remedy}") from None
         with _space_for(run):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:120]})")

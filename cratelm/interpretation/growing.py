@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from cratelm import rundir
 from cratelm.interpretation.schema import MADE, SetKey, Stage, packed, unpacked
 from cratelm.interpretation.store import Store, add_set, identity, made_by, records_of, set_id
 
@@ -60,15 +61,15 @@ class GrowingSet:
         with store.transaction() as connection:
             own, had = add_set(connection, key), begun(connection, key, stage)
             if had is not None and (had.records, had.settings) != (records, told):
-                _drop(connection, own, stage)
+                drop_rows(connection, own, stage)
             elif had is not None and records_of(connection, key, stage) == records:
                 if np.isin(wanted, had.neurons).all():
                     return cls(store=store, key=key, stage=stage, neurons=had.neurons)
                 connection.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [own, stage])
             elif had is None:
-                _drop(connection, own, stage)  # a whole set of another kind, or of older records
+                drop_rows(connection, own, stage)  # a whole set of another kind, or of older records
             extra = sorted(_there(connection, own, stage) - set(wanted.tolist()))
-            _remove(connection, own, stage, extra)
+            remove_rows(connection, own, stage, extra)
             connection.execute(
                 "INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?)",
                 [own, stage, records, told, packed(wanted, "<i4")],
@@ -88,20 +89,19 @@ class GrowingSet:
         found: dict[int, Row] = {}
         for store in self._stores():
             with store.transaction() as connection:
-                found |= _rows(connection, set_id(connection, self.key), self.stage)
+                found |= read_rows(connection, set_id(connection, self.key), self.stage)
         return {neuron: found[neuron] for neuron in sorted(found)}
 
     def failures(self) -> dict[int, str]:
         """What the model said where it gave no usable answer, by neuron."""
-        query = "SELECT neuron, message FROM failures WHERE set_id = ? AND stage = ? ORDER BY neuron"
         with self.store.transaction() as connection:
-            return dict(connection.execute(query, [set_id(connection, self.key), self.stage]).fetchall())
+            return read_failures(connection, set_id(connection, self.key), self.stage)
 
     def add(self, rows: Mapping[int, Row]) -> None:
         """Keep the rows of some neurons, in one transaction; an earlier row or failure of the same neuron goes."""
         with self.store.transaction() as connection:
             own = add_set(connection, self.key)
-            _remove(connection, own, self.stage, rows)
+            remove_rows(connection, own, self.stage, rows)
             add_rows(connection, own, self.stage, rows)
 
     def add_failures(self, messages: Mapping[int, str]) -> None:
@@ -148,6 +148,10 @@ class Begun(NamedTuple):
     neurons: np.ndarray
     """Every neuron it is to hold, ascending."""
 
+    def difference(self, other: "Begun") -> str:
+        """In which settings two differ; empty if they agree."""
+        return rundir.differing_fields(json.loads(self.settings), json.loads(other.settings))
+
 
 def begun(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> Begun | None:
     """What a set was begun with; None if it never grew."""
@@ -179,7 +183,8 @@ def mark_whole(connection: sqlite3.Connection, own: int, stage: Stage, records: 
     connection.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)", [own, stage, records, made_by()])
 
 
-def _rows(connection: sqlite3.Connection, own: int | None, stage: Stage) -> dict[int, Row]:
+def read_rows(connection: sqlite3.Connection, own: int | None, stage: Stage) -> dict[int, Row]:
+    """The rows of a set, by neuron."""
     if stage == "explain":
         return dict(connection.execute("SELECT neuron, text FROM explanations WHERE set_id = ?", [own]).fetchall())
     if stage == "simulate":
@@ -187,6 +192,12 @@ def _rows(connection: sqlite3.Connection, own: int | None, stage: Stage) -> dict
         return {neuron: Simulated(source=source, activations=unpacked(blob, "<f4")) for neuron, source, blob in found}
     found = connection.execute("SELECT neuron, detail FROM answers WHERE set_id = ? AND scorer = ?", [own, stage])
     return {neuron: json.loads(value) for neuron, value in found}
+
+
+def read_failures(connection: sqlite3.Connection, own: int | None, stage: Stage) -> dict[int, str]:
+    """The failures of a set, by neuron."""
+    query = "SELECT neuron, message FROM failures WHERE set_id = ? AND stage = ? ORDER BY neuron"
+    return dict(connection.execute(query, [own, stage]).fetchall())
 
 
 def _of(stage: Stage) -> tuple[str, list[str]]:
@@ -202,7 +213,8 @@ def _there(connection: sqlite3.Connection, own: int | None, stage: Stage) -> set
     return {neuron for (neuron,) in (*rows, *failed)}
 
 
-def _remove(connection: sqlite3.Connection, own: int, stage: Stage, neurons: Iterable[int]) -> None:
+def remove_rows(connection: sqlite3.Connection, own: int, stage: Stage, neurons: Iterable[int]) -> None:
+    """Remove the rows and failures of some neurons."""
     condition, more = _of(stage)
     chosen = list(neurons)
     connection.executemany(
@@ -213,7 +225,7 @@ def _remove(connection: sqlite3.Connection, own: int, stage: Stage, neurons: Ite
     )
 
 
-def _drop(connection: sqlite3.Connection, own: int, stage: Stage) -> None:
+def drop_rows(connection: sqlite3.Connection, own: int, stage: Stage) -> None:
     """Remove all that a stage made of a set."""
     condition, more = _of(stage)
     connection.execute(f"DELETE FROM {MADE[stage]} WHERE {condition}", [own, *more])

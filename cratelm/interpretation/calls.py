@@ -1,0 +1,209 @@
+"""The cache of a language model's answers, in the run's store: what was paid for once is never asked again.
+
+An answer is found by a hash of the model and of all that it was asked, so it serves whatever asks the same: another
+protocol, a control, the same command run again. In a part, the answers in the run's own store serve too.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cratelm.interpretation.llm import LLM, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.store import Store
+from cratelm.interpretation.usage import Usage
+
+Row = tuple[str, str, int, int, str, bytes]
+"""A row of the table `calls`."""
+Answer = asyncio.Future[dict[str, Any]]
+"""An answer on its way, as it is kept."""
+Ask = Callable[[str], Awaitable[dict[str, Any]]]
+"""Asks the model for what has this hash."""
+
+
+class Cached:
+    """A language model whose answers are kept before anybody gets them. What is asked twice at once is asked once."""
+
+    def __init__(self, inner: LLM, store: Store, usage: Usage | None = None) -> None:
+        self.inner, self.store, self.usage = inner, store, usage or Usage()
+        self._asking: dict[str, Answer] = {}
+        self._working: set[asyncio.Task[None]] = set()
+        self._unwritten: list[tuple[Row, asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the model."""
+        return self.inner.name
+
+    @property
+    def identity(self) -> str:
+        """That of the model."""
+        return self.inner.identity
+
+    @property
+    def context(self) -> int | None:
+        """That of the model."""
+        return self.inner.context
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return self.inner.count(text)
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """The kept answer, or the model's."""
+        turns = [asdict(message) for message in messages]
+        asked = self._hash("chat", {"turns": turns, **asdict(sampling)})
+
+        async def ask(_: str) -> dict[str, Any]:
+            return asdict(await self.inner.chat(messages, sampling))
+
+        (answer,) = await self._answers([asked], ask)
+        return Reply(**answer)
+
+    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+        """The kept echoes, or the model's. Each prompt is asked for by itself: where one fails the others are kept."""
+        hashes = [self._hash("echo", {**asdict(prompt), "top": top}) for prompt in prompts]
+        prompt_of = dict(zip(hashes, prompts, strict=True))
+
+        async def ask(one: str) -> dict[str, Any]:
+            (echo,) = await self.inner.echo([prompt_of[one]], top=top)
+            return _told(echo)
+
+        answers = await self._answers(hashes, ask)
+        return [_echo(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _hash(self, kind: str, asked: dict[str, Any]) -> str:
+        told = json.dumps([kind, self.inner.identity, asked], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:40]
+
+    async def _answers(self, hashes: Sequence[str], ask: Ask) -> list[dict[str, Any]]:
+        """The answers to what has these hashes: kept, on their way, or asked for now.
+
+        What is new is taken on before anything is awaited, so that nobody else takes it on too. It is worked on in a
+        task of its own: that goes on where the one that first asked is given up.
+        """
+        new: dict[str, Answer] = {}
+        for one in hashes:
+            if one not in self._asking:
+                self._asking[one] = new[one] = asyncio.get_running_loop().create_future()
+        awaited = [self._asking[one] for one in hashes]
+        self.usage.cached += len(hashes) - len(new)
+        if new:
+            work = asyncio.create_task(self._work(new, ask))
+            self._working.add(work)
+            work.add_done_callback(self._working.discard)
+        return [await asyncio.shield(one) for one in awaited]
+
+    async def _work(self, new: dict[str, Answer], ask: Ask) -> None:
+        try:
+            known = await asyncio.to_thread(self._find, list(new))
+            self.usage.cached += len(known)
+            for one, answer in known.items():
+                self._done(one, new[one], answer)
+            await asyncio.gather(*(self._ask(one, new[one], ask) for one in new if one not in known))
+        except Exception as error:
+            for one, future in new.items():
+                self._done(one, future, error)
+        finally:
+            for one, future in new.items():
+                if not future.done():  # this was cancelled
+                    del self._asking[one]
+                    future.cancel()
+
+    async def _ask(self, one: str, future: Answer, ask: Ask) -> None:
+        try:
+            answer = await ask(one)
+            await self._keep(self._row(one, answer))
+        except Exception as error:
+            self._done(one, future, error)
+        else:
+            self._done(one, future, answer)
+
+    def _done(self, one: str, future: Answer, answer: dict[str, Any] | Exception) -> None:
+        if future.done():
+            return
+        del self._asking[one]
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+            future.exception()  # nobody may be left to take it
+        else:
+            future.set_result(answer)
+
+    def _row(self, asked: str, answer: dict[str, Any]) -> Row:
+        spent = int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1))
+        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return (asked, self.inner.name, *spent, date, zlib.compress(json.dumps(answer, ensure_ascii=False).encode(), 6))
+
+    async def _keep(self, row: Row) -> None:
+        """Wait until the row is on disk. While some are written, those that come gather for the next transaction."""
+        written = asyncio.get_running_loop().create_future()
+        self._unwritten.append((row, written))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+        await written
+
+    async def _write(self) -> None:
+        while self._unwritten:
+            batch, self._unwritten = self._unwritten, []
+            try:
+                await asyncio.to_thread(add_calls, self.store, [row for row, _ in batch])
+            except Exception as error:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_exception(error)
+            else:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_result(None)
+
+    def _find(self, hashes: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The kept answers, by hash."""
+        found: dict[str, dict[str, Any]] = {}
+        for store in (self.store, *([Store(self.store.run)] if self.store.part else [])):
+            if store.path.exists():
+                with store.transaction() as connection:
+                    for asked in hashes:
+                        row = connection.execute("SELECT reply FROM calls WHERE hash = ?", [asked]).fetchone()
+                        if row is not None:
+                            found[asked] = json.loads(zlib.decompress(row[0]))
+        return found
+
+
+def add_calls(store: Store, rows: Sequence[Row]) -> None:
+    """Keep some answers."""
+    with store.transaction() as connection:
+        connection.executemany("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def spent(store: Store) -> tuple[int, int]:
+    """Tokens read and written for all answers that are kept, those of earlier processes too."""
+    with store.transaction() as connection:
+        row = connection.execute("SELECT total(prompt_tokens), total(new_tokens) FROM calls").fetchone()
+    return int(row[0]), int(row[1])
+
+
+def _told(echo: Echo) -> dict[str, Any]:
+    """An echo as JSON. The tokens are there as lengths: their text is the prompt's."""
+    return {
+        "tokens": [len(token) for token in echo.tokens],
+        "logprobs": [None if math.isnan(one) else one for one in echo.logprobs.tolist()],
+        "candidates": [[at, dict(found)] for at, found in echo.candidates.items()],
+        "prompt_tokens": echo.prompt_tokens,
+    }
+
+
+def _echo(prompt: Prompt, told: dict[str, Any]) -> Echo:
+    ends = np.cumsum([0, *told["tokens"]]).tolist()
+    return Echo(
+        tokens=tuple(prompt.rest[start:end] for start, end in zip(ends, ends[1:], strict=False)),
+        logprobs=np.array([math.nan if one is None else one for one in told["logprobs"]], dtype=np.float64),
+        candidates={at: found for at, found in told["candidates"]}, prompt_tokens=told["prompt_tokens"],
+    )  # fmt: skip

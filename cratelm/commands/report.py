@@ -6,7 +6,8 @@
 
 Name control runs (random weights) along with their models. The folder gets report.html, which opens from disk and
 asks nothing of the network; performance, interpretability and layers as .md, .csv and .tex; loss and scores as .svg
-and .png.
+and .png. Where runs have autoencoders that are evaluated and scored (docs/sae.md), faithfulness sets their latents
+beside the neurons of the same layers.
 
 With --site it is a browser instead: a folder with a page for every neuron of every run, scored or not, that opens by
 double click or from any static host. Run again, it renews what has changed.
@@ -14,9 +15,14 @@ double click or from any static host. Run again, it renews what has changed.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from cratelm.report.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,31 +56,44 @@ def _report(options: Options) -> None:
     """Write the report, then print the table and where the page is."""
     # Reading the options must stay quick; the work needs numpy and matplotlib.
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
+    from cratelm.report.faithfulness import compared, faithfulness_summary
     from cratelm.report.page import verdict, write_report
     from cratelm.report.results import gather
     from cratelm.report.study import study_of, study_sentences
-    from cratelm.report.tables import summary, written
+    from cratelm.report.tables import summary
 
     results = gather(options.runs, mode=options.mode, taps=options.tap)
-    page = write_report(results, options.out or default_folder(options.runs))
-    found = summary(results)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
-    table.caption = Text("loss in nats per token, scores in points with 95 % intervals")
-    for column in found.columns:
-        table.add_column(Text(column.title), justify="left" if column.style == "text" else "right", overflow="fold")
-    for row in found.rows:
-        texts = [written(cell, column.style) for cell, column in zip(row, found.columns, strict=True)]
-        table.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
+    units = compared(results)
+    page = write_report(results, options.out or default_folder(options.runs), units)
     console = Console(highlight=False, markup=False)
-    console.print(table)
+    console.print(_printed(summary(results), "loss in nats per token, scores in points with 95 % intervals"))
+    if units:
+        brief = faithfulness_summary(results, units)
+        console.print()
+        console.print(_printed(brief, brief.caption))
     study = study_of(results)
     for sentence in verdict(results) if study is None else study_sentences(study):
         console.print(f"\n{sentence}")
     print()
     _print_path(page)
+
+
+def _printed(found: "Table", caption: str) -> "RichTable":
+    """A table of the report for a terminal."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from cratelm.report.tables import written
+
+    table = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
+    table.caption = Text(caption)
+    for column in found.columns:
+        table.add_column(Text(column.title), justify="left" if column.style == "text" else "right", overflow="fold")
+    for row in found.rows:
+        texts = [written(cell, column.style) for cell, column in zip(row, found.columns, strict=True)]
+        table.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
+    return table
 
 
 def _print_path(page: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cratelm.activations.records import Excerpt
+from cratelm.report.faithfulness import Units, compared, faithfulness
 from cratelm.report.plots import figures, inline_svg, write_figures
 from cratelm.report.results import (
     RESAMPLES,
@@ -47,18 +48,22 @@ MODEL_NAME = r"(?:CRATE|GPT-2)-(?:[123]L|S|B)"
 RANKS: dict[Rank, str] = {"best": "Best explained", "median": "In the middle", "worst": "Worst explained"}
 
 
-def write_report(results: Results, out: Path) -> Path:
-    """Write tables, figures and the page; return the page's path."""
+def write_report(results: Results, out: Path, units: Sequence[Units] | None = None) -> Path:
+    """Write tables, figures and the page; return the page's path. `units` saves reading the autoencoders again."""
     study = study_of(results)
     drawn = figures(results) if study is None else study_figures(study)
-    write_tables((*tables(results), *study_tables(study)), out)
+    units = compared(results) if units is None else units
+    more = (faithfulness(results, units),) if units else ()
+    write_tables((*tables(results), *study_tables(study), *more), out)
     write_figures(drawn, out)
-    write_text(out / "report.html", page(results if study is None else study.first_seeds, drawn, study))
+    write_text(out / "report.html", page(results if study is None else study.first_seeds, drawn, study, more))
     return out / "report.html"
 
 
-def page(results: Results, drawn: Mapping[str, Figure], study: Study | None = None) -> str:
-    """The page's HTML. Of a study the results hold one run of each group."""
+def page(
+    results: Results, drawn: Mapping[str, Figure], study: Study | None = None, more: Sequence[Table] = ()
+) -> str:  # fmt: skip
+    """The page's HTML. Of a study the results hold one run of each group. `more` are tables after the usual ones."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
@@ -67,7 +72,7 @@ def page(results: Results, drawn: Mapping[str, Figure], study: Study | None = No
     return template.substitute(
         style=style, style_hash=digest, title=escape(title), heading=_text(title),
         verdict="\n".join(_paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
-        numbers="".join(map(as_html, study_tables(study))) + _numbers(results),
+        numbers="".join(map(as_html, study_tables(study))) + _numbers(results) + "".join(map(as_html, more)),
         figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
         neurons=_neurons(results), method=_method(results),
     )  # fmt: skip

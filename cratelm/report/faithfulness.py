@@ -175,8 +175,8 @@ def _notes(units: Sequence[Units]) -> Iterator[str]:
     inflated = [one.title for one in units if one.evaluation and _deletes(one.evaluation)]
     if inflated:
         yield (
-            f"Kept of the layer is inflated for {', '.join(inflated)}: no path leads round this activation, so its mean "
-            "in its place costs about all that the model knows. Compare CE added and FVU."
+            f"Kept of the layer is inflated for {', '.join(inflated)}: no path leads round this activation, so its "
+            "mean in its place costs about all that the model knows. Compare CE added and FVU."
         )
     tokens = sorted({one.evaluation["tokens"] for one in units if one.evaluation})
     if tokens:

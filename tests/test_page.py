@@ -16,6 +16,7 @@ from cratelm.activations.records import Excerpt, read_records
 from cratelm.commands import interpret
 from cratelm.interpretation.store import Store
 from cratelm.report import page as report_page
+from cratelm.report.firing import gather_firing
 from cratelm.report.page import page, write_report
 from cratelm.report.plots import figures
 from cratelm.report.results import Results, display_name, gather
@@ -27,7 +28,7 @@ ALLOWED = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "article", "figure",
     "figcaption", "h1", "h2", "h3", "h4", "h5", "p", "a", "b", "i", "small", "span", "div", "ul", "li", "dl", "dt",
     "dd", "details", "summary", "table", "caption", "thead", "tbody", "tr", "th", "td", "svg", "g", "defs", "path",
-    "use", "clippath", "rect", "text", "tspan",
+    "use", "clippath", "rect", "text", "tspan", "u",
 }  # fmt: skip
 
 
@@ -126,9 +127,12 @@ def test_every_excerpt_shows_its_tokens_and_every_coloured_token_its_activation(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     runs = scored_runs(tmp_path, rng, "crate-2l")
-    [model] = gather(runs).models
+    results = gather(runs)
+    [model] = results.models
     _, reader = written_page(runs, tmp_path / "report")
-    excerpts = [
+    excerpts = [excerpt for run in gather_firing(results) for one in run.examples for excerpt in one.excerpts]
+    assert excerpts
+    excerpts += [
         excerpt
         for rank in ("best", "median", "worst")
         for one in model.examples

@@ -39,11 +39,13 @@ class Mean:
         value = float(self.values[threshold, ALL.index(name)])
         return None if np.isnan(value) else value
 
+    def column(self, name: str, threshold: int = STATED) -> Float64[np.ndarray, " resamples"]:
+        """Its resampled values."""
+        return self.samples[:, threshold, ALL.index(name)].astype(np.float64)
+
     def interval(self, name: str, threshold: int = STATED) -> tuple[float, float] | None:
         """Its 95 % interval."""
-        if self.of(name, threshold) is None:
-            return None
-        return interval(self.samples[:, threshold, ALL.index(name)])
+        return None if self.of(name, threshold) is None else interval(self.column(name, threshold))
 
     def curve(self, name: str) -> Float64[np.ndarray, " thresholds"]:
         """The means at every threshold."""

@@ -22,6 +22,15 @@ from matplotlib.figure import Figure
 
 from cratelm.activations.records import Excerpt
 from cratelm.report.faithfulness import Units, compared, faithfulness
+from cratelm.report.firing import (
+    FiringExample,
+    RunFiring,
+    firing_sentences,
+    firing_tables,
+    gather_firing,
+    shown_examples,
+)
+from cratelm.report.firing_plots import firing_figures
 from cratelm.report.plots import figures, inline_svg, write_figures
 from cratelm.report.results import (
     RESAMPLES,
@@ -54,14 +63,17 @@ def write_report(results: Results, out: Path, units: Sequence[Units] | None = No
     drawn = figures(results) if study is None else study_figures(study)
     units = compared(results) if units is None else units
     more = (faithfulness(results, units),) if units else ()
-    write_tables((*tables(results), *study_tables(study), *more), out)
-    write_figures(drawn, out)
-    write_text(out / "report.html", page(results if study is None else study.first_seeds, drawn, study, more))
+    shown = results if study is None else study.first_seeds
+    firing = gather_firing(shown)
+    write_tables((*tables(results), *study_tables(study), *more, *firing_tables(firing)), out)
+    write_figures({**drawn, **firing_figures(firing)}, out)
+    write_text(out / "report.html", page(shown, drawn, study, more, firing))
     return out / "report.html"
 
 
 def page(
-    results: Results, drawn: Mapping[str, Figure], study: Study | None = None, more: Sequence[Table] = ()
+    results: Results, drawn: Mapping[str, Figure], study: Study | None = None, more: Sequence[Table] = (),
+    firing: Sequence[RunFiring] = (),
 ) -> str:  # fmt: skip
     """The page's HTML. Of a study the results hold one run of each group. `more` are tables after the usual ones."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -74,7 +86,7 @@ def page(
         verdict="\n".join(_paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
         numbers="".join(map(as_html, study_tables(study))) + _numbers(results) + "".join(map(as_html, more)),
         figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
-        neurons=_neurons(results), method=_method(results),
+        firing=_firing(firing), neurons=_neurons(results), method=_method(results),
     )  # fmt: skip
 
 
@@ -150,6 +162,42 @@ def _figure(name: str, figure: Figure) -> str:
     )
 
 
+def _firing(found: Sequence[RunFiring]) -> str:
+    """Consistency and distinctiveness: who, curves, tables, and the best neurons of the models side by side."""
+    if not found:
+        return "<p>Not measured: no run has simulations by the shown protocol.</p>"
+    quiet = {title for one in found for title in (f"{one.run.title}, shuffled", one.run.title)
+             if one.run.control is not None or title != one.run.title}  # fmt: skip
+    sentences = "".join(map(_paragraph, firing_sentences(found)))
+    drawn = "\n".join(_figure(name, figure) for name, figure in firing_figures(found).items())
+    whole, layers = (as_html(table, quiet=quiet) for table in firing_tables(found))
+    columns = "".join(
+        f"<div><h4>{_text(title)}</h4>{''.join(_firing_card(one, strings) for one in examples)}</div>"
+        for title, examples in shown_examples(found).items()
+        for strings in [next(one.run.token_strings for one in found if one.run.title == title)]
+    )
+    examples = (
+        f'{_paragraph(standing_sentences()["firing examples"])}<div class="beside">{columns}</div>' if columns else ""
+    )
+    return f"{sentences}{drawn}{whole}<details><summary>Every layer</summary>{layers}</details>\n{examples}"
+
+
+def _firing_card(one: FiringExample, strings: Sequence[str]) -> str:
+    excerpts = "".join(
+        _excerpt(excerpt, one.maximum, strings, relevant.tolist())
+        for excerpt, relevant in zip(one.excerpts, one.relevant, strict=True)
+    )
+    facts = (
+        f"On random text it fires on {100 * one.consistency:.0f} % of the relevant tokens, and "
+        f"{100 * one.distinctiveness:.0f} % of the tokens on which it fires are relevant."
+    )
+    return (
+        f'<article class="neuron"><header><h5>Layer {one.layer}, neuron {one.index}</h5></header>'
+        f'<p class="said">{escape(_visible(one.explanation))}</p>{excerpts}'
+        f'<p class="facts-line">{_text(facts)}</p></article>'
+    )
+
+
 def _neurons(results: Results) -> str:
     scale = "".join(f'<i class="h{level}"></i>' for level in range(1, HEAT_LEVELS + 1))
     intro = (
@@ -203,10 +251,12 @@ def _card(one: NeuronExample, strings: Sequence[str]) -> str:
     )
 
 
-def _excerpt(excerpt: Excerpt, maximum: float, strings: Sequence[str]) -> str:
+def _excerpt(excerpt: Excerpt, maximum: float, strings: Sequence[str], relevant: Sequence[bool] = ()) -> str:
+    """The text with its heat; tokens that are relevant are underlined."""
     tokens = zip(excerpt.tokens.tolist(), excerpt.activations.tolist(), strict=True)
-    shown = "".join(_token(strings[token], activation, maximum) for token, activation in tokens)
-    return f'<div class="excerpt">{shown}</div>'
+    shown = [_token(strings[token], activation, maximum) for token, activation in tokens]
+    shown = [f"<u>{one}</u>" if place < len(relevant) and relevant[place] else one for place, one in enumerate(shown)]
+    return f'<div class="excerpt">{"".join(shown)}</div>'
 
 
 def _token(text: str, activation: float, maximum: float) -> str:

@@ -1,0 +1,173 @@
+"""Consistency and distinctiveness in the report: tables, sentences, figures, and neurons side by side."""
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tables import cells, scored_runs
+
+from cratelm.interpretation.firing import STATED, THRESHOLDS, count_sets
+from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.store import Store
+from cratelm.report.firing import (
+    RELEVANT_NEEDED,
+    RunFiring,
+    difference,
+    firing_sentences,
+    firing_tables,
+    gather_firing,
+    shown_examples,
+)
+from cratelm.report.firing_plots import firing_figures
+from cratelm.report.page import write_report
+from cratelm.report.results import Results, gather
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Made once; what is compared with a threshold is compared on these numbers."""
+    rng, names = np.random.default_rng(5), ("crate-2l", "crate-2l-random", "gpt2-2l")
+    return gather(scored_runs(tmp_path_factory.mktemp("runs"), rng, *names, neurons=16))
+
+
+@pytest.fixture(scope="module")
+def found(results: Results) -> tuple[RunFiring, ...]:
+    return gather_firing(results)
+
+
+def keys(control: str = "") -> list[SetKey]:
+    return [SetKey(layer=layer, protocol="top-and-random", control=control) for layer in (0, 1)]
+
+
+def test_the_table_holds_what_the_simulations_give(found: tuple[RunFiring, ...]) -> None:
+    table, layers = firing_tables(found)
+    titles = [str(title) for title in cells(table, "Model")]
+    assert titles == 2 * [
+        "CRATE-2L", "CRATE-2L, shuffled", "CRATE-2L, random-init", "CRATE-2L, random-init, shuffled", "GPT-2-2L",
+        "GPT-2-2L, shuffled",
+    ]  # fmt: skip
+    runs = {one.run.title: one.run.path for one in found}
+    for place, (kind, title) in enumerate(zip(cells(table, "Excerpts"), titles, strict=True)):
+        control = "shuffled" if title.endswith(", shuffled") else ""
+        counted = count_sets(runs[title.removesuffix(", shuffled")], keys(control))
+        measures = [one.kinds[str(kind)].measures[:, STATED] for one in counted]
+        expected = 100 * np.mean([np.nanmean(one, axis=0) for one in measures], axis=0)
+        shown = [cells(table, name)[place] for name in ("Consistency", "Strength", "Distinctiveness", "Of mass")]
+        np.testing.assert_allclose(np.array(shown, dtype=float), expected)
+        firing = 100 * np.mean([one.kinds[str(kind)].firing.mean() for one in counted])
+        assert cells(table, "Fires on any token")[place] == pytest.approx(firing)
+        assert cells(table, "Neurons")[place] == sum(len(one.neuron) for one in counted)
+        ends = cells(table, "95 % interval")[place]
+        assert isinstance(ends, tuple)
+        assert ends[0] < expected[0] < ends[1] or ends[0] == ends[1]
+    assert len(layers.rows) == 2 * len(table.rows)
+
+
+def test_planted_models_stand_above_their_controls(found: tuple[RunFiring, ...]) -> None:
+    crate, control, _ = found
+    assert crate.shuffled is not None
+    for name in ("consistency", "distinctiveness_mass"):
+        own = crate.own.overall["random"].interval(name)
+        for other in (crate.shuffled.overall["random"], control.own.overall["random"]):
+            ends = other.interval(name)
+            assert own is not None and ends is not None  # noqa: PT018
+            assert own[0] > ends[1]
+
+
+def test_a_difference_is_of_means_and_its_interval_of_resampled_ones(found: tuple[RunFiring, ...]) -> None:
+    ours, theirs = found[0].own.overall["random"], found[2].own.overall["random"]
+    value, low, high = difference(ours, theirs, ("consistency", "firing"))
+    expected = [(one.of("consistency") or 0) - (one.of("firing") or 0) for one in (ours, theirs)]
+    assert value == pytest.approx(expected[0] - expected[1])
+    samples = [one.column("consistency") - one.column("firing") for one in (ours, theirs)]
+    assert (low, high) == tuple(np.percentile(samples[0] - samples[1], [2.5, 97.5]))
+    assert low < value < high
+    same = difference(ours, ours, ("distinctiveness",))
+    assert same == (0, 0, 0)
+
+
+def test_the_sentences_name_both_models_and_what_chance_gives(found: tuple[RunFiring, ...]) -> None:
+    first, second = firing_sentences(found)
+    ours, theirs = found[0].own.overall["random"], found[2].own.overall["random"]
+    for mean in (ours, theirs):
+        for name in ("consistency", "firing"):
+            assert f"{mean.of(name):.1f} %" in first
+        assert f"{mean.of('distinctiveness'):.1f} %" in second
+    assert "CRATE-2L" in first
+    assert "GPT-2-2L" in second
+    assert firing_sentences(found[:2]) == []
+
+
+def test_examples_are_the_most_consistent_and_distinctive_neurons(found: tuple[RunFiring, ...]) -> None:
+    shown = shown_examples(found)
+    assert list(shown) == ["CRATE-2L", "GPT-2-2L"]
+    for title, examples in shown.items():
+        run = next(one.run.path for one in found if one.run.title == title)
+        counted, store = count_sets(run, keys()), Store.open(run)
+        every = [
+            (2 / (1 / c + 1 / d), layer.layer, int(neuron))
+            for layer in counted
+            for counts in [layer.kinds["random"]]
+            for neuron, (c, _, d, _), relevant in zip(
+                layer.neuron, counts.measures[:, STATED], counts.relevant[:, :, STATED, 0], strict=True
+            )
+            if relevant.sum() >= RELEVANT_NEEDED and c > 0 and d > 0
+        ]  # fmt: skip
+        assert [(one.layer, one.index) for one in examples] == [
+            (layer, neuron) for _, layer, neuron in sorted(every, reverse=True)[: len(examples)]
+        ]
+        for one in examples:
+            assert one.explanation == store.texts(keys()[one.layer])[one.index]
+            assert len(one.excerpts) == len(one.relevant) == 3
+            for excerpt, relevant in zip(one.excerpts, one.relevant, strict=True):
+                assert excerpt.tokens.shape == relevant.shape
+                assert (excerpt.activations[relevant] > 0).mean() > 0.5 or not relevant.any()
+
+
+def test_the_curves_drawn_are_the_curves_measured(found: tuple[RunFiring, ...]) -> None:
+    figure = firing_figures(found)["firing"]
+    for axes, kind in zip(figure.axes, ("top", "random"), strict=True):
+        assert axes.get_title(loc="left") == f"{kind} excerpts"
+        curve = next(line for line in axes.lines if len(line.get_xdata()) == len(THRESHOLDS))  # type: ignore[arg-type]
+        mean = found[0].own.overall[kind]
+        np.testing.assert_allclose(np.asarray(curve.get_xdata(), dtype=float), mean.curve("distinctiveness"))
+        np.testing.assert_allclose(np.asarray(curve.get_ydata(), dtype=float), mean.curve("consistency"))
+        assert {text.get_text() for text in axes.texts} == {"0.05", "0.3", "0.9"}
+    layers = firing_figures(found)["firing_layers"]
+    assert [axes.get_title(loc="left") for axes in layers.axes] == [
+        f"{name}, {kind} excerpts" for name in ("consistency", "distinctiveness") for kind in ("top", "random")
+    ]
+    assert firing_figures(()) == {}
+    assert firing_tables(()) == ()
+
+
+def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results, tmp_path: Path) -> None:
+    page = write_report(results, tmp_path).read_text()
+    files = {
+        f"{name}.{suffix}" for name in ("firing", "firing_layers") for suffix in ("md", "csv", "tex", "svg", "png")
+    }
+    assert files <= {file.name for file in tmp_path.iterdir()}
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "firing.csv").read_text())))
+    assert {row["Excerpts"] for row in rows} == {"top", "random"}
+    assert all(0 <= float(row["Consistency (%)"]) <= 100 for row in rows)
+    section = page.split('<section id="firing">')[1].split("</section>")[0]
+    assert section.count('<article class="neuron">') == 6
+    assert '<div class="beside">' in section
+    assert "<u><span" in section
+    assert 'href="#firing"' in page
+
+
+def test_a_report_without_the_shown_protocol_says_so(results: Results, tmp_path: Path) -> None:
+    some = replace(
+        results, protocols=("anthropic",),
+        models=tuple(
+            replace(one, random_init=None, scores={"anthropic": one.scores["anthropic"]}, examples=())
+            for one in results.models
+        ),
+    )  # fmt: skip
+    assert gather_firing(some) == ()
+    assert "Not measured" in write_report(some, tmp_path).read_text()
+    assert not (tmp_path / "firing.md").exists()

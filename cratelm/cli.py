@@ -40,6 +40,9 @@ VERBS = {
     "directions": "what each neuron's weights say: tokens in and out, its neighbours in the next layer",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
+    "steer": "turn neurons while the model writes: the text and the next token, without and with",
+    "ablate": "take neurons out: what the model loses on held-out text",
+    "ledger": "what every neuron contributes to a logit, to the last digit",
 }
 """Verb -> one line of help, in the order of the flow."""
 
@@ -50,6 +53,7 @@ FLOW = (
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("Sparse autoencoders", ("sae train", "sae evaluate")),
     ("Neurons to look at", ("directions", "neurons", "report")),
+    ("Neurons to turn", ("steer", "ablate", "ledger")),
 )
 """The verbs as the overview groups them."""
 

@@ -64,7 +64,6 @@
       say(found.title);
     }
     first = false;
-    performance.mark("cratelm-shown");
     main.dataset.shown = String(own);
   }
 

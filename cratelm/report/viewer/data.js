@@ -107,14 +107,13 @@
     return values;
   }
 
-  /** @typedef {{tokens: string[], values: Float32Array, document: number, position: number, interval: ?number, predicted: ?Float32Array}} Excerpt */
+  /** @typedef {{tokens: string[], values: Float32Array, document: number, position: number, interval: ?number}} Excerpt */
 
   /** An excerpt with the text of its tokens. @returns {Excerpt} */
   function excerpt(item, strings) {
     const tokens = Array.from(new Uint16Array(bytes(item.tokens).buffer), (number) => strings[number]);
     const { document, position, interval = null } = item;
-    const predicted = item.predicted ? Float32Array.from(unpack({ u8: item.predicted.u8 }), (step) => (step / 255) * item.predicted.largest) : null;
-    return { tokens, values: unpackSparse(item.values, tokens.length), document, position, interval, predicted };
+    return { tokens, values: unpackSparse(item.values, tokens.length), document, position, interval };
   }
 
   /** Which models there are. */
@@ -142,7 +141,7 @@
       const words = (packed) => Array.from(unpack(packed), (code) => value.reasons[code]);
       value.unpacked = {
         place, neurons: value.neurons, textsEach: value.texts_each, neuronsEach: value.neurons_each,
-        explained: value.explained, predicted: value.predicted, status: words(value.status),
+        explained: value.explained, status: words(value.status),
         sets: value.sets.map((set) => ({ ...set, correlation: unpack(set.correlation), reason: words(set.reason) })),
         statistics: Object.fromEntries(Object.entries(value.statistics).map(([name, packed]) => [name, unpack(packed)])),
       };

@@ -1,0 +1,130 @@
+"""Taking neurons out: the quick ways give what a forward pass with an edited code gives."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hugging_face import build
+from tiny import random_model, tiny_config
+
+from cratelm.activations.taps import edit
+from cratelm.errors import CrateError
+from cratelm.steering.ablation import Ablation, held_out, mean_change
+from cratelm.steering.generate import all_logits
+from cratelm.steering.place import neuron_places
+
+COMPLETE = {"dictionary": "complete", "expansion": 1, "ista_steps": 1}
+MODELS: list[dict[str, Any]] = [
+    {"arch": "crate"}, {"arch": "gpt2", "bias": True}, {"arch": "crate", **COMPLETE},
+    {"arch": "crate", "ista_residual": True, "untied_decoder": True},
+]  # fmt: skip
+
+
+def text_of(rng: np.random.Generator, model: Any, vocab: int = 272, tokens: int = 71) -> Any:
+    bounds = np.array([0, 9, 30, 44, tokens])
+    return held_out(rng.integers(vocab, size=tokens).astype(np.uint16), bounds, model, None)
+
+
+def by_hand(model: Any, text: Any, layer: int, neurons: list[int], kind: str) -> np.ndarray:
+    """Change of every document's loss with these neurons out, one window at a time."""
+    place, change = neuron_places(model)[layer], np.zeros(len(text.sizes))
+    codes = []
+    with torch.no_grad():
+        windows = list(text.batches(1))
+        for _, inputs, _ in windows:
+            with edit(model, {place.tap: lambda code: codes.append(code.flatten(0, -2)) or code}):  # type: ignore[func-returns-value]
+                all_logits(model, inputs)
+        mean = torch.cat(codes).mean(0) if kind == "mean" else torch.zeros(place.neurons)
+
+        def out(code: torch.Tensor) -> torch.Tensor:
+            code = code.clone()
+            for neuron in neurons:
+                code[..., neuron] = mean[neuron]
+            return code
+
+        for first, inputs, targets in windows:
+            before = F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none")
+            with edit(model, {place.tap: out}):
+                after = F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none")
+            for offset, one in enumerate((after - before).tolist()):
+                change[np.searchsorted(text.documents, first + offset, side="right") - 1] += one
+    return change
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+@pytest.mark.parametrize("variant", MODELS, ids=str)
+def test_the_quick_ways_are_the_direct_one(variant: dict[str, Any], kind: Any, rng: np.random.Generator) -> None:
+    model = random_model(tiny_config(**variant), rng).double()
+    text = text_of(rng, model)
+    found = Ablation(model, text, [0, 1])
+    neurons = rng.choice(found.places[0].neurons, 4, replace=False).tolist()
+    for layer in (0, 1):
+        quick, direct = (found.each(layer, neurons, kind, method=way) for way in ("auto", "direct"))
+        np.testing.assert_allclose(quick, direct, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(quick[2], by_hand(model, text, layer, neurons[2:3], kind), rtol=1e-7, atol=1e-9)
+        assert abs(quick).max() > 1e-4
+    group = found.together([(1, neuron) for neuron in neurons], kind)
+    np.testing.assert_allclose(group, by_hand(model, text, 1, neurons, kind), rtol=1e-7, atol=1e-9)
+    loud = int(np.abs(found.each(1, range(found.places[1].neurons), kind)).sum(1).argmax())
+    both = found.together([(0, neurons[0]), (1, loud)], kind)
+    assert not np.allclose(both, found.each(0, neurons[:1], kind)[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_hugging_face_models_lose_what_a_forward_pass_says(family: str, rng: np.random.Generator) -> None:
+    model = build(family, rng)
+    text = text_of(rng, model, vocab=60)
+    found = Ablation(model, text, [0, 1])
+    for layer, kind in ((0, "zero"), (1, "zero"), (1, "mean")):
+        change = found.each(layer, [3, 8], kind)  # type: ignore[arg-type]
+        np.testing.assert_allclose(change[1], by_hand(model, text, layer, [8], kind), rtol=1e-3, atol=1e-4)
+    assert (found.exit is None) == (family == "opt")
+
+
+def test_the_plain_losses_are_those_of_evaluate(rng: np.random.Generator) -> None:
+    from tiny import hidden_bar
+
+    from cratelm.training.evaluate import document_losses
+
+    model = random_model(tiny_config(), rng)
+    text = text_of(rng, model)
+    found = Ablation(model, text, [0])
+    wanted = document_losses(model, text.tokens, text.documents, batch=2, bar=hidden_bar())
+    owner = text.owner(1, len(found.plain))
+    np.testing.assert_allclose(np.bincount(owner, found.plain), wanted.nats, rtol=1e-5)
+    assert text.sizes.tolist() == wanted.tokens.tolist()
+
+
+def test_a_silent_neuron_costs_exactly_nothing(rng: np.random.Generator) -> None:
+    model: Any = random_model(tiny_config(), rng)
+    for layer in (0, 1):
+        model.blocks[layer].ista.atoms.data[5] = 0
+    found = Ablation(model, text_of(rng, model), [0, 1])
+    assert not found.each(0, [5], "zero").any()
+    assert not found.each(1, [5], "zero").any()
+    assert found.densities[1][5] == 0
+
+
+def test_the_standard_error_is_that_of_a_ratio_over_documents(rng: np.random.Generator) -> None:
+    sums, sizes = rng.normal(size=(3, 40)), rng.integers(5, 50, size=40).astype(np.float64)
+    mean, error = mean_change(sums, sizes)
+    np.testing.assert_allclose(mean, sums.sum(1) / sizes.sum())
+    picks = rng.integers(40, size=(4000, 40))
+    resampled = sums[0][picks].sum(1) / sizes[picks].sum(1)
+    assert error[0] == pytest.approx(resampled.std(), rel=0.15)
+    assert np.isnan(mean_change(sums[:, :1], sizes[:1])[1]).all()
+
+
+def test_the_beginnings_of_the_first_documents_are_read(rng: np.random.Generator) -> None:
+    model = random_model(tiny_config(), rng)
+    tokens, bounds = rng.integers(272, size=71), np.array([0, 9, 30, 44, 71])  # the context is 16
+    two = held_out(tokens, bounds, model, 10)
+    assert two.tokens.tolist() == [*tokens[:9], *tokens[9:24], tokens[29]]
+    assert two.documents.tolist() == [0, 9, 25]
+    assert held_out(tokens, bounds, model, 9).tokens.tolist() == tokens[:9].tolist()
+    assert held_out(tokens, bounds, model, 1000).documents.tolist() == [0, 9, 25, 39, 55]
+    assert len(held_out(tokens, bounds, model, None).tokens) == 71
+    with pytest.raises(CrateError, match="1 tokens hold nothing to predict"):
+        held_out(tokens[:1], np.array([0, 1]), model, None)

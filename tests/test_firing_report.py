@@ -1,5 +1,6 @@
 """Consistency and distinctiveness in the report: tables, sentences, figures, and neurons side by side."""
 
+import asyncio
 import csv
 import io
 from dataclasses import replace
@@ -7,9 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judges import Judge
+from test_judging import always
 from test_tables import cells, scored_runs
 
+from cratelm import read_records
+from cratelm.interpretation.classify import Questions
 from cratelm.interpretation.firing import STATED, THRESHOLDS, count_sets
+from cratelm.interpretation.judging import Jury, judge_set, judged_key
+from cratelm.interpretation.llm_stages import Task
+from cratelm.interpretation.protocols import protocol
+from cratelm.interpretation.sample import chosen
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.store import Store
 from cratelm.report.firing import (
@@ -22,6 +31,7 @@ from cratelm.report.firing import (
     shown_examples,
 )
 from cratelm.report.firing_plots import firing_figures
+from cratelm.report.judged import judged_tables
 from cratelm.report.page import write_report
 from cratelm.report.results import Results, gather
 
@@ -158,6 +168,43 @@ def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results
     assert '<div class="beside">' in section
     assert "<u><span" in section
     assert 'href="#firing"' in page
+
+
+def test_other_explanations_and_simulations_stand_beside_in_the_table(results: Results) -> None:
+    run = results.models[1].path
+    store, made = Store.open(run), replace(keys()[0], explainer="some-model", simulator="all-at-once:some-model")
+    for key in keys():
+        store.write_simulations(replace(made, layer=key.layer), store.simulations(key))
+    again = gather_firing(replace(results, models=results.models[1:]))
+    ((who, firing),) = again[0].others
+    assert who == "explained by some-model, simulated by all-at-once:some-model"
+    np.testing.assert_array_equal(firing.overall["top"].values, again[0].own.overall["top"].values)
+    titles = cells(firing_tables(again)[0], "Model")
+    assert titles[:3] == ["GPT-2-2L", "GPT-2-2L, shuffled", f"GPT-2-2L, {who}"]
+
+
+def test_scorers_stand_in_a_table_of_their_own(results: Results) -> None:
+    run = results.models[0].path
+    assert judged_tables(results) == ()
+    for layer in (0, 1):
+        for scorer, judge in (("intruder", Judge(lambda *_: '{"intruder": 1}')), ("detection", Judge(always(1)))):
+            key = judged_key(SetKey(layer=layer, protocol="top-and-random"), scorer, "judge")
+            task = Task(
+                store=Store.open(run), key=key, records=read_records(run, layer), protocol=protocol("top-and-random"),
+                chosen=chosen("all"),
+            )  # fmt: skip
+            asyncio.run(judge_set(task, scorer, Jury(strings=["?"] * 400, questions=Questions(), llm=judge)))
+    (table,) = judged_tables(results)
+    assert cells(table, "Scorer") == ["detection"] * 3 + ["intruder"] * 3
+    assert cells(table, "Layer") == ["0", "1", "mean"] * 2
+    assert cells(table, "Explained by") == ["lookup, top-and-random"] * 3 + ["\N{EN DASH}"] * 3
+    assert set(cells(table, "Asked")) == {"judge"}
+    assert cells(table, "Score")[:3] == [50, 50, 50]
+    assert cells(table, "Chance") == [50.0] * 3 + [20.0] * 3
+    for judged, few in zip(cells(table, "Judged"), cells(table, "Too few excerpts"), strict=True):
+        assert isinstance(judged, tuple)
+        assert isinstance(few, int)
+        assert judged[0] + few == judged[1]
 
 
 def test_a_report_without_the_shown_protocol_says_so(results: Results, tmp_path: Path) -> None:

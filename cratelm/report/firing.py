@@ -61,6 +61,8 @@ class RunFiring:
     own: ModelFiring
     shuffled: ModelFiring | None
     """With the explanations of other neurons of the layer."""
+    others: tuple[tuple[str, ModelFiring], ...]
+    """From other explanations and simulations of the same neurons: who made them, and the numbers."""
     examples: tuple[FiringExample, ...]
 
 
@@ -85,7 +87,20 @@ def _of_run(run: RunResult, results: Results) -> RunFiring:
     if SHOWN_PROTOCOL in run.shuffled:
         shuffled = mean_firing(count_sets(run.path, [replace(key, control="shuffled") for key in keys]))
     examples = tuple(_examples(run, keys, counted)) if run.control is None else ()
-    return RunFiring(run=run, own=mean_firing(counted), shuffled=shuffled, examples=examples)
+    others = tuple((title, mean_firing(count_sets(run.path, those))) for title, those in _others(run, keys[0]))
+    return RunFiring(run=run, own=mean_firing(counted), shuffled=shuffled, others=others, examples=examples)
+
+
+def _others(run: RunResult, shown: SetKey) -> Iterator[tuple[str, list[SetKey]]]:
+    """The other sets of simulations of all layers, first explanations alone, with who made them."""
+    found: dict[SetKey, list[SetKey]] = {}
+    for key in Store.open(run.path).sets("simulate"):
+        kind = replace(key, layer=shown.layer)
+        if replace(kind, explainer=shown.explainer, simulator=shown.simulator) == shown != kind:
+            found.setdefault(kind, []).append(key)
+    for kind, keys in found.items():
+        if len(keys) == len(run.scores[SHOWN_PROTOCOL].layers):
+            yield f"explained by {kind.explainer}" + f", simulated by {kind.simulator}" * bool(kind.simulator), keys
 
 
 def _examples(run: RunResult, keys: Sequence[SetKey], counted: Sequence[LayerFiring]) -> Iterator[FiringExample]:
@@ -142,7 +157,8 @@ def firing_tables(found: Sequence[RunFiring]) -> tuple[Table, ...]:
     rows, layers = list[tuple[Cell, ...]](), list[tuple[Cell, ...]]()
     for kind in KINDS:
         for one in found:
-            for title, firing in ((one.run.title, one.own), (f"{one.run.title}, shuffled", one.shuffled)):
+            own, shuffled = (one.run.title, one.own), (f"{one.run.title}, shuffled", one.shuffled)
+            for title, firing in (own, shuffled, *((f"{one.run.title}, {who}", made) for who, made in one.others)):
                 if firing is not None and kind in firing.overall:
                     rows.append((kind, title, *_cells(firing.overall[kind])))
                     layers += [

@@ -31,6 +31,7 @@ from cratelm.report.firing import (
     shown_examples,
 )
 from cratelm.report.firing_plots import firing_figures
+from cratelm.report.judged import judged_tables
 from cratelm.report.plots import figures, inline_svg, write_figures
 from cratelm.report.results import (
     RESAMPLES,
@@ -62,7 +63,7 @@ def write_report(results: Results, out: Path, units: Sequence[Units] | None = No
     study = study_of(results)
     drawn = figures(results) if study is None else study_figures(study)
     units = compared(results) if units is None else units
-    more = (faithfulness(results, units),) if units else ()
+    more = (*judged_tables(results), *((faithfulness(results, units),) if units else ()))
     shown = results if study is None else study.first_seeds
     firing = gather_firing(shown)
     write_tables((*tables(results), *study_tables(study), *more, *firing_tables(firing)), out)

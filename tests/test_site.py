@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
+from test_chunks import unpack_sparse
 from test_tables import change, scored_runs
 
 from cratelm import cli
@@ -18,8 +19,7 @@ from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.store import Store
 from cratelm.report import site
 from cratelm.report.catalogue import catalogue, slug
-from cratelm.report.chunks import as_script, pack, pack_sparse, read_script, unpack
-from cratelm.report.search_index import SearchIndex, as_term
+from cratelm.report.chunks import read_script, unpack
 from cratelm.report.site import write_site
 
 
@@ -29,51 +29,12 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cratelm.report.results.RESAMPLES", 20)
 
 
-def unpack_sparse(text: str, length: int) -> np.ndarray:
-    content = base64.b64decode(text)
-    there = np.unpackbits(np.frombuffer(content[: -(-length // 8)], np.uint8))[:length].astype(bool)
-    values = np.zeros(length, np.float32)
-    values[there] = np.frombuffer(content[-(-length // 8) :], "<f4")
-    return values
-
-
 def files(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"text": "</script><!-- <script>alert(1)</script>"}, {"text": "\u2028\u2029\\'\"\\\\'"},
-        {"__proto__": {"x": 1}}, {"text": "\ud800 half"}, {"text": "\x00\x1f\n"},
-        {"text": "café → 日本 \U0001f600"}, {"": [None, 1.5, -3, True]},
-    ],
-)  # fmt: skip
-def test_a_chunk_brings_back_any_value_and_holds_no_markup(value: dict[str, Any], tmp_path: Path) -> None:
-    content = as_script("m0/t0/l1/neurons-2", value)
-    assert content.startswith(b"cratelmChunk('m0/t0/l1/neurons-2','")
-    assert not set(b"<>&") & set(content)
-    assert content.count(b"\n") == 1
-    assert "\u2028" not in content.decode()
-    (tmp_path / "chunk.js").write_bytes(content)
-    assert read_script(tmp_path / "chunk.js") == {"format_version": 1, **value}
-
-
-@pytest.mark.parametrize("name", ["../x", "a b", "a'b", "x.js", "é"])
-def test_a_chunk_has_no_name_but_of_our_own_words(name: str) -> None:
-    with pytest.raises(AssertionError):
-        as_script(name, {})
-
-
-def test_packed_numbers_come_back_exactly(rng: np.random.Generator) -> None:
-    values = (rng.normal(size=100) * (rng.random(100) < 0.4)).astype(np.float32)
-    assert np.array_equal(unpack(pack(values, "f32")), values)
-    for length in (1, 7, 8, 9, 64):
-        assert np.array_equal(unpack_sparse(pack_sparse(values[:length]), length), values[:length])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +83,75 @@ def test_every_neuron_is_there_as_the_run_has_it(tmp_path: Path, rng: np.random.
                 assert [chunk["strings"][one] for one in ids] == [strings[token] for token in excerpt.tokens]
                 assert np.array_equal(unpack_sparse(item["values"], len(ids)), excerpt.activations)
                 assert (item["position"], item["document"]) == (excerpt.position, excerpt.document)
+
+
+def test_what_an_explanation_predicts_stands_with_the_excerpts_it_was_scored_on(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    [run] = scored_runs(tmp_path, rng, "crate-2l", neurons=16)
+    data = write_site([run], tmp_path / "out").parent / "data"
+    assert read_script(data / "m0/t0/l1/layer.js")["predicted"]["protocol"] == "top-and-random"
+    simulations = Store.open(run).simulations(SetKey(layer=1, protocol="top-and-random"))
+    for found in read_script(data / "m0/t0/l1/neurons-0.js")["neurons"]:
+        groups = {(group["kind"], group["part"]): group["items"] for group in found["excerpts"]}
+        shown = [item for kind in ("random", "top") for item in groups.get((kind, "score"), [])[:5]]
+        there = [item["predicted"] for item in shown if "predicted" in item]
+        if found["index"] not in simulations.neuron:
+            assert there == []
+            continue
+        values = np.concatenate([unpack({"u8": one["u8"]}) / 255 * one["largest"] for one in there])
+        expected = simulations.of(int(np.flatnonzero(simulations.neuron == found["index"])[0]))
+        assert np.abs(values - expected).max() <= max(one["largest"] for one in there) / 255
+        assert all("predicted" not in item for item in groups["top", "explain"])
+
+
+def test_light_and_dark_text_is_readable_on_every_shade() -> None:
+    """WCAG's contrast ratio of at least 4.5, in both colour schemes, which are written down twice for the dark one."""
+    css = (site.VIEWER / "viewer.css").read_text(encoding="utf-8")
+    light, system, chosen = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in css.split(":root")[1:4])
+    assert system == chosen
+    for colors in (light, light | system):
+        for text, backs in {
+            "ink": ["paper", "card", "shade", "mark"], "soft": ["paper", "card", "shade"], "accent": ["paper", "card"],
+            "paper": ["ink"], "on-low": [f"{hue}{level}" for hue in "hb" for level in range(1, 5)] + ["shade"],
+            "on-high": [f"{hue}{level}" for hue in "hb" for level in range(5, 9)],
+        }.items():  # fmt: skip
+            for back in backs:
+                assert contrast(colors[text], colors[back]) >= 4.5, (text, back, contrast(colors[text], colors[back]))
+        for hue in "hb":
+            distance = [abs(luminance(colors[f"{hue}{level}"]) - luminance(colors["shade"])) for level in range(2, 9)]
+            assert distance == sorted(distance)
+
+
+def luminance(color: str) -> float:
+    parts = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_server_gets_the_value_of_every_chunk_by_its_name_and_of_no_other(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l", neurons=20)
+    models = catalogue(runs, "fixed")
+    data = write_site(runs, tmp_path / "out").parent / "data"
+    views = {layer.folder: site.open_layer(layer) for layer in site._layers(models)}
+
+    def value(name: str) -> Any:
+        return site.chunk_value(models, name, lambda layer: views[layer.folder])
+
+    names = [path.relative_to(data).with_suffix("").as_posix() for path in data.glob("m*/t*/l*/*.js")]
+    assert len(names) == 4 * 4
+    for name in names:
+        assert {"format_version": 1, **json.loads(json.dumps(value(name)))} == read_script(data / f"{name}.js")
+    for name in ("m0/t0/l0/neurons-2", "m0/t0/l0/neurons", "m0/t0/l0/layer-0", "m9/t0/l0/layer", "../m0/t0/l0/layer",
+                 "m0/t0/l0/../l0/layer", "m0/t0/l0/neurons-00", "m0/t0/l0/layer\n", "m0/t0/l٠/layer", ""):  # fmt: skip
+        assert value(name) is None
 
 
 def test_dead_and_unscored_neurons_say_so(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -224,40 +254,6 @@ def test_a_neuron_takes_less_than_20_kb_where_every_activation_is_different(
     data = write_site([run], tmp_path / "out").parent / "data"
     size = sum(path.stat().st_size for path in (data / "m0").rglob("*.js"))
     assert size / 64 < 20_000
-
-
-def test_the_index_finds_what_a_scan_of_all_terms_finds(rng: np.random.Generator) -> None:
-    index = SearchIndex()
-    words = ["".join(rng.choice(list("abé\U0001f600ß "), size=rng.integers(1, 5))) for _ in range(400)]
-    holders: dict[str, set[int]] = {}
-    for place in range(2):
-        tokens = [[str(word) for word in rng.choice(words, size=3)] for _ in range(50)]
-        index.add(place, {"start": 0, "tokens": tokens, "texts": [[]] * 50}, [0.5] * 50, [])
-        for neuron, own in enumerate(tokens):
-            for token in own:
-                holders.setdefault(as_term(token), set()).add((place << 20) | neuron)
-    chunks = list(index.chunks())
-    terms = [term for chunk in chunks for term in chunk["terms"]]
-    assert terms == sorted(terms, key=lambda term: term.encode("utf-16-be"))
-    found = {
-        term: set(unpack(packed).tolist())
-        for chunk in chunks
-        for term, packed in zip(chunk["terms"], chunk["neurons"], strict=True)
-    }
-    assert found == {term: neurons for term, neurons in holders.items() if term}
-
-
-def test_better_matches_come_first_and_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cratelm.report.search_index.MOST_NEURONS", 3)
-    index = SearchIndex()
-    tokens = [[" the"], [" The"], ["x", "the"], ["y"]]
-    texts = [[], [], [], [['the "the" word', [0]]]]
-    index.add(5, {"start": 0, "tokens": tokens, "texts": texts}, [0.1, 0.9, float("nan"), 0.99], ["an-llm"])
-    [chunk] = index.chunks()
-    place = chunk["terms"].index("the")
-    assert (unpack(chunk["neurons"][place]) & 0xFFFFF).tolist() == [1, 0, 2]
-    assert chunk["totals"][place] == 4
-    assert "word" in chunk["terms"]
 
 
 def test_the_page_has_one_strict_policy_and_no_inline_code(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -10,6 +10,7 @@ from cratelm.activations.records import Mode, read_collection
 from cratelm.errors import CrateError
 from cratelm.interpretation.store import Store
 from cratelm.report.catalogue import Model
+from cratelm.report.faithfulness import compared, faithfulness
 from cratelm.report.page import standing_sentences
 from cratelm.report.plots import figures, inline_svg
 from cratelm.report.results import Results, gather
@@ -68,7 +69,11 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
 def _report(results: Results) -> dict[str, Any]:
     study = study_of(results)
     first = results if study is None else study.first_seeds
-    found = [*study_tables(study), summary(first), *tables(results)]
+    units = compared(results)
+    *usual, every_layer = tables(results)
+    more = (faithfulness(results, units),) if units else ()
+    # The page opens the last one only when it is asked to: it has a row for every layer.
+    found = [*study_tables(study), summary(first), *usual, *more, every_layer]
     drawn = figures(results) if study is None else study_figures(study)
     return {
         "sentences": list(verdict(results) if study is None else study_sentences(study)),

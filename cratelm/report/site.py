@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -64,7 +64,7 @@ def write_site(runs: Sequence[Path], out: Path, *, mode: Mode = "fixed") -> Path
     """Write or renew the folder, and return the path of its first page."""
     models = catalogue(runs, mode)
     _check_folder(out)
-    layers = [layer for model in models for tap in model.taps for layer in tap.layers]
+    layers = _layers(models)
     data = out / "data"
     with progress_bar("site", total=len(layers) + 2, unit="layers") as bar:
         _write_layers(models, data, bar)
@@ -118,6 +118,28 @@ def layer_chunks(view: LayerView) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"texts-{number}", texts_value(view, start)
     for number, start in enumerate(range(0, neurons, NEURONS_EACH)):
         yield f"neurons-{number}", neurons_value(view, start)
+
+
+def chunk_value(models: Sequence[Model], name: str, view_of: Callable[[Layer], LayerView]) -> Mapping[str, Any] | None:
+    """The value of a layer's chunk by its name, for a server; None where there is no such chunk.
+
+    Nothing of the name reaches the file system: it is three numbers, one of three words and a number.
+    """
+    match = re.fullmatch(r"m(\d{1,4})/t(\d{1,4})/l(\d{1,4})/(layer|texts|neurons)(?:-(\d{1,7}))?", name, re.ASCII)
+    folder, _, what = name.rpartition("/")
+    layer = next((one for one in _layers(models) if one.folder == folder), None)
+    if match is None or layer is None or (match[4] == "layer") != (match[5] is None):
+        return None
+    view = view_of(layer)
+    if match[5] is None:
+        return layer_value(view)
+    make, each = (texts_value, TEXTS_EACH) if match[4] == "texts" else (neurons_value, NEURONS_EACH)
+    start = int(match[5]) * each
+    return make(view, start) if start < view.records.num_neurons and what == f"{match[4]}-{int(match[5])}" else None
+
+
+def _layers(models: Sequence[Model]) -> list[Layer]:
+    return [layer for model in models for tap in model.taps for layer in tap.layers]
 
 
 def _made_from(layer: Layer) -> dict[str, Any]:

@@ -9,28 +9,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cratelm.activations.records import ABSENT, Excerpts, LayerRecords, read_records, records_tokenizer
+from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.interpretation.explain import DEAD
 from cratelm.interpretation.listing import sets_of
 from cratelm.interpretation.lookup import EXPLAINER
-from cratelm.interpretation.protocols import PROTOCOLS, QUANTILES_RECORDED
+from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.score import LayerScores
 from cratelm.interpretation.store import Store
 from cratelm.report.catalogue import Layer
-from cratelm.report.chunks import pack, pack_ids, pack_sparse
+from cratelm.report.chunks import pack
+from cratelm.report.excerpts import ChunkStrings, Predicted, excerpt_groups, group_value, open_predicted
+from cratelm.report.measures import Measures, open_measures
 from cratelm.report.neuron_table import NO_RECORD, NOT_SCORED, SCORED, NeuronTable
 from cratelm.report.weights import Weights, number, open_weights
 
 STATISTICS = ("density", "maximum", "minimum", "mean", "variance", "skewness", "kurtosis")
 NEURONS_EACH, TEXTS_EACH = 16, 256
 """Neurons to a chunk with all there is of them, and with what a list shows of them."""
-SHOWN: Mapping[str, Mapping[str, int]] = {
-    "explain": {"top": 6, "random": 0, "quantile": 1}, "score": {"top": 5, "random": 5, "quantile": 1},
-    "all": {"top": 10, "random": 6, "quantile": 2},
-}  # fmt: skip
-"""Excerpts that are shown of each half (`all` in `compat` mode); quantile ones of each interval."""
 NEIGHBOURS = 10
 
 
@@ -73,6 +70,9 @@ class LayerView:
     explained: tuple[Explained, ...]
     weights: Weights | None
     """What the weights say, where `cratelm directions` was run."""
+    measures: Measures
+    predicted: Predicted | None
+    """What explanations predict on the excerpts they are scored on, of one set."""
 
     @cached_property
     def scored(self) -> tuple[Scored, ...]:
@@ -96,15 +96,16 @@ def open_layer(layer: Layer, strings: Sequence[str] | None = None) -> LayerView:
     """Read a layer's records and interpretations."""
     strings = token_strings(load_tokenizer(records_tokenizer(layer.run, layer.mode))) if strings is None else strings
     records = read_records(layer.run, layer.layer, mode=layer.mode, tap=layer.tap)
+    store = Store.open(layer.run) if Store(layer.run).path.exists() else None
+    explained = () if store is None else tuple(_explained(layer, store))
     return LayerView(
-        layer=layer, records=records, strings=strings, explained=tuple(_explained(layer)), weights=open_weights(layer)
+        layer=layer, records=records, strings=strings, weights=open_weights(layer), explained=explained,
+        predicted=open_predicted(store, [scored.key for one in explained for scored in one.scores], records),
+        measures=Measures(firing={}, judged=()) if store is None else open_measures(layer, store),
     )  # fmt: skip
 
 
-def _explained(layer: Layer) -> Iterator[Explained]:
-    if not Store(layer.run).path.exists():
-        return
-    store = Store.open(layer.run)
+def _explained(layer: Layer, store: Store) -> Iterator[Explained]:
     place: dict[str, Any] = {"mode": layer.mode, "tap": layer.tap, "layer": layer.layer}
     scored = [key for key in sets_of(store, "score", **place) if not key.control]
     for key in sorted(sets_of(store, "explain", **place), key=_order):
@@ -140,6 +141,7 @@ def layer_value(view: LayerView) -> dict[str, Any]:
     return {
         "of": _of(view.layer), "neurons": view.records.num_neurons, "neurons_each": NEURONS_EACH,
         "texts_each": TEXTS_EACH, "reasons": list(reasons), "status": pack(status, "u8"), "sets": sets,
+        "predicted": None if view.predicted is None else _named(view.predicted.key),
         "explained": [_named(one.key) for one in view.explained],
         "statistics": {
             name: pack(view.records.statistics[name], "f32") for name in STATISTICS if name in view.records.statistics
@@ -176,70 +178,14 @@ def texts_value(view: LayerView, start: int) -> dict[str, Any]:
 def neurons_value(view: LayerView, start: int) -> dict[str, Any]:
     """Of `NEURONS_EACH` neurons, or as many as are left: all that their pages show."""
     stop = min(start + NEURONS_EACH, view.records.num_neurons)
-    strings = _Strings(view.strings)
-    groups = list(_excerpt_groups(view, slice(start, stop)))
-    neurons = [
-        _facts(view, index) | {"excerpts": [group for one in groups if (group := _group(one, index - start, strings))]}
-        for index in range(start, stop)
-    ]
+    strings = ChunkStrings(view.strings)
+    groups = list(excerpt_groups(view.records.rows(slice(start, stop))))
+    neurons = []
+    for index in range(start, stop):
+        predicted = view.predicted.of(view.records, index) if view.predicted else {}
+        shown = [group_value(one, index - start, strings, predicted) for one in groups]
+        neurons.append(_facts(view, index) | {"excerpts": [one for one in shown if one["items"]]})
     return {"of": _of(view.layer), "start": start, "strings": strings.used, "neurons": neurons}
-
-
-class _Strings:
-    """The strings of a chunk, numbered as they come."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings, self._numbers = strings, dict[int, int]()
-
-    def numbers(self, tokens: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
-        return np.array([self._numbers.setdefault(one, len(self._numbers)) for one in tokens.tolist()], dtype=np.int64)
-
-    @property
-    def used(self) -> list[str]:
-        return [self._strings[token] for token in self._numbers]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Group:
-    """The excerpts of one kind and half that are shown of some neurons."""
-
-    kind: str
-    part: str
-    width: int
-    intervals: tuple[int, ...]
-    """Of quantile excerpts, the interval of each; empty for others."""
-    excerpts: Excerpts
-
-
-def _excerpt_groups(view: LayerView, neurons: slice) -> Iterator[_Group]:
-    """The widest excerpts there are, top ones first."""
-    records = view.records.rows(neurons)
-    widest = max((width for width, _, _ in records.sets), default=0)
-    sets = [one for one in records.sets if one[0] == widest and one[1] in SHOWN]
-    for width, part, kind in sorted(sets, key=lambda one: (("top", "random", "quantile").index(one[2]), one[1])):
-        count, each = SHOWN[part][kind], QUANTILES_RECORDED[records.mode]
-        held = records.arrays[f"{width}.{part}.{kind}.position"].shape[1]
-        intervals = range(max(held // each, 1)) if kind == "quantile" else range(1)
-        picks = [interval * each + item for interval in intervals for item in range(count)]
-        picks = [pick for pick in picks if pick < held]
-        if picks:
-            yield _Group(
-                kind=kind, part=part, width=width, excerpts=records.excerpts(width, part, kind).take(picks),
-                intervals=tuple(pick // each for pick in picks) if kind == "quantile" else (),
-            )  # fmt: skip
-
-
-def _group(group: _Group, row: int, strings: _Strings) -> dict[str, Any] | None:
-    excerpts, items = group.excerpts, []
-    for place in np.flatnonzero(excerpts.position[row] != ABSENT).tolist():
-        length = int((excerpts.tokens[row, place] != ABSENT).sum())
-        items.append({
-            "document": int(excerpts.document[row, place]), "position": int(excerpts.position[row, place]),
-            "tokens": pack_ids(strings.numbers(excerpts.tokens[row, place, :length])),
-            "values": pack_sparse(excerpts.activations[row, place, :length]),
-            **({"interval": group.intervals[place]} if group.intervals else {}),
-        })  # fmt: skip
-    return {"kind": group.kind, "part": group.part, "items": items} if items else None
 
 
 def _facts(view: LayerView, index: int) -> dict[str, Any]:
@@ -256,6 +202,7 @@ def _facts(view: LayerView, index: int) -> dict[str, Any]:
         "statistics": {name: number(statistics[name][index]) for name in STATISTICS if name in statistics},
         "histogram": _histogram(tables["histogram"][index]) if "histogram" in tables else None,
         "neighbours": neighbours, "explanations": _explanations(view, index),
+        "judged": view.measures.judged_of(index),
         "directions": None if view.weights is None else view.weights.of(index),
     }  # fmt: skip
 
@@ -283,11 +230,11 @@ def _explanations(view: LayerView, index: int) -> list[dict[str, Any]]:
             "text": text, "explainer": one.key.explainer, "sample": one.key.sample, "protocols": [], "scores": []
         })  # fmt: skip
         entry["protocols"].append(one.key.protocol)
-        entry["scores"] += [_score(scored, index) for scored in one.scores if index in scored.row]
+        entry["scores"] += [_score(view, scored, index) for scored in one.scores if index in scored.row]
     return list(found.values())
 
 
-def _score(scored: Scored, index: int) -> dict[str, Any]:
+def _score(view: LayerView, scored: Scored, index: int) -> dict[str, Any]:
     scores, row = scored.scores, scored.row[index]
     return {
         "protocol": scored.key.protocol, "simulator": scored.key.simulator,
@@ -295,4 +242,5 @@ def _score(scored: Scored, index: int) -> dict[str, Any]:
         "r_squared": number(scores.r_squared[row]), "absolute_deviation": number(scores.absolute_deviation[row]),
         "spearman": number(scores.spearman[row]), "auroc": number(scores.auroc[row]),
         "tokens": int(scores.tokens[row]), "excerpts": int(scores.excerpts[row]),
+        "firing": view.measures.firing_of(scored.key, index),
     }  # fmt: skip

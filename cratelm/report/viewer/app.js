@@ -64,6 +64,7 @@
       say(found.title);
     }
     first = false;
+    performance.mark("cratelm-shown");
     main.dataset.shown = String(own);
   }
 

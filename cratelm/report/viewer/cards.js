@@ -23,7 +23,29 @@
     return h("ul", { class: "explanations" }, said.map((one) => h("li", {},
       h("p", { class: "said-of" }, visible(one.text)),
       h("p", { class: "by" }, byWhom(one), one.scores.length ? "" : `, from ${one.protocols.join(", ")}; not scored`),
-      one.scores.length > 0 && h("ul", { class: "scores" }, one.scores.map((score) => scoreChip(score))))));
+      one.scores.length > 0 && h("ul", { class: "scores" }, one.scores.map((score) => scoreChip(score))),
+      judgements(neuron.judged.filter((found) => found.explainer === one.explainer && found.sample === one.sample && one.protocols.includes(found.protocol))))));
+  }
+
+  /** What judges found, against what guessing gives. */
+  function judgements(found) {
+    return found.length > 0 && h("ul", { class: "scores judged", "aria-label": "Judged" }, found.map((one) => h("li", {
+      title: `${one.number} over ${count(one.items)} items by ${one.judge}; guessing gives ${percent(one.chance)} %${one.failed ? `; ${count(one.failed)} answers could not be read` : ""}`,
+    }, one.value === null ? h("span", { class: "none" }, one.reason || "undefined") : [meter(one.value), h("span", { class: "points" }, `${percent(one.value)} %`)],
+    h("span", { class: "proto" }, `${one.scorer}, ${one.judge}`))));
+  }
+
+  /** Consistency and distinctiveness of every simulation, beside what a neuron that fires anywhere would have. */
+  function firing(neuron) {
+    const rows = neuron.explanations.flatMap((one) => one.scores.flatMap((score) => score.firing.map((own) => [
+      `${score.protocol}${score.simulator ? `, ${score.simulator}` : ""}`, own.excerpts, own.consistency, own.firing, own.distinctiveness, own.relevant,
+    ])));
+    const heads = ["Protocol", "Excerpts", "Consistent", "by chance", "Distinctive", "by chance"];
+    return rows.length > 0 && h("details", { class: "firing" }, h("summary", {}, "Does it fire on what the explanation predicts?"),
+      h("p", { class: "soft" }, "In per cent. Consistent: share of the tokens that the explanation calls relevant on which it fires. Distinctive: share of the tokens on which it fires that are relevant."),
+      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Consistency and distinctiveness" }, h("table", {},
+        h("thead", {}, h("tr", {}, heads.map((text, i) => h("th", { scope: "col", class: i > 1 ? "n" : null }, text)))),
+        h("tbody", {}, rows.map((row) => h("tr", {}, row.map((value, i) => (i > 1 ? h("td", { class: "n" }, percent(value)) : i ? h("td", {}, value) : h("th", { scope: "row" }, value)))))))));
   }
 
   function scoreChip(score) {
@@ -59,5 +81,5 @@
       cratelm.excerpts.legend(statistics), excerptsOf(neuron, "top", null, 3));
   }
 
-  cratelm.cards = { explanations, excerptsOf, column, best, meter };
+  cratelm.cards = { explanations, judgements, firing, excerptsOf, column, best, meter };
 })();

@@ -9,8 +9,8 @@
   const narrow = () => innerWidth < 640;
 
   /** An empty drawing with room for axes, wide or narrow as the screen is. */
-  function frame(label, height = 220) {
-    const width = narrow() ? 330 : 480;
+  function frame(label, height = 220, small = false) {
+    const width = small || narrow() ? 330 : 480;
     const drawing = s("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": label });
     const box = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
     return { drawing, box };
@@ -51,10 +51,10 @@
   /**
    * Bars next to each other.
    * @param {{from: number, to: number, count: number, text: string, kind?: string}[]} bars in units of the horizontal axis
-   * @param {{label: string, x: string, y: string, marks?: {at: number, text: string}[], root?: boolean}} told
+   * @param {{label: string, x: string, y: string, marks?: {at: number, text: string}[], root?: boolean, small?: boolean}} told
    */
   function bars(bars, told) {
-    const { drawing, box } = frame(told.label);
+    const { drawing, box } = frame(told.label, 220, told.small);
     const low = bars[0].from, high = bars[bars.length - 1].to;
     const most = Math.max(1, ...bars.map((bar) => bar.count));
     // The root of a count lets one neuron or token be seen beside thousands.

@@ -107,13 +107,14 @@
     return values;
   }
 
-  /** @typedef {{tokens: string[], values: Float32Array, document: number, position: number, interval: ?number}} Excerpt */
+  /** @typedef {{tokens: string[], values: Float32Array, document: number, position: number, interval: ?number, predicted: ?Float32Array}} Excerpt */
 
   /** An excerpt with the text of its tokens. @returns {Excerpt} */
   function excerpt(item, strings) {
     const tokens = Array.from(new Uint16Array(bytes(item.tokens).buffer), (number) => strings[number]);
     const { document, position, interval = null } = item;
-    return { tokens, values: unpackSparse(item.values, tokens.length), document, position, interval };
+    const predicted = item.predicted ? Float32Array.from(unpack({ u8: item.predicted.u8 }), (step) => (step / 255) * item.predicted.largest) : null;
+    return { tokens, values: unpackSparse(item.values, tokens.length), document, position, interval, predicted };
   }
 
   /** Which models there are. */
@@ -141,7 +142,7 @@
       const words = (packed) => Array.from(unpack(packed), (code) => value.reasons[code]);
       value.unpacked = {
         place, neurons: value.neurons, textsEach: value.texts_each, neuronsEach: value.neurons_each,
-        explained: value.explained, status: words(value.status),
+        explained: value.explained, predicted: value.predicted, status: words(value.status),
         sets: value.sets.map((set) => ({ ...set, correlation: unpack(set.correlation), reason: words(set.reason) })),
         statistics: Object.fromEntries(Object.entries(value.statistics).map(([name, packed]) => [name, unpack(packed)])),
       };

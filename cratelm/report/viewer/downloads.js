@@ -36,6 +36,7 @@
       excerpts: excerpts.flatMap(({ kind, part, items }) => items.map((item) => ({
         kind, part, ...(item.interval === null ? {} : { interval: item.interval }), document: item.document,
         position: item.position, tokens: item.tokens, activations: numbers(item.values),
+        ...(item.predicted ? { predicted: Array.from(item.predicted, (value) => Number(value.toPrecision(3))) } : {}),
       }))),
     };
   }

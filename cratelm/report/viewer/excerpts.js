@@ -2,8 +2,8 @@
 /* Excerpts: every token on the colour of its activation, with the exact value for pointer and keyboard. */
 
 (() => {
-  const { h } = cratelm;
-  const { marked, visible, exact } = cratelm.text;
+  const { h, memory } = cratelm;
+  const { marked, visible, exact, digits } = cratelm.text;
   const LEVELS = 8;
 
   /** Shade of a token, 1 to 8, by its activation in units of the neuron's largest; warm above 0, blue below. */
@@ -18,7 +18,8 @@
 
   function showTip(token, excerpt, at) {
     const tip = document.getElementById("tip");
-    tip.replaceChildren(h("b", {}, visible(excerpt.tokens[at])), h("span", {}, exact(excerpt.values[at])));
+    tip.replaceChildren(h("b", {}, visible(excerpt.tokens[at])), h("span", {}, exact(excerpt.values[at])),
+      excerpt.predicted ? h("i", {}, `predicted ${digits(excerpt.predicted[at])}`) : "");
     tip.hidden = false;
     const own = token.getBoundingClientRect(), size = tip.getBoundingClientRect();
     const left = Math.min(Math.max(own.left + own.width / 2 - size.width / 2, 6), innerWidth - size.width - 6);
@@ -58,7 +59,7 @@
     box.addEventListener("focusin", (event) => {
       const at = place(event);
       if (at < 0) return;
-      tokens[at].setAttribute("aria-label", `${visible(excerpt.tokens[at])} ${exact(excerpt.values[at])}`);
+      tokens[at].setAttribute("aria-label", `${visible(excerpt.tokens[at])} ${exact(excerpt.values[at])}${excerpt.predicted ? `, predicted ${digits(excerpt.predicted[at])}` : ""}`);
       tokens[at].setAttribute("aria-describedby", "tip");
       showTip(tokens[at], excerpt, at);
     });
@@ -70,7 +71,22 @@
       event.stopPropagation();
       tokens[Math.min(Math.max(to, 0), tokens.length - 1)].focus();
     });
-    return box;
+    if (!excerpt.predicted) return box;
+    // The same text once more, on the colours of what the explanation predicts; shown when it is asked for.
+    return h("div", { class: "pair" }, box, h("div", { class: "excerpt predicted", dir: "ltr", translate: "no", "aria-hidden": "true" },
+      excerpt.tokens.map((text, i) => h("span", { class: shade(excerpt.predicted[i], scale) || null }, marked(text)))));
+  }
+
+  /** A switch for what the explanation predicts; remembered. */
+  function predictions(by) {
+    const box = h("input", { type: "checkbox", checked: memory.read("predicted") === "yes" });
+    const apply = () => document.documentElement.classList.toggle("predicts", box.checked);
+    box.addEventListener("change", () => {
+      memory.write("predicted", box.checked ? "yes" : "no");
+      apply();
+    });
+    apply();
+    return h("label", { class: "predictions" }, box, ` Below each scored excerpt, what the explanation predicts (${by})`);
   }
 
   /** How to read the colours, in the neuron's own numbers. */
@@ -84,5 +100,5 @@
       h("span", { class: "soft" }, "the model's own units; a token without colour is 0"));
   }
 
-  cratelm.excerpts = { excerptBox, legend, scaleOf, shade, hideTip };
+  cratelm.excerpts = { excerptBox, predictions, legend, scaleOf, shade, hideTip };
 })();

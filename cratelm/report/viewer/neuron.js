@@ -3,7 +3,7 @@
 
 (() => {
   const { h } = cratelm;
-  const { digits, percent, points, count, state, chip, exact } = cratelm.text;
+  const { digits, percent, points, count, state, chip, exact, byWhom } = cratelm.text;
   const { link, named, pathOf } = cratelm.routes;
 
   cratelm.pages.neuron = async (site, place, index) => {
@@ -21,8 +21,9 @@
       neuron.status !== "scored" && h("p", { class: "state" }, state(neuron.status)),
       h("div", { class: "columns" },
         h("div", { class: "main" },
-          h("section", { "aria-labelledby": "explained" }, h("h2", { id: "explained" }, "Explanations"), cratelm.cards.explanations(neuron)),
-          excerpts(neuron)),
+          h("section", { "aria-labelledby": "explained" }, h("h2", { id: "explained" }, "Explanations"), cratelm.cards.explanations(neuron),
+            cratelm.cards.judgements(neuron.judged.filter((found) => !found.explainer)), cratelm.cards.firing(neuron)),
+          excerpts(neuron, layer)),
         h("aside", { "aria-label": "Numbers of this neuron" },
           facts(neuron), histogram(neuron, file), directions(neuron), neighbours(neuron, place),
           h("section", { "aria-labelledby": "take" }, h("h2", { id: "take" }, "Take away"), h("p", { class: "gets" },
@@ -55,7 +56,7 @@
 
   const PARTS = new Map([["explain", "from documents for explaining"], ["score", "from documents for scoring"], ["all", "from the whole text"]]);
 
-  function excerpts(neuron) {
+  function excerpts(neuron, layer) {
     if (!neuron.excerpts.some((group) => group.items.length)) {
       return h("section", {}, h("h2", {}, "Excerpts"), h("p", { class: "missing" }, "No excerpt was recorded: there is no text on which this neuron fired."));
     }
@@ -63,6 +64,7 @@
     const box = (item) => cratelm.excerpts.excerptBox(item, scale);
     const sets = (kind) => neuron.excerpts.filter((group) => group.kind === kind && group.items.length);
     return h("section", { "aria-labelledby": "excerpts" }, h("h2", { id: "excerpts" }, "Excerpts"), cratelm.excerpts.legend(neuron.statistics),
+      neuron.excerpts.some((group) => group.items.some((item) => item.predicted)) && cratelm.excerpts.predictions(`${layer.predicted.protocol}, ${byWhom(layer.predicted)}`),
       sets("top").map((group) => [h("h3", {}, "Strongest", h("small", {}, PARTS.get(group.part))), group.items.map(box)]),
       sets("random").map((group) => [h("h3", {}, "Random", h("small", {}, PARTS.get(group.part))), group.items.map(box)]),
       quantiles(sets("quantile"), box));
@@ -110,8 +112,8 @@
       return { from: i, to: i + 1, count: one, low, high, text: `${digits(low)} to ${digits(high)}: ${count(one)} tokens` };
     });
     const less = silent + counts.slice(0, from).reduce((a, b) => a + b, 0);
-    const marks = shown.map((bar, i) => ({ at: i, text: digits(bar.low, 2) })).filter((_, i) => (shown.length - i) % 6 === 0);
-    const drawing = bars(shown, { label: `Histogram of activations from ${digits(shown[0].low)} to ${digits(shown.at(-1).high)}`, x: "activation (logarithmic)", y: "tokens", marks, root: true });
+    const marks = shown.map((bar, i) => ({ at: i, text: digits(bar.low, 2) })).filter((_, i) => (shown.length - i) % 7 === 0);
+    const drawing = bars(shown, { label: `Histogram of activations from ${digits(shown[0].low)} to ${digits(shown.at(-1).high)}`, x: "activation (logarithmic)", y: "tokens", marks, root: true, small: true });
     return h("section", { "aria-labelledby": "activations" }, h("h2", { id: "activations" }, "Activations"),
       cratelm.figure.figure(`${file}-activations`, drawing, `Of every fourth token; ${count(less)} more are below ${digits(shown[0].low, 2)} or silent`,
         () => [["from", "to", "tokens"], ...shown.map((bar) => [bar.low, bar.high, bar.count])]));
@@ -141,8 +143,8 @@
       const entry = ([one, value]) => h("li", {}, beside ? (layer ? h("a", { href: link({ ...place, ...layer }, one) }, String(one)) : String(one)) : chip(one),
         h("span", { title: exact(value) }, digits(value, 2)));
       const ends = [list.largest, list.smallest].filter((end) => end.length);
-      return ends.length > 0 && [h("h3", {}, heading, h("small", {}, what)), ends.map((end, i) =>
-        h("ol", { class: beside ? "near" : "tokens-list", "aria-label": `${heading}, ${i ? "smallest" : "largest"}` }, end.map(entry)))];
+      return ends.length > 0 && [h("h3", {}, heading, h("small", {}, what)), h("div", { class: "ends" }, ends.map((end, i) =>
+        h("ol", { "aria-label": `${heading}, ${i ? "smallest" : "largest"}` }, end.map(entry))))];
     }), heads(found.heads));
   }
 

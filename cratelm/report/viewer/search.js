@@ -53,7 +53,10 @@
     return { neurons, cut };
   }
 
-  /** Neurons that match every word, best match first. */
+  /**
+   * Neurons that match every word, best match first; a server's script may put its own search in place of `cratelm.search`.
+   * @returns {Promise<{found: {place: {model: string, tap: string, layer: number}, index: number}[], cut: boolean}>}
+   */
   async function matches(question) {
     const asked = words(question);
     const directory = await cratelm.data.chunk("search/directory");
@@ -67,6 +70,8 @@
     return { found, cut: each.some((one) => one.cut) };
   }
 
+  cratelm.search = matches;
+
   cratelm.pages.search = async (site, query) => {
     const question = (query.get("q") ?? "").trim(), only = query.get("in") ?? "";
     document.getElementById("query").value = question;
@@ -75,7 +80,7 @@
       page.append(h("p", {}, "Type a token or a word of an explanation above. All words must match, each from its beginning; quotes keep spaces together."));
       return { title: "Search", page };
     }
-    const { found, cut } = await matches(question);
+    const { found, cut } = await cratelm.search(question), asked = words(question);
     const all = cratelm.routes.places(site);
     const located = found.map((one) => ({ ...one, place: all.find((place) => place.model.slug === one.place.model && place.tap.slug === one.place.tap && place.layer === one.place.layer) }))
       .filter((one) => one.place);
@@ -89,7 +94,7 @@
       const part = kept.slice(shown, shown + PAGE);
       shown += part.length;
       more.hidden = shown >= kept.length;
-      results.append(...await Promise.all(part.map((one) => result(one))));
+      results.append(...await Promise.all(part.map((one) => result(one, asked))));
       say(`${shown} of ${total} shown.`);
     }
     more.addEventListener("click", show);
@@ -97,6 +102,11 @@
     await show();
     return { title: `Search: ${question}`, page };
   };
+
+  /** A token, marked where it is one that was asked for. */
+  function shownToken(token, asked) {
+    return chip(token, asked.some((word) => term(token).startsWith(word)) ? { class: "chip hit" } : {});
+  }
 
   /** Links that keep the results of one model only. */
   function models(site, located, only, question) {
@@ -108,12 +118,12 @@
         h("a", { href: address(slug), "aria-current": slug === only ? "true" : null }, title)));
   }
 
-  async function result({ place, index }) {
+  async function result({ place, index }, asked) {
     const layer = await cratelm.data.layer(place);
     const { tokens, texts } = await cratelm.data.texts(place, index, layer.textsEach);
     return h("li", {}, h("a", { href: link(place, index) }, named(place, index)),
       h("span", { class: "points" }, layer.sets.length ? points(layer.sets[0].correlation[index]) : ""),
-      h("p", {}, tokens.map((token) => chip(token))),
+      h("p", {}, tokens.map((token) => shownToken(token, asked))),
       texts.slice(0, 2).map(({ text }) => h("p", { class: "soft" }, visible(text))));
   }
 })();

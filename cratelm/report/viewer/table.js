@@ -5,6 +5,9 @@
   const { h, say } = cratelm;
   const { download } = cratelm.downloads;
 
+  /** A row about a control is set in a fainter colour. */
+  const CONTROL = /(^|, )(random-init|shuffled)$/;
+
   /** What a written cell sorts by: its first number, or its text. */
   function sortKey(text, isNumber) {
     if (!isNumber) return text.toLowerCase();
@@ -25,7 +28,7 @@
     let order = { column: -1, down: false };
 
     function draw(rows) {
-      body.replaceChildren(...rows.map((row) => h("tr", {}, row.map((text, i) => {
+      body.replaceChildren(...rows.map((row) => h("tr", { class: row.some((text) => CONTROL.test(text)) ? "quiet" : null }, row.map((text, i) => {
         const attributes = { class: table.columns[i].number ? "n" : null };
         return i === 0 ? h("th", { ...attributes, scope: "row" }, text) : h("td", attributes, ...interval(text));
       }))));

@@ -1,17 +1,54 @@
 """Simulate neurons: from its explanation alone, predict how strongly each neuron fires on text it was not made from.
 
     cratelm simulate runs/demo/crate-2l --controls shuffled
+    cratelm simulate runs/demo/crate-2l --llm http://localhost:8000/v1 --controls shuffled
 
-Reads what `cratelm explain` stored in RUN/interpretation.sqlite and stores the simulations there. The next stage is
-`cratelm score`; `cratelm interpret` runs all three. Stopped and started again, it goes on.
+Reads what `cratelm explain` stored in RUN/interpretation.sqlite and stores the simulations there. With --llm a
+language model simulates, by default from the explanations that it gave itself; --explainer lookup takes those by
+lookup. The next stage is `cratelm score`; `cratelm interpret` runs all three. Stopped and started again, it goes on.
 """
 
-from cratelm.commands.interpret import Options, check_runs, simulate_run
+from dataclasses import dataclass
+
+from cratelm.commands.asking import (
+    Controls,
+    Explained,
+    Explaining,
+    Simulated,
+    Simulating,
+    Spending,
+    Spent,
+    asks,
+    group,
+)
+from cratelm.commands.interpret import simulate_run
+from cratelm.commands.selection import Selection, check_runs
+from cratelm.interpretation.simulate import check_controls
 from cratelm.rundir import claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Selection):
+    """Which neurons and controls, and who is asked."""
+
+    controls: Controls = ()
+    """Also simulate each neuron from another neuron's explanation: shuffled; or nobody's (with --llm): constant."""
+    explaining: Explained = group(Explaining)
+    """Whose explanations. Left out: those by lookup."""
+    simulating: Simulated = group(Simulating)
+    """Who predicts activations from them, where a language model does."""
+    spending: Spent = group(Spending)
+    """What it may cost, and how the work is divided."""
 
 
 def run(options: Options) -> None:
     """Simulate the neurons of every run."""
+    if asks(options.explaining, options.simulating):
+        from cratelm.commands.asked import Order, ask
+
+        ask(Order.of(options, stages=("simulate",)))
+        return
+    check_controls(options.controls)
     for one in check_runs(options):
         with claim(one):
             simulate_run(one, options, options.controls)

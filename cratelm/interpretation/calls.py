@@ -59,8 +59,7 @@ class Cached:
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """The kept answer, or the model's."""
-        turns = [asdict(message) for message in messages]
-        asked = self._hash("chat", {"turns": turns, **asdict(sampling)})
+        asked = chat_hash(self.inner.identity, messages, sampling)
 
         async def ask(_: str) -> dict[str, Any]:
             return asdict(await self.inner.chat(messages, sampling))
@@ -70,7 +69,7 @@ class Cached:
 
     async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
         """The kept echoes, or the model's. Each prompt is asked for by itself: where one fails the others are kept."""
-        hashes = [self._hash("echo", {**asdict(prompt), "top": top}) for prompt in prompts]
+        hashes = [echo_hash(self.inner.identity, prompt, top) for prompt in prompts]
         prompt_of = dict(zip(hashes, prompts, strict=True))
 
         async def ask(one: str) -> dict[str, Any]:
@@ -79,10 +78,6 @@ class Cached:
 
         answers = await self._answers(hashes, ask)
         return [_echo(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    def _hash(self, kind: str, asked: dict[str, Any]) -> str:
-        told = json.dumps([kind, self.inner.identity, asked], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:40]
 
     async def _answers(self, hashes: Sequence[str], ask: Ask) -> list[dict[str, Any]]:
         """The answers to what has these hashes: kept, on their way, or asked for now.
@@ -175,6 +170,28 @@ class Cached:
                         if row is not None:
                             found[asked] = json.loads(zlib.decompress(row[0]))
         return found
+
+
+def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
+    """Under what the answer to a chat is kept."""
+    return _hash(["chat", identity, {"turns": [asdict(message) for message in messages], **asdict(sampling)}])
+
+
+def echo_hash(identity: str, prompt: Prompt, top: int) -> str:
+    """Under what the echo of a prompt is kept."""
+    return _hash(["echo", identity, {**asdict(prompt), "top": top}])
+
+
+def _hash(asked: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def is_kept(store: Store, asked: str) -> bool:
+    """Whether the answer to what has this hash is there."""
+    if not store.path.exists():
+        return False
+    with store.transaction() as connection:
+        return connection.execute("SELECT 1 FROM calls WHERE hash = ?", [asked]).fetchone() is not None
 
 
 def add_calls(store: Store, rows: Sequence[Row]) -> None:

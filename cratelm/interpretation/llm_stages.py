@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64
 
 from cratelm.activations.records import LayerRecords
 from cratelm.errors import CrateError
+from cratelm.interpretation.calibration import CalibrationMethod, calibration_excerpts, fit
 from cratelm.interpretation.explain import unexplained
 from cratelm.interpretation.explainer import Explainer
 from cratelm.interpretation.growing import GrowingSet, Simulated, begun
@@ -102,8 +103,13 @@ async def explain(task: Task, explainer: Explainer) -> Tally:
     return await task.fill(growing, one, missing)
 
 
-async def simulate(task: Task, simulate: Simulate, settings: Mapping[str, Any], strings: Sequence[str]) -> Tally:
+async def simulate(
+    task: Task, simulate: Simulate, settings: Mapping[str, Any], strings: Sequence[str], *,
+    calibrate: CalibrationMethod | None = None,
+) -> Tally:  # fmt: skip
     """Simulate the explained neurons among the chosen ones. `settings` is all that tells the simulator from others.
+
+    `calibrate` brings activations into the neuron's own units, learnt on excerpts that are neither shown nor scored.
 
     A part does not know which neurons the others could explain, so its set is of all: merged, the set is cut to those
     that have an explanation.
@@ -111,19 +117,30 @@ async def simulate(task: Task, simulate: Simulate, settings: Mapping[str, Any], 
     texts = explanations_of(task)
     neurons = np.array(sorted(set(texts) & set(task.explainable.tolist())), dtype=np.int64)
     sources = sources_of(task.key, neurons, task.records.num_neurons)
-    settings = {**settings, "explained": made_with(task.store, task.key.explained), "sources": _digest(sources)}
+    made = made_with(task.store, task.key.explained)
+    settings = {**settings, "calibrate": calibrate, "explained": made, "sources": _digest(sources)}
     alone = task.store.part and not task.key.control
     growing = task.begin("simulate", task.explainable if alone else np.array(list(sources), dtype=np.int64), settings)
     share = set(sources) & task.share if task.part != (1, 1) else set(sources)
     scored = draw(task.records, task.protocol.score, "score")
+    learning = calibration_excerpts(task.records, task.protocol) if calibrate else None
 
     async def one(neuron: int) -> Simulated:
         text = texts[sources[neuron]] if sources[neuron] != NOBODY else CONSTANT_EXPLANATION
-        excerpts = [[strings[token] for token in excerpt.tokens.tolist()] for excerpt in scored.of(neuron)]
-        predicted = await simulate(text, excerpts)
-        return Simulated(source=sources[neuron], activations=np.concatenate(predicted).astype(np.float32))
+        own, learnt = list(scored.of(neuron)), list(learning.of(neuron)) if learning else []
+        tokens = [[strings[token] for token in excerpt.tokens.tolist()] for excerpt in (*own, *learnt)]
+        predicted = await simulate(text, tokens)
+        values = np.concatenate(predicted[: len(own)])
+        if calibrate:
+            fitted = fit(calibrate, _together(predicted[len(own) :]), _together([one.activations for one in learnt]))
+            values = fitted.apply(values)
+        return Simulated(source=sources[neuron], activations=values.astype(np.float32))
 
     return await task.fill(growing, one, share)
+
+
+def _together(parts: Sequence[Float[np.ndarray, " _"]]) -> Float[np.ndarray, " tokens"]:
+    return np.concatenate([np.empty(0), *parts])
 
 
 def explanations_of(task: Task) -> dict[int, str]:
@@ -167,6 +184,12 @@ def score(store: Store, key: SetKey, records: LayerRecords, protocol: Protocol) 
 def failures(store: Store, key: SetKey, stage: Stage) -> dict[int, str]:
     """What a language model said where it gave no usable answer, by neuron."""
     return GrowingSet(store=store, key=key, stage=stage, neurons=np.empty(0, dtype=np.int64)).failures()
+
+
+def all_failures(store: Store) -> list[tuple[str, str]]:
+    """Every failure there is, as (stage, what was said)."""
+    with store.transaction() as connection:
+        return connection.execute("SELECT stage, message FROM failures").fetchall()
 
 
 def made_with(store: Store, key: SetKey) -> str:

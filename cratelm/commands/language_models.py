@@ -1,0 +1,199 @@
+"""Opening the language models that a command was given, and saying how they simulate before they are asked."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cratelm.activations.records import Mode
+from cratelm.commands.asking import Explaining, Simulating, Spending
+from cratelm.errors import CrateError
+from cratelm.interpretation.calls import Cached, spent
+from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.lookup import EXPLAINER
+from cratelm.interpretation.probe import Capabilities, probe
+from cratelm.interpretation.self_test import require_self_test, self_test
+from cratelm.interpretation.simulators import Simulator, open_simulator
+from cratelm.interpretation.store import Store
+from cratelm.interpretation.usage import Budget, Metered, Price, Usage
+from cratelm.runtime import console
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who explains, simulates and judges; None where that is lookup, or not needed."""
+
+    explainer: LLM | None
+    simulator: LLM | None
+    judge: LLM | None
+    can: dict[str, Capabilities] = field(default_factory=dict)
+    """By identity, what each was found to give."""
+
+    async def ask_what_it_can(self, llm: LLM, store: Store) -> Capabilities:
+        """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
+
+        That a model gives no probabilities is not taken from there: its server may have learnt it.
+        """
+        if llm.identity in self.can:
+            return self.can[llm.identity]
+        name = f"capabilities of {llm.identity}"
+        found = _known(store, name)
+        if found is None:
+            found = await probe(llm)
+            if store.path.exists():
+                with store.transaction() as connection:
+                    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, json.dumps(asdict(found))])
+        for line in (found.reason, *found.notes):
+            console.print(line, soft_wrap=True)
+        self.can[llm.identity] = found
+        return found
+
+
+def explains(explaining: Explaining) -> bool:
+    """Whether a language model explains. Refused where it is to, and none is named."""
+    named = bool(explaining.llm or explaining.model or explaining.explainer_model)
+    if explaining.explainer == "llm" and not named:
+        raise CrateError(
+            "--explainer llm needs a language model. Give --llm URL of a server, or a Hugging Face directory or name"
+        )
+    return named and explaining.explainer != "lookup"
+
+
+def simulates(explaining: Explaining, simulating: Simulating) -> bool:
+    """Whether a language model simulates."""
+    return bool(explaining.llm or simulating.simulator_llm)
+
+
+def explainer_name(explaining: Explaining) -> str:
+    """What the explainer is called in the store; empty where only the server knows."""
+    if not explains(explaining):
+        return EXPLAINER
+    return (
+        explaining.explainer_model or explaining.model or ("" if is_url(explaining.llm) else basename(explaining.llm))
+    )
+
+
+def is_url(where: str) -> bool:
+    """Whether this is a server."""
+    return "://" in where
+
+
+def basename(where: str) -> str:
+    """What a model in this process is called: the last part of its path or name."""
+    return where.rstrip("/").split("/")[-1]
+
+
+@asynccontextmanager
+async def opened(
+    explaining: Explaining, simulating: Simulating | None, spending: Spending, usage: Usage, *, judged: bool = False
+) -> AsyncIterator[Cast]:
+    """Open what is needed; connections are given back at the end. The same model is opened once."""
+    found: dict[tuple[str, str], Any] = {}
+
+    async def open_once(where: str, model: str) -> LLM:
+        key = where, model if is_url(where) else ""
+        if key not in found:
+            found[key] = await _open(where, model, explaining, spending, usage)
+        return found[key]
+
+    try:
+        explainer = simulator = judge = None
+        own = explaining.explainer_model or explaining.model
+        if explains(explaining) and explaining.llm:
+            explainer = await open_once(explaining.llm, own)
+        if judged and explaining.llm:
+            judge = await open_once(explaining.llm, own)
+        if simulating is not None and simulates(explaining, simulating):
+            where = simulating.simulator_llm or explaining.llm
+            simulator = await open_once(where, simulating.simulator_model or explaining.model)
+        yield Cast(explainer, simulator, judge)
+    finally:
+        for one in found.values():
+            if hasattr(one, "close"):
+                await one.close()
+
+
+def _known(store: Store, name: str) -> Capabilities | None:
+    """What an earlier process found, where that was all that can be wished for."""
+    if not store.path.exists():
+        return None
+    with store.transaction() as connection:
+        row = connection.execute("SELECT value FROM meta WHERE key = ?", [name]).fetchone()
+    if row is None:
+        return None
+    told = json.loads(row[0])
+    pieces = {word: tuple(tokens) for word, tokens in told.pop("pieces").items()}
+    lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
+    found = Capabilities(**told | lists, pieces=pieces)
+    return found if found.echo and found.chat else None
+
+
+async def _open(where: str, model: str, explaining: Explaining, spending: Spending, usage: Usage) -> LLM:
+    if not is_url(where):
+        from cratelm.local_llm import LocalLLM
+
+        return LocalLLM.open(where, device=explaining.device)
+    from cratelm.interpretation.endpoint import Endpoint
+
+    counter = _counter(explaining.llm_tokenizer) if explaining.llm_tokenizer else None
+    endpoint = Endpoint(
+        where, model, key_from=explaining.llm_key, in_flight=spending.in_flight, counter=counter, usage=usage
+    )
+    await endpoint.connect()
+    if not model:
+        await endpoint.close()
+        if len(endpoint.served) != 1:
+            found = ", ".join(endpoint.served[:20]) or "nothing that it lists"
+            raise CrateError(f"{where} serves several models. Choose one with --model NAME: {found}")
+        return await _open(where, endpoint.served[0], explaining, spending, usage)
+    if counter is None:
+        console.print("tokens are estimated until the server has counted some; --llm-tokenizer counts them exactly")
+    return endpoint
+
+
+def _counter(source: str) -> Any:
+    from cratelm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(source) if Path(source).exists() else source)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities) -> Simulator:
+    """How a model simulates, and why. Refused where it cannot do what was asked for."""
+    method, why = simulating.simulator, "as asked for"
+    if method == "auto" and can.echo:
+        method, why = "all-at-once", "it gives the probabilities of a prompt"
+    elif method == "auto" and can.chat:
+        method, why = "structured", "it gives no probabilities of a prompt, but answers chats"
+    if method == "auto":
+        raise CrateError(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
+    if method != "structured" and not can.echo:
+        raise CrateError(
+            f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
+            "Use --simulator structured, or another --simulator-llm"
+        )
+    simulator = await open_simulator(method, llm, mode=mode)
+    console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
+    return simulator
+
+
+async def examine(simulator: Simulator, *, skip: bool) -> None:
+    """Let a simulator predict neurons that everybody knows; refuse one that cannot."""
+    if skip:
+        found = await self_test(simulator)
+        note = "" if found.passed else ": its scores will mean nothing, and it is used because of --skip-self-test"
+    else:
+        found, note = await require_self_test(simulator), ""
+    tested = len(found.correlations)
+    console.print(
+        f"self-test: mean correlation {found.mean:.2f} on {tested} neurons that everybody knows{note}", soft_wrap=True
+    )
+
+
+def kept(llm: LLM, store: Store, usage: Usage, spending: Spending) -> LLM:
+    """The model with its answers counted within the budget, and kept in the store."""
+    price = Price(prompt=spending.price_in, new=spending.price_out)
+    budget = Budget(tokens=spending.budget_tokens, money=spending.budget_price, price=price)
+    return Cached(Metered(llm, usage, budget, spent(store)), store, usage)

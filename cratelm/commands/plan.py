@@ -1,0 +1,131 @@
+"""The plan that is printed before a language model is asked: what is there, what is missing, what that costs."""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from cratelm.commands.asking import Spending
+from cratelm.interpretation.estimate import COUNTED, Asked, estimated
+from cratelm.interpretation.explainer import Explainer
+from cratelm.interpretation.few_shot import few_shot_neurons
+from cratelm.interpretation.growing import GrowingSet
+from cratelm.interpretation.judging import Jury
+from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.llm_stages import Task, sources_of
+from cratelm.interpretation.protocols import draw
+from cratelm.interpretation.schema import Stage
+from cratelm.interpretation.scorers import SCORERS, judge
+from cratelm.runtime import human
+
+
+@dataclass(slots=True)
+class Line:
+    """One stage of the plan."""
+
+    what: str
+    neurons: int = 0
+    """Neurons that the stage is to be done for, counted once for every set."""
+    there: int = 0
+    """Those of them that are done."""
+    exact: bool = True
+    """Whether every prompt was counted."""
+    asked: Asked = None  # type: ignore[assignment]
+    """What is missing would cost."""
+
+    def __post_init__(self) -> None:
+        self.asked = self.asked or Asked()
+
+
+async def plan_explain(line: Line, task: Task, explainer: Explainer) -> None:
+    """Add one set of explanations to a line."""
+    missing = _missing(line, task, "explain")
+
+    async def ask(llm: LLM, neuron: int) -> None:
+        counting = replace(explainer, llm=llm)
+        for _, prompt in counting.prompts(task.records, task.protocol, [neuron]):
+            await counting.explain(prompt, task.key.sample)
+
+    await _add(line, task, explainer.llm, missing, ask)
+
+
+async def plan_simulate(line: Line, task: Task, simulator: Any, strings: Sequence[str]) -> None:
+    """Add one set of simulations to a line. What is not explained yet is taken to get a sentence of usual length."""
+    missing = _missing(line, task, "simulate")
+    scored = draw(task.records, task.protocol.score, "score")
+    texts = _explained(task)
+    sources = sources_of(task.key, np.array(sorted(texts), dtype=np.int64), task.records.num_neurons)
+
+    async def ask(llm: LLM, neuron: int) -> None:
+        excerpts = [[strings[token] for token in excerpt.tokens.tolist()] for excerpt in scored.of(neuron)]
+        text = texts.get(sources.get(neuron, neuron)) or _usual()
+        await replace(simulator, llm=llm, counts=Counter()).simulate(text, excerpts)
+
+    await _add(line, task, simulator.llm, missing, ask)
+
+
+async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury) -> None:
+    """Add one set of a scorer's results to a line; what is not explained yet is taken to get a usual sentence."""
+    asked = task.explainable if SCORERS[scorer].explained else task.neurons
+    missing = _missing(line, task, SCORERS[scorer].stage, asked)
+
+    async def ask(llm: LLM, neuron: int) -> None:
+        await judge(scorer, task.records[neuron], _usual(), jury.strings, jury.questions, llm=llm)
+
+    if jury.llm is not None and SCORERS[scorer].asks != "encoder":
+        await _add(line, task, jury.llm, missing, ask)
+
+
+def _explained(task: Task) -> dict[int, str]:
+    """The explanations that are there already."""
+    explained = GrowingSet(store=task.store, key=task.key.explained, stage="explain", neurons=task.explainable)
+    return {neuron: str(text) for neuron, text in explained.rows().items()} if task.store.path.exists() else {}
+
+
+def _usual() -> str:
+    """A sentence of usual length, in the place of one that is not there yet."""
+    return max((neuron.explanation for neuron in few_shot_neurons()), key=len)
+
+
+def _missing(
+    line: Line, task: Task, stage: Stage, wanted: Int64[np.ndarray, " neurons"] | None = None
+) -> list[int]:  # fmt: skip
+    """The neurons that have no row yet; counts them and those that have one."""
+    wanted = task.explainable if wanted is None else wanted
+    missing = set(wanted.tolist())
+    if task.store.path.exists():
+        missing = set(GrowingSet(store=task.store, key=task.key, stage=stage, neurons=wanted).missing())
+    line.neurons += len(wanted)
+    line.there += len(wanted) - len(missing)
+    return sorted(missing & task.share if task.part != (1, 1) else missing)
+
+
+async def _add(
+    line: Line, task: Task, llm: LLM, missing: Sequence[int], ask: Callable[[LLM, int], Awaitable[None]]
+) -> None:
+    line.asked.add(await estimated(llm, missing, ask, task.store))
+    line.exact &= len(missing) <= COUNTED
+
+
+def lines(found: Sequence[Line], spending: Spending) -> list[str]:
+    """The plan as a table, 80 columns wide."""
+    total = Line("in all", sum(line.neurons for line in found), sum(line.there for line in found))
+    for line in found:
+        total.asked.add(line.asked)
+    priced = bool(spending.price_in or spending.price_out)
+    heads = ("neurons", "there", "calls", "read", "shared", "written", *(("price",) if priced else ()))
+    table = [f"{'stage':<17}" + "".join(f"{head:>9}" for head in heads)]
+    for line in (*found, total) if len(found) > 1 else found:
+        asked = line.asked
+        cells = [f"{line.neurons:,}", f"{line.there:,}", human(asked.calls), human(asked.read)]
+        cells += [human(asked.read - asked.computed), human(asked.written)]
+        if priced:
+            cells.append(f"{(spending.price_in * asked.read + spending.price_out * asked.written) / 1e6:.2f}")
+        table.append(f"{line.what:<17}" + "".join(f"{cell:>9}" for cell in cells))
+    counted = "" if all(line.exact for line in found) else f", counted from {COUNTED} neurons of each set"
+    most = "written and price at most" if priced else "written at most"
+    table.append(f"tokens{counted}; shared: read once for many prompts; {most}")
+    return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])

@@ -21,7 +21,7 @@ from cratelm.interpretation.usage import Usage
 NO_SYSTEM = re.compile(r"system.{0,20}role|role.{0,20}system|roles? must alternate|only user and assistant", re.I)
 """How servers say that a chat template knows no system turn."""
 UNKNOWN_MODEL = re.compile(
-    r"model.{0,80}(not (found|exist|served|available)|does not exist|no such|unknown)", re.I | re.S
+    r"model.{0,80}(not (found|exist|served|available)|does not exist|no such|unknown)|pinned to", re.I | re.S
 )
 FACTS = ("root", "parent", "owned_by", "meta", "quantization")
 """What a server may tell of a model that another model under the same name would have otherwise."""
@@ -56,7 +56,10 @@ class Endpoint:
 
     async def connect(self) -> None:
         """Ask what is served. Raises `CrateError` where there is no server; the model may still turn out unknown."""
-        listed = (await self.transport.get("/models")).get("data")
+        try:
+            listed = (await self.transport.get("/models")).get("data")
+        except LLMError:
+            listed = None  # not every server can say
         entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         self.served = tuple(sorted(str(one["id"]) for one in entries if "id" in one))
         own = next((one for one in entries if one.get("id") == self.name), None)

@@ -163,6 +163,8 @@ class Transport:
             return LLMError(f"the server failed {times} (HTTP {failure.status_code}): {self._said(failure)}")
         try:
             await self.get("/models", timeout=10.0)
+        except LLMError:
+            pass  # it is there, and answers that it cannot
         except CrateError as error:
             return error
         late = isinstance(failure, openai.APITimeoutError)
@@ -170,7 +172,10 @@ class Transport:
         return LLMError(f"{why}, {times}")
 
     async def get(self, path: str, *, timeout: float = 30.0) -> dict[str, Any]:
-        """Read something, asked twice at most. Raises `CrateError` where the server cannot be reached."""
+        """Read something, asked twice at most.
+
+        Raises `LLMError` where the server is there and fails, and `CrateError` where it cannot be reached.
+        """
         import openai
 
         client = self._connection()
@@ -182,12 +187,15 @@ class Transport:
             except openai.APIStatusError as error:
                 if error.status_code < 500:
                     self._asked_wait(error)
-                failure = f"{self.url} failed (HTTP {error.status_code}): {self._said(error)}"
+                failure = ""
+                failed = LLMError(f"{self.url} failed (HTTP {error.status_code}): {self._said(error)}")
             except openai.APIConnectionError as error:
                 reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
                 failure = f"no server can be reached at {self.url} ({self._hidden(reason)})"
             if attempt == 1:
                 await asyncio.sleep(self.retry.first / 2)
+        if not failure:
+            raise failed
         raise CrateError(f"{failure}. Start one, or give another URL (such as http://localhost:8000/v1)")
 
     def _said(self, error: Any) -> str:

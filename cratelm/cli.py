@@ -37,7 +37,10 @@ VERBS = {
     "interpret": "explain, simulate and score in one go",
     "sae train": "a sparse autoencoder on any activations of a model: the post-hoc way",
     "sae evaluate": "what an autoencoder costs the model, how sparse and how faithful it is",
+    "whitebox": "what each layer does to the objective: coding rates, sparsity, LASSO, dictionary",
+    "dial": "sparsity at run time: active neurons, loss and lookup score, nothing retrained",
     "directions": "what each neuron's weights say: tokens in and out, its neighbours in the next layer",
+    "circuit": "the neurons that make the model say a token, as a graph",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page",
     "steer": "turn neurons while the model writes: the text and the next token, without and with",
@@ -52,7 +55,8 @@ FLOW = (
     ("To and from other tools", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("Sparse autoencoders", ("sae train", "sae evaluate")),
-    ("Neurons to look at", ("directions", "neurons", "report")),
+    ("Inside a model", ("whitebox", "dial", "directions", "circuit")),
+    ("Neurons to look at", ("neurons", "report")),
     ("Neurons to turn", ("steer", "ablate", "ledger")),
 )
 """The verbs as the overview groups them."""

@@ -1,6 +1,6 @@
-"""Measurements of a model along its training: how well lookup explains its neurons, and text that it writes.
+"""Measurements of a model along its training: how well lookup explains its neurons, text that it writes, its layers.
 
-`cratelm train --measure lookup samples` passes them to the training, which knows nothing of neurons or text.
+`cratelm train --measure lookup samples whitebox` passes them to the training, which knows nothing of neurons or text.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cratelm.model.language_model import LanguageModel
     from cratelm.training.train import Measurement
 
-MeasurementName = Literal["lookup", "samples"]
+MeasurementName = Literal["lookup", "samples", "whitebox"]
 
 SAMPLE_TOKENS, SAMPLE_DOCUMENTS = 65_536, 96
 """Held-out text that `lookup` reads at least: the beginnings of documents, as long as makes both numbers.
@@ -30,6 +30,8 @@ SAMPLE_TOKENS, SAMPLE_DOCUMENTS = 65_536, 96
 So many documents that either half of them, by chance, has the 25 that a neuron's top excerpts come from."""
 SAMPLE_NEURONS = 128
 """Neurons of each layer that `lookup` scores, the same ones each time."""
+WHITEBOX_TOKENS = 4096
+"""Held-out tokens that `whitebox` reads, or one set if that is more."""
 PROMPTS = ("", "The ")
 """What `samples` lets the model continue; the empty one begins a document."""
 SAMPLE_LENGTH = 64
@@ -40,6 +42,7 @@ def measurements(names: tuple[MeasurementName, ...], data: "TokenDirectory", run
     made: dict[MeasurementName, Callable[[], Measurement]] = {
         "lookup": lambda: lookup(data),
         "samples": lambda: samples(data, run),
+        "whitebox": lambda: whitebox(data),
     }
     return {name: made[name]() for name in dict.fromkeys(names)}
 
@@ -84,6 +87,23 @@ def samples(data: "TokenDirectory", run: Path) -> "Measurement":
             distinct.append(len(set(made[len(prompt) :])) / SAMPLE_LENGTH)
             append_jsonl(run / "samples.jsonl", {"step": step, "text": tokenizer.decode(made)})
         return {"distinct": float(np.mean(distinct))}
+
+    return measure
+
+
+def whitebox(data: "TokenDirectory") -> "Measurement":
+    """The white-box view of every layer on one cheap batch of held-out text: `layer_N.rate`, `layer_N.active`, ..."""
+
+    def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
+        from cratelm.whitebox.coding_rate import tokens_needed
+        from cratelm.whitebox.measure import MeasureConfig, summary
+        from cratelm.whitebox.measure import measure as look_inside
+
+        size = tokens_needed(model.config.d_model, model.config.context_length)
+        config = MeasureConfig(tokens=max(size, WHITEBOX_TOKENS), converged=False)
+        bar = ProgressBar(Progress(disable=True), "whitebox", 1)
+        found = look_inside(model, data.tokens("val"), config, bar=bar)
+        return {f"layer_{layer['layer']}.{name}": value for layer in found["layers"] for name, value in summary(layer)}
 
     return measure
 

@@ -57,7 +57,8 @@ class Options:
     execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     """How to carry it out."""
     measure: tuple[MeasurementName, ...] = ()
-    """Also measure along the way: `lookup` (how well lookup explains some neurons), `samples` (of text)."""
+    """Also measure along the way: `lookup` (how well lookup explains some neurons), `samples` (of text),
+    `whitebox` (coding rates, sparsity, objective and dictionary of each layer)."""
     control_of: Path | None = None
     """Write no trained model but the random-init control of this trained run."""
     dry_run: bool = False

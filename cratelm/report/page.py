@@ -47,6 +47,8 @@ from cratelm.report.study import Study, study_of, study_sentences, study_tables
 from cratelm.report.study_plots import study_figures
 from cratelm.report.tables import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
 from cratelm.report.verdict import listed, points, verdict
+from cratelm.report.whitebox import views_of, whitebox_tables
+from cratelm.report.whitebox_plots import whitebox_figures
 from cratelm.rundir import write_text
 
 HEAT_LEVELS = 8
@@ -66,7 +68,9 @@ def write_report(results: Results, out: Path, units: Sequence[Units] | None = No
     more = (*judged_tables(results), *((faithfulness(results, units),) if units else ()))
     shown = results if study is None else study.first_seeds
     firing = gather_firing(shown)
-    write_tables((*tables(results), *study_tables(study), *more, *firing_tables(firing)), out)
+    views = views_of(results.rows)
+    drawn = {**drawn, **whitebox_figures(views)}
+    write_tables((*tables(results), *study_tables(study), *more, *firing_tables(firing), *whitebox_tables(views)), out)
     write_figures({**drawn, **firing_figures(firing)}, out)
     write_text(out / "report.html", page(shown, drawn, study, more, firing))
     return out / "report.html"
@@ -110,7 +114,9 @@ def _numbers(results: Results) -> str:
     costs, full, layers = (as_html(table, quiet=quiet) for table in tables(results))
     missing = "".join(f"<li>{escape(line)}</li>" for line in results.missing)
     absent = f'<h3>Not in this report</h3>\n<ul class="missing">{missing}</ul>' if missing else ""
-    return f"{short}\n{costs}\n{full}\n<details><summary>Every layer</summary>{layers}</details>\n{absent}"
+    inside = "".join(as_html(table, quiet=quiet) for table in whitebox_tables(views_of(results.rows)))
+    view = f"<details><summary>White-box view of every layer</summary>{inside}</details>" if inside else ""
+    return f"{short}\n{costs}\n{full}\n<details><summary>Every layer</summary>{layers}</details>\n{view}\n{absent}"
 
 
 def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:

@@ -72,8 +72,8 @@ def figures(results: Results) -> dict[str, Figure]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def looks(models: Sequence[RunResult]) -> dict[str, Look]:
-    """A colour and a marker for each model, by its title."""
+def looks(models: Sequence[Any]) -> dict[str, Look]:
+    """A colour and a marker for each model, by its title; a model is whatever has an `arch` and a `title`."""
     found: dict[str, Look] = {}
     numbers: Counter[str] = Counter()
     for model in models:
@@ -103,7 +103,7 @@ def loss_curves(results: Results) -> Figure | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: human(float(tokens))))
         axes.set_xlim(left=0)
         axes.set_ylim(*_loss_range(drawn))
-        kinds = [_handle(INK, "", alpha=0.45, width=1.2, label="training"), _handle(INK, "o", label="held-out")]
+        kinds = [handle(INK, "", alpha=0.45, width=1.2, label="training"), handle(INK, "o", label="held-out")]
         axes.legend(handles=[*_model_handles(drawn, look), *kinds], loc="upper right")
     return figure
 
@@ -282,23 +282,24 @@ def _points(scores: ModelAggregate) -> tuple[Float[np.ndarray, " layers"], ...]:
     return tuple(np.array(rows, dtype=np.float64).reshape(-1, 4).T)
 
 
-def _handle(color: str, marker: str, *, label: str, alpha: float = 1.0, width: float = 1.8, **more: Any) -> Line2D:
+def handle(color: str, marker: str, *, label: str, alpha: float = 1.0, width: float = 1.8, **more: Any) -> Line2D:
+    """An entry of a legend."""
     return Line2D([], [], color=color, marker=marker, markersize=5, linewidth=width, alpha=alpha, label=label, **more)
 
 
 def _model_handles(models: Sequence[RunResult], look: Mapping[str, Look]) -> Iterator[Line2D]:
     for model in models:
-        yield _handle(look[model.title].color, look[model.title].marker, label=model.title)
+        yield handle(look[model.title].color, look[model.title].marker, label=model.title)
 
 
 def _score_handles(results: Results, look: Mapping[str, Look]) -> list[Line2D]:
     handles = list(_model_handles(results.models, look))
     if any(model.random_init is not None for model in results.models):
         handles.append(
-            _handle(
+            handle(
                 INK, "o", label="random-init model", alpha=0.6, width=1.1, linestyle=RANDOM_INIT, markerfacecolor="none"
             )
         )
     if any(model.shuffled for model in results.models):
-        handles.append(_handle(INK, "x", label="shuffled explanations", alpha=0.6, width=1.1, linestyle=SHUFFLED))
+        handles.append(handle(INK, "x", label="shuffled explanations", alpha=0.6, width=1.1, linestyle=SHUFFLED))
     return handles

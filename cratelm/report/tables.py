@@ -324,7 +324,7 @@ def _markdown(text: str) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "\N{MINUS SIGN}": "$-$", ABSENT: "--",
-    "²": r"\textsuperscript{2}", "[": "{[}", "]": "{]}",
+    "²": r"\textsuperscript{2}", "ᶜ": r"\textsuperscript{c}", "×": r"$\times$", "‖": r"$\|$", "[": "{[}", "]": "{]}",
 } | {letter: "\\" + letter for letter in "&%$#_{}"}  # fmt: skip
 
 

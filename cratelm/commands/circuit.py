@@ -1,0 +1,188 @@
+"""Which neurons make the model say a token: the few of each layer that matter most for a prompt, as a graph.
+
+    cratelm circuit runs/crate-2l --prompt "import numpy as" --token " np"
+    cratelm circuit runs/gpt2-2l --prompt "for i in range(" --nodes 8 --method integrated
+
+A node is a neuron at a position. Its effect is the change of the token's log probability when its code there is set to
+0 (or to its mean, --baseline mean) and everything after it is computed again; gradients choose which nodes are tried.
+An edge is what one node does to another of the next layer. Printed with the share of the log probability that the shown
+nodes carry, and drawn: RUN/circuits gets a .json, an .svg and a .png.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from cratelm.errors import CrateError
+from cratelm.runtime import DeviceName, progress_bar, select_device
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from cratelm.commands.opening import OpenedRun
+    from cratelm.whitebox.circuit import CircuitConfig, Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `cratelm circuit`."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    """Run directory, of a model of ours or of a Hugging Face model that `cratelm collect` has read."""
+    prompt: str
+    """Text that the token comes after."""
+    token: str | None = None
+    """The token, with its space if it has one; left out, the one that the model finds most probable."""
+    nodes: int = 6
+    """Neurons of each layer to show."""
+    method: Literal["ablation", "gradient", "integrated"] = "ablation"
+    """Choose nodes by exact ablation, or by a gradient alone: at the code, or averaged on the way to it."""
+    baseline: Literal["zero", "mean"] = "zero"
+    """What an ablated neuron is set to; mean is its mean over the text that its records were collected on."""
+    candidates: int = 512
+    """Of each layer, ablate at most so many nodes, those with the largest gradients; 0 for all that are active."""
+    batch: int = 64
+    """Ablations per forward pass."""
+    out: Path | None = None
+    """Folder for graph and numbers; RUN/circuits if left out."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+def run(options: Options) -> None:
+    """Find the circuit, write it, draw it, print it."""
+    from cratelm.commands.opening import open_run
+    from cratelm.report.circuit import circuit_figure, circuit_lines
+    from cratelm.report.plots import write_figures
+    from cratelm.rundir import origin, write_json
+    from cratelm.whitebox.circuit import CircuitConfig, rank
+
+    for name in ("nodes", "batch"):
+        if getattr(options, name) < 1:
+            raise CrateError(f"--{name} is {getattr(options, name)}, it must be at least 1")
+    if options.candidates < 0:
+        raise CrateError(f"--candidates is {options.candidates}, it must be 0 or more")
+    opened = open_run(options.run)
+    opened.model.to(select_device(options.device))
+    subject = _subject(opened, options)
+    config = CircuitConfig(
+        nodes=options.nodes, method=options.method, candidates=options.candidates, batch=options.batch
+    )
+    with progress_bar(f"circuit {options.run.name}", total=_work(subject, config), unit="nodes") as bar:
+        ranked = rank(subject, config, bar=bar)
+    found = {
+        "prompt": options.prompt, "method": options.method, "baseline": options.baseline,
+        "candidates": options.candidates, "model_hash": opened.model_hash,
+        **_described(opened, options, subject, ranked, config), "origin": origin(),
+    }  # fmt: skip
+    out = options.out or options.run / "circuits"
+    name = _name(options, found["target"])
+    write_json(out / f"{name}.json", found)
+    write_figures({name: circuit_figure(found, options.run.name)}, out)
+    columns = shutil.get_terminal_size().columns
+    for line in circuit_lines(found):
+        print(line if len(line) <= columns else f"{line[: columns - 1]}…")
+    print(f"\n{out / name}.svg")
+
+
+def _subject(opened: "OpenedRun", options: Options) -> "Subject":
+    import torch
+
+    from cratelm.activations.observe import row_length
+    from cratelm.activations.places import find_places
+    from cratelm.commands.generate import prompt_tokens
+    from cratelm.whitebox.circuit import Subject
+
+    tokens = prompt_tokens(opened.tokenizer, options.prompt)
+    limit = row_length(opened.model)
+    if len(tokens) > limit:
+        raise CrateError(f"the prompt is {len(tokens)} tokens, the model's context is {limit}. Give a shorter --prompt")
+    device = next(opened.model.parameters()).device
+    prompt, places = torch.tensor(tokens, device=device), find_places(opened.model, "neurons")
+    target = -1 if options.token is None else target_token(opened.tokenizer, options.token)
+    baselines = _means(opened.run, places) if options.baseline == "mean" else None
+    subject = Subject(opened.model, places, prompt, max(target, 0), baselines)
+    if target < 0:
+        with torch.no_grad():
+            subject = Subject(opened.model, places, prompt, int(subject.logits(1)[0].argmax()), baselines)
+    return subject
+
+
+def target_token(tokenizer: "Tokenizer", text: str) -> int:
+    """The id of a text that is one token; another is refused with the tokens that it is."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) == 1:
+        return int(ids[0])
+    parts = ", ".join(repr(tokenizer.decode([one])) for one in ids[:6])
+    said = f"{len(ids)} tokens ({parts}{', ...' if len(ids) > 6 else ''})" if ids else "no token"
+    raise CrateError(f"--token {text!r} is {said}, it must be one, with its space if it has one")
+
+
+def _means(run: Path, places: Mapping[int, str]) -> "dict[int, torch.Tensor]":
+    import torch
+
+    from cratelm.activations.records import read_records
+
+    return {layer: torch.from_numpy(read_records(run, layer).statistics["mean"].copy()) for layer in places}
+
+
+def _work(subject: "Subject", config: "CircuitConfig") -> int:
+    """Nodes that will be ablated, at most."""
+    sizes = (code.numel() for code in subject.codes.values())
+    return sum(min(size, config.candidates or size) for size in sizes)
+
+
+def _described(
+    opened: "OpenedRun", options: Options, subject: "Subject",
+    ranked: Mapping[tuple[int, int, int], float], config: "CircuitConfig",
+) -> dict[str, Any]:  # fmt: skip
+    """Nodes, edges and shares, as they are written."""
+    from cratelm.data.tokenizer import token_strings
+    from cratelm.whitebox.circuit import choose, edges, explained
+
+    strings, prompt = token_strings(opened.tokenizer), subject.prompt.tolist()
+    chosen = choose(ranked, config)
+    said = _explanations(options.run, chosen)
+    nodes = [
+        {
+            "layer": layer, "position": position, "neuron": neuron, "effect": ranked[layer, position, neuron],
+            "code": float(subject.codes[layer][0, position, neuron]), "token": strings[prompt[position]],
+            "explanation": said.get((layer, neuron)),
+        }
+        for layer, position, neuron in chosen
+    ]  # fmt: skip
+    return {
+        "tokens": [strings[token] for token in prompt], "target": strings[subject.target],
+        "target_id": subject.target, "ranked": len(ranked), "layers": sorted(subject.codes), "nodes": nodes,
+        "edges": edges(subject, {node: ranked[node] for node in chosen}, config),
+        "explained": explained(subject, list(ranked), chosen),
+    }  # fmt: skip
+
+
+def _explanations(run: Path, chosen: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int], str]:
+    """What `cratelm interpret` says about the chosen neurons; nothing where it has not been run."""
+    from cratelm.interpretation.store import Store
+
+    if not (run / "interpretation.sqlite").exists():
+        return {}
+    store = Store.open(run)
+    found: dict[tuple[int, int], str] = {}
+    for layer in {layer for layer, _, _ in chosen}:
+        texts = store.read_explanations(layer, "top-and-random")
+        found |= {(layer, neuron): texts[neuron] for one, _, neuron in chosen if one == layer and neuron in texts}
+    return found
+
+
+def _name(options: Options, target: str) -> str:
+    """A file name from the prompt's words and the token, unlike that of any other settings."""
+    settings = (options.prompt, target, options.nodes, options.method, options.baseline, options.candidates)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
+    words = re.sub(r"[^A-Za-z0-9]+", "-", f"{options.prompt[-30:]} {target}").strip("-")
+    return f"{words or 'circuit'}-{digest}"

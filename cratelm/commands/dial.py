@@ -1,0 +1,151 @@
+"""Turn sparsity at run time: the penalty, step size or number of ISTA steps of a trained model, nothing retrained.
+
+    cratelm dial runs/crate-2l runs/gpt2-2l --data tokens
+    cratelm dial runs/crate-2l --data tokens --penalty 1 2 4 8 --steps 1 2 3 --step-size --threshold
+
+Penalty and step size are multiples of the model's own, so 1 is the model as it is; a threshold, which GPT-2 has too,
+sets activations to 0 that are below so many times the root mean square of their layer's. At every point: active neurons
+per token, held-out loss, and how well lookup explains some neurons of every layer. Points go to dial.json in each run,
+one by one, so a call that was stopped goes on; figures go to the report's folder.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from cratelm.errors import CrateError
+from cratelm.runtime import DeviceName, progress_bar, select_device
+
+if TYPE_CHECKING:
+    from cratelm.data.tokens import TokenDirectory
+    from cratelm.model.language_model import LanguageModel
+    from cratelm.training.train import Measurement
+    from cratelm.whitebox.dial import Setting
+
+FILE = "dial.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `cratelm dial`."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    """Run directories."""
+    data: Path
+    """Token directory to read."""
+    penalty: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    """Multiples of the model's penalty."""
+    step_size: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
+    """Multiples of the model's step size."""
+    steps: tuple[int, ...] = (1, 2, 3, 4)
+    """Numbers of ISTA steps."""
+    threshold: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    """Thresholds on the activations, in units of their root mean square."""
+    tokens: str = "64k"
+    """Held-out tokens for the loss."""
+    no_lookup: bool = False
+    """Leave out the lookup scores, which take most of the time."""
+    out: Path | None = None
+    """Folder of tables and figures; left out, `report` in the folder that holds the runs, or in a single run."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+def run(options: Options) -> None:
+    """Measure each run at every setting, then draw the curves and print them."""
+    from cratelm.commands.report import default_folder
+    from cratelm.commands.whitebox import show
+    from cratelm.report.dial import dial_figures, dial_table, open_dials
+    from cratelm.report.plots import write_figures
+    from cratelm.report.tables import write_tables
+
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm dial RUN --data DIR")
+    settings = list(_settings(options))
+    for one in options.runs:
+        dial_run(one, settings, options)
+    dials = open_dials(options.runs)
+    table, out = dial_table(dials), options.out or default_folder(options.runs)
+    write_tables((table,), out)
+    write_figures(dial_figures(dials), out)
+    show((table,))
+    print(f"{(out / 'dial.svg') if not out.is_relative_to('..') else (out / 'dial.svg').resolve()}")
+
+
+def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":
+    """Which dial is turned, and to where; each of the settings is checked before anything is computed."""
+    from cratelm.whitebox.dial import Setting
+
+    for dial in ("penalty", "step_size", "steps", "threshold"):
+        for value in getattr(options, dial):
+            yield dial, Setting(**{dial: value})
+
+
+def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Options) -> None:
+    """Measure one run at the settings that it allows and that are not measured yet."""
+    from cratelm.commands.collect import open_tokens, read_count
+    from cratelm.commands.measurements import lookup
+    from cratelm.model.weights import load, weights_hash
+    from cratelm.rundir import claim, origin, read_json, write_json
+
+    model, tokenizer = load(folder)
+    data = open_tokens(options.data, None, tokenizer, folder)
+    model.to(select_device(options.device))
+    ista = model.config.arch == "crate"
+    settings = [(dial, one) for dial, one in settings if ista or dial == "threshold"]
+    if not settings:
+        raise CrateError(f"{folder} has no ISTA block: of a GPT-2 only --threshold can be turned")
+    held_out = data.tokens("val")
+    count = min(read_count(options.tokens) or len(held_out), len(held_out))
+    identity = {
+        "model_hash": weights_hash(model), "data_hash": data.splits["val"].sha256, "tokens": count,
+        "lookup": not options.no_lookup,
+    }  # fmt: skip
+    points = _measured(folder, identity)
+    measure = None if options.no_lookup else lookup(data)
+    with claim(folder), progress_bar(f"dial {folder.name}", total=len(settings), unit="points") as bar:
+        for dial, setting in settings:
+            if not any(_same(point, dial, setting) for point in points):
+                points.append({"dial": dial, **asdict(setting), **_point(model, data, setting, count, measure)})
+                write_json(folder / FILE, {**identity, "width": model.config.num_neurons,
+                                           "points": points, "origin": origin()})  # fmt: skip
+            bar.advance(1, dial)
+    if not (folder / FILE).exists():
+        read_json(folder / FILE, made_by=f"cratelm dial {folder} --data {options.data}")
+
+
+def _same(point: Mapping[str, Any], dial: str, setting: "Setting") -> bool:
+    return point["dial"] == dial and all(point[name] == value for name, value in asdict(setting).items())
+
+
+def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points of an earlier call with this model, data and measurements; others are measured anew."""
+    from cratelm.rundir import read_json
+
+    if not (folder / FILE).exists():
+        return []
+    found = read_json(folder / FILE, made_by=f"cratelm dial {folder} --data DIR")
+    return list(found["points"]) if all(found.get(name) == value for name, value in identity.items()) else []
+
+
+def _point(
+    model: "LanguageModel", data: "TokenDirectory", setting: "Setting", count: int, measure: "Measurement | None"
+) -> dict[str, Any]:
+    """What the model is at one setting; a loss that is no number is null, as is all that lookup would find then."""
+    import math
+
+    from cratelm.training.evaluate import held_out_loss
+    from cratelm.whitebox.dial import activation_scales, active_neurons, dialled
+
+    held_out = data.tokens("val")[: count + 1]
+    sample = held_out[: 16 * model.config.context_length]
+    scales = activation_scales(model, sample) if setting.threshold > 0 else None
+    with dialled(model, setting, scales=scales):
+        loss = held_out_loss(model, held_out, batch=8)
+        finite = math.isfinite(loss)
+        active = active_neurons(model, sample) if finite else None
+        found: Mapping[str, float] = measure(model, 0) if measure is not None and finite else {}
+    return {"loss": loss if finite else None, "active": active, "lookup": dict(found)}

@@ -1,0 +1,123 @@
+"""Look inside each layer: coding rates before and after attention, sparsity, the LASSO objective, the dictionary.
+
+    cratelm whitebox runs/crate-2l runs/gpt2-2l runs/crate-2l-random --data tokens
+
+CRATE is derived from an objective, sparse rate reduction; this measures it. For every layer: how many nats the tokens
+take, as a whole and in the heads' subspaces, before and after attention; how sparse the code is after each ISTA step,
+how far the steps come with their LASSO objective, and whether steps of this size suit the dictionary.
+GPT-2 has the first two. Written to whitebox.json in each run, with tables and figures in the report's folder, where
+`cratelm report` shows them too; along a training with `cratelm train --measure whitebox`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from cratelm.errors import CrateError
+from cratelm.runtime import DeviceName, progress_bar, select_device
+
+if TYPE_CHECKING:
+    from cratelm.report.tables import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `cratelm whitebox`."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    """Run directories; name random-init controls along with their models."""
+    data: Path
+    """Token directory to read."""
+    tokenizer: str | None = None
+    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
+    split: str = "val"
+    """Split to read; held-out text by default."""
+    tokens: str = "32k"
+    """Read so many tokens, as in 32k or 1M, in whole sets."""
+    epsilon: float = 0.1
+    """Precision of the coding rates, in units of the tokens."""
+    tolerance: float = 1e-3
+    """Codes up to this count as zero in the share that is given within tolerance."""
+    out: Path | None = None
+    """Folder of tables and figures; left out, `report` in the folder that holds the runs, or in a single run."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+def run(options: Options) -> None:
+    """Measure each run, then write and print what all have."""
+    from cratelm.commands.collect import read_count
+    from cratelm.commands.report import default_folder
+    from cratelm.report.plots import write_figures
+    from cratelm.report.tables import write_tables
+    from cratelm.report.whitebox import open_views, whitebox_tables
+    from cratelm.report.whitebox_plots import whitebox_figures
+
+    if not options.runs:
+        raise CrateError("no run directory was named. Run: cratelm whitebox RUN --data DIR")
+    if options.epsilon <= 0 or options.tolerance < 0:
+        raise CrateError("--epsilon must be above 0, --tolerance 0 or more")
+    count = read_count(options.tokens)
+    for one in options.runs:
+        whitebox_run(one, options, count)
+    views = open_views(options.runs)
+    tables = whitebox_tables(views)
+    out = options.out or default_folder(options.runs)
+    write_tables(tables, out)
+    write_figures(whitebox_figures(views), out)
+    show(tables)
+    print(f"\n{(out / 'whitebox.svg') if not out.is_relative_to('..') else (out / 'whitebox.svg').resolve()}")
+
+
+def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
+    """Measure one run and write its whitebox.json."""
+    from cratelm.commands.collect import open_tokens
+    from cratelm.model.weights import load, weights_hash
+    from cratelm.report.whitebox import FILE
+    from cratelm.rundir import claim, origin, write_json
+    from cratelm.whitebox.measure import MeasureConfig, measure
+
+    model, tokenizer = load(folder)
+    data = open_tokens(options.data, options.tokenizer, tokenizer, folder)
+    if data.vocab_size > model.config.vocab_size:
+        raise CrateError(
+            f"the tokens of {options.data} are of {data.vocab_size} kinds, the model of {folder} knows "
+            f"{model.config.vocab_size}. Tokenize with the model's own tokenizer"
+        )
+    tokens = data.tokens(options.split)
+    config = MeasureConfig(
+        tokens=len(tokens) if count is None else count, epsilon=options.epsilon, tolerance=options.tolerance
+    )
+    model.to(select_device(options.device))
+    with claim(folder), progress_bar(f"whitebox {folder.name}", total=min(config.tokens, len(tokens))) as bar:
+        found = measure(model, tokens, config, bar=bar)
+        identity = {"model_hash": weights_hash(model), "data_hash": data.splits[options.split].sha256}
+        write_json(folder / FILE, {"split": options.split, **identity, **found, "origin": origin()})
+
+
+def show(tables: "tuple[Table, ...]") -> None:
+    """Print the tables; a model's name stands before its first layer."""
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    from cratelm.report.tables import written
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    for table in tables:
+        console.print(Text(table.caption.removeprefix("White-box view: ").capitalize(), style="bold"))
+        grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        shown = [column for column in table.columns if column.title not in ("Tokens per set", "Sets")]
+        for column in shown:
+            grid.add_column(
+                Text(column.heading), justify="left" if column.style == "text" else "right", overflow="fold"
+            )
+        last: Any = None
+        for row in table.rows:
+            cells = [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)]
+            grid.add_row(*map(Text, ["" if row[0] == last else cells[0], *cells[1 : len(shown)]]))
+            last = row[0]
+        console.print(grid)
+        console.print()

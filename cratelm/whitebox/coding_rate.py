@@ -1,0 +1,85 @@
+"""Coding rates: how many nats it takes to write a set of tokens down to a precision, whole or part by part.
+
+    R(Z)      = 1/2 logdet( I + d / (N eps^2) Z^T Z )                            Z: N tokens of width d
+    R^c(Z; U) = sum_k 1/2 logdet( I + p / (N eps^2) (U_k Z)^T (U_k Z) )          U_k: projection of head k to width p
+
+Sparse rate reduction is max R - R^c - lambda ||Z||_0 (arXiv 2306.01129): MSSA is derived as a step that makes R^c
+smaller. The Gram matrix is the smaller of the two, which has the same determinant; everything is float64 and by
+Cholesky, since in float32 the determinant of a thousand dimensions loses its digits.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cratelm.errors import CrateError
+
+Rates = Float[Tensor, " sets"]
+
+EPSILON = 0.1
+"""Precision; its square is the 0.01 of the released code for CRATE's figures."""
+
+
+def coding_rate(z: Float[Tensor, "sets tokens width"], *, epsilon: float = EPSILON) -> Rates:
+    """R of each set of tokens, in nats."""
+    return _half_log_det(z, z.shape[2] / (z.shape[1] * epsilon**2))
+
+
+def subspace_rate(
+    z: Float[Tensor, "sets tokens d_model"], subspaces: Float[Tensor, "heads p d_model"], *, epsilon: float = EPSILON
+) -> Rates:
+    """R^c of each set, in nats, with the projections as they are."""
+    return sum((coding_rate(part, epsilon=epsilon) for part in _projected(z, subspaces)), torch.zeros(()).double())
+
+
+def normalised_rate(features: Float[Tensor, "sets heads tokens p"], *, epsilon: float = EPSILON) -> Rates:
+    """R^c as the released code for CRATE's figures measures it: each token's projection to each head at unit length.
+
+    1/2 logdet( I + p / (N eps^2) V^T V ) summed over heads, so that neither the scale of U nor of the tokens counts.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=3)
+    rates = [_half_log_det(head, head.shape[2] / (head.shape[1] * epsilon**2)) for head in unit.unbind(1)]
+    return torch.stack(rates).sum(dim=0)
+
+
+def projections(
+    z: Float[Tensor, "sets tokens d_model"], subspaces: Float[Tensor, "heads p d_model"]
+) -> Float[Tensor, "sets heads tokens p"]:
+    """U_k Z for each head."""
+    return torch.stack(_projected(z, subspaces), dim=1)
+
+
+def orthonormal(subspaces: Float[Tensor, "heads p d_model"]) -> Float[Tensor, "heads p d_model"]:
+    """An orthonormal basis of what each head projects to, so that R and R^c are in the same units."""
+    return torch.linalg.qr(subspaces.double().mT).Q.mT
+
+
+def tokens_needed(width: int, context: int) -> int:
+    """Tokens of a set: whole contexts, at least as many tokens as the model is wide.
+
+    With fewer the rate says how many tokens there are and not how they lie: no set spans more dimensions than it has
+    tokens.
+    """
+    return -(-width // context) * context
+
+
+def check_tokens(found: int, width: int, context: int) -> None:
+    """Refuse a text that holds no whole set."""
+    if found < (needed := tokens_needed(width, context)):
+        raise CrateError(
+            f"{found:,} tokens are too few for a coding rate: the model is {width} wide, so a set needs {needed:,} "
+            f"tokens (whole contexts of {context:,}). Give more --tokens, or tokenize more text"
+        )
+
+
+def _projected(z: Tensor, subspaces: Tensor) -> list[Tensor]:
+    return [z.double() @ head.double().T for head in subspaces]
+
+
+def _half_log_det(z: Float[Tensor, "sets tokens width"], weight: float) -> Rates:
+    """1/2 logdet(I + weight Z Z^T): the factor L of Cholesky has determinant sqrt(det), and a diagonal to read it."""
+    wide = z.double()
+    gram = wide @ wide.mT if z.shape[1] < z.shape[2] else wide.mT @ wide
+    identity = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
+    factor = torch.linalg.cholesky(identity + weight * gram)
+    return factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)

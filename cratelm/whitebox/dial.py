@@ -1,0 +1,122 @@
+"""The sparsity dial: a trained model run with another penalty, step size or number of ISTA steps, nothing retrained.
+
+    a_t = ReLU( a_{t-1} + s eta D^T (x - D a_{t-1}) - s eta m lambda ),   t = 1 .. n
+
+with s, m and n turned. A setting of 1, 1 and the model's own n is the model as it was trained, exactly. A model without
+ISTA, and for comparison one with it, has a threshold instead: activations below so many times the root mean square of
+their layer's are set to 0.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from torch import Tensor, nn
+
+from cratelm.activations.taps import capture, edit
+from cratelm.errors import CrateError
+from cratelm.model.crate import Shrinkage
+from cratelm.model.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Where the dial stands."""
+
+    penalty: float = 1.0
+    """m: the penalty of every neuron times this."""
+    step_size: float = 1.0
+    """s: every step size, and with it the threshold, times this."""
+    steps: int | None = None
+    """n: ISTA steps; None for the model's own number. Beyond it the last step is repeated."""
+    threshold: float = 0.0
+    """Activations below this many times their layer's root mean square become 0."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}, it must be above 0"
+            for name, value in (("penalty", self.penalty), ("step_size", self.step_size))
+            if not (value > 0 and math.isfinite(value))
+        ]
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps is {self.steps}, it must be at least 1")
+        if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+            problems.append(f"threshold is {self.threshold}, it must be 0 or more")
+        if problems:
+            raise CrateError("unusable setting of the dial: " + "; ".join(problems))
+
+    @property
+    def turns_ista(self) -> bool:
+        """Whether it changes what ISTA does."""
+        return (self.penalty, self.step_size, self.steps) != (1.0, 1.0, None)
+
+
+@contextlib.contextmanager
+def dialled(model: nn.Module, setting: Setting, *, scales: Mapping[str, float] | None = None) -> Iterator[None]:
+    """Run the model at a setting inside the block; `forward` and the weights stay as they are.
+
+    `scales` is the root mean square of each tap's activations (`activation_scales`), for a threshold. Raises CrateError
+    where ISTA is to be turned and the model has none, or has a penalty of 0 that no factor changes.
+    """
+    blocks = [part for part in model.modules() if isinstance(part, Shrinkage)]
+    if setting.turns_ista and not blocks:
+        raise CrateError(
+            "this model has no ISTA block, so it has no penalty, step size or steps to turn. Use --threshold"
+        )
+    if setting.penalty != 1 and any(part.log_penalties is None and part.penalty == 0 for part in blocks):
+        raise CrateError("this model was trained with a penalty of 0, and any multiple of it is 0. Use --threshold")
+    with contextlib.ExitStack() as stack:
+        if setting.turns_ista:
+            for block in blocks:
+                stack.callback(block.register_forward_hook(_turn(setting)).remove)
+        if setting.threshold > 0:
+            assert scales is not None, "a threshold is in units of the activations' scale"
+            cuts = {tap: _cut(setting.threshold * scale) for tap, scale in scales.items()}
+            stack.enter_context(edit(model, cuts))
+        yield
+
+
+def _turn(setting: Setting) -> Any:
+    def turn(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        step_sizes, thresholds = output
+        steps = setting.steps or len(step_sizes)
+        which = torch.arange(steps, device=step_sizes.device).clamp(max=len(step_sizes) - 1)
+        return setting.step_size * step_sizes[which], setting.step_size * setting.penalty * thresholds[which]
+
+    return turn
+
+
+def _cut(least: float) -> Any:
+    return lambda code: code * (code.abs() >= least)
+
+
+@torch.inference_mode()
+def activation_scales(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> dict[str, float]:
+    """The root mean square of each layer's activations, zeros included, over one batch of whole contexts."""
+    found = {}
+    with capture(model, model.neuron_taps) as codes:
+        model.features(_rows(model, tokens))
+    for tap, code in codes.items():
+        found[tap] = float(code.double().square().mean().sqrt())
+    return found
+
+
+@torch.inference_mode()
+def active_neurons(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> list[float]:
+    """L0: the mean number of active neurons per token in each layer, over one batch of whole contexts."""
+    with capture(model, model.neuron_taps) as codes:
+        model.features(_rows(model, tokens))
+    return [float((codes[tap] != 0).double().sum(dim=-1).mean()) for tap in model.neuron_taps]
+
+
+def _rows(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> Tensor:
+    context = model.config.context_length
+    whole = len(tokens) // context * context
+    if whole == 0:
+        raise CrateError(f"{len(tokens)} tokens are less than the model's context of {context}. Give more --tokens")
+    return torch.from_numpy(tokens[:whole].astype(np.int64)).view(-1, context).to(model.device)

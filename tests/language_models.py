@@ -1,6 +1,7 @@
 """Small language models for what `interpretation/` asks of one: tokenizers of three kinds, models of random weights."""
 
 import functools
+import json
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +36,6 @@ def make_tokenizer(kind: Kind) -> Tokenizer:
         tokenizer.decoder = decoders.Sequence([
             decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
         ])  # fmt: skip
-        specials += [f"<0x{byte:02X}>" for byte in range(256)]
         alphabet: list[str] = []
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,10 +46,19 @@ def make_tokenizer(kind: Kind) -> Tokenizer:
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=specials, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=480, special_tokens=specials, initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(text, trainer)
-    return tokenizer
+    return _with_bytes(tokenizer) if kind == "pieces" else tokenizer
+
+
+def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with a token for each byte that has none yet, for characters that it does not know."""
+    layout = json.loads(tokenizer.to_str())
+    vocabulary = layout["model"]["vocab"]
+    missing = [byte for byte in range(256) if byte > 127 or chr(byte) not in vocabulary]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + place for place, byte in enumerate(missing)}
+    return Tokenizer.from_str(json.dumps(layout))
 
 
 def make_fast_tokenizer(kind: Kind, *, chat: bool = True) -> Any:

@@ -61,6 +61,8 @@ class RuleFollower:
         self.context = context
         self.ten = ten
         """Whether it writes 10 as one token."""
+        self.top = 10
+        """The largest number that the last prompt asked for."""
         self.asked: list[Prompt] = []
         self.chats: list[Sequence[Message]] = []
 
@@ -96,8 +98,8 @@ class RuleFollower:
         elif explanation and text.endswith("\t"):
             *rows, current = text.rpartition("<start>\n")[2].split("\tunknown\n")
             number = rule_of(explanation[0])([*rows, current[:-1]], len(rows))
-        if number is not None and "number from 0 to 9" in text:
-            number = min(number, 9.0)
+        self.top = 9 if "number from 0 to 9" in text else 10
+        number = None if number is None else min(number, float(self.top))
         return dict(sorted(self._numbers(number).items(), key=lambda one: -one[1])[:top])
 
     def _numbers(self, number: float | None) -> dict[str, float]:

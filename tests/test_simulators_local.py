@@ -28,12 +28,14 @@ from cratelm.interpretation.simulators import METHODS, AllAtOnce, open_simulator
 
 
 def counting_llm(rng: np.random.Generator, kind: Kind) -> Any:
-    """A random model that thinks of numbers everywhere: their rows of the head are longer than others."""
+    """A random model that thinks of numbers everywhere: their rows of the head are longer than all others."""
     llm = make_llm(rng, kind=kind)
     strings = token_strings(llm.tokenizer.backend_tokenizer)
     numbers = [i for i, text in enumerate(strings) if text.strip().isdigit()]
     with torch.no_grad():
-        llm.reader.model.get_output_embeddings().weight[numbers] *= 5
+        head = llm.reader.model.get_output_embeddings().weight
+        head *= 0.05
+        head[numbers] *= 40
     return llm
 
 
@@ -94,7 +96,7 @@ def test_compat_scores_are_those_of_the_released_chain(kind: Kind, rng: np.rando
         for one in tokens:
             expected += released_expectations(llm, prefix, all_at_once_rows(one, unknown="unknown")[0], one)
         assert simulated == pytest.approx(expected, abs=1e-9)
-        assert len(set(np.round(expected, 6))) > 10
+        assert np.ptp(expected) > 1e-3
         a = np.concatenate([excerpt.activations for excerpt in excerpts]).astype(np.float64)
         s = np.array(expected)
         own = scored.rows(np.array([neuron]))
@@ -126,7 +128,7 @@ def test_every_token_is_read_whatever_the_tokenizer(kind: Kind, rng: np.random.G
             logits = llm.reader.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         best: dict[str, float] = {}
         for one in logits.argsort(descending=True)[:15].tolist():
-            best.setdefault(strings[one], float(logits[one]))
+            best[strings[one]] = float(np.logaddexp(best.get(strings[one], -np.inf), float(logits[one])))
         expected.append(ReadOut(top=simulator.read_out.top).expected(best) or 0.0)
     assert found == pytest.approx(expected, abs=1e-9)
     assert simulator.counts["tokens"] == len(tokens)

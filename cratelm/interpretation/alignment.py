@@ -37,10 +37,15 @@ def align(tokens: Sequence[Sequence[str]], text: str) -> list[Place] | None:
     A character that is cut stands with the first of its tokens. Tokens after the end of the text are left out. None
     where the tokens do not spell the text.
     """
-    found = _laid(tokens, text)
-    if found is None:
-        found = _laid([[_decoded(token) for token in options] for options in tokens], text)
-    return _laid(tokens, text, spaceless=True) if found is None else found
+    first = None
+    for spaceless, decoded in ((False, False), (False, True), (True, False)):
+        spelt = [[_decoded(token) for token in options] for options in tokens] if decoded else tokens
+        found = _laid(spelt, text, spaceless=spaceless)
+        # A first token whose text was not told can stand for a whole short text; better is a way that needs them all.
+        if found is not None and len(found) == len(tokens):
+            return found
+        first = first or found
+    return first
 
 
 def _laid(tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool = False) -> list[Place] | None:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cratelm.interpretation.llm import Sampling
-from cratelm.shared_prefix.reader import Reader, Tokens
+from cratelm.shared_prefix.beginnings import Tokens
+from cratelm.shared_prefix.reader import Reader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

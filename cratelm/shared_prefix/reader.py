@@ -2,8 +2,10 @@
 
 The keys and values of a beginning are kept and read by every text that goes on from it. A beginning can itself go on
 from another: first what all prompts of a kind have in common, then what those about one neuron have. Texts are read in
-batches, beginnings filled up on the left and what follows on the right, each token at its true position, so columns of
-one row lie as far apart as its tokens do and sliding windows stay what they are. The head is computed at the wanted
+batches. Those with the same beginning are laid one after the other into one row, behind the beginning and blind to each
+other: nothing is filled up, nothing copied. Where that does not work, or beginnings differ, each text has a row of its
+own, beginnings filled up on the left and what follows on the right, each token at its true position, so columns of a
+row lie as far apart as its tokens do and sliding windows stay what they are. The head is computed at the wanted
 positions alone.
 
 Some models keep a state that cannot be shared so, or no cache at all. A trial on a few tokens at the start finds that
@@ -21,91 +23,18 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from cratelm.shared_prefix.beginnings import Prefix, SharedLayer, Tokens, alike, cut, length_of
 
 SHORTEST = 16
 """Fewer tokens in common are not worth a pass of their own."""
 KEPT_BYTES = 1 << 31
 """Keys and values of beginnings that are kept, those used last."""
+LAID_TOGETHER = {"cpu": 544, "cuda": 2048}
+"""Tokens of texts in one row: each of them costs attention to all, so not many where products are slow."""
 LOGITS_AT_ONCE = 1 << 27
 """Most numbers in the logits of one pass: 512 MB in float32."""
-
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
-    """A beginning with its keys and values: those of its own tokens, and the first `taken` tokens of another's."""
-
-    tokens: Tokens
-    parent: "Prefix | None"
-    taken: int
-    keys: tuple[Float[Tensor, "heads own dim"], ...]
-    """Per layer."""
-    values: tuple[Float[Tensor, "heads own value_dim"], ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the own keys and values."""
-        return sum(one.nbytes for one in (*self.keys, *self.values))
-
-    def whole(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens in one layer."""
-        if self.parent is None:
-            return self.keys[layer], self.values[layer]
-        keys, values = self.parent.whole(layer)
-        joined = ((keys, self.keys[layer]), (values, self.values[layer]))
-        first, second = (torch.cat([old[:, : self.taken], own], dim=1) for old, own in joined)
-        return first, second
-
-
-class _Layer(DynamicLayer):
-    """One layer's keys and values: beginnings that are only read, and what each row has read since.
-
-    The two are joined for one attention and not kept: a batch holds no copy of its beginnings but of one layer's.
-    """
-
-    def __init__(self, prefixes: Sequence[Prefix | None], layer: int) -> None:
-        super().__init__()
-        self.prefixes, self.layer = list(prefixes), layer
-        self.past = max((len(one.tokens) for one in prefixes if one), default=0)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values; return all, of beginnings too."""
-        super().update(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        if not self.past:
-            return self.keys, self.values
-        first = self.prefixes[0]
-        if first and len(first.tokens) == self.past and all(one is first for one in self.prefixes):
-            past = [one[None].expand(len(self.prefixes), -1, -1, -1) for one in first.whole(self.layer)]
-        else:
-            past = self._filled_up(key_states, value_states)
-        keys, values = (torch.cat([old, own], dim=2) for old, own in zip(past, (self.keys, self.values), strict=True))
-        return keys, values
-
-    def _filled_up(self, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
-        """The beginnings of all rows, with zeros before the shorter ones."""
-        past = [new.new_zeros(len(self.prefixes), new.shape[1], self.past, new.shape[3])
-                for new in (key_states, value_states)]  # fmt: skip
-        wholes: dict[int, tuple[Tensor, Tensor]] = {}
-        for row, prefix in enumerate(self.prefixes):
-            if prefix is not None:
-                if id(prefix) not in wholes:
-                    wholes[id(prefix)] = prefix.whole(self.layer)
-                for filled, whole in zip(past, wholes[id(prefix)], strict=True):
-                    filled[row, :, self.past - len(prefix.tokens) :] = whole
-        return past
-
-    def get_seq_length(self) -> int:
-        """Columns read so far."""
-        return self.past + super().get_seq_length()
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Go on with some rows alone."""
-        self.batch_select_indices(rows)
-        self.prefixes = [self.prefixes[int(row)] for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,15 +70,20 @@ class Reader:
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.prefixes: OrderedDict[Tokens, Prefix] = OrderedDict()
         self.tokens_computed = self.columns_computed = 0
-        self.shares = self._can_share()
+        self.shares, self.lays_together = self._can_share()
 
     def read(self, rows: Sequence[Row], *, top: int) -> list[Reading]:
         """Read texts; the answers come in their order."""
         prefixes = self._prefixes(rows)
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens) - _length(prefixes[i]), i))
+        # Texts with the same beginning come together, and of those the ones of a length.
+        first = {prefix: i for i, prefix in reversed(list(enumerate(prefixes)))}
+        order = sorted(
+            range(len(rows)),
+            key=lambda i: (self.lays_together and first[prefixes[i]], len(rows[i].tokens) - length_of(prefixes[i]), i),
+        )
         found: dict[int, Reading] = {}
         while order:
-            batch = self._filled(order, rows, prefixes)
+            batch = self._together(order, rows, prefixes) or self._filled(order, rows, prefixes)
             try:
                 found |= zip(
                     batch, self._read([rows[i] for i in batch], [prefixes[i] for i in batch], top), strict=True
@@ -163,12 +97,27 @@ class Reader:
             order = order[len(batch) :]
         return [found[i] for i in range(len(rows))]
 
+    def _together(self, order: list[int], rows: Sequence[Row], prefixes: Sequence[Prefix | None]) -> list[int]:
+        """The rows that come next and fit into one behind their beginning; none if it would be one alone."""
+        prefix, tokens, wanted = prefixes[order[0]], 0, 0
+        most = LAID_TOGETHER.get(self.device.type, 544)
+        count = 0
+        while self.lays_together and prefix and count < len(order) and prefixes[order[count]] is prefix:
+            tokens += len(rows[order[count]].tokens) - len(prefix.tokens)
+            wanted += len(rows[order[count]].at)
+            if tokens > most or wanted * self.vocabulary > LOGITS_AT_ONCE:
+                break
+            count += 1
+        return order[:count] if count > 1 else []
+
     def _filled(self, order: list[int], rows: Sequence[Row], prefixes: Sequence[Prefix | None]) -> list[int]:
         """As many rows as one pass may have; they come shortest first, so the last gives the width."""
         wanted = 0
         for count, i in enumerate(order):
-            width = len(rows[i].tokens) - _length(prefixes[i])
+            width = len(rows[i].tokens) - length_of(prefixes[i])
             wanted += len(rows[i].at)
+            if count and self.lays_together and prefixes[i] is not prefixes[order[0]]:
+                return order[:count]
             if count and ((count + 1) * width > self.tokens_at_once or wanted * self.vocabulary > LOGITS_AT_ONCE):
                 return order[:count]
         return order
@@ -176,10 +125,12 @@ class Reader:
     @torch.inference_mode()
     def _read(self, rows: Sequence[Row], prefixes: Sequence[Prefix | None], top: int) -> Iterator[Reading]:
         """One pass."""
-        own = [row.tokens[_length(prefix) :] for row, prefix in zip(rows, prefixes, strict=True)]
+        own = [row.tokens[length_of(prefix) :] for row, prefix in zip(rows, prefixes, strict=True)]
         # The token before says what is expected next.
-        places = [(r, i - 1 - _length(prefixes[r])) for r, row in enumerate(rows) for i in row.at]
-        logits, _ = self.forward(own, prefixes, places)
+        places = [(r, i - 1 - length_of(prefixes[r])) for r, row in enumerate(rows) for i in row.at]
+        together = self.lays_together and prefixes[0] is not None and len(rows) > 1 and len(set(prefixes)) == 1
+        together = together and sum(map(len, own)) <= LAID_TOGETHER.get(self.device.type, 544)
+        logits = self.forward_together(own, prefixes[0], places) if together else self.forward(own, prefixes, places)[0]
         logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         there = torch.tensor([row.tokens[i] for row in rows for i in row.at], device=self.device, dtype=torch.int64)
         values, indices = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
@@ -192,17 +143,38 @@ class Reader:
         self, own: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], places: Sequence[tuple[int, int]]
     ) -> tuple[Float[Tensor, "places vocab"], Cache]:
         """Read each row's own tokens after its beginning; logits at places, each a row and an index in its tokens."""
-        width, past = max(map(len, own)), max(map(_length, prefixes))
+        width, past = max(map(len, own)), max(map(length_of, prefixes))
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in own])
-        before = torch.tensor([_length(one) for one in prefixes])[:, None]
+        before = torch.tensor([length_of(one) for one in prefixes])[:, None]
         lengths = torch.tensor([len(row) for row in own])[:, None]
         columns = torch.arange(past + width)
         there = (columns >= past - before) & (columns < past + lengths)
-        cache = Cache(layers=[_Layer(prefixes, layer) for layer in range(self.layers)])
+        cache = Cache(layers=[SharedLayer(prefixes, layer) for layer in range(self.layers)])
         self.tokens_computed += int(lengths.sum())
         self.columns_computed += tokens.numel()
-        logits = self._run(tokens, there, before + torch.arange(width), cache if self.shares else None, places)
+        # Fillings get some position that exists; nobody looks at what comes of them.
+        positions = torch.where(there[:, past:], before + torch.arange(width), 0)
+        logits = self._run(tokens, there.long(), positions, cache if self.shares else None, places)
         return logits, cache
+
+    def forward_together(
+        self, own: Sequence[Sequence[int]], prefix: Prefix | None, places: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "places vocab"]:
+        """The same for rows with one beginning, laid one after the other into one row."""
+        lengths = torch.tensor([len(row) for row in own])
+        which = torch.repeat_interleave(torch.arange(len(own)), lengths)
+        index = torch.cat([torch.arange(len(row)) for row in own])
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        seen = (which[:, None] == which) & (index[:, None] >= index)
+        past = length_of(prefix)
+        mask = torch.zeros(1, 1, len(which), past + len(which), dtype=self.dtype)
+        mask[0, 0, :, past:].masked_fill_(~seen, torch.finfo(self.dtype).min)
+        cache = Cache(layers=[SharedLayer([prefix], layer) for layer in range(self.layers)])
+        self.tokens_computed += len(which)
+        self.columns_computed += len(which)
+        tokens = torch.tensor([[token for row in own for token in row]])
+        placed = [(0, starts[row] + i) for row, i in places]
+        return self._run(tokens, mask, (past + index)[None], cache, placed)
 
     def step(
         self, tokens: Int[Tensor, " rows"], there: Bool[Tensor, "rows columns"], cache: Cache
@@ -211,19 +183,17 @@ class Reader:
         self.tokens_computed += len(tokens)
         self.columns_computed += len(tokens)
         positions = there.sum(dim=1, keepdim=True) - 1
-        return self._run(tokens[:, None], there, positions, cache, [(row, 0) for row in range(len(tokens))])
+        places = [(row, 0) for row in range(len(tokens))]
+        return self._run(tokens[:, None], there.long(), positions, cache, places)
 
     def _run(
-        self, tokens: Int[Tensor, "rows width"], there: Bool[Tensor, "rows columns"],
+        self, tokens: Int[Tensor, "rows width"], mask: Int[Tensor, "rows columns"] | Float[Tensor, "1 1 width columns"],
         positions: Int[Tensor, "rows width"], cache: Cache | None, places: Sequence[tuple[int, int]],
     ) -> Float[Tensor, "places vocab"]:  # fmt: skip
-        last = there.shape[1] - tokens.shape[1] + torch.arange(tokens.shape[1])
-        # Fillings get some position that exists; nobody looks at what comes of them.
-        positions = torch.where(there[:, last], positions, 0)
         options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self.takes_positions else {}
         with _at(self.model.get_output_embeddings(), places or [(0, 0)]):
             output = self.model(
-                input_ids=tokens.to(self.device), attention_mask=there.long().to(self.device), past_key_values=cache,
+                input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), past_key_values=cache,
                 use_cache=cache is not None, **options,
             )  # fmt: skip
         return output.logits[0]
@@ -239,7 +209,7 @@ class Reader:
         """Compute beginnings: first what all of them have in common, then each from the longest that is there."""
         missing = [one for one in dict.fromkeys(wanted) if one not in self.prefixes]
         if len(missing) > 1:
-            common = missing[0][: min(_common(missing[0], one) for one in missing)]
+            common = missing[0][: min(alike(missing[0], one) for one in missing)]
             if len(common) - self._longest(common)[1] >= SHORTEST:
                 self.prepare([common])
                 missing = [one for one in missing if one != common]
@@ -254,7 +224,7 @@ class Reader:
     def _extend(self, missing: Sequence[Tokens]) -> None:
         parents = [self._longest(one) for one in missing]
         # A parent used in part is cut to what is taken.
-        starts = [_cut(parent, taken) for parent, taken in parents]
+        starts = [cut(parent, taken) for parent, taken in parents]
         own = [one[taken:] for one, (_, taken) in zip(missing, parents, strict=True)]
         _, cache = self.forward(own, starts, [])
         for row, (tokens, (parent, taken)) in enumerate(zip(missing, parents, strict=True)):
@@ -267,7 +237,7 @@ class Reader:
         """The beginning that goes furthest, and how far; one token is always left."""
         best: tuple[Prefix | None, int] = (None, SHORTEST - 1)
         for one in self.prefixes.values():
-            common = min(_common(one.tokens, tokens), len(tokens) - 1)
+            common = min(alike(one.tokens, tokens), len(tokens) - 1)
             if common > best[1]:
                 best = one, common
         if best[0] is None:
@@ -276,11 +246,12 @@ class Reader:
         return best
 
     @torch.inference_mode()
-    def _can_share(self) -> bool:
-        """Whether two short texts give the same logits read whole and read in two parts."""
+    def _can_share(self) -> tuple[bool, bool]:
+        """Whether short texts give the same logits read whole, read in two parts, and laid together."""
         self.shares = True
         generator = np.random.default_rng(0)
         texts = [tuple(generator.integers(self.vocabulary, size=size).tolist()) for size in (11, 8)]
+        texts.append(texts[0][:5] + texts[1][:2])
         wholes = [self._logits_whole(text) for text in texts]
         try:
             _, cache = self.forward([texts[0][:5], texts[1][:3]], [None, None], [])
@@ -290,44 +261,38 @@ class Reader:
                     keys=tuple(layer.keys[row, :, :size] for layer in cache.layers),
                     values=tuple(layer.values[row, :, :size] for layer in cache.layers),
                 )
-                for row, (text, size) in enumerate(zip(texts, (5, 3), strict=True))
+                for row, (text, size) in enumerate(zip(texts, (5, 3), strict=False))
             ]  # fmt: skip
             places = [(0, i) for i in range(6)] + [(1, i) for i in range(5)]
             logits, _ = self.forward([texts[0][5:], texts[1][3:]], prefixes, places)
+            shares = self._near(logits, torch.cat([wholes[0][5:], wholes[1][3:]]))
         except Exception:  # whatever a model does with a cache that it does not know
-            return False
+            self.tokens_computed = self.columns_computed = 0
+            return False, False
+        try:
+            laid = self.forward_together([texts[0][5:], texts[2][5:]], prefixes[0], [*places[:6], (1, 0), (1, 1)])
+            together = self._near(laid, torch.cat([wholes[0][5:], wholes[2][5:]]))
+        except Exception:  # or with a mask of four dimensions
+            together = False
         finally:
             self.tokens_computed = self.columns_computed = 0
-        expected = torch.cat([wholes[0][5:], wholes[1][3:]]).double()
+        # A window slides over columns, which here are not as far apart as their tokens.
+        return shares, shares and together and self.takes_positions and not _slides(self.model.config.get_text_config())
+
+    def _near(self, logits: Float[Tensor, "places vocab"], expected: Float[Tensor, "places vocab"]) -> bool:
         allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
-        return bool((logits.double() - expected).norm() <= allowed * expected.norm())
+        return bool((logits.double() - expected.double()).norm() <= allowed * expected.double().norm())
 
     def _logits_whole(self, text: Tokens) -> Float[Tensor, "seq vocab"]:
         return self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False).logits[0]
 
 
-def _length(prefix: Prefix | None) -> int:
-    return len(prefix.tokens) if prefix else 0
-
-
-def _cut(prefix: Prefix | None, length: int) -> Prefix | None:
-    """The first tokens of a beginning as a beginning."""
-    if prefix is None or length == len(prefix.tokens):
-        return prefix
-    if length <= prefix.taken:
-        return _cut(prefix.parent, length)
-    own = length - prefix.taken
-    return Prefix(
-        tokens=prefix.tokens[:length], parent=prefix.parent, taken=prefix.taken,
-        keys=tuple(one[:, :own] for one in prefix.keys), values=tuple(one[:, :own] for one in prefix.values),
-    )  # fmt: skip
-
-
-def _common(a: Tokens, b: Tokens) -> int:
-    """How many tokens two texts begin with alike."""
-    size = min(len(a), len(b))
-    differs = np.not_equal(a[:size], b[:size])
-    return int(differs.argmax()) if differs.any() else size
+def _slides(config: Any) -> bool:
+    """Whether some layer sees a window alone."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None
 
 
 @contextlib.contextmanager

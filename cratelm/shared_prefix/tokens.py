@@ -90,12 +90,13 @@ class PromptTokens:
             for place, index in self.index_at.items()
             if reading is not None and index in order
         }
-        return Echo(tokens=self.texts, logprobs=logprobs, candidates=candidates)
+        return Echo(tokens=self.texts, logprobs=logprobs, candidates=candidates, prompt_tokens=len(self.row.tokens))
 
 
 def _texts(tokens: Sequence[int], logprobs: Sequence[float], strings: Sequence[str]) -> Mapping[str, float]:
-    """Candidates by their text; of several tokens that look the same, the most probable."""
+    """Candidates by their text; of several tokens that look the same, the probability of any of them."""
     found: dict[str, float] = {}
     for token, logprob in zip(tokens, logprobs, strict=True):
-        found.setdefault(strings[token] if token < len(strings) else "", logprob)
+        text = strings[token] if token < len(strings) else ""
+        found[text] = float(np.logaddexp(found[text], logprob)) if text in found else logprob
     return found

@@ -300,6 +300,8 @@ def test_what_is_not_there_is_named_with_what_is(rng: np.random.Generator) -> No
         ([Change(layer=1, index=64, how="silence")], "neurons 0 to 63, not 64"),
         ([Change(layer=1, index=0, how="silence", latent=True)], r"latents \(found: none\)"),
         ([Change(layer=0, index=1, how="set", value=1e38)], "logits are not finite with 0/1=set:1e[+]38"),
+        ([Change(layer=0, index=1, how="add", value=1e300)], "logits are not finite with 0/1=add:1e[+]300"),
+        ([Change(layer=0, index=1, how="scale", value=float("nan"))], "logits are not finite with 0/1=scale:nan"),
     ]
     for changes, said in refused:
         with pytest.raises(CrateError, match=said):

@@ -87,15 +87,17 @@ def changed(code: Code, changes: Sequence[Change], where: Bool[Tensor, "*tokens 
 
 
 def _new_value(change: Change, old: Tensor) -> Tensor:
+    # As tensors: a number beyond the type's range becomes infinite there, and is found in the logits.
+    value, most = (torch.tensor(one, dtype=torch.float64).to(old) for one in (change.value, change.most))
     match change.how:
         case "set":
-            return torch.full_like(old, change.value)
+            return value.expand_as(old)
         case "add":
-            return old + change.value
+            return old + value
         case "scale":
-            return old * change.value
+            return old * value
         case "clamp":
-            return old.clamp(change.value, change.most)
+            return old.clamp(value, most)
         case "silence":
             return torch.zeros_like(old)
 

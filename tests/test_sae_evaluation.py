@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from autoencoders import write_run_sae
+from autoencoders import write_run_sae, write_sae
 from tiny import make_tokens, random_model, tiny_config
 
 import cratelm
@@ -213,6 +213,10 @@ def test_wrong_input_is_one_line(
     assert "is of layer 5, the model has no such layer" in refused("--sae", "deep")
     assert f"another model (0123456789ab) than {run} holds ({weights_hash(model)[:12]})" in refused("--sae", "old")
     assert "no autoencoder other (there are deep, old, wide)" in refused("--sae", "other")
+    write_sae(tmp_path / "wide", "standard", rng, d_in=64)
+    assert "has another autoencoder of the name wide" in refused(
+        "--sae", str(tmp_path / "wide"), "--tap", "neurons", "--layer", "0"
+    )
     assert "--batch-rows is 0" in refused("--batch-rows", "0")
     assert cli.main(["sae"]) == 2
     assert "cratelm sae train or cratelm sae evaluate" in capsys.readouterr().err

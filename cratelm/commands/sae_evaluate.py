@@ -86,7 +86,7 @@ def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[s
     from cratelm.report.sae_plots import write_density
     from cratelm.rundir import claim, origin, write_json
     from cratelm.sae.evaluation import evaluate_sae
-    from cratelm.sae.loading import check_trained_on, load_sae, saes_folder
+    from cratelm.sae.loading import check_trained_on, find_sae, load_sae, saes_folder
 
     max_tokens, device = read_count(options.tokens), select_device(options.device)
     saes = [load_sae(source, name, tap=options.tap, layer=options.layer, device=device) for name in names]
@@ -97,8 +97,9 @@ def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[s
     model, found = opened.model.to(device), {}
     total = 2 * min(max_tokens or len(corpus.tokens), len(corpus.tokens)) * len(saes)
     with progress_bar(f"evaluate {source.name}", total=total) as bar:
-        for sae in saes:
+        for name, sae in zip(names, saes, strict=True):
             check_trained_on(sae, opened.model_hash, source)
+            check_own_name(source, sae.name, find_sae(source, name))
             sae.place(model)
             subject = observe(
                 model, model_hash=opened.model_hash, tap=sae.tap, layers=(sae.layer,), context=options.context
@@ -119,6 +120,17 @@ def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[s
                 write_json(folder / "evaluation.json", found[sae.name] | {"origin": origin()})
                 write_density(found[sae.name], folder)
     return found
+
+
+def check_own_name(run_folder: Path, name: str, folder: Path) -> None:
+    """Refuse one from elsewhere whose results would lie beside another autoencoder, of the same name, in the run."""
+    from cratelm.sae.loading import CONFIG, saes_folder
+
+    inside = saes_folder(run_folder) / name
+    if (inside / CONFIG).exists() and inside.resolve() != folder.resolve():
+        raise CrateError(
+            f"{run_folder} has another autoencoder of the name {name}. Give the folder {folder} another name"
+        )
 
 
 def _frequencies(data: "TokenDirectory", split: str) -> "Callable[[np.ndarray], float]":

@@ -84,8 +84,9 @@ def _settings(config: SaeConfig, width: int, steps: int) -> dict[str, Any]:
             return {"l1_coefficient": config.penalty, "decoder_init_norm": None}
         case "jumprelu":
             return scaled | {
-                "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(config.k), "l0_coefficient": 1.0,
+                "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(config.k), "l0_coefficient": 0.1,
                 "l0_warm_up_steps": warmup, "apply_b_dec_to_input": False, "pre_act_loss_coefficient": 3e-6,
+                "jumprelu_init_threshold": 0.1, "jumprelu_bandwidth": 2.0, "jumprelu_ste_to_input": True,
             }  # fmt: skip
     settings = scaled | {"k": config.k}
     if config.kind != "topk":  # an average from 0 on: in a short training it has to hurry to leave it

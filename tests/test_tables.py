@@ -19,6 +19,7 @@ from cratelm.report import tables
 from cratelm.report.results import gather
 from cratelm.report.tables import ABSENT, Column, Table, as_csv, as_latex, as_markdown, written
 
+TABLES = ("performance", "interpretability", "layers", "firing", "firing_layers", "paired")
 HOSTILE = "=cmd|a & b_c $x$ #1 50% {y} ~ ^ \\input{z} <script>`*[k](l)\n\\\\"
 
 
@@ -220,8 +221,9 @@ def test_the_command_writes_every_file_and_prints_a_table_of_80_columns(
     printed = capsys.readouterr().out
     folder = tmp_path / "report"
     assert {path.name for path in folder.iterdir()} == {
-        *(f"{name}.{kind}" for name in ("performance", "interpretability", "layers") for kind in ("md", "csv", "tex")),
-        *(f"{name}.{kind}" for name in ("loss", "scores") for kind in ("svg", "png")), "report.html",
+        *(f"{name}.{kind}" for name in TABLES for kind in ("md", "csv", "tex")),
+        *(f"{name}.{kind}" for name in ("loss", "scores", "firing", "firing_layers") for kind in ("svg", "png")),
+        "report.html",
     }  # fmt: skip
     *lines, last = printed.splitlines()
     assert max(map(len, lines)) <= 80

@@ -40,6 +40,10 @@ class Options:
     """Which records the scores are from."""
     tap: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("neurons",)
     """Which places of the models: neurons, sae-NAME, ...; several are shown as rows of their own."""
+    explainer: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    """Who explained: lookup, or the language model's name; left out, lookup. All are set side by side in any case."""
+    simulator: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
+    """Who simulated, as tables name it: all-at-once:MODEL; left out, the first that the explainer has."""
 
 
 def run(options: Options) -> None:
@@ -63,7 +67,9 @@ def _report(options: Options) -> None:
     from cratelm.report.study import study_of, study_sentences
     from cratelm.report.tables import summary
 
-    results = gather(options.runs, mode=options.mode, taps=options.tap)
+    results = gather(
+        options.runs, mode=options.mode, taps=options.tap, explainer=options.explainer, simulator=options.simulator
+    )
     units = compared(results)
     page = write_report(results, options.out or default_folder(options.runs), units)
     console = Console(highlight=False, markup=False)

@@ -137,6 +137,7 @@ class SetKey:
         """The command that makes this set."""
         options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
         options += f" --tap {self.tap}" if self.tap != "neurons" else ""
+        options += f" --llm URL --model {self.explainer}" if self.explainer != EXPLAINER else ""
         return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")
 
 

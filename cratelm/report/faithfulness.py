@@ -147,7 +147,14 @@ def _units(
     """None where these are not scored."""
     store, scores = Store.open(run.path), {}
     for key in store.scored():
-        asked = SetKey(mode=results.mode, tap=tap, layer=layer, protocol=key.protocol, explainer=results.explainer)
+        asked = SetKey(
+            mode=results.mode,
+            tap=tap,
+            layer=layer,
+            protocol=key.protocol,
+            explainer=results.explainer,
+            simulator=results.simulator,
+        )
         if key == asked:
             one = aggregate([store.scores(key)], protocol=key.protocol, seed=SEED, resamples=RESAMPLES)
             scores[key.protocol] = one.layers[0]

@@ -79,7 +79,14 @@ def gather_firing(results: Results) -> tuple[RunFiring, ...]:
 
 def _of_run(run: RunResult, results: Results) -> RunFiring:
     keys = [
-        SetKey(mode=results.mode, tap=run.tap, layer=one.layer, protocol=SHOWN_PROTOCOL, explainer=results.explainer)
+        SetKey(
+            mode=results.mode,
+            tap=run.tap,
+            layer=one.layer,
+            protocol=SHOWN_PROTOCOL,
+            explainer=results.explainer,
+            simulator=results.simulator,
+        )
         for one in run.scores[SHOWN_PROTOCOL].layers
     ]
     counted = count_sets(run.path, keys)

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -174,10 +174,12 @@ def _interpretations(run: Path, records: LayerRecords, explainer: str) -> Iterat
     store = Store.open(run)
     for name in PROTOCOLS:
         key = SetKey(mode=records.mode, tap=records.tap, layer=records.layer, protocol=name, explainer=explainer)
+        scored = [one for one in store.scored() if replace(one, simulator="") == key]
         if store.is_done(key, "explain"):
             made = store.explanations(key)
             texts = dict(zip(made.neuron.tolist(), made.texts, strict=True))
-            scores = store.scores(key).of_layer(records.num_neurons) if store.is_done(key, "score") else None
+            current = [one for one in scored if store.is_done(one, "score")]
+            scores = store.scores(current[0]).of_layer(records.num_neurons) if current else None
             yield name, Interpretation(explanations=texts, scores=scores)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cratelm.activations.records import Excerpt
+from cratelm.report.explainers import explainer_tables
 from cratelm.report.faithfulness import Units, compared, faithfulness
 from cratelm.report.firing import (
     FiringExample,
@@ -65,7 +66,7 @@ def write_report(results: Results, out: Path, units: Sequence[Units] | None = No
     study = study_of(results)
     drawn = figures(results) if study is None else study_figures(study)
     units = compared(results) if units is None else units
-    more = (*judged_tables(results), *((faithfulness(results, units),) if units else ()))
+    more = (*explainer_tables(results), *judged_tables(results), *((faithfulness(results, units),) if units else ()))
     shown = results if study is None else study.first_seeds
     firing = gather_firing(shown)
     views = views_of(results.rows)
@@ -298,7 +299,7 @@ def _method(results: Results) -> str:
     prose = standing_sentences()
     parts = {
         f"{results.mode} mode": prose["modes"][results.mode],
-        f"{results.explainer} explainer": prose["explainers"].get(results.explainer, ""),
+        results.described: prose["explainers"].get(results.explainer, prose["explainers"]["llm"]),
         **{name: prose["protocols"].get(name, "") for name in results.protocols},
         "score": prose["score"], "controls": prose["controls"],
         "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seed {SEED} "

@@ -23,6 +23,7 @@ from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store import Store
+from cratelm.report.explained_by import choose_explainer, described, scored_taps
 from cratelm.report.loss import Loss, read_loss
 from cratelm.rundir import read_json, read_jsonl
 from cratelm.runtime import progress_bar
@@ -107,9 +108,8 @@ class RunResult:
 
     @property
     def training_tokens(self) -> int | None:
-        """Tokens the model was trained on; None for a model that was not trained."""
-        tokens = self.training.get("tokens")
-        return None if tokens is None else int(tokens)
+        """Tokens it was trained on; None for a model that was not trained."""
+        return None if self.training.get("tokens") is None else int(self.training["tokens"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +118,8 @@ class Results:
 
     mode: Mode
     explainer: str
+    simulator: str = ""
+    """Empty where that is the explainer."""
     taps: tuple[str, ...] = ("neurons",)
     """The places of the models that were scored."""
     protocols: tuple[str, ...]
@@ -128,34 +130,43 @@ class Results:
     """What a reader would look for and the runs do not have: one sentence each."""
 
     @property
+    def asked(self) -> SetKey:
+        """The sets that are shown; tap, layer and protocol are open."""
+        return SetKey(mode=self.mode, layer=0, protocol="", explainer=self.explainer, simulator=self.simulator)
+
+    @property
+    def described(self) -> str:
+        """Who explained and who simulated."""
+        return described(self.explainer, self.simulator)
+
+    @property
     def rows(self) -> tuple[RunResult, ...]:
         """Every run, each model followed by its control."""
         return tuple(run for model in self.models for run in (model, model.random_init) if run is not None)
 
 
 def gather(
-    runs: Sequence[Path], *, mode: Mode = "fixed", taps: Sequence[str] = ("neurons",), explainer: str = "lookup"
-) -> Results:
-    """Read all runs of a report. A run that is not scored, or only in part, is refused.
-
-    With several taps each run is there once for each of them that it has scores of.
-    """
+    runs: Sequence[Path], *, mode: Mode = "fixed", taps: Sequence[str] = ("neurons",), explainer: str = "",
+    simulator: str = "",
+) -> Results:  # fmt: skip
+    """Read all runs of a report, each once for every tap. A run that is not scored, or only in part, is refused."""
     paths = list({path.resolve(): path for path in runs}.values())
     if not paths:
         raise CrateError("no run was named. Run: cratelm report RUN...")
     descriptions = [read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR") for path in paths]
+    explainer, simulator = choose_explainer(paths, mode, explainer, simulator)
     found = []
     with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
         for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
-            for tap in _scored_taps(path, taps, mode):
-                asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer)
+            for tap in scored_taps(path, taps, mode):
+                asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer, simulator=simulator)
                 found.append(_read_run(path, description, title, asked))
             bar.advance(1.0, note=title)
     models = _attach_controls(found)
     protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in found))
     return Results(
-        mode=mode, explainer=explainer, taps=tuple(dict.fromkeys(run.tap for run in found)), protocols=protocols,
-        models=models, missing=tuple(_missing(models, protocols)),
+        mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
+        taps=tuple(dict.fromkeys(run.tap for run in found)), missing=tuple(_missing(models, protocols)),
     )  # fmt: skip
 
 
@@ -176,14 +187,6 @@ def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]])
             title += f" ({os.path.relpath(path.resolve(), os.path.commonpath([one.resolve() for one in paths]))})"
         titles.append(f"{title}, {control}" if control else title)
     return titles
-
-
-def _scored_taps(path: Path, taps: Sequence[str], mode: Mode) -> list[str]:
-    """Which of the taps a run is scored at; where it is one or none, all, so that what is missing gets a message."""
-    if len(taps) == 1 or not (path / "interpretation.sqlite").exists():
-        return list(taps)[:1]
-    scored = {key.tap for key in Store.open(path).scored() if key.mode == mode}
-    return [tap for tap in dict.fromkeys(taps) if tap in scored] or list(taps)[:1]
 
 
 def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:
@@ -219,7 +222,8 @@ def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
 
 def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
     """The scores of all layers by (protocol, control); of another tap than the neurons, of its recorded layers."""
-    command = f"cratelm interpret {path}" + (" --mode compat" if asked.mode == "compat" else "")
+    command = f"cratelm interpret {path}" + " --mode compat" * (asked.mode == "compat")
+    command += f" --llm URL --model {asked.explainer}" * bool(asked.simulator)
     if asked.tap != "neurons":
         command += f" --tap {asked.tap}"
         num_layers = len(recorded_layers(path, mode=asked.mode, tap=asked.tap))
@@ -231,7 +235,7 @@ def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, 
         if replace(key, layer=asked.layer, protocol=asked.protocol, control="") == asked:
             sets.setdefault((key.protocol, key.control), []).append(key)
     if not any(control == "" for _, control in sets):
-        what = f"{asked.mode} scores{asked.of_tap} by the {asked.explainer} explainer"
+        what = f"{asked.mode} scores{asked.of_tap} ({described(asked.explainer, asked.simulator)})"
         raise CrateError(f"{path} holds no {what}. Run: {command}")
     for (name, control), keys in sets.items():
         if len(keys) < num_layers:

@@ -145,7 +145,7 @@ def interpretability(results: Results) -> Table:
         if name in run.scores
     ]
     table = Table(
-        name="interpretability", caption=f"Interpretability ({results.mode} mode, {results.explainer} explainer)",
+        name="interpretability", caption=f"Interpretability ({results.mode} mode, {results.described})",
         columns=columns, rows=tuple(rows), notes=_interpretability_notes(results),
     )  # fmt: skip
     if all(run.num_layers < 6 for run in results.rows):

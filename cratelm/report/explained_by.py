@@ -1,0 +1,52 @@
+"""Which explainer and simulator a report is about, where the runs have several."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cratelm.activations.records import Mode
+from cratelm.errors import CrateError
+from cratelm.interpretation.lookup import EXPLAINER
+from cratelm.interpretation.store import Store
+
+
+def choose_explainer(runs: Sequence[Path], mode: Mode, explainer: str = "", simulator: str = "") -> tuple[str, str]:
+    """Explainer and simulator of the scores to show: those named, else lookup, else the first that all runs have.
+
+    Refused where one is named that no run has scores by.
+    """
+    found = [_kinds(run, mode) for run in runs]
+    everywhere = [kind for kind in dict.fromkeys(one for kinds in found for one in kinds)]
+    fitting = [kind for kind in everywhere if explainer in ("", kind[0]) and simulator in ("", kind[1])]
+    if not fitting:
+        if everywhere and (explainer or simulator):
+            named = {"explainer": explainer, "simulator": simulator}
+            asked = " and ".join(f"{what} {name}" for what, name in named.items() if name)
+            options = (f"--explainer {who}" + f" --simulator {how}" * bool(how) for who, how in everywhere)
+            there = "; ".join(options)
+            raise CrateError(f"no run has {mode} scores by the {asked}. There are: {there}")
+        return explainer or EXPLAINER, simulator
+    by_lookup = [kind for kind in fitting if kind == (EXPLAINER, "")]
+    shared = [kind for kind in fitting if all(kind in kinds for kinds in found)]
+    return (by_lookup or shared or fitting)[0]
+
+
+def _kinds(run: Path, mode: Mode) -> list[tuple[str, str]]:
+    """(explainer, simulator) of every scored set of a run."""
+    if not (run / "interpretation.sqlite").exists():
+        return []
+    return list(dict.fromkeys((key.explainer, key.simulator) for key in Store.open(run).scored() if key.mode == mode))
+
+
+def described(explainer: str, simulator: str) -> str:
+    """In words for a caption."""
+    if not simulator:
+        return f"{explainer} explainer"
+    return f"explained by {explainer}, simulated by {simulator}"
+
+
+def scored_taps(path: Path, taps: Sequence[str], mode: Mode) -> list[str]:
+    """Which of the taps a run is scored at; where it is one or none, all, so that what is missing gets a message."""
+    if len(taps) == 1 or not (path / "interpretation.sqlite").exists():
+        return list(taps)[:1]
+    scored = {key.tap for key in Store.open(path).scored() if key.mode == mode}
+    return [tap for tap in dict.fromkeys(taps) if tap in scored] or list(taps)[:1]

@@ -1,0 +1,229 @@
+"""Every explainer and simulator of a report's runs side by side; chance in explanations; models in pairs.
+
+A language model is asked about a sample of the neurons, so lookup's mean over the same neurons stands beside its own.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from cratelm.interpretation.lookup import EXPLAINER
+from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.score import NO_EXPLANATION, NO_SIMULATION, LayerScores, aggregate
+from cratelm.interpretation.statistics import bootstrap_means, generator, interval, shown_layers
+from cratelm.interpretation.store import Store
+from cratelm.report.results import RESAMPLES, SEED, Results, RunResult, matched_pairs
+from cratelm.report.tables import Cell, Column, Table
+
+Z_95, Z_POWER = 1.959964, 0.841621
+"""Standard errors of a two-sided 95 % test, and of a power of 80 %."""
+
+SIDE_BY_SIDE = (
+    Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"), Column("Layers", "count"),
+    Column("Mean", "0.1", "points"), Column("95 % interval", "interval", "points"),
+    Column("Scored", "share", "of those asked about"), Column("Failed", "count"), Column("Shuffled", "0.1", "points"),
+    Column("Constant", "0.1", "points"), Column("Lookup, same neurons", "0.1", "points"),
+)  # fmt: skip
+CHANCE = (
+    Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"),
+    Column("Explanations", "count", "of each neuron"), Column("Neurons", "count"),
+    Column("SD over neurons", "0.1", "points"), Column("SD over explanations", "0.1", "points"),
+    Column("Share of explanations", "0.1", "% of the variance"),
+)  # fmt: skip
+PAIRED = (
+    Column("Protocol"), Column("Models"), Column("Difference", "0.1", "points"),
+    Column("95 % interval", "interval", "points"), Column("p", "0.001"), Column("p after Holm", "0.001"),
+    Column("SD over neurons", "0.1", "points"), Column("Neurons for 2 points", "count", "of each model"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The scores of one run by one protocol, explainer, simulator, control and sample."""
+
+    run: RunResult
+    key: SetKey
+    """Its layer is open."""
+    layers: tuple[LayerScores, ...] = field(repr=False)
+
+
+def explainer_tables(results: Results) -> tuple[Table, ...]:
+    """All explainers side by side where there are several; chance where neurons were explained several times; pairs."""
+    found = [one for run in results.rows for one in _measured(run, results)]
+    tables = []
+    if len({(one.key.explainer, one.key.simulator) for one in found}) > 1:
+        rows = tuple(_side_by_side(one, found) for one in found if not one.key.control and not one.key.sample)
+        tables.append(Table(
+            name="explainers", caption=f"Explainers and simulators side by side ({results.mode} mode)",
+            columns=SIDE_BY_SIDE, rows=tuple(sorted(rows, key=lambda row: results.protocols.index(str(row[0])))),
+            notes=(
+                "A simulator is named by its method and model: all-at-once and token-by-token read expected "
+                "activations from the probabilities of a prompt, on a scale of 0 to 10 or, where the name says so, "
+                "0 to 9; structured lets a chat write them; +linear and +percentile are calibrated. Numbers of "
+                "different methods are not the same measurement.",
+                "Failed: neurons for which a language model gave no usable answer, which no score counts. Lookup, same "
+                "neurons: lookup's mean over the neurons scored in the row.",
+            ),
+        ))  # fmt: skip
+    if rows := tuple(_chance(found)):
+        tables.append(Table(
+            name="samples", caption="How much of a score is the explanation's luck", columns=CHANCE, rows=rows,
+            notes=("Components of variance of neurons explained several times, from those scored each time.",),
+        ))  # fmt: skip
+    if rows := tuple(_paired(results, found)):
+        tables.append(Table(
+            name="paired", caption=f"Models layer by layer ({results.described})", columns=PAIRED, rows=rows,
+            notes=(
+                "The mean over layers of the differences of layer means, the last layer left out from 6 layers on; "
+                "interval and p by two-level bootstrap, p corrected for the protocols of a pair by Holm. The last "
+                "column is how many neurons a layer's mean needs to tell 2 points (two-sided 5 %, power 80 %).",
+            ),
+        ))  # fmt: skip
+    return tuple(tables)
+
+
+def _measured(run: RunResult, results: Results) -> Iterator[Measured]:
+    store = Store.open(run.path)
+    keys = [key for key in store.scored() if (key.mode, key.tap) == (results.mode, run.tap)]
+    for kind, own in groupby(sorted(keys, key=_open), key=_open):
+        layers = tuple(store.scores(key) for key in sorted(own, key=lambda key: key.layer))
+        yield Measured(run, SetKey(**dict(zip(SetKey.__slots__, (*kind[:2], 0, *kind[2:]), strict=True))), layers)
+
+
+def _open(key: SetKey) -> tuple:
+    """The key without its layer, lookup before language models."""
+    return (key.mode, key.tap, key.protocol, key.explainer, key.simulator, key.control, key.sample)
+
+
+def _side_by_side(one: Measured, found: Sequence[Measured]) -> tuple[Cell, ...]:
+    model = aggregate(one.layers, protocol=one.key.protocol, seed=SEED, resamples=RESAMPLES)
+    failed = sum(layer.reason.count(reason) for layer in one.layers for reason in (NO_EXPLANATION, NO_SIMULATION))
+    ends = None if model.low is None or model.high is None else (model.low, model.high)
+    scored, total = (sum(getattr(line, name) for line in model.layers) for name in ("scored", "total"))
+    lookup = _mean_of(_find(found, one, explainer=EXPLAINER, simulator=""), one)
+    return (
+        one.key.protocol, one.run.title, one.key.explainer, one.key.simulator or one.key.explainer, len(one.layers),
+        model.mean, ends, (scored, total), failed, _mean_of(_find(found, one, control="shuffled")),
+        _mean_of(_find(found, one, control="constant")), lookup if one.key.simulator else None,
+    )  # fmt: skip
+
+
+def _find(found: Sequence[Measured], one: Measured, **changes: Any) -> Measured | None:
+    key = replace(one.key, **changes)
+    return next((other for other in found if other.run is one.run and other.key == key), None)
+
+
+def _mean_of(found: Measured | None, same_neurons: Measured | None = None) -> float | None:
+    """Mean over layers, of the neurons that are scored in the other too where one is given."""
+    if found is None:
+        return None
+    wanted = {layer.layer: layer.neuron[~np.isnan(layer.correlation)] for layer in (same_neurons or found).layers}
+    means = [
+        float(np.nanmean(layer.correlation[np.isin(layer.neuron, wanted[layer.layer])]))
+        for layer in found.layers[: shown_layers(len(found.layers))]
+        if layer.layer in wanted and np.isfinite(layer.correlation[np.isin(layer.neuron, wanted[layer.layer])]).any()
+    ]
+    return 100 * float(np.mean(means)) if means else None
+
+
+def _chance(found: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
+    for one in found:
+        samples = [other for other in found if other.run is one.run and replace(other.key, sample=0) == one.key]
+        if one.key.sample or one.key.control or len(samples) < 2:
+            continue
+        scores = np.concatenate([
+            np.stack([other.layers[place].of_layer(1 + _last(samples, place)).correlation for other in samples], axis=1)
+            for place in range(min(len(other.layers) for other in samples))
+        ])  # fmt: skip
+        split = components(100 * scores[np.isfinite(scores).all(axis=1)])
+        if split is not None:
+            between, within, neurons = split
+            share = 100 * within / (between + within) if between + within else None
+            yield (
+                one.key.protocol, one.run.title, one.key.explainer, one.key.simulator, len(samples), neurons,
+                math.sqrt(between), math.sqrt(within), share,
+            )  # fmt: skip
+
+
+def _last(samples: Sequence[Measured], place: int) -> int:
+    return max(int(other.layers[place].neuron.max(initial=0)) for other in samples)
+
+
+def components(scores: Float64[np.ndarray, "neurons samples"]) -> tuple[float, float, int] | None:
+    """Variance between neurons and within them, from several scores of each, and the number of neurons.
+
+    One-way analysis of variance: the mean over neurons of the variance over samples, and the variance of the neurons'
+    means less what that contributes to it (not below 0). None for fewer than two neurons.
+    """
+    neurons, samples = scores.shape
+    if neurons < 2 or samples < 2:
+        return None
+    within = float(scores.var(axis=1, ddof=1).mean())
+    between = max(float(scores.mean(axis=1).var(ddof=1)) - within / samples, 0.0)
+    return between, within, neurons
+
+
+def _paired(results: Results, found: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
+    for first, second in matched_pairs(results.models):
+        if first.num_layers != second.num_layers:
+            continue
+        rows = []
+        for name in results.protocols:
+            mine, other = (_shown(found, run, results, name) for run in (first, second))
+            if mine is not None and other is not None and len(mine.layers) == len(other.layers):
+                rows.append((name, _differences(mine), _differences(other), _deviation(mine, other)))
+        differences = [mine - other for _, mine, other, _ in rows]
+        ps = [_p(difference) for difference in differences]
+        for (name, *_, deviation), difference, p, corrected in zip(rows, differences, ps, holm(ps), strict=True):
+            neurons = math.ceil(2 * ((Z_95 + Z_POWER) * deviation / 2) ** 2)
+            yield (
+                name, f"{first.title} less {second.title}", float(difference.mean()), interval(difference), p,
+                corrected, deviation, neurons,
+            )  # fmt: skip
+
+
+def _shown(found: Sequence[Measured], run: RunResult, results: Results, name: str) -> Measured | None:
+    wanted = replace(results.asked, tap=run.tap, protocol=name)
+    return next((one for one in found if one.run is run and one.key == wanted), None)
+
+
+def _differences(one: Measured) -> Float64[np.ndarray, " resamples"]:
+    """Resampled means over the shown layers, in points."""
+    layers = one.layers[: shown_layers(len(one.layers))]
+    scored = [(layer, np.isfinite(layer.correlation)) for layer in layers]
+    means = [
+        bootstrap_means(layer.sums[there], generator(SEED, one.key.protocol, layer.layer), RESAMPLES)
+        for layer, there in scored
+        if there.any()
+    ]
+    return 100 * np.mean(means, axis=0) if means else np.full(RESAMPLES, np.nan)
+
+
+def _deviation(*both: Measured) -> float:
+    """Standard deviation over neurons within layers, pooled."""
+    parts = [
+        layer.correlation[np.isfinite(layer.correlation)] for one in both for layer in one.layers
+    ]  # fmt: skip
+    freedom = sum(max(len(part) - 1, 0) for part in parts)
+    squares = sum(float(((part - part.mean()) ** 2).sum()) for part in parts if len(part))
+    return 100 * math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def _p(difference: Float64[np.ndarray, " resamples"]) -> float:
+    """How often the resampled difference lies on the other side of 0, both ways."""
+    beyond = min(float((difference <= 0).mean()), float((difference >= 0).mean()))
+    return min(1.0, 2 * max(beyond, 1 / (len(difference) + 1)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """P-values of several tests, each multiplied by how many are at least as large, and never below a smaller one's."""
+    corrected, most = [0.0] * len(ps), 0.0
+    for place, index in enumerate(np.argsort(ps).tolist()):
+        most = max(most, min(1.0, (len(ps) - place) * ps[index]))
+        corrected[index] = most
+    return corrected

@@ -30,6 +30,8 @@ class SentenceEncoder:
             raise CrateError(
                 "embedding scorers need sentence-transformers. Run: pip install 'cratelm[embed]'"
             ) from None
+        if str(source).startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+            raise CrateError(f"there is no directory {source}. Give one that holds a sentence encoder, or {DEFAULT}")
         try:
             model = SentenceTransformer(str(source), trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError) as error:

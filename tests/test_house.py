@@ -22,6 +22,7 @@ FLOORS = {
     "local_llm": 6.05,
     "huggingface": 6.0,
     "hub": 5.5,
+    "live_models": 5.5,
     "shared_prefix": 5.5,
     "encoder": 5.5,
     "report": 5.0,

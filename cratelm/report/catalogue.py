@@ -14,7 +14,7 @@ from cratelm.errors import CrateError
 from cratelm.report.results import run_titles
 from cratelm.rundir import read_json
 
-RESERVED = ("compare", "search", "vote", "layer", "neuron")
+RESERVED = ("compare", "search", "vote", "try", "layer", "neuron")
 """First or second words of links that name no model."""
 OWN_TAP = "neurons"
 """The model's own neurons; every other tap is named in a link."""

@@ -50,6 +50,10 @@ SCRIPTS = (
     "app.js",
 )  # fmt: skip
 """In the order in which they are loaded. Classic scripts: a browser loads no modules from disk."""
+LIVE_SCRIPTS = ("api.js", "try.js", "steer.js", "ask.js", "full_text.js")
+"""What a served page loads besides, before the last one."""
+LIVE_ONLY = (*LIVE_SCRIPTS, "live.css")
+"""Files of the viewer that a folder does without."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src {connect}; "
     "base-uri 'none'; form-action 'none'"
@@ -78,13 +82,21 @@ def write_site(runs: Sequence[Path], out: Path, *, mode: Mode = "fixed") -> Path
     return out / "index.html"
 
 
-def index_html(title: str, *, served: bool) -> str:
-    """The one page. A served one may ask its own server; one from disk nobody."""
-    policy = POLICY.format(connect="'self'" if served else "'none'")
-    scripts = "\n".join(f'<script defer src="viewer/{name}"></script>' for name in SCRIPTS)
+def policy_of(*, served: bool) -> str:
+    """What the page may do: a served one may ask its own server, one from disk nobody."""
+    return POLICY.format(connect="'self'" if served else "'none'")
+
+
+def index_html(title: str, *, served: bool, token: str = "") -> str:
+    """The one page. `token` is what a served one shows its server when it writes."""
+    names = (*SCRIPTS[:-1], *(LIVE_SCRIPTS if served else ()), SCRIPTS[-1])
+    scripts = "\n".join(f'<script defer src="viewer/{name}"></script>' for name in names)
     template = Template((VIEWER / "index.html").read_text(encoding="utf-8"))
     return template.substitute(
-        policy=policy, title=escape(title), source="served" if served else "static", scripts=scripts
+        policy=policy_of(served=served), title=escape(title), source="served" if served else "static",
+        token=escape(token),
+        styles='\n<link rel="stylesheet" href="viewer/live.css">' if served else "", scripts=scripts,
+        more=' <a href="#/try">Try</a>' if served else "",
     )  # fmt: skip
 
 
@@ -99,7 +111,7 @@ def _write_layers(models: Sequence[Model], data: Path, bar: ProgressBar) -> None
         strings: list[str] = []
         for layer in (layer for tap in model.taps for layer in tap.layers):
             folder, note = data / layer.folder, f"{model.title}, {layer.tap}, layer {layer.layer}"
-            made = _made_from(layer)
+            made = {"format": FORMAT, "from": layer_stamp(layer)}
             if not _is_made(folder, made):
                 strings = strings or token_strings(load_tokenizer(records_tokenizer(model.run, layer.mode)))
                 view = open_layer(layer, strings)
@@ -142,15 +154,15 @@ def _layers(models: Sequence[Model]) -> list[Layer]:
     return [layer for model in models for tap in model.taps for layer in tap.layers]
 
 
-def _made_from(layer: Layer) -> dict[str, Any]:
-    """All that the chunks of a layer depend upon."""
+def layer_stamp(layer: Layer) -> str:
+    """A hash of all that the chunks of a layer depend upon."""
     file = layer_file(layer.run, layer.mode, layer.tap, layer.layer)
     store = Store(layer.run)
     stamps = stamps_of(store, mode=layer.mode, tap=layer.tap, layer=layer.layer) if store.path.exists() else []
     weights = directions_file(layer.run, layer.layer, layer.tap)
     stats = [(one.st_size, one.st_mtime_ns) for one in (file.stat(), *([weights.stat()] if weights.exists() else []))]
     told = [layer.model, layer.tap_slug, stats, identity(layer.run, layer.mode), stamps]
-    return {"format": FORMAT, "from": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
 def _is_made(folder: Path, made: Mapping[str, Any]) -> bool:
@@ -206,7 +218,7 @@ def _write_viewer(models: Sequence[Model], out: Path) -> None:
     with atomic_path(out / "viewer") as temporary:
         temporary.mkdir()
         for file in sorted(VIEWER.iterdir()):
-            if file.suffix in (".js", ".css", ".svg"):
+            if file.suffix in (".js", ".css", ".svg") and file.name not in LIVE_ONLY:
                 shutil.copyfile(file, temporary / file.name)
     title = ", ".join(model.title for model in models if model.description.get("control") is None)
     write_text(out / "index.html", index_html(title or models[0].title, served=False))

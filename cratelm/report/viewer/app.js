@@ -33,6 +33,10 @@
     compare: (site, query) => cratelm.pages.compare(site, query),
     vote: (site) => cratelm.pages.vote(site),
     search: (site, query) => cratelm.pages.search(site, query),
+    try: (site, query) => {
+      if (!cratelm.pages.try) throw new cratelm.Trouble("A folder of pages has no model to try a text on.", "Run: cratelm serve RUN...");
+      return cratelm.pages.try(site, query);
+    },
   };
 
   async function route() {

@@ -131,8 +131,9 @@
   }
 
   function* results(site, all, changed) {
-    yield h("h2", { id: "tally" }, "Votes in this browser");
-    if (!memory.works) yield h("p", { class: "missing" }, "This browser keeps nothing for this page: votes are lost when it is closed. Export them before.");
+    const { shared } = cratelm.votes;
+    yield h("h2", { id: "tally" }, shared ? "Votes on this server" : "Votes in this browser");
+    if (!shared && !memory.works) yield h("p", { class: "missing" }, "This browser keeps nothing for this page: votes are lost when it is closed. Export them before.");
     if (!all.length) {
       yield h("p", { class: "soft" }, "None yet.");
       return;
@@ -157,6 +158,6 @@
       h("tbody", {}, [...wins].map(([name, row]) => h("tr", {}, h("th", { scope: "row" }, name), [row.better, row.worse, row.same].map((n) => h("td", { class: "n" }, count(n))))))));
     yield h("p", { class: "gets" },
       cratelm.downloads.getButton(`Export ${count(all.length)} as JSON`, "votes.json", () => cratelm.downloads.json({ format_version: 1, votes: all }), "application/json"),
-      h("button", { type: "button", class: "get", on: { click: async () => { if (confirm("Forget all votes in this browser?")) { await cratelm.votes.clear(); changed(); } } } }, "Forget them"));
+      !shared && h("button", { type: "button", class: "get", on: { click: async () => { if (confirm("Forget all votes in this browser?")) { await cratelm.votes.clear(); changed(); } } } }, "Forget them"));
   }
 })();

@@ -159,6 +159,24 @@ def test_search_shows_full_text_matches(tab: Visit, server: Served) -> None:
     page.wait_for_selector("#explained")
 
 
+def test_an_explanation_is_asked_for_and_its_text_is_only_text(browser: "Browser", runs: list[Path]) -> None:
+    pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+    from llm_server import Answer, Server, completion
+
+    with (
+        Server(lambda _path, _body: Answer(completion(f"boats {EVIL}"))) as llm,
+        serve(runs[1], "--llm", llm.url) as one,
+    ):
+        tab = visit_to(browser, one)
+        page = open_(tab, "#/gpt2-2l/layer/0/neuron/9")
+        page.get_by_role("button", name="Ask").click()
+        page.wait_for_selector("section[aria-labelledby=ask] .said-of")
+        assert "<script>" in page.locator("section[aria-labelledby=ask] .said-of").inner_text()
+        assert page.evaluate("() => window.__ran") is None
+        assert tab.errors == []
+        tab.close()
+
+
 def test_it_fits_a_narrow_screen_and_works_by_keyboard(browser: "Browser", server: Served) -> None:
     tab = visit_to(browser, server, viewport={"width": 360, "height": 740}, color_scheme="dark")
     page = open_(tab, TRY)

@@ -264,6 +264,28 @@ def test_bad_options_get_one_line(runs: list[Path], tmp_path: Path, capsys: pyte
         assert error.count("\n") == 0
 
 
+def test_a_language_model_explains_a_neuron_once_and_a_refusal_is_told(runs: list[Path]) -> None:
+    pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+    from llm_server import Answer, Server, completion
+
+    said = ["The neuron fires on <b>boats</b>.", "I'm sorry, but I cannot help with that."]
+    place = {"model": "crate-2l", "tap": "neurons", "layer": 0}
+    with Server(lambda _path, _body: Answer(completion(said[0]))) as llm, serve(runs[0], "--llm", llm.url) as found:
+        assert found.ask("/data/site.json").json["capabilities"]["explain"]["explainer"]
+        first = found.post("/api/explain", place | {"neuron": 9}).json
+        asked = len(llm.asked)
+        assert (first["text"], first["explainer"]) == ("the neuron fires on <b>boats</b>", "small") or first["text"]
+        assert found.post("/api/explain", place | {"neuron": 9}).json == first
+        assert len(llm.asked) == asked
+        said[0] = said[1]
+        refused = found.post("/api/explain", place | {"neuron": 10}).json
+        assert refused["text"] == ""
+        assert refused["failure"]
+        assert found.post("/api/explain", place | {"neuron": 64}).status == 400
+        assert found.post("/api/explain", place | {"neuron": "9"}).status == 400
+        assert found.post("/api/explain", place | {"tap": "../../etc", "neuron": 9}).status == 400
+
+
 def test_exposed_it_asks_for_the_token_that_it_prints(runs: list[Path]) -> None:
     with serve(runs[0], "--host", "0.0.0.0") as found:
         token = found.address.partition("?token=")[2]

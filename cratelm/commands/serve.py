@@ -1,7 +1,7 @@
 """The live browser: the neurons of one or more runs, and a text box that turns them.
 
     cratelm serve runs/demo/crate-2l runs/demo/gpt2-2l
-    cratelm serve runs/demo/crate-2l --llm http://127.0.0.1:8000/v1 --explainer-model MODEL
+    cratelm serve runs/demo/crate-2l --llm http://127.0.0.1:8000/v1 --model NAME
 
 Open the address it prints. Besides what `cratelm report --site` puts into a folder: type a text and see every layer's
 strongest neurons at each token, turn neurons and see what becomes of the next token and of the text, ask a language
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cratelm.activations.records import Mode
+from cratelm.commands.asking import Explaining, Name, Where
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, console
 
@@ -50,6 +51,12 @@ class Options:
     """Longest continuation to write, in tokens."""
     in_flight: int = 4
     """Requests to models at a time; one more is answered: try again."""
+    llm: Where = ""
+    """Let readers ask this language model for explanations: a server's URL, or a Hugging Face directory or name."""
+    model: Name = ""
+    """What that server calls the model; needed where it serves several."""
+    llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
+    """Environment variable that holds that server's key; left out, OPENAI_API_KEY."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -88,9 +95,15 @@ def parts_of(options: Options, port: int) -> "Parts":
     limits = Limits(
         text_tokens=options.text_tokens, new_tokens=options.new_tokens, in_flight=options.in_flight
     )  # fmt: skip
-    exposed = options.host not in LOOPBACK
+    exposed, explain = options.host not in LOOPBACK, None
+    if options.llm:
+        from cratelm.commands.live_explain import LiveExplainer
+
+        asked = Explaining(llm=options.llm, model=options.model, llm_key=options.llm_key, device=options.device)
+        explain = LiveExplainer(asked)
     return Parts(
         runs=options.runs, mode=options.mode, limits=limits, live=live_models(options, limits),
+        explain=explain, explainer="" if explain is None else explain.name,
         votes=Votes(options.votes or options.runs[0] / "votes.sqlite"),
         hosts=None if exposed else tuple(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")),
         access=secrets.token_urlsafe(24) if exposed else None,

@@ -1,0 +1,62 @@
+"""A language model that explains one neuron at a time, when a reader of the live browser asks for it."""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio.to_thread
+
+from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
+from cratelm.commands.asking import Explaining, Spending
+from cratelm.commands.language_models import Cast, basename, is_url, kept, opened
+from cratelm.data.tokenizer import load_tokenizer
+from cratelm.interpretation.escape import prompt_strings
+from cratelm.interpretation.explainer import Explainer, explainer_settings
+from cratelm.interpretation.llm import LLMError
+from cratelm.interpretation.protocols import protocol
+from cratelm.interpretation.store import Store
+from cratelm.interpretation.usage import Usage
+from cratelm.report.catalogue import Layer
+
+PROTOCOL = "top-and-random"
+"""Whose explaining excerpts are shown to the model."""
+
+
+class LiveExplainer:
+    """Asks the model that was named; it is opened when it is first needed, and answers are kept in the run's store."""
+
+    def __init__(self, explaining: Explaining) -> None:
+        self.explaining, self.usage, self.spending = explaining, Usage(), Spending()
+        self._cast: Cast | None = None
+        self._opening = asyncio.Lock()
+        self._open = AsyncExitStack()
+
+    @property
+    def name(self) -> str:
+        """What the model is called before a server was asked."""
+        named = self.explaining.explainer_model or self.explaining.model
+        where = self.explaining.llm
+        return named or ("the language model" if is_url(where) else basename(where))
+
+    async def __call__(self, layer: Layer, neuron: int) -> Mapping[str, Any]:
+        """The explanation as `text`, or what came instead as `failure`; with the `explainer` and tokens spent."""
+        async with self._opening:
+            if self._cast is None:
+                opening = opened(self.explaining, None, self.spending, self.usage)
+                self._cast = await self._open.enter_async_context(opening)
+        assert self._cast.explainer is not None
+        llm = kept(self._cast.explainer, Store.create(layer.run), self.usage, self.spending)
+        records, strings = await anyio.to_thread.run_sync(_read, layer)
+        explainer = Explainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)
+        [(_, prompt)] = explainer.prompts(records, protocol(PROTOCOL, layer.mode), [neuron])
+        try:
+            text, failure = await explainer.explain(prompt), ""
+        except LLMError as error:
+            text, failure = "", str(error)
+        return {"text": text, "failure": failure, "explainer": llm.name}
+
+
+def _read(layer: Layer) -> tuple[LayerRecords, list[str]]:
+    tokenizer = load_tokenizer(records_tokenizer(layer.run, layer.mode))
+    return read_records(layer.run, layer.layer, mode=layer.mode, tap=layer.tap), prompt_strings(tokenizer, layer.mode)

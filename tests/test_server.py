@@ -274,7 +274,8 @@ def test_a_language_model_explains_a_neuron_once_and_a_refusal_is_told(runs: lis
         assert found.ask("/data/site.json").json["capabilities"]["explain"]["explainer"]
         first = found.post("/api/explain", place | {"neuron": 9}).json
         asked = len(llm.asked)
-        assert (first["text"], first["explainer"]) == ("the neuron fires on <b>boats</b>", "small") or first["text"]
+        assert "<b>boats</b>" in first["text"]
+        assert first["explainer"] == "small"
         assert found.post("/api/explain", place | {"neuron": 9}).json == first
         assert len(llm.asked) == asked
         said[0] = said[1]

@@ -193,7 +193,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self._begin()
+        self._stream, self._held = DecodeStream(skip_special_tokens=False), list[int]()
         for token in before[-self.MOST_HELD :]:  # what a token adds can depend on those before it
             self.add(token)
 
@@ -209,12 +209,8 @@ class Pieces:
     def rest(self) -> str:
         """What is held back, broken as it is."""
         text = str(self.tokenizer.decode(self._held, skip_special_tokens=False))
-        self._begin()
+        self._stream, self._held = DecodeStream(skip_special_tokens=False), []
         return text
-
-    def _begin(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []
 
 
 def _strongest(layer: int, code: np.ndarray, count: int) -> dict[str, Any]:

@@ -269,7 +269,11 @@ def test_the_page_has_one_strict_policy_and_no_inline_code(tmp_path: Path, rng: 
     assert not re.search(r"<style|\son\w+=|\sstyle=|javascript:", source)
     assert source.index("Content-Security-Policy") < source.index("<script")
     loaded = re.findall(r'src="viewer/([a-z_]+\.js)"', source)
-    assert sorted(loaded) == sorted(path.name for path in site.VIEWER.glob("*.js"))
+    there = {path.name for path in site.VIEWER.glob("*.js")}
+    assert sorted(loaded) == sorted(there - set(site.LIVE_SCRIPTS))
+    assert not (tmp_path / "out" / "viewer" / site.LIVE_SCRIPTS[0]).exists()
+    served = site.index_html("x", served=True, token="t")
+    assert set(re.findall(r'src="viewer/([a-z_]+\.js)"', served)) == there
 
 
 def test_no_script_of_the_viewer_makes_markup_of_text() -> None:

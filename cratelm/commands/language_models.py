@@ -10,7 +10,7 @@ from typing import Any
 from cratelm.activations.records import Mode
 from cratelm.commands.asking import Explaining, Simulating, Spending
 from cratelm.errors import CrateError
-from cratelm.interpretation.calls import Cached, spent
+from cratelm.interpretation.calls import Cached
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup import EXPLAINER
 from cratelm.interpretation.probe import Capabilities, probe
@@ -192,8 +192,8 @@ async def examine(simulator: Simulator, *, skip: bool) -> None:
     )
 
 
-def kept(llm: LLM, store: Store, usage: Usage, spending: Spending) -> LLM:
+def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int]) -> LLM:
     """The model with its answers counted within the budget, and kept in the store."""
     price = Price(prompt=spending.price_in, new=spending.price_out)
     budget = Budget(tokens=spending.budget_tokens, money=spending.budget_price, price=price)
-    return Cached(Metered(llm, usage, budget, spent(store)), store, usage)
+    return Cached(Metered(llm, usage, budget, spent_before), store, usage)

@@ -21,6 +21,7 @@ from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_si
 from cratelm.commands.selection import chosen_layers, chosen_protocols
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.interpretation import llm_stages
+from cratelm.interpretation.calls import spent
 from cratelm.interpretation.escape import prompt_strings
 from cratelm.interpretation.explainer import Explainer
 from cratelm.interpretation.judging import judge_set
@@ -195,8 +196,13 @@ class Work:
         if llm is None or self.order.spending.dry_run:
             return llm
         if llm.identity not in self.models:
-            self.models[llm.identity] = kept(llm, self.store, self.usage, self.order.spending)
+            self.models[llm.identity] = kept(llm, self.store, self.usage, self.order.spending, self.spent_before)
         return self.models[llm.identity]
+
+    @cached_property
+    def spent_before(self) -> tuple[int, int]:
+        """Tokens that earlier processes read and wrote: looked up before the first model is asked, and then kept."""
+        return spent(self.store)
 
     @contextlib.contextmanager
     def _bar(self, what: str, keys: Sequence[SetKey]) -> Iterator[ProgressBar]:

@@ -1,5 +1,6 @@
 """What the work with a language model costs: a count of it, and a budget that ends the work before it is overdrawn."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ class Metered:
     """A language model whose answers are counted, and that stops before a budget is overdrawn.
 
     Before each call, what it can cost at most is set aside: its prompt, and the longest answer. So calls that are on
-    their way when the budget ends are covered and finish.
+    their way when the budget ends are covered and finish; a call that would fit but for what is set aside waits.
     """
 
     inner: LLM
@@ -79,6 +80,7 @@ class Metered:
     spent_before: tuple[int, int] = (0, 0)
     """Tokens read and written by earlier processes of the same work: the budget is for all of it."""
     _aside: tuple[int, int] = (0, 0)
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ class Metered:
         """Answer a chat if the budget allows it."""
         # What a chat template adds is a few tokens for each turn.
         most = sum(self.count(message.text) + 16 for message in messages), sampling.max_tokens
-        self._set_aside(most)
+        await self._set_aside(most)
         try:
             reply = await self.inner.chat(messages, sampling)
             self.usage.add(reply.prompt_tokens, reply.new_tokens)
@@ -114,7 +116,7 @@ class Metered:
     async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
         """Echo prompts if the budget allows it. Servers write a token after each, so one is counted."""
         most = sum(self.count(one.prefix + one.rest) + 2 for one in prompts), len(prompts)
-        self._set_aside(most)
+        await self._set_aside(most)
         try:
             echoes = await self.inner.echo(prompts, top=top)
             for echo in echoes:
@@ -127,16 +129,28 @@ class Metered:
         """Tokens read and written so far, with those of earlier processes."""
         return self.usage.prompt_tokens + self.spent_before[0], self.usage.new_tokens + self.spent_before[1]
 
-    def _set_aside(self, most: tuple[int, int]) -> None:
-        spent, budget = self.spent(), self.budget
-        reading, writing = (a + b + c for a, b, c in zip(spent, self._aside, most, strict=True))
-        over_tokens = budget.tokens is not None and reading + writing > budget.tokens
-        if over_tokens or (budget.money is not None and budget.price.of(reading, writing) > budget.money):
-            raise CrateError(self._spent_line())
+    async def _set_aside(self, most: tuple[int, int]) -> None:
+        while self._is_over(most, self._aside):
+            if self._is_over(most, (0, 0)):
+                raise CrateError(self._spent_line())
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
         self._aside = self._aside[0] + most[0], self._aside[1] + most[1]
+
+    def _is_over(self, most: tuple[int, int], aside: tuple[int, int]) -> bool:
+        """Whether what is spent, what is set aside and one more call are more than the budget."""
+        reading, writing = (a + b + c for a, b, c in zip(self.spent(), aside, most, strict=True))
+        if self.budget.tokens is not None and reading + writing > self.budget.tokens:
+            return True
+        return self.budget.money is not None and self.budget.price.of(reading, writing) > self.budget.money
 
     def _release(self, most: tuple[int, int]) -> None:
         self._aside = self._aside[0] - most[0], self._aside[1] - most[1]
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
 
     def _spent_line(self) -> str:
         spent, budget = self.spent(), self.budget

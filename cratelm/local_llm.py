@@ -5,9 +5,10 @@ next gathers. What prompts have in common is computed once (`shared_prefix/reade
 """
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -59,15 +60,16 @@ class LocalLLM:
         where = select_device(device)
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
-            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=kind)
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(str(source))
+                model = AutoModelForCausalLM.from_pretrained(str(source), dtype=kind)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise CrateError(
                 f"{source} is no causal language model with a tokenizer ({reason}). "
                 "Give a model directory or a name on the Hugging Face hub"
             ) from None
-        llm = cls(model.to(where), tokenizer, name=str(source).rstrip("/").split("/")[-1])
+        llm = cls(model.to(where), tokenizer, name=name_of(str(source)))
         if not llm.reader.shares:
             console.print(f"{llm.name}: its cache cannot be shared, so every prompt is computed whole")
         return llm
@@ -157,7 +159,7 @@ class LocalLLM:
             except torch.cuda.OutOfMemoryError:
                 _refuse(together, LLMError(
                     f"the GPU's memory is too small for {self.name} and one of these prompts. "
-                    "Use --dtype bfloat16, a smaller model, or a server"
+                    "Use a smaller model, or a server"
                 ))  # fmt: skip
             except Exception as error:
                 _refuse(together, error)
@@ -178,6 +180,26 @@ class LocalLLM:
                 together.append(one)
                 size += len(one.requests)
         return together
+
+
+def name_of(source: str) -> str:
+    """What a model is called: the last part of its path or hub name; of a run's `model`, the run's name."""
+    parts = [part for part in source.split("/") if part]
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers on the terminal inside the block."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from tiny import random_model, tiny_config
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Sampling
-from cratelm.local_llm import LocalLLM
+from cratelm.local_llm import LocalLLM, name_of
 
 PREFIX = "the storm came over the ridge before supper, and by morning there was hail in the grass.\n" * 4
 RESTS = (" a\tunknown\n the\tunknown\n", " rain\t10\n snow\t3\n\n wind\tunknown\n", "х é\t9\n", " of\t0")
@@ -255,6 +255,12 @@ def test_a_directory_opens_and_its_identity_is_that_of_its_weights(rng: np.rando
         save(llm.reader.model, tmp_path / name)
         llm.tokenizer.save_pretrained(tmp_path / name)
     one, two = (LocalLLM.open(tmp_path / name, device="cpu") for name in ("one", "two"))
+    assert [name_of(path) for path in ("a/b/", "runs/crate/model", "model", "owner/name")] == [
+        "b",
+        "crate",
+        "model",
+        "name",
+    ]
     assert (one.name, one.context, one.identity) == ("one", 4096, two.identity)
     with torch.no_grad():
         two.reader.model.lm_head.weight[3, 4] += 1e-3

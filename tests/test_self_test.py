@@ -16,6 +16,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation import self_test
 from cratelm.interpretation.calibration import CalibrationMethod, calibration_excerpts, fit
 from cratelm.interpretation.llm import Message, Reply, Sampling
+from cratelm.interpretation.prompts import PromptTooLong
 from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
 from cratelm.interpretation.score import compare
 from cratelm.interpretation.self_test import THRESHOLD, puzzles, require_self_test
@@ -76,6 +77,12 @@ def test_a_model_that_refuses_is_refused_with_what_it_said() -> None:
         CrateError, match=r'colours failed, .*It said: the answer is no JSON .* "As a language model"\.'
     ):
         asyncio.run(require_self_test(Structured(llm=Refusing())))
+
+
+def test_a_context_that_is_too_short_is_what_is_said() -> None:
+    simulator = asyncio.run(open_simulator("all-at-once", RuleFollower(context=300)))
+    with pytest.raises(PromptTooLong, match="^the simulator's prompt has .* too long for a context of 300"):
+        asyncio.run(require_self_test(simulator))
 
 
 def test_a_simulator_is_tested_once_in_a_process() -> None:

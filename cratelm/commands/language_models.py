@@ -81,8 +81,9 @@ def is_url(where: str) -> bool:
 
 
 def basename(where: str) -> str:
-    """What a model in this process is called: the last part of its path or name."""
-    return where.rstrip("/").split("/")[-1]
+    """What a model in this process is called: the last part of its path or name; of a run's `model`, the run's name."""
+    parts = [part for part in where.split("/") if part]
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ import numpy as np
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLMError
+from cratelm.interpretation.prompts import PromptTooLong
 from cratelm.interpretation.simulators import Simulator
 from cratelm.rundir import read_json
 
@@ -70,7 +71,10 @@ _DONE: dict[str, SelfTest] = {}
 
 
 async def self_test(simulator: Simulator) -> SelfTest:
-    """Let a simulator predict the puzzles; once for each in a process."""
+    """Let a simulator predict the puzzles; once for each in a process.
+
+    Raises `PromptTooLong` where they do not fit the model's context.
+    """
     told = json.dumps(simulator.told(), sort_keys=True)
     if told not in _DONE:
         correlations, failures = {}, {}
@@ -78,6 +82,8 @@ async def self_test(simulator: Simulator) -> SelfTest:
             correlations[puzzle.explanation] = 0.0
             try:
                 (simulated,) = await simulator.simulate(puzzle.explanation, [puzzle.tokens])
+            except PromptTooLong:
+                raise  # says more than a score would
             except LLMError as error:
                 failures[puzzle.explanation] = str(error)
                 continue

@@ -257,6 +257,29 @@ def test_gpt2_from_hugging_face_has_the_directions_of_ours(tmp_path: Path, rng: 
                 assert values == pytest.approx(second[name], abs=1e-4), name
 
 
+def test_a_run_of_a_hugging_face_model_has_directions_and_circuits(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cratelm.activations.foreign import load_foreign, write_foreign_run
+
+    data = make_tokens(tmp_path / "tokens", rng)
+    save(build("gpt_neox", rng, vocab=data.vocab_size), tmp_path / "pythia", data.path / "tokenizer.json")
+    run = tmp_path / "run"
+    write_foreign_run(run, load_foreign(tmp_path / "pythia"))
+    assert main(["directions", str(run), "--device", "cpu", "--keep", "4"]) == 0
+    found = read_directions(run, 1)
+    assert found.lists == ("tokens_in", "tokens_alone", "tokens_out", "predecessors")
+    assert set(read_directions(run, 0).head_shares(3)) == {
+        "heads_in", "heads_out.query", "heads_out.key", "heads_out.value",
+    }  # fmt: skip
+    assert main(["circuit", str(run), "--prompt", "a crate", "--device", "cpu", "--candidates", "9"]) == 0
+    assert capsys.readouterr().out.strip().endswith(".svg")
+    assert main(["whitebox", str(run), "--data", str(data.path)]) == 2
+    assert main(["dial", str(run), "--data", str(data.path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert all("is of a Hugging Face model, whose subspaces and steps are not known" in line for line in said[-2:])
+
+
 @pytest.fixture
 def trained(tmp_path: Path, rng: np.random.Generator) -> Path:
     data = make_tokens(tmp_path / "tokens", rng, documents=300)

@@ -88,10 +88,11 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
     """Measure one run at the settings that it allows and that are not measured yet."""
     from cratelm.commands.collect import open_tokens, read_count
     from cratelm.commands.measurements import lookup
-    from cratelm.model.weights import load, weights_hash
+    from cratelm.commands.opening import open_own
+    from cratelm.model.weights import weights_hash
     from cratelm.rundir import claim, origin, read_json, write_json
 
-    model, tokenizer = load(folder)
+    model, tokenizer = open_own(folder)
     data = open_tokens(options.data, None, tokenizer, folder)
     model.to(select_device(options.device))
     ista = model.config.arch == "crate"

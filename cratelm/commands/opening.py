@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
+    from cratelm.model.language_model import LanguageModel
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedRun:
@@ -47,3 +49,19 @@ def open_run(run: Path) -> OpenedRun:
     if tokenizer is None:
         raise CrateError(f"{run} holds no tokenizer.json. Put the model's tokenizer beside its weights")
     return OpenedRun(run=run, model=model, tokenizer=tokenizer, model_hash=model_hash, description=description)
+
+
+def open_own(run: Path) -> "tuple[LanguageModel, Tokenizer | None]":
+    """Load a model of ours; the run of a Hugging Face model, whose subspaces and steps are not known, is refused."""
+    from cratelm.model.weights import load
+    from cratelm.rundir import read_json
+
+    described = run / "run.json"
+    if described.is_file() and not (run / "model" / "config.json").is_file():
+        source = read_json(described, made_by="cratelm train").get("source")
+        if source is not None:
+            raise CrateError(
+                f"{run} is of a Hugging Face model, whose subspaces and steps are not known; this reads models of "
+                f"cratelm. A GPT-2 becomes one: cratelm import {source} --out RUN"
+            )
+    return load(run)

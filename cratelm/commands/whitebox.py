@@ -9,9 +9,10 @@ GPT-2 has the first two. Written to whitebox.json in each run, with tables and f
 `cratelm report` shows them too; along a training with `cratelm train --measure whitebox`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -19,6 +20,8 @@ from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, progress_bar, select_device
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cratelm.report.tables import Table
 
 
@@ -74,12 +77,13 @@ def run(options: Options) -> None:
 def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
     """Measure one run and write its whitebox.json."""
     from cratelm.commands.collect import open_tokens
-    from cratelm.model.weights import load, weights_hash
+    from cratelm.commands.opening import open_own
+    from cratelm.model.weights import weights_hash
     from cratelm.report.whitebox import FILE
     from cratelm.rundir import claim, origin, write_json
     from cratelm.whitebox.measure import MeasureConfig, measure
 
-    model, tokenizer = load(folder)
+    model, tokenizer = open_own(folder)
     data = open_tokens(options.data, options.tokenizer, tokenizer, folder)
     if data.vocab_size > model.config.vocab_size:
         raise CrateError(
@@ -98,7 +102,7 @@ def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
 
 
 def show(tables: "tuple[Table, ...]") -> None:
-    """Print the tables; a model's name stands before its first layer."""
+    """Print the tables, a model's name before its first row; on a narrow terminal each number on a line of its own."""
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
@@ -108,16 +112,35 @@ def show(tables: "tuple[Table, ...]") -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     for table in tables:
         console.print(Text(table.caption.removeprefix("White-box view: ").capitalize(), style="bold"))
-        grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         shown = [column for column in table.columns if column.title not in ("Tokens per set", "Sets")]
-        for column in shown:
+        rows = [[written(cell, column.style) for cell, column in zip(row, shown, strict=False)] for row in table.rows]
+        needed = sum(
+            1 + max(map(len, [*column.heading.split(), *(row[i] for row in rows)]))
+            for i, column in enumerate(shown[1:], 1)
+        )
+        if needed + 10 > console.width:
+            _show_lines(console, [column.heading for column in shown], rows)
+            continue
+        grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for i, column in enumerate(shown):
+            text = column.style == "text"
             grid.add_column(
-                Text(column.heading), justify="left" if column.style == "text" else "right", overflow="fold"
-            )
-        last: Any = None
-        for row in table.rows:
-            cells = [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)]
-            grid.add_row(*map(Text, ["" if row[0] == last else cells[0], *cells[1 : len(shown)]]))
-            last = row[0]
+                Text(column.heading), justify="left" if text else "right", overflow="fold",
+                min_width=None if i == 0 else max(len(row[i]) for row in rows),
+            )  # fmt: skip
+        for row, before in zip(rows, [None, *rows], strict=False):
+            grid.add_row(*map(Text, ["" if before and before[0] == row[0] else row[0], *row[1:]]))
         console.print(grid)
+        console.print()
+
+
+def _show_lines(console: "Console", headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Each row as a block of lines: a value and what it is."""
+    from cratelm.report.tables import ABSENT
+
+    for row in rows:
+        console.print(f"{row[0]}, {headings[1].lower()} {row[1]}")
+        for heading, value in zip(headings[2:], row[2:], strict=True):
+            if value != ABSENT:
+                console.print(f"  {value:>9}  {heading}", soft_wrap=True)
         console.print()

@@ -193,7 +193,7 @@ async def examine(simulator: Simulator, *, skip: bool) -> None:
     )
 
 
-def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int]) -> LLM:
+def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
     """The model with its answers counted within the budget, and kept in the store."""
     price = Price(prompt=spending.price_in, new=spending.price_out)
     budget = Budget(tokens=spending.budget_tokens, money=spending.budget_price, price=price)

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                       ISTA block and whole step of size b, d=768, T=1024, float32
     python benchmarks/train_step.py --scaling             cost as sequence, width and depth grow
+    python benchmarks/train_step.py --compiled            the step as it is and through torch.compile
     python benchmarks/train_step.py --floor               FLOPs and bytes of a step by arithmetic, nothing is run
     python benchmarks/train_step.py --gpu                 bfloat16 on CUDA, rates of the model's own shapes beside
 
@@ -239,6 +240,24 @@ def scaling(meter: Meter) -> None:
             )
 
 
+def compiled(meter: Meter) -> None:
+    """Print what torch.compile gives a step, for a small size and for size s."""
+    for size, batch, context, vocab in (("2l", 8, 256, 4096), ("s", 1, 1024, 50304)):
+        for arch in ("crate", "gpt2"):
+            config = sized(arch, size, vocab_size=vocab, context_length=context)  # type: ignore[arg-type]
+            model = LanguageModel(config).initialise(0)
+            fused = copy.deepcopy(model)
+            fused.loss = torch.compile(fused.loss)  # type: ignore[method-assign]
+            work = {
+                name: step_work(one, config, batch, meter.device) for name, one in (("as", model), ("fused", fused))
+            }
+            taken = meter.in_turns(work)
+            print(
+                f"{arch:<6}{size:<3} {batch} x {context}: {1e3 * taken['as']:.0f} ms as it is, "
+                f"{1e3 * taken['fused']:.0f} ms compiled, {taken['as'] / taken['fused']:.2f}x"
+            )
+
+
 def floor() -> None:
     """Print the least a training step can do: FLOPs, and bytes of weights, optimizer and activations."""
     print("per token: GFLOP forward + backward (attention causal, context 1024), of which the head; naive CRATE")
@@ -271,6 +290,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of this process: for one thread on a busy machine")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--floor", action="store_true")
     flags = parser.parse_args()
     if flags.floor:
@@ -284,6 +304,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}")
     if flags.scaling:
         scaling(meter)
+        return
+    if flags.compiled:
+        compiled(meter)
         return
     batch = flags.batch or (64 if flags.gpu else 1)
     tokens = batch * flags.context

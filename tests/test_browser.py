@@ -13,6 +13,7 @@ from browsing import Visit, saved, served
 from safetensors.numpy import load_file
 
 from cratelm.activations.records import layer_file, read_records
+from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.store import Store
 from cratelm.report.chunks import as_script, read_script
 
@@ -96,6 +97,33 @@ def test_a_neuron_is_taken_away_as_json_and_in_neuronpedias_form(visit: Visit, r
     )  # fmt: skip
     assert {len(one["tokens"]) for one in rows["activations"]} == {len(one["values"]) for one in rows["activations"]}
     assert rows["explanations"][0]["typeName"] == "cratelm-lookup"
+
+
+def test_predictions_are_shown_below_the_excerpts_when_asked_for(visit: Visit, runs: list[Path]) -> None:
+    page = visit.open("#/crate-2l/layer/1/neuron/85")
+    assert page.locator(".predicted").first.is_hidden()
+    page.get_by_label("what the explanation predicts (top-and-random, lookup)").check()
+    assert page.locator(".predicted:visible").count() == 10
+    _, simulation, _ = Store.open(runs[0]).read_neuron(SetKey(layer=1, protocol="top-and-random"), 85)
+    assert simulation is not None
+    box = page.locator("h3", has_text="Random").locator("xpath=following-sibling::div[1]").locator(".excerpt").first
+    at = int(np.argmax(simulation.activations[:64]))
+    box.locator("span").nth(at).hover()
+    said = page.inner_text("#tip i").removeprefix("predicted ")
+    assert float(said) == pytest.approx(float(simulation.activations[at]), rel=0.02)
+    page = visit.open("#/crate-2l/layer/1/neuron/86")
+    assert page.get_by_label("what the explanation predicts").is_checked()
+
+
+def test_panels_of_a_server_stand_where_its_capability_is_named(visit: Visit) -> None:
+    page = visit.open("#/crate-2l/layer/1/neuron/85")
+    page.evaluate("""async () => {
+        const panel = (name) => (site, neuron) => cratelm.h("section", { class: "panel" }, `${name} ${neuron.index}`);
+        cratelm.live = { steer: panel("steer"), explain: panel("explain") };
+        (await cratelm.data.site()).capabilities.steer = true;
+    }""")
+    visit.go("#/crate-2l/layer/1/neuron/84")
+    assert page.locator(".panel").all_inner_texts() == ["steer 84"]
 
 
 def test_neurons_stand_side_by_side_and_the_choice_is_a_link(visit: Visit) -> None:

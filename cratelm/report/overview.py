@@ -11,6 +11,9 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.store import Store
 from cratelm.report.catalogue import Model
 from cratelm.report.faithfulness import compared, faithfulness
+from cratelm.report.firing import firing_tables, gather_firing
+from cratelm.report.firing_plots import firing_figures
+from cratelm.report.judged import judged_tables
 from cratelm.report.page import standing_sentences
 from cratelm.report.plots import figures, inline_svg
 from cratelm.report.results import Results, gather
@@ -67,19 +70,20 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
 
 
 def _report(results: Results) -> dict[str, Any]:
+    """What `write_report` puts into its folder, as values."""
     study = study_of(results)
     first = results if study is None else study.first_seeds
-    units = compared(results)
+    units, firing = compared(results), gather_firing(first)
     *usual, every_layer = tables(results)
-    more = (faithfulness(results, units),) if units else ()
+    adjusted = (faithfulness(results, units),) if units else ()
+    more = (*judged_tables(results), *adjusted, *firing_tables(firing))
     # The page opens the last one only when it is asked to: it has a row for every layer.
     found = [*study_tables(study), summary(first), *usual, *more, every_layer]
-    drawn = figures(results) if study is None else study_figures(study)
+    drawn = dict(figures(results) if study is None else study_figures(study)) | dict(firing_figures(firing))
     return {
         "sentences": list(verdict(results) if study is None else study_sentences(study)),
         "tables": [table_value(table) for table in found],
         "figures": [figure_value(name, figure) for name, figure in drawn.items()],
-        "models": [run.title for run in results.models],
     }
 
 

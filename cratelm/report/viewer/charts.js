@@ -4,7 +4,7 @@
 (() => {
   const { s } = cratelm;
   const { digits } = cratelm.text;
-  const MARGIN = { left: 46, right: 10, top: 12, bottom: 38 };
+  const MARGIN = { left: 54, right: 10, top: 12, bottom: 38 };
 
   const narrow = () => innerWidth < 640;
 

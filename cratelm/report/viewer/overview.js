@@ -43,14 +43,16 @@
   }
 
   function* reported(found, site) {
-    if (found.tables.length) {
-      yield h("section", { "aria-labelledby": "numbers" }, h("h2", { id: "numbers" }, "Numbers"),
-        found.tables.slice(0, -1).map(cratelm.table.table),
-        h("details", {}, h("summary", {}, "Every layer"), cratelm.table.table(found.tables.at(-1))));
-    }
+    const byLayer = found.tables.filter((table) => table.columns.some(({ title }) => title === "Layer"));
+    const [first, ...others] = found.tables.filter((table) => !byLayer.includes(table));
+    if (first) yield h("section", { "aria-labelledby": "numbers" }, h("h2", { id: "numbers" }, "Numbers"), cratelm.table.table(first));
     if (found.figures.length) {
       yield h("section", { "aria-labelledby": "figures" }, h("h2", { id: "figures" }, "Figures"),
         found.figures.map((one) => cratelm.figure.figure(one.name, cratelm.figure.built(one.drawing), one.caption)));
+    }
+    if (others.length || byLayer.length) {
+      yield h("section", { "aria-labelledby": "tables" }, h("h2", { id: "tables" }, "Every number"), others.map(cratelm.table.table),
+        byLayer.length > 0 && h("details", {}, h("summary", {}, "Every layer"), byLayer.map(cratelm.table.table)));
     }
     if (found.missing.length) {
       yield h("section", { "aria-labelledby": "absent" }, h("h2", { id: "absent" }, "Not in this report"),

@@ -1,5 +1,6 @@
 "use strict";
-/* A blind vote: two neurons with an explanation each, their models hidden. Which explanation fits its neuron better? */
+/* A blind vote: two neurons with an explanation each, their models hidden, or one neuron that two explainers explained.
+   Which explanation fits its neuron better? */
 
 (() => {
   const { h, memory, say } = cratelm;
@@ -56,6 +57,8 @@
       const first = any(groups), second = groups.length > 1 ? any(groups.filter((group) => group !== first)) : first;
       const place = any(first), facing = second.find((one) => one.layer === place.layer) ?? any(second);
       const both = await Promise.all([drawn(place), drawn(facing)]);
+      const others = both[0]?.neuron.explanations.filter((one) => one.text !== null && one.explainer !== both[0].explanation.explainer && one.text !== both[0].explanation.text);
+      if (others?.length && Math.random() < 0.5) return [both[0], { neuron: both[0].neuron, explanation: any(others) }].sort(() => Math.random() - 0.5);
       if (both.every(Boolean) && pathOf(place, both[0].neuron.index) !== pathOf(facing, both[1].neuron.index)) return both;
     }
     return null;
@@ -64,7 +67,7 @@
   cratelm.pages.vote = async (site) => {
     const stage = h("div", {}), tally = h("section", { "aria-labelledby": "tally" });
     const page = h("div", {}, h("h1", {}, "Which explanation fits better?"),
-      h("p", { class: "soft" }, "Two neurons, their models hidden until you have chosen. Read each explanation against excerpts it was not made from. Keys: 1 left, 2 right, 0 no difference."),
+      h("p", { class: "soft" }, "Two neurons, or one that two explainers explained; who is who is hidden until you have chosen. Read each explanation against excerpts it was not made from. Keys: 1 left, 2 right, 0 no difference."),
       stage, tally);
     let open = null;
 
@@ -93,7 +96,7 @@
       });
       cards.forEach((card, i) => {
         const { place, index } = both[i].neuron;
-        card.querySelector("h2").replaceChildren(h("a", { href: link(place, index) }, named(place, index)));
+        card.querySelector("h2").replaceChildren(h("a", { href: link(place, index) }, named(place, index)), h("small", {}, ` ${both[i].explanation.explainer}`));
         card.append(h("p", { class: "big" }, points(cratelm.cards.best({ explanations: [both[i].explanation] })), h("small", {}, " points")));
         card.classList.toggle("won", choice === "ab"[i]);
       });
@@ -149,7 +152,7 @@
     };
     for (const vote of all) {
       for (const side of ["a", "b"]) {
-        const name = groupOf(vote[side]), row = wins.get(name) ?? { better: 0, worse: 0, same: 0 };
+        const name = vote.a === vote.b ? `explainer ${vote.explainers?.[side === "a" ? 0 : 1]}` : groupOf(vote[side]), row = wins.get(name) ?? { better: 0, worse: 0, same: 0 };
         row[vote.choice === "same" ? "same" : vote.choice === side ? "better" : "worse"] += 1;
         wins.set(name, row);
       }

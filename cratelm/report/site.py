@@ -114,12 +114,16 @@ def _write_layers(models: Sequence[Model], data: Path, bar: ProgressBar) -> None
             made = {"format": FORMAT, "from": layer_stamp(layer)}
             if not _is_made(folder, made):
                 strings = strings or token_strings(load_tokenizer(records_tokenizer(model.run, layer.mode)))
-                view = open_layer(layer, strings)
                 with atomic_path(folder) as temporary:
-                    for name, value in layer_chunks(view):
-                        _write(temporary / f"{name}.js", as_script(f"{layer.folder}/{name}", value))
+                    _write_layer(temporary, layer, strings)
                     (temporary / MADE).write_text(json.dumps(made), encoding="utf-8")
             bar.advance(1, note=note)
+
+
+def _write_layer(folder: Path, layer: Layer, strings: Sequence[str]) -> None:
+    """A function of its own, so that the layer is let go before the next one is read."""
+    for name, value in layer_chunks(open_layer(layer, strings)):
+        _write(folder / f"{name}.js", as_script(f"{layer.folder}/{name}", value))
 
 
 def layer_chunks(view: LayerView) -> Iterator[tuple[str, Mapping[str, Any]]]:

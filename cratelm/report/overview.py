@@ -21,6 +21,8 @@ from cratelm.report.study import study_of, study_sentences, study_tables
 from cratelm.report.study_plots import study_figures
 from cratelm.report.tables import Table, as_csv, summary, tables, written
 from cratelm.report.verdict import verdict
+from cratelm.report.whitebox import views_of, whitebox_tables
+from cratelm.report.whitebox_plots import whitebox_figures
 from cratelm.rundir import origin
 
 
@@ -65,21 +67,36 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
     except CrateError as error:
         results, missing = None, [*missing, str(error)]
     return (_report(results) if results else {"sentences": [], "tables": [], "figures": []}) | {
-        "missing": [*missing, *(results.missing if results else ())]
+        "missing": [*missing, *(results.missing if results else ()), *_not_looked_into(models)]
     }
+
+
+def _not_looked_into(models: Sequence[Model]) -> list[str]:
+    """What the weights and the codes could say and nobody has asked."""
+    return [
+        f"{model.title}: {what} are not measured. Run: cratelm {verb} {model.run}{option}"
+        for model in models
+        if model.description.get("control") is None and (model.run / "model").exists()
+        for what, path, verb, option in (
+            ("coding rates and sparsity", model.run / "whitebox.json", "whitebox", " --data DIR"),
+            ("tokens in and out", model.run / "directions", "directions", ""),
+        )
+        if not path.exists()
+    ]
 
 
 def _report(results: Results) -> dict[str, Any]:
     """What `write_report` puts into its folder, as values."""
     study = study_of(results)
     first = results if study is None else study.first_seeds
-    units, firing = compared(results), gather_firing(first)
+    units, firing, views = compared(results), gather_firing(first), views_of(results.rows)
     *usual, every_layer = tables(results)
     adjusted = (faithfulness(results, units),) if units else ()
-    more = (*judged_tables(results), *adjusted, *firing_tables(firing))
+    more = (*judged_tables(results), *adjusted, *firing_tables(firing), *whitebox_tables(views))
     # The page opens the last one only when it is asked to: it has a row for every layer.
     found = [*study_tables(study), summary(first), *usual, *more, every_layer]
-    drawn = dict(figures(results) if study is None else study_figures(study)) | dict(firing_figures(firing))
+    drawn = figures(results) if study is None else study_figures(study)
+    drawn = {**drawn, **firing_figures(firing), **whitebox_figures(views)}
     return {
         "sentences": list(verdict(results) if study is None else study_sentences(study)),
         "tables": [table_value(table) for table in found],

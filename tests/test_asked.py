@@ -122,8 +122,7 @@ def test_the_stages_one_by_one_give_what_interpret_gives(run: Path, server: Rule
 
 
 def test_lookup_explanations_can_be_simulated_by_a_language_model(run: Path, server: RuleServer) -> None:
-    assert main(["explain", str(run), *TAR]) == 0
-    assert main(["simulate", str(run), *TAR, "--explainer", "lookup", "--llm", server.url]) == 0
+    assert main(["interpret", str(run), *TAR, "--explainer", "lookup", "--llm", server.url]) == 0
     assert [key.simulator for key in Store.open(run).sets("simulate")] == ["all-at-once:rules"]
 
 
@@ -263,3 +262,27 @@ def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(
     assert 0 < first < 18
     assert main(command) == 0
     assert len(questions(server)) == 18
+
+
+def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwise(
+    run: Path, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+    from language_models import make_llm
+
+    llm = make_llm(rng)
+    folder = tmp_path / "random"
+    llm.reader.model.float().save_pretrained(folder)
+    llm.tokenizer.save_pretrained(folder)
+    capsys.readouterr()
+    lookup = ["--explainer", "lookup", *TAR, "--neurons", "2"]
+    assert main(["explain", str(run), *TAR]) == 0
+    assert main(["simulate", str(run), "--llm", str(folder), *lookup]) == 2
+    said = capsys.readouterr().err
+    assert "error: all-at-once:random cannot simulate: on 6 neurons that everybody knows" in said
+    assert Store.open(run).sets("simulate") == []
+    assert main(["interpret", str(run), "--llm", str(folder), *lookup, "--skip-self-test"]) == 0
+    assert "its scores will mean nothing" in capsys.readouterr().err
+    [key] = Store.open(run).scored()
+    assert (key.explainer, key.simulator) == ("lookup", "all-at-once:random")
+    assert len(Store.open(run).scores(key).neuron) == 2

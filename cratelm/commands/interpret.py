@@ -77,7 +77,12 @@ def run(options: Options) -> None:
     if asks(options.explaining, options.simulating):
         from cratelm.commands.asked import Order, ask
 
-        ask(Order.of(options, stages=("explain", "simulate", "score")))
+        order = Order.of(options, stages=("explain", "simulate", "score"))
+        if options.explaining.explainer == "lookup" and not options.spending.dry_run:
+            for one in check_runs(options):
+                with claim(one):
+                    explain_run(one, options)
+        ask(order)
         return
     if options.spending.merge:
         from cratelm.commands.asked import merge_alone

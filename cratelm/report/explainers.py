@@ -26,7 +26,7 @@ Z_95, Z_POWER = 1.959964, 0.841621
 SIDE_BY_SIDE = (
     Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"), Column("Layers", "count"),
     Column("Mean", "0.1", "points"), Column("95 % interval", "interval", "points"),
-    Column("Scored", "share", "of those asked about"), Column("Failed", "count"), Column("Shuffled", "0.1", "points"),
+    Column("Scored", "share", "of those chosen"), Column("Failed", "count"), Column("Shuffled", "0.1", "points"),
     Column("Constant", "0.1", "points"), Column("Lookup, same neurons", "0.1", "points"),
 )  # fmt: skip
 CHANCE = (

@@ -57,7 +57,7 @@ LOSS = Column("Loss", "0.001", "nats/token")
 PARAMETERS, FLOPS = Column("Parameters", "human"), Column("FLOPs", "human", "per token")
 COST = (LOSS, PARAMETERS, FLOPS)
 """What stands beside every interpretability number."""
-SCORED = Column("Scored", "share", "of all neurons")
+SCORED = Column("Scored", "share", "of those chosen")
 CONTROLS = (Column("Shuffled", "0.1", "points"), Column("Random-init", "0.1", "points"))
 INTERVAL = Column("95 % interval", "interval", "points")
 ORDER = (Column("Spearman", "0.1", "points"), Column("AUROC", "0.1", "%"))

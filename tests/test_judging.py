@@ -19,6 +19,7 @@ from cratelm.interpretation.escape import prompt_strings
 from cratelm.interpretation.explain import explain_layer
 from cratelm.interpretation.judging import Jury, aggregate_judged, judge_set, judged, judged_key, judged_sets
 from cratelm.interpretation.llm_stages import CONSTANT_EXPLANATION, Task, failures
+from cratelm.interpretation.parts import merge
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.sample import chosen
 from cratelm.interpretation.schema import SetKey
@@ -160,3 +161,25 @@ def test_a_model_that_only_refuses_is_given_up_with_what_it_said(tmp_path: Path,
     run = make_explained(tmp_path / "run", rng, neurons=24)
     with pytest.raises(CrateError, match="I cannot"):
         apply(run, "detection", Judge(lambda *_: "I cannot."))
+
+
+def test_parts_judge_what_they_explained_and_merged_that_is_all(run: Path) -> None:
+    """One part explains and judges its share without the other's explanations; a lookup's are read by both."""
+    judge, key = Judge(always(1)), replace(KEY, explainer="a-model")
+    whole = Store.open(run).texts(KEY)
+    for number in (1, 2):
+        store = Store.create(run, number)
+        for one in (key, KEY):
+            task = Task(
+                store=store, key=one, records=read_records(run, 0), protocol=protocol(KEY.protocol),
+                chosen=chosen("all"), part=(number, 2),
+            )  # fmt: skip
+            if one is key:
+                explained = task.begin("explain", task.explainable, {})
+                explained.add({neuron: f"words {neuron}" for neuron in task.share})
+            jury = Jury(strings=strings(run), questions=Questions(seed=0), llm=judge)
+            asyncio.run(judge_set(replace(task, key=judged_key(one, "detection", "judge")), "detection", jury))
+    merged = merge(run)
+    assert (merged.whole, merged.missing) == (3, 0)
+    for one in (key, KEY):
+        assert sorted(judged(Store.open(run), judged_key(one, "detection", "judge"), "detection")) == sorted(whole)

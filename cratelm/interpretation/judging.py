@@ -83,7 +83,9 @@ async def judge_set(task: Task, scorer: str, jury: Jury) -> Tally:
         asked = task.neurons
     growing = task.begin(SCORERS[scorer].stage, asked, settings)
     part, parts = task.part
-    share = set(np.array_split(asked, parts)[part - 1].tolist())
+    # A part knows the explanations of its own share alone, so the share is one of the neurons that can be explained.
+    explained_here = set(asked.tolist()) & task.share if SCORERS[scorer].explained else None
+    share = set(np.array_split(asked, parts)[part - 1].tolist()) if explained_here is None else explained_here
 
     few = {}
     for neuron in sorted(share & set(growing.missing())):

@@ -147,7 +147,7 @@ def explanations_of(task: Task) -> dict[int, str]:
     """The explanations that a set is simulated from. In a part, those of other parts are there once they are merged."""
     key = task.key.explained
     if key.explainer == EXPLAINER:
-        return task.store.texts(key)
+        return Store.open(task.store.run).texts(key)
     with task.store.transaction() as connection:
         started = begun(connection, key, "explain")
     if task.store.part and started is not None and not task.key.control:

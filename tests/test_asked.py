@@ -286,3 +286,18 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     [key] = Store.open(run).scored()
     assert (key.explainer, key.simulator) == ("lookup", "all-at-once:random")
     assert len(Store.open(run).scores(key).neuron) == 2
+
+
+def test_calibration_has_excerpts_of_its_own_that_the_plan_counts(
+    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "1", "--calibrate", "linear"]
+    assert main([*command, "--dry-run"]) == 0
+    [planned] = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith("simulate ")]
+    assert main(command) == 0
+    assert len(questions(server)) == 1 + int(planned)
+    [key] = Store.open(run).scored()
+    assert key.simulator == "all-at-once+linear:rules"
+    scores = Store.open(run).scores(key)
+    assert scores.correlation[0] > 0.95
+    assert scores.r_squared[0] > 0.9, "the activations are not in the neuron's own units"

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cratelm.commands.asking import Spending
+from cratelm.interpretation.calibration import calibration_excerpts
 from cratelm.interpretation.estimate import COUNTED, Asked, estimated
 from cratelm.interpretation.explainer import Explainer
 from cratelm.interpretation.few_shot import few_shot_neurons
@@ -52,15 +53,18 @@ async def plan_explain(line: Line, task: Task, explainer: Explainer) -> None:
     await _add(line, task, explainer.llm, missing, ask)
 
 
-async def plan_simulate(line: Line, task: Task, simulator: Any, strings: Sequence[str]) -> None:
+async def plan_simulate(line: Line, task: Task, simulator: Any, strings: Sequence[str], *, calibrated: bool) -> None:
     """Add one set of simulations to a line. What is not explained yet is taken to get a sentence of usual length."""
     missing = _missing(line, task, "simulate")
-    scored = draw(task.records, task.protocol.score, "score")
+    parts = [draw(task.records, task.protocol.score, "score")]
+    parts += [calibration_excerpts(task.records, task.protocol)] if calibrated else []
     texts = _explained(task)
     sources = sources_of(task.key, np.array(sorted(texts), dtype=np.int64), task.records.num_neurons)
 
     async def ask(llm: LLM, neuron: int) -> None:
-        excerpts = [[strings[token] for token in excerpt.tokens.tolist()] for excerpt in scored.of(neuron)]
+        excerpts = [
+            [strings[token] for token in excerpt.tokens.tolist()] for part in parts for excerpt in part.of(neuron)
+        ]
         text = texts.get(sources.get(neuron, neuron)) or _usual()
         await replace(simulator, llm=llm, counts=Counter()).simulate(text, excerpts)
 

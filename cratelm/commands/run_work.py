@@ -119,8 +119,9 @@ class Work:
         if simulator is not None:
             for control in ("", *self.order.controls):
                 found.append(Line(f"simulate {control}".strip()))
+                strings = self.text(simulator.strings_mode)
                 for task in self.tasks([key for key in self.simulated_keys(simulator) if key.control == control]):
-                    await plan_simulate(found[-1], task, simulator, self.text(simulator.strings_mode))
+                    await plan_simulate(found[-1], task, simulator, strings, calibrated=bool(self._calibrate))
         if judges is not None:
             for scorer, key in judges.sets(self.explained_keys, self.order.controls):
                 if not found or found[-1].what != scorer:

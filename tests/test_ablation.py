@@ -1,19 +1,23 @@
 """Taking neurons out: the quick ways give what a forward pass with an edited code gives."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from autoencoders import write_sae
 from hugging_face import build
 from tiny import random_model, tiny_config
 
-from cratelm.activations.taps import edit
+from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
+from cratelm.sae.loading import load_sae
 from cratelm.steering.ablation import Ablation, held_out, mean_change
 from cratelm.steering.generate import all_logits
-from cratelm.steering.place import neuron_places
+from cratelm.steering.place import Coder, neuron_places
 
 COMPLETE = {"dictionary": "complete", "expansion": 1, "ista_steps": 1}
 MODELS: list[dict[str, Any]] = [
@@ -128,3 +132,50 @@ def test_the_beginnings_of_the_first_documents_are_read(rng: np.random.Generator
     assert len(held_out(tokens, bounds, model, None).tokens) == 71
     with pytest.raises(CrateError, match="1 tokens hold nothing to predict"):
         held_out(tokens[:1], np.array([0, 1]), model, None)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+@pytest.mark.parametrize(("architecture", "layer", "tap"), [
+    ("topk", 1, "neurons"), ("jumprelu", 0, "neurons"), ("gated", 1, "residual"),
+])  # fmt: skip
+def test_a_latent_is_taken_out_of_what_it_writes(
+    architecture: str, layer: int, tap: str, kind: Any, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = random_model(tiny_config(arch="crate"), rng)
+    write_sae(tmp_path / "sae", architecture, rng, d_in=64 if tap == "neurons" else 16, width=12)
+    sae = load_sae(tmp_path, tmp_path / "sae", tap=tap, layer=layer)
+    coder = Coder(
+        tap=sae.place(model), layer=layer, directions=sae.W_dec, encoder=sae.encode, decoder=sae.decode
+    )  # fmt: skip
+    text = text_of(rng, model)
+    found = Ablation(model, text, [layer], coders={layer: coder})
+    windows, seen = list(text.batches(1)), []
+    with torch.no_grad():
+        for _, inputs, _ in windows:
+            with capture(model, [coder.tap]) as values:
+                all_logits(model, inputs)
+            seen.append(sae.encode(values[coder.tap][0]))
+    mean = torch.cat(seen).double().mean(0)
+    loud = mean.argsort(descending=True)[:3].tolist()
+
+    def by_definition(out: list[int]) -> np.ndarray:
+        change = np.zeros(len(text.sizes))
+        for (first, inputs, targets), latent in zip(windows, seen, strict=True):
+            level = mean[out].float() if kind == "mean" else torch.zeros(len(out))
+            move = partial(torch.add, ((level - latent[:, out]) @ sae.W_dec[out])[None])
+            with torch.no_grad():
+                before = F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none")
+                with edit(model, {coder.tap: move}):
+                    after = F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none")
+            for offset, one in enumerate((after - before).tolist()):
+                change[np.searchsorted(text.documents, first + offset, side="right") - 1] += one
+        return change
+
+    wanted = np.stack([by_definition([one]) for one in loud])
+    assert abs(wanted).max() > 1e-3
+    for alone in (found.each(layer, loud, kind), found.each(layer, loud, kind, method="direct")):
+        np.testing.assert_allclose(alone, wanted, rtol=1e-3, atol=1e-4)
+    together = found.together([(layer, one) for one in loud], kind)
+    np.testing.assert_allclose(together, by_definition(loud), rtol=1e-3, atol=1e-4)
+    densities = (torch.cat(seen) > 0).double().mean(0).numpy()
+    np.testing.assert_allclose(found.densities[layer], densities)

@@ -280,7 +280,7 @@ def test_what_cannot_be_ablated_is_told_in_one_line(
 ) -> None:
     for more, said in (
         ((), "no neuron was named"), (("--neuron", "1/64"), "layer 1 has neurons 0 to 63"),
-        (("--neuron", "x"), "--neuron 'x' is not understood"), (("--layer", 2), "the model has no layer 2"),
+        (("--neuron", "x"), "--neuron 'x' is not understood"), (("--layer", 2), "there is no layer 2 with neurons"),
         (("--neuron", "1/2,1/3"), "Use --group"), (("--all", "--tokens", "few"), "--tokens is 'few'"),
     ):  # fmt: skip
         _, err = command("ablate", runs / "bare", "--data", data.path, *more, "--out", tmp_path / "out", code=2)
@@ -302,3 +302,33 @@ def test_a_hugging_face_model_is_steered_ablated_and_accounted_for(
     assert "residual stream" in out
     command("ablate", folder, "--data", data.path, "--tokens", 200, "--neuron", "1/9", "0/9", "--out", tmp_path / "out")
     assert len(read_ablation(tmp_path / "out")[1]) == 2
+
+
+def test_latents_are_ablated_like_neurons(runs: Path, data: TokenDirectory, tmp_path: Path, command: Run) -> None:
+    rng = np.random.default_rng(7)
+    write_run_sae(runs / "bare", "taken", "topk", rng, layer=1, d_in=64, width=20)
+    folder = runs / "bare" / "saes" / "taken"
+    words = ("ablate", runs / "bare", "--data", data.path, "--tokens", 200, "--sae", "taken")
+    out, _ = command(*words, "--layer", 1, "--group", "sae:1/3,sae:1/4", "--kind", "zero", "mean")
+    head, rows = read_ablation(folder)
+    assert len(head["sae_hash"]) == 64
+    assert len(rows) == 2 * (20 + 1)
+    assert max(abs(row.nats) for row in rows) > 1e-4
+    assert "sae:1/3 sae:1/4" in out
+    assert (folder / "ablation-zero.png").exists()
+    before = (folder / "ablation.jsonl").read_bytes()
+    command(*words, "--neuron", "sae:1/3")
+    assert (folder / "ablation.jsonl").read_bytes() == before
+    for more, said in (
+        (("--neuron", "sae:1/20"), "sae:1/20: layer 1 has latents of the --sae 0 to 19, not 20"),
+        (("--neuron", "sae:0/2"), "there is no layer 0 with latents of the --sae (found: 1)"),
+        (("--layer", 0), "there is no layer 0 with latents of the --sae (there is 1)"),
+        (("--neuron", "1/3"), "Write sae:1/3"),
+    ):
+        assert said in command(*words, *more, code=2)[1]
+    _, err = command(*words[:-2], "--neuron", "sae:1/3", code=2)
+    assert "names a latent of no autoencoder. Say which with --sae" in err
+    elsewhere = (*words[:-1], folder.rename(tmp_path / "elsewhere"), "--neuron", "sae:1/3")
+    assert "Name a folder for the result with --out" in command(*elsewhere, code=2)[1]
+    command(*elsewhere, "--out", tmp_path / "out")
+    assert [row.neurons for row in read_ablation(tmp_path / "out")[1]] == [("sae:1/3",)]

@@ -3,15 +3,17 @@
     cratelm ablate runs/crate-2l --data tokens --neuron 1/85 1/235
     cratelm ablate runs/crate-2l --data tokens --layer 1 --kind zero mean --tokens 20k
     cratelm ablate runs/crate-2l --data tokens --group 1/85,1/235
+    cratelm ablate runs/crate-2l --data tokens --sae topk-4x-layer1 --layer 1
 
 Each neuron is set to zero, or to its mean over the text, at every token. A positive change says that the model is worse
 without it. --layer and --all measure every neuron, one at a time: in the last layer without running the model again,
 since its logits are exact sums over neurons. The numbers go to ablation.json and ablation.jsonl in the run (or --out),
-a figure to `report`; stopped and run again, it goes on where it was.
+a figure to `report`; stopped and run again, it goes on where it was. With --sae the latents of an autoencoder are taken
+out in the same way, its error kept (sae:1/85, --layer, --all); their numbers go to its folder in the run.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from cratelm.data.tokens import TokenDirectory
     from cratelm.steering.ablation import Ablation
     from cratelm.steering.ablation_file import AblationFile, AblationRow
+    from cratelm.steering.place import SparseCoder
 
 Kind = Literal["zero", "mean"]
 Task = tuple[tuple[tuple[int, int], ...], Kind]
@@ -53,6 +56,8 @@ class Options:
     """Zero-based layers whose neurons to take out, all of them, one at a time."""
     all: bool = False
     """The same for every layer."""
+    sae: Path | None = None
+    """Sparse autoencoder whose latents to take out: a name in the run, or a folder that sae-lens wrote."""
     kind: tuple[Kind, ...] = ("zero",)
     """zero, mean, or both."""
     tokens: str = "20k"
@@ -83,63 +88,97 @@ def run(options: Options) -> None:
     if not options.kind:
         raise CrateError("--kind names nothing. Give zero, mean or both")
     chosen = choose(options.run, options.device, hashed=True)
-    folder = options.out or chosen.run
-    if folder is None:
-        raise CrateError(f"{options.run} is a model and no run. Name a folder for the result with --out")
-    tasks = tasks_of(options, chosen)
+    folder, own, coders, tap = _places(options, chosen)
+    tasks = tasks_of(options, chosen, coders)
     data = open_tokens(options.data, options.tokenizer, chosen.tokenizer, options.run)
     tokens = data.tokens(options.split)
     _check_vocabulary(data, chosen, options)
     text = held_out(tokens, data.documents(options.split), chosen.model, limit)
     console = Console(highlight=False, markup=False, emoji=False)
     with claim(folder):
-        ablation = Ablation(chosen.model, text, sorted({layer for neurons, _ in tasks for layer, _ in neurons}))
+        layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})
+        ablation = Ablation(chosen.model, text, layers, coders=coders)
         plain, error = mean_change(_by_document(ablation), text.sizes)
         settings = {
             "model_hash": chosen.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
-            "read": options.tokens, "tokens": len(text.tokens), "documents": len(text.sizes), "context": text.context,
+            "read": options.tokens, "tokens": len(text.tokens), "documents": len(text.sizes),
+            "context": text.context, **own,
         }  # fmt: skip
         loss = {"nats_per_token": float(plain), "standard_error": _finite(float(error))}
         file = AblationFile(folder)
         done = file.open(settings, {"run": chosen.name, "plain": loss, "origin": origin()})
-        _measure(ablation, file, [task for task in tasks if _key(task) not in done])
-    wanted = {_key(task) for task in tasks}
-    _report(console, chosen, folder, [row for row in file.rows() if row.key in wanted], loss, settings, options)
+        _measure(ablation, file, [task for task in tasks if _key(task, coders) not in done])
+    wanted = {_key(task, coders) for task in tasks}
+    _report(console, chosen, folder, tap, [row for row in file.rows() if row.key in wanted], loss, settings, options)
 
 
-def tasks_of(options: Options, chosen: "Chosen") -> list[Task]:
-    """Everything to measure, each thing once: groups and named neurons first, then whole layers."""
+def _places(options: Options, chosen: "Chosen") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
+    """Where the numbers go, what the file says of the autoencoder, the autoencoder by layer, and the records' tap."""
+    if options.sae is None:
+        if (folder := options.out or chosen.run) is None:
+            raise CrateError(f"{options.run} is a model and no run. Name a folder for the result with --out")
+        return folder, {}, {}, "neurons"
+    from cratelm.commands.coders import open_coder
+    from cratelm.sae.loading import find_sae, load_sae, saes_folder
+
+    coder, tap = open_coder(chosen, options.sae)
+    found = find_sae(chosen.run or Path("."), options.sae)
+    inside = chosen.run is not None and found.parent.resolve() == saes_folder(chosen.run).resolve()
+    if options.out is None and not inside:
+        raise CrateError(f"{options.sae} is no autoencoder of a run. Name a folder for the result with --out")
+    own = {"sae_hash": load_sae(chosen.run or Path("."), options.sae).sae_hash}
+    return options.out or found, own, {coder.layer: coder}, tap
+
+
+def tasks_of(options: Options, chosen: "Chosen", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
+    """Everything to measure, each thing once: groups and named neurons first, then whole layers.
+
+    Of latents where there are `coders`.
+    """
     from cratelm.steering.changes import Change, check_indices
     from cratelm.steering.place import neuron_places
 
     sizes = {layer: place.neurons for layer, place in neuron_places(chosen.model).items()}
-    groups = [_neurons(text, "--group") for text in options.group]
+    if coders:
+        sizes = {layer: len(coder.directions) for layer, coder in coders.items()}
+    what, latent = ("latents of the --sae", True) if coders else ("neurons", False)
+    groups = [_neurons(text, "--group", latent) for text in options.group]
     for text in options.neuron:
-        if len(found := _neurons(text, "--neuron")) > 1:
+        if len(found := _neurons(text, "--neuron", latent)) > 1:
             raise CrateError(f"--neuron {text!r} names several. Use --group to take them out together")
         groups.append(found)
     if missing := [layer for layer in options.layer if layer not in sizes]:
-        raise CrateError(f"the model has no layer {missing[0]} (there are 0 to {max(sizes)}). Give another --layer")
+        there = f"there are {min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"there is {min(sizes)}"
+        raise CrateError(f"there is no layer {missing[0]} with {what} ({there}). Give another --layer")
     for layer in sorted(sizes) if options.all else options.layer:
         groups += [((layer, neuron),) for neuron in range(sizes[layer])]
-    asked = [Change(layer=layer, index=neuron, how="silence") for group in groups for layer, neuron in group]
-    check_indices(asked, sizes)
+    asked = [
+        Change(layer=layer, index=neuron, how="silence", latent=latent) for group in groups for layer, neuron in group
+    ]
+    check_indices(asked, sizes, what)
     return list(dict.fromkeys((group, kind) for kind in options.kind for group in groups))
 
 
-def _neurons(text: str, flag: str) -> tuple[tuple[int, int], ...]:
+def _neurons(text: str, flag: str, latent: bool) -> tuple[tuple[int, int], ...]:
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)/(\d+)\s*", part)
+        match = re.fullmatch(r"\s*(?:sae:)?(\d+)/(\d+)\s*", part)
+        if match is not None and ("sae:" in part) != latent:
+            raise CrateError(
+                f"{flag} {text!r} names a neuron, and with --sae latents are taken out. Write sae:{part.strip()}"
+                if latent else f"{flag} {text!r} names a latent of no autoencoder. Say which with --sae"
+            )  # fmt: skip
         if match is None:
             raise CrateError(f"{flag} {text!r} is not understood. Write LAYER/NEURON, as in 1/85 (a group: 1/85,1/235)")
         found.append((int(match[1]), int(match[2])))
     return tuple(sorted(set(found)))
 
 
-def _key(task: Task) -> tuple[tuple[str, ...], str]:
+def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ...], str]:
+    from cratelm.steering.changes import SAE
+
     neurons, kind = task
-    return tuple(f"{layer}/{neuron}" for layer, neuron in neurons), kind
+    return tuple(f"{SAE if layer in coders else ''}{layer}/{neuron}" for layer, neuron in neurons), kind
 
 
 def _check_vocabulary(data: "TokenDirectory", chosen: "Chosen", options: Options) -> None:
@@ -171,7 +210,7 @@ def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) 
                 singles.setdefault((neurons[0][0], kind), []).append(neurons[0][1])
                 continue
             nats, error = mean_change(ablation.together(neurons, kind), ablation.text.sizes)
-            names = tuple(f"{layer}/{neuron}" for layer, neuron in neurons)
+            names, _ = _key((neurons, kind), ablation.coders)
             file.append(
                 AblationRow(
                     neurons=names, kind=kind, nats=float(nats), standard_error=_finite(float(error)), density=None
@@ -185,8 +224,8 @@ def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) 
                 for at, neuron in enumerate(some):
                     file.append(
                         AblationRow(
-                            neurons=(f"{layer}/{neuron}",), kind=kind, nats=float(nats[at]),
-                            standard_error=_finite(float(error[at])),
+                            neurons=_key((((layer, neuron),), kind), ablation.coders)[0], kind=kind,
+                            nats=float(nats[at]), standard_error=_finite(float(error[at])),
                             density=float(ablation.densities[layer][neuron]),
                         )
                     )  # fmt: skip
@@ -198,7 +237,7 @@ def _finite(number: float) -> float | None:
 
 
 def _report(
-    console: "Console", chosen: "Chosen", folder: Path, rows: list["AblationRow"], loss: dict[str, Any],
+    console: "Console", chosen: "Chosen", folder: Path, tap: str, rows: list["AblationRow"], loss: dict[str, Any],
     settings: dict[str, Any], options: Options,
 ) -> None:  # fmt: skip
     from cratelm.steering.ablation_file import strongest_first
@@ -219,7 +258,7 @@ def _report(
                 f"{len(of_kind)} in all: the loss rises without {worse} of them; for {sum(certain)} the change is more "
                 "than two standard errors"
             )
-    _draw(console, chosen, rows, (options.out or folder / "report"))
+    _draw(console, chosen, tap, rows, options.out or (folder if options.sae else folder / "report"))
     console.print(f"{folder / 'ablation.json'}, ablation.jsonl")
 
 
@@ -242,7 +281,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> Any:
     return table
 
 
-def _draw(console: "Console", chosen: "Chosen", rows: Sequence["AblationRow"], out: Path) -> None:
+def _draw(console: "Console", chosen: "Chosen", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
     """A figure for each kind of which single neurons were measured."""
     from cratelm.report.plots import write_figures
     from cratelm.report.steering_plots import ablation_figure
@@ -251,28 +290,27 @@ def _draw(console: "Console", chosen: "Chosen", rows: Sequence["AblationRow"], o
         single = [row for row in rows if row.kind == kind and row.density is not None]
         if len(single) < SHOWN:
             continue
-        scores = _scores(chosen, single)
-        title = f"{chosen.name}: loss without a neuron ({kind}), {len(single)} neurons"
+        scores, what = _scores(chosen, tap, single), "neuron" if tap == "neurons" else "latent"
+        title = f"{chosen.name}: loss without a {what} ({kind}), {len(single)} {what}s"
         figure = ablation_figure([row.nats for row in single], [row.density or 0.0 for row in single], scores, title)
         if figure is not None:
             write_figures({f"ablation-{kind}": figure}, out)
             console.print(f"\n{out / f'ablation-{kind}.svg'}, ablation-{kind}.png")
 
 
-def _scores(chosen: "Chosen", rows: Sequence["AblationRow"]) -> list[float | None]:
+def _scores(chosen: "Chosen", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
     """The score of each neuron where the run has one."""
     from cratelm.interpretation.store import Store
     from cratelm.report.neuron_table import open_table
 
-    layers = {int(row.neurons[0].split("/")[0]) for row in rows}
+    places = [tuple(map(int, row.neurons[0].removeprefix("sae:").split("/"))) for row in rows]
     found: dict[int, Any] = {}
     if chosen.run is not None and Store(chosen.run).path.exists():
-        for layer in layers:
-            if chosen.records(layer) is not None:
-                found[layer] = open_table(chosen.run, layer).scores
+        for layer in {layer for layer, _ in places}:
+            if chosen.records(layer, tap) is not None:
+                found[layer] = open_table(chosen.run, layer, tap=tap).scores
     scores = []
-    for row in rows:
-        layer, neuron = map(int, row.neurons[0].split("/"))
+    for layer, neuron in places:
         own = found.get(layer)
         value = None if own is None else float(own.correlation[neuron])
         scores.append(None if value is None or value != value else value)

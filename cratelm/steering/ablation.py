@@ -11,10 +11,13 @@ A neuron is set to zero, or to its mean over the text, at every token. Three way
     with U and W the head's product with x and d_j, and delta the change of the activation.
 
 With `zero`, tokens (exact) and windows (the others) where the neuron is silent are left out: nothing changes there.
+
+A latent of a sparse autoencoder is taken out likewise, its error kept: the activation moves by (level - f_j) d_j, the
+other latents stay as they are. Where it codes the neurons, what it writes is linear too, and the quick ways serve.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,13 +26,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int, Integer
 from torch import Tensor, nn
 
-from cratelm.activations.taps import capture, edit
+from cratelm.activations.taps import Edit, capture, edit
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.loss import token_losses
 from cratelm.steering.exit import Exit, find_exit
 from cratelm.steering.generate import all_logits, check_finite, context_length, unwrapped
-from cratelm.steering.place import Place, neuron_places
+from cratelm.steering.place import Place, SparseCoder, check_coder, neuron_places
 
 Kind = Literal["zero", "mean"]
 Method = Literal["auto", "direct"]
@@ -103,6 +106,8 @@ class Ablation:
     text: HeldOut
     layers: Sequence[int]
     """Whose neurons will be taken out."""
+    coders: Mapping[int, SparseCoder] = field(default_factory=dict)
+    """Layer -> the sparse autoencoder there, whose latents are then meant in the place of the neurons."""
     places: Mapping[int, Place] = field(init=False)
     exit: Exit | None = field(init=False)
     """None where logits are no sum over neurons."""
@@ -115,7 +120,11 @@ class Ablation:
 
     def __post_init__(self) -> None:
         self.model = unwrapped(self.model)
-        self.places = neuron_places(self.model)
+        neurons = neuron_places(self.model)
+        self.places = dict(neurons)
+        for layer, coder in self.coders.items():
+            check_coder(self.model, coder)
+            self.places[layer] = _latent_place(neurons.get(layer), coder)
         try:
             self.exit = find_exit(self.model)
         except CrateError:
@@ -137,7 +146,7 @@ class Ablation:
             with capture(self.model, taps.values()) as codes:
                 losses.append(self._losses(inputs, targets).flatten())
             for layer, tap in taps.items():
-                code = codes[tap].flatten(0, -2)
+                code = self._code(layer, codes[tap].flatten(0, -2))
                 sums[layer] = sums.get(layer, 0) + code.double().sum(0)
                 fires[layer] = fires.get(layer, 0) + (code > 0).double().sum(0)
         self.plain = torch.cat(losses).double().cpu().numpy()
@@ -167,14 +176,15 @@ class Ablation:
         level = torch.zeros(len(index), dtype=torch.float64, device=self.device)
         if kind == "mean":
             level = self.means[layer][index]
-        exact = method == "auto" and self.exit is not None and layer == self.exit.place.layer
-        resumed = method == "auto" and not exact and isinstance(self.model, LanguageModel)
+        quick = method == "auto" and (layer not in self.coders or bool(place.written))
+        exact = quick and self.exit is not None and layer == self.exit.place.layer
+        resumed = quick and not exact and isinstance(self.model, LanguageModel)
         block = self.exit.block if exact and self.exit is not None else f"blocks.{layer}"
         total = np.zeros((len(index), len(self.text.sizes)))
         for first, inputs, targets in self._batches():
             with capture(self.model, [place.tap, *([block] if exact or resumed else [])]) as seen:
                 self._features(inputs)
-            code = seen[place.tap].reshape(*inputs.shape, -1)[..., index]
+            code = self._code(layer, seen[place.tap].reshape(*inputs.shape, -1))[..., index]
             delta = code - level.to(code)
             if exact:
                 change = self._exactly(seen[block].flatten(0, 1), delta.flatten(0, 1), targets.flatten(), index)
@@ -199,7 +209,7 @@ class Ablation:
     ) -> Float[Tensor, "neurons tokens"]:  # fmt: skip
         way = self.exit
         assert way is not None
-        cx, cd = way.centred(x), way.centred(way.place.directions[index].to(x))
+        cx, cd = way.centred(x), way.centred(self.places[way.place.layer].directions[index].to(x))
         variance, own = cx.square().mean(1) + way.epsilon, cd.square().mean(1)
         shared = cx @ cd.T / x.shape[1]
         whole, part = (cx * way.gain) @ way.head.T, (cd * way.gain) @ way.head.T
@@ -229,14 +239,35 @@ class Ablation:
         for pairs in (delta != 0).any(1).T.nonzero().split(ROWS_AT_ONCE):
             neuron, row = pairs.unbind(1)
             if x is None:
-                edited = _column_edit(place.tap, index[neuron], level[neuron])
-                with edit(self.model, edited):
+                with edit(self.model, {place.tap: self._one_edit(place.layer, index[neuron], level[neuron])}):
                     losses = self._losses(inputs[row], targets[row])
             else:
                 move = delta[row, :, neuron][..., None] * place.directions[index[neuron]][:, None].to(x)
                 losses = self._later(place.layer, x[row] - move, targets[row])
             change[neuron, row] = losses - plain[row]
         return change
+
+    def _code(self, layer: int, value: Tensor) -> Tensor:
+        """The activations of what is taken out, from what its tap gives."""
+        return self.coders[layer].encode(value).to(value) if layer in self.coders else value
+
+    def _one_edit(self, layer: int, neuron: Tensor, level: Tensor) -> Edit:
+        return self._edit(layer, lambda code: _put_one(code, neuron, level))
+
+    def _group_edit(self, layer: int, index: Tensor, level: Tensor) -> Edit:
+        return self._edit(layer, lambda code: _put_all(code, index, level))
+
+    def _edit(self, layer: int, change: Edit) -> Edit:
+        """A change of a code as a change of what the tap gives."""
+        if layer not in self.coders:
+            return change
+        coder = self.coders[layer]
+
+        def through(x: Tensor) -> Tensor:
+            latents = coder.encode(x)
+            return x + (coder.decode(change(latents)) - coder.decode(latents)).to(x)
+
+        return through
 
     def _later(self, layer: int, x: Float[Tensor, "rows seq d_model"], targets: Tensor) -> Float[Tensor, "rows seq"]:
         model: Any = self.model
@@ -253,7 +284,7 @@ class Ablation:
         for layer in {layer for layer, _ in neurons}:
             index = torch.tensor([neuron for where, neuron in neurons if where == layer], device=self.device)
             level = torch.zeros(len(index), device=self.device) if kind == "zero" else self.means[layer][index]
-            edits[self.places[layer].tap] = _group_edit(index, level)
+            edits[self.places[layer].tap] = self._group_edit(layer, index, level)
         total = np.zeros(len(self.text.sizes))
         for first, inputs, targets in self._batches():
             with edit(self.model, edits):
@@ -283,21 +314,22 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def _column_edit(tap: str, neuron: Tensor, level: Tensor) -> dict[str, Any]:
+def _latent_place(neurons: Place | None, coder: SparseCoder) -> Place:
+    """The latents as what writes; `written` stays empty where what they write reaches the stream by no linear map."""
+    if neurons is not None and coder.tap == neurons.tap:
+        directions = coder.directions @ neurons.directions.to(coder.directions)
+        return replace(neurons, directions=directions)
+    return Place(layer=coder.layer, tap=coder.tap, written="", directions=coder.directions)
+
+
+def _put_one(code: Tensor, neuron: Tensor, level: Tensor) -> Tensor:
     """Another neuron of each row at its level."""
-
-    def change(code: Tensor) -> Tensor:
-        new = code.clone().unflatten(0, (len(neuron), -1)) if code.ndim == 2 else code.clone()
-        new[torch.arange(len(neuron)), :, neuron] = level.to(new)[:, None]
-        return new.view_as(code)
-
-    return {tap: change}
+    new = code.clone().unflatten(0, (len(neuron), -1)) if code.ndim == 2 else code.clone()
+    new[torch.arange(len(neuron)), :, neuron] = level.to(new)[:, None]
+    return new.view_as(code)
 
 
-def _group_edit(index: Tensor, level: Tensor) -> Any:
-    def change(code: Tensor) -> Tensor:
-        new = code.clone()
-        new[..., index] = level.to(new)
-        return new
-
-    return change
+def _put_all(code: Tensor, index: Tensor, level: Tensor) -> Tensor:
+    new = code.clone()
+    new[..., index] = level.to(new)
+    return new

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -38,6 +39,14 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder. Name one with CRATELM_TEST_DATA")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def gradients_again() -> Generator[None]:
+    """Commands turn gradients off for their process, which here is that of the tests that follow, too."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_grad_enabled(True)
 
 
 @pytest.fixture

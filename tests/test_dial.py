@@ -128,7 +128,7 @@ def test_the_command_measures_point_by_point_and_goes_on(
     runs: tuple[list[Path], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, data = runs
-    arguments = ["dial", *map(str, found), "--data", str(data), "--device", "cpu", "--tokens", "300", "--no-lookup"]
+    arguments = ["dial", *map(str, found), "--data", str(data), "--device", "cpu", "--tokens", "300", "--loss-only"]
     turned = ["--penalty", "1", "4", "--step-size", "--steps", "1", "--threshold", "0", "1"]
     real = command._point
     calls: list[Any] = []

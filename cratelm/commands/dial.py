@@ -46,7 +46,7 @@ class Options:
     """Thresholds on the activations, in units of their root mean square."""
     tokens: str = "64k"
     """Held-out tokens for the loss."""
-    no_lookup: bool = False
+    loss_only: bool = False
     """Leave out the lookup scores, which take most of the time."""
     out: Path | None = None
     """Folder of tables and figures; left out, `report` in the folder that holds the runs, or in a single run."""
@@ -103,10 +103,10 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
     count = min(read_count(options.tokens) or len(held_out), len(held_out))
     identity = {
         "model_hash": weights_hash(model), "data_hash": data.splits["val"].sha256, "tokens": count,
-        "lookup": not options.no_lookup,
+        "lookup": not options.loss_only,
     }  # fmt: skip
     points = _measured(folder, identity)
-    measure = None if options.no_lookup else lookup(data)
+    measure = None if options.loss_only else lookup(data)
     with claim(folder), progress_bar(f"dial {folder.name}", total=len(settings), unit="points") as bar:
         for dial, setting in settings:
             if not any(_same(point, dial, setting) for point in points):

@@ -56,8 +56,6 @@ class Chosen:
 
 def choose(source: Path, device: DeviceName, *, hashed: bool = False) -> Chosen:
     """Open the model of a run or a model; one without a tokenizer is refused."""
-    import torch
-
     from cratelm.activations.foreign import load_foreign
     from cratelm.data.tokenizer import token_strings
     from cratelm.model.weights import load, weights_hash
@@ -76,9 +74,9 @@ def choose(source: Path, device: DeviceName, *, hashed: bool = False) -> Chosen:
         model, tokenizer, digest = foreign.model, foreign.tokenizer, foreign.model_hash
     if tokenizer is None:
         raise CrateError(f"{source} holds no tokenizer.json. Put the model's tokenizer beside its weights")
-    torch.set_grad_enabled(False)
     return Chosen(
-        model=model.to(select_device(device)), tokenizer=tokenizer, strings=token_strings(tokenizer),
+        model=model.requires_grad_(False).to(select_device(device)), tokenizer=tokenizer,
+        strings=token_strings(tokenizer),
         run=source if is_run else None, name=str(description.get("name") or source.name), model_hash=digest,
     )  # fmt: skip
 

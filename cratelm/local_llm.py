@@ -19,6 +19,7 @@ import torch
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.prompts import without_system
 from cratelm.runtime import DeviceName, console, select_device
 from cratelm.shared_prefix.generation import Request, generate
 from cratelm.shared_prefix.reader import Reader
@@ -100,7 +101,7 @@ class LocalLLM:
         """Answer a chat. The schema of an answer cannot be enforced here: whoever asks checks what comes."""
         if self.tokenizer.chat_template is None:
             raise LLMError(f"{self.name} has no chat template, so it cannot be asked. Use an instruction-tuned model")
-        text = self._templated([{"role": message.role, "content": message.text} for message in messages])
+        text = self._templated(messages)
         tokens = tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         self._check_length(len(tokens), sampling.max_tokens)
         request = Request(tokens=tokens, sampling=sampling, ends=self._ends)
@@ -110,16 +111,21 @@ class LocalLLM:
             prompt_tokens=len(tokens), new_tokens=len(answer.tokens),
         )  # fmt: skip
 
-    def _templated(self, turns: list[dict[str, str]]) -> str:
-        """The chat as the model was trained to read it; where it knows no system turn, that goes before the first."""
+    def _templated(self, messages: Sequence[Message]) -> str:
+        """The chat as the model was trained to read it; where it knows no system turn, that goes before the first.
+
+        Some templates raise where there is one, others leave it out without a word.
+        """
+        merged = without_system(messages)
+        turns = [{"role": message.role, "content": message.text} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like
-            if turns[0]["role"] != "system" or len(turns) < 2:
+            if len(merged) == len(messages):
                 raise LLMError(f"the chat template of {self.name} refuses this chat ({error})") from None
-            merged = {"role": turns[1]["role"], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-            return self._templated([merged, *turns[2:]])
-        return text
+            return self._templated(merged)
+        left_out = len(merged) < len(messages) and messages[0].text.strip() not in text
+        return self._templated(merged) if left_out else text
 
     @cached_property
     def _ends(self) -> frozenset[int]:

@@ -22,10 +22,15 @@ def best_rule(messages: list[Message]) -> str:
 
 
 class RuleServer(Server):
-    """Serves `rules`. With `probabilities=False` it ignores `prompt_logprobs`, as many servers do."""
+    """Serves `rules`. With `probabilities=False` it ignores `prompt_logprobs`, as many servers do.
 
-    def __init__(self, *, probabilities: bool = True, context: int = 8192, ten: bool = True) -> None:
-        self.follower, self.probabilities = RuleFollower(ten=ten), probabilities
+    With `system=False` its chat template knows no turn of the system, and refuses a chat that has one.
+    """
+
+    def __init__(
+        self, *, probabilities: bool = True, context: int = 8192, ten: bool = True, system: bool = True
+    ) -> None:
+        self.follower, self.probabilities, self.system = RuleFollower(ten=ten), probabilities, system
         super().__init__(self.answer, served=[{"id": "rules", "max_model_len": context}])
 
     def answer(self, path: str, body: Body) -> Answer:
@@ -34,6 +39,8 @@ class RuleServer(Server):
         if path == "/v1/completions":
             return self.complete(body)
         messages = [Message(one["role"], one["content"]) for one in body["messages"]]
+        if not self.system and messages[0].role == "system":
+            return refusal("System role not supported", 400)
         tokens = sum(self.follower.count(message.text) for message in messages)
         if "Explanation of neuron" in messages[-1].text:
             return Answer(completion(f" {best_rule(messages)}.", prompt_tokens=tokens, new_tokens=8))

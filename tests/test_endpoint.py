@@ -259,6 +259,14 @@ def test_what_a_server_does_not_know_is_left_out() -> None:
         assert run(twice, server.url) == ["Be brief.\n\nWhy?"] * 2
         assert len(server.asked) == 5
 
+    async def at_once(endpoint: Endpoint) -> list[str]:
+        turns = [Message("system", "Be brief."), Message("user", "Why?")]
+        sampling = Sampling(max_tokens=5, schema={"type": "object"})
+        return [one.text for one in await asyncio.gather(*(endpoint.chat(turns, sampling) for _ in range(8)))]
+
+    with Server(answer) as server:  # each is refused before any has learnt anything
+        assert run(at_once, server.url) == ["Be brief.\n\nWhy?"] * 8
+
 
 def test_what_is_sent_and_what_comes_back() -> None:
     body = completion("ja", finish="length", prompt_tokens=7, new_tokens=5)

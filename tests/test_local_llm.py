@@ -212,12 +212,18 @@ def test_drawing_follows_temperature_and_top_p(rng: np.random.Generator) -> None
 
 def test_a_template_without_a_system_turn_gets_it_before_the_first(rng: np.random.Generator) -> None:
     llm = make_llm(rng)
-    llm.tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
-    )
-    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    assert llm._templated(turns) == "[user] S\n\nU "
+    turns, each = [Message("system", " Say S. "), Message("user", "U")], "[{{ m['role'] }}] {{ m['content'] | trim }} "
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    for template, text in (
+        (f"{refuses}{{% for m in messages %}}{each}{{% endfor %}}", "[user] Say S. \n\nU "),
+        (f"{{% for m in messages if m['role'] != 'system' %}}{each}{{% endfor %}}", "[user] Say S. \n\nU "),
+        (f"{{% for m in messages %}}{each}{{% endfor %}}", "[system] Say S. [user] U "),
+    ):
+        llm.tokenizer.chat_template = template
+        assert llm._templated(turns) == text
+    llm.tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+    with pytest.raises(LLMError, match="refuses this chat .no chats"):
+        llm._templated(turns)
 
 
 def test_what_cannot_be_done_is_said_in_one_line(rng: np.random.Generator, tmp_path: Path) -> None:

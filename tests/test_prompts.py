@@ -10,7 +10,7 @@ from cratelm.activations.records import Excerpt, Mode
 from cratelm.interpretation.answers import explanation_of
 from cratelm.interpretation.escape import escaped, prompt_strings
 from cratelm.interpretation.few_shot import FewShotRecord, few_shot_neurons
-from cratelm.interpretation.llm import LLMError, Reply
+from cratelm.interpretation.llm import LLMError, Message, Reply
 from cratelm.interpretation.prompts import (
     RELEASED_CONTEXT,
     TURN,
@@ -18,6 +18,7 @@ from cratelm.interpretation.prompts import (
     PromptTooLong,
     explainer_prompt,
     shown,
+    without_system,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,10 +42,8 @@ def words(text: str) -> int:
     return 2 * len(text.splitlines())
 
 
-def prompt(context: int | None = None, mode: Mode = "fixed", *, system_role: bool = True) -> ExplainerPrompt:
-    return explainer_prompt(
-        records(mode), count=words, context=context, max_tokens=60, mode=mode, system_role=system_role
-    )
+def prompt(context: int | None = None, mode: Mode = "fixed") -> ExplainerPrompt:
+    return explainer_prompt(records(mode), count=words, context=context, max_tokens=60, mode=mode)
 
 
 def written(found: ExplainerPrompt) -> str:
@@ -106,9 +105,12 @@ def test_compat_keeps_to_the_released_length_and_has_no_system_turn() -> None:
 
 
 def test_a_model_without_a_system_role_reads_the_same_words() -> None:
-    with_role, without = prompt(), prompt(system_role=False)
-    assert without.messages[0].text == f"{with_role.messages[0].text}\n\n{with_role.messages[1].text}"
-    assert without.messages[1:] == with_role.messages[2:]
+    whole = prompt().messages
+    first, *rest = without_system(whole)
+    assert first == Message("user", f"{whole[0].text}\n\n{whole[1].text}")
+    assert tuple(rest) == whole[2:]
+    assert without_system((first, *rest)) == (first, *rest)
+    assert without_system(whole[:1]) == whole[:1]
 
 
 @pytest.mark.parametrize(("token", "seen"), [

@@ -78,7 +78,7 @@ def run(options: Options) -> None:
         from cratelm.commands.asked import Order, ask
 
         order = Order.of(options, stages=("explain", "simulate", "score"))
-        if options.explaining.explainer == "lookup" and not options.spending.dry_run:
+        if order.explains_by_lookup and not options.spending.dry_run:
             for one in check_runs(options):
                 with claim(one):
                     explain_run(one, options)

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from cratelm.commands.asking import Explaining, Simulating, Spending
+from cratelm.commands.language_models import explains
 from cratelm.commands.selection import Selection
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainer import ExplainerSettings, explainer_settings
@@ -44,6 +45,11 @@ class Order:
             simulating=getattr(options, "simulating", None), controls=tuple(getattr(options, "controls", ())),
             scorers=scorers, encoder=getattr(options, "encoder", ""),
         )  # fmt: skip
+
+    @property
+    def explains_by_lookup(self) -> bool:
+        """Whether explanations are to be made by lookup here; parts, side by side, take those of the run."""
+        return "explain" in self.stages and not explains(self.explaining) and not self.spending.part
 
     @cached_property
     def chosen(self) -> Chosen:

@@ -1,7 +1,8 @@
 """The plan that is printed before a language model is asked: what is there, what is missing, what that costs."""
 
+import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,15 @@ from cratelm.interpretation.calibration import calibration_excerpts
 from cratelm.interpretation.estimate import COUNTED, Asked, estimated
 from cratelm.interpretation.explainer import Explainer
 from cratelm.interpretation.few_shot import few_shot_neurons
-from cratelm.interpretation.growing import GrowingSet
+from cratelm.interpretation.growing import GrowingSet, begun
 from cratelm.interpretation.judging import Jury
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.llm_stages import Task, sources_of
+from cratelm.interpretation.prompts import ExplainerPrompt
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.schema import Stage
 from cratelm.interpretation.scorers import SCORERS, judge
+from cratelm.interpretation.store import identity
 from cratelm.runtime import human
 
 
@@ -34,6 +37,8 @@ class Line:
     """Those of them that are done."""
     exact: bool = True
     """Whether every prompt was counted."""
+    dropped: int = 0
+    """Records of solved neurons that one of its prompts leaves out, because the context is short; the most."""
     asked: Asked = None  # type: ignore[assignment]
     """What is missing would cost."""
 
@@ -43,21 +48,28 @@ class Line:
 
 async def plan_explain(line: Line, task: Task, explainer: Explainer) -> None:
     """Add one set of explanations to a line."""
-    missing = _missing(line, task, "explain")
+    missing = _missing(line, task, "explain", told=explainer.settings.told(explainer.llm, task.key.sample))
 
     async def ask(llm: LLM, neuron: int) -> None:
         counting = replace(explainer, llm=llm)
         for _, prompt in counting.prompts(task.records, task.protocol, [neuron]):
+            if isinstance(prompt, ExplainerPrompt):
+                line.dropped = max(line.dropped, prompt.dropped)
             await counting.explain(prompt, task.key.sample)
 
     await _add(line, task, explainer.llm, missing, ask)
 
 
-async def plan_simulate(line: Line, task: Task, simulator: Any, strings: Sequence[str], *, calibrated: bool) -> None:
-    """Add one set of simulations to a line. What is not explained yet is taken to get a sentence of usual length."""
-    missing = _missing(line, task, "simulate")
+async def plan_simulate(
+    line: Line, task: Task, simulator: Any, strings: Sequence[str], told: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Add one set of simulations to a line. What is not explained yet is taken to get a sentence of usual length.
+
+    `told`: the settings of the set, as far as they are known before its neurons are explained.
+    """
+    missing = _missing(line, task, "simulate", told={**simulator.told(), **told})
     parts = [draw(task.records, task.protocol.score, "score")]
-    parts += [calibration_excerpts(task.records, task.protocol)] if calibrated else []
+    parts += [calibration_excerpts(task.records, task.protocol)] if told["calibrate"] else []
     texts = _explained(task)
     sources = sources_of(task.key, np.array(sorted(texts), dtype=np.int64), task.records.num_neurons)
 
@@ -66,7 +78,11 @@ async def plan_simulate(line: Line, task: Task, simulator: Any, strings: Sequenc
             [strings[token] for token in excerpt.tokens.tolist()] for part in parts for excerpt in part.of(neuron)
         ]
         text = texts.get(sources.get(neuron, neuron)) or _usual()
-        await replace(simulator, llm=llm, counts=Counter()).simulate(text, excerpts)
+        counts = Counter[str]()
+        try:
+            await replace(simulator, llm=llm, counts=counts).simulate(text, excerpts)
+        finally:
+            line.dropped = max(line.dropped, counts["left out"])
 
     await _add(line, task, simulator.llm, missing, ask)
 
@@ -95,16 +111,31 @@ def _usual() -> str:
 
 
 def _missing(
-    line: Line, task: Task, stage: Stage, wanted: Int64[np.ndarray, " neurons"] | None = None
+    line: Line, task: Task, stage: Stage, wanted: Int64[np.ndarray, " neurons"] | None = None, *,
+    told: Mapping[str, Any] | None = None,
 ) -> list[int]:  # fmt: skip
-    """The neurons that have no row yet; counts them and those that have one."""
+    """The neurons that have no row yet, or one of other settings; counts them and those that have one."""
     wanted = task.explainable if wanted is None else wanted
     missing = set(wanted.tolist())
-    if task.store.path.exists():
+    if task.store.path.exists() and not _is_of_others(task, stage, told or {}):
         missing = set(GrowingSet(store=task.store, key=task.key, stage=stage, neurons=wanted).missing())
     line.neurons += len(wanted)
     line.there += len(wanted) - len(missing)
     return sorted(missing & task.share if task.part != (1, 1) else missing)
+
+
+def _is_of_others(task: Task, stage: Stage, told: Mapping[str, Any]) -> bool:
+    """Whether what is there of a set comes from other records, or was made with other settings: it is made anew."""
+    with task.store.transaction() as connection:
+        had = begun(connection, task.key, stage)
+    if had is None:
+        return False
+    settings = json.loads(had.settings)
+    # Settings as they come back from JSON: lists for tuples.
+    wanted = json.loads(json.dumps(told))
+    return had.records != identity(task.store.run, task.key.mode) or any(
+        settings.get(name) != value for name, value in wanted.items()
+    )
 
 
 async def _add(
@@ -132,4 +163,7 @@ def lines(found: Sequence[Line], spending: Spending) -> list[str]:
     counted = "" if all(line.exact for line in found) else f", counted from {COUNTED} neurons of each set"
     most = "written and price at most" if priced else "written at most"
     table.append(f"tokens{counted}; shared: read once for many prompts; {most}")
+    if dropped := max(line.dropped for line in found):
+        records = sum(len(neuron.records) for neuron in few_shot_neurons())
+        table.append(f"the context is short: prompts leave out up to {dropped} of {records} excerpts of solved neurons")
     return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])

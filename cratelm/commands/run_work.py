@@ -1,6 +1,7 @@
 """The work with language models on one run: the plan, then explanations, simulations and the other scorers."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -121,7 +122,7 @@ class Work:
                 found.append(Line(f"simulate {control}".strip()))
                 strings = self.text(simulator.strings_mode)
                 for task in self.tasks([key for key in self.simulated_keys(simulator) if key.control == control]):
-                    await plan_simulate(found[-1], task, simulator, strings, calibrated=bool(self._calibrate))
+                    await plan_simulate(found[-1], task, simulator, strings, self._told(task))
         if judges is not None:
             for scorer, key in judges.sets(self.explained_keys, self.order.controls):
                 if not found or found[-1].what != scorer:
@@ -129,6 +130,14 @@ class Work:
                 for task in self.tasks([key]):
                     await plan_judge(found[-1], task, scorer, judges.jury_for(scorer))
         return found
+
+    def _told(self, task: Task) -> dict[str, Any]:
+        """What a set of simulations will be made with, beside the simulator."""
+        told: dict[str, Any] = {"calibrate": self._calibrate}
+        if self.explainer is not None and "explain" in self.order.stages:
+            settings = self.explainer.settings.told(self.explainer.llm, task.key.sample)
+            told["explained"] = llm_stages.settings_hash(json.dumps(settings, sort_keys=True))
+        return told
 
     def _subject(self) -> str:
         layers = chosen_layers(self.run, self.order.selection)

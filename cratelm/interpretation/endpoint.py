@@ -15,6 +15,7 @@ from typing import Any
 from cratelm.errors import CrateError
 from cratelm.interpretation import echoes
 from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.prompts import without_system
 from cratelm.interpretation.transport import Refused, Retry, Transport, Unreadable
 from cratelm.interpretation.usage import Usage
 
@@ -87,16 +88,14 @@ class Endpoint:
             try:
                 return await self.transport.ask("/chat/completions", body, partial(self._read_chat, size))
             except Refused as error:
-                if not self._adapted(error, messages, sampling):
+                if not self._adapted(error, body):
                     await self._check_model(error)
                     raise
         raise AssertionError("every adaptation can be made once")
 
     def _chat_body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
-        turns = [{"role": message.role, "content": message.text} for message in messages]
-        if not self._system and turns[0]["role"] == "system" and len(turns) > 1:
-            first = {"role": turns[1]["role"], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-            turns = [first, *turns[2:]]
+        known = messages if self._system else without_system(messages)
+        turns = [{"role": message.role, "content": message.text} for message in known]
         body: dict[str, Any] = {"model": self.name, "messages": turns, self._limit: sampling.max_tokens}
         body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
         if sampling.schema is not None and self._schema:
@@ -104,14 +103,17 @@ class Endpoint:
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
-    def _adapted(self, error: Refused, messages: Sequence[Message], sampling: Sampling) -> bool:
-        """Give up what the server says it does not know; whether there was such a thing."""
+    def _adapted(self, error: Refused, body: Mapping[str, Any]) -> bool:
+        """Give up what the server says it does not know; whether this request had it.
+
+        What counts is what was sent: of requests made at once each is refused, whatever another has learnt meanwhile.
+        """
         said = str(error)
-        if self._limit == "max_tokens" and "max_completion_tokens" in said:
+        if "max_tokens" in body and "max_completion_tokens" in said:
             self._limit = "max_completion_tokens"
-        elif self._system and messages[0].role == "system" and NO_SYSTEM.search(said):
+        elif body["messages"][0]["role"] == "system" and len(body["messages"]) > 1 and NO_SYSTEM.search(said):
             self._system = False
-        elif self._schema and sampling.schema is not None and re.search(r"response_format|json_schema|grammar", said):
+        elif "response_format" in body and re.search(r"response_format|json_schema|grammar", said):
             self._schema = False
         else:
             return False

@@ -62,8 +62,6 @@ class Explainer:
     settings: ExplainerSettings
     strings: Sequence[str]
     """What prompts show for each token id (`escape.prompt_strings`)."""
-    system_role: bool = True
-    """Whether the model's chats know a system turn."""
 
     def prompts(
         self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int]
@@ -74,7 +72,7 @@ class Explainer:
             try:
                 yield neuron, explainer_prompt(
                     shown(tuple(excerpts.of(neuron)), self.strings), count=self.llm.count, context=self.llm.context,
-                    max_tokens=self.settings.max_tokens, mode=self.settings.mode, system_role=self.system_role,
+                    max_tokens=self.settings.max_tokens, mode=self.settings.mode,
                 )  # fmt: skip
             except PromptTooLong as error:
                 yield neuron, error

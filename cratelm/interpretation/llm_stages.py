@@ -201,8 +201,13 @@ def made_with(store: Store, key: SetKey) -> str:
             with one.transaction() as connection:
                 found = begun(connection, key, "explain")
             if found is not None:
-                return hashlib.sha256(found.settings.encode()).hexdigest()[:16]
+                return settings_hash(found.settings)
     raise AssertionError("simulated before it was explained")
+
+
+def settings_hash(settings: str) -> str:
+    """Of the settings of a set, written as JSON: 16 hexadecimal digits."""
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def _digest(sources: Mapping[int, int]) -> str:

@@ -69,7 +69,7 @@ def shown(excerpts: Sequence[Excerpt], strings: Sequence[str]) -> tuple[FewShotR
 
 def explainer_prompt(
     records: Sequence[FewShotRecord], *, count: Callable[[str], int], context: int | None, max_tokens: int,
-    mode: Mode = "fixed", system_role: bool = True,
+    mode: Mode = "fixed",
 ) -> ExplainerPrompt:  # fmt: skip
     """The chat that asks what a neuron with these records fires on.
 
@@ -77,11 +77,11 @@ def explainer_prompt(
     `PromptTooLong` where they do not fit even without any.
     """
     if mode == "compat":
-        context, system_role = min(context or RELEASED_CONTEXT, RELEASED_CONTEXT), False
+        context = min(context or RELEASED_CONTEXT, RELEASED_CONTEXT)
     for dropped, examples in enumerate(_fewer_and_fewer(few_shot_neurons())):
         messages = _chat(examples, records)
-        if not system_role:
-            messages = without_system(messages, between=" " if mode == "compat" else "\n\n")
+        if mode == "compat":
+            messages = without_system(messages, between=" ")
         tokens = sum(count(message.text) + TURN for message in messages)
         if context is None or tokens + max_tokens <= context:
             return ExplainerPrompt(messages=messages, tokens=tokens, dropped=dropped)
@@ -136,7 +136,7 @@ def _blocks(records: Sequence[FewShotRecord], *, zeros: bool) -> Iterator[str]:
 
 def without_system(messages: Sequence[Message], *, between: str = "\n\n") -> tuple[Message, ...]:
     """The same chat for a model that knows no system role: its text opens the first turn of the user."""
-    if not messages or messages[0].role != "system":
+    if len(messages) < 2 or messages[0].role != "system":
         return tuple(messages)
     system, first, *rest = messages
-    return (Message("user", f"{system.text}{between}{first.text}"), *rest)
+    return (Message(first.role, f"{system.text}{between}{first.text}"), *rest)

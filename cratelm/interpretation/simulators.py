@@ -56,7 +56,10 @@ class Simulator(Protocol):
 
     @property
     def counts(self) -> Counter[str]:
-        """`tokens` simulated, and of them `unread`: nothing the model thought of was a number, so 0 was taken."""
+        """`tokens` simulated, and of them `unread`: nothing the model thought of was a number, so 0 was taken.
+
+        `left out`: excerpts of solved neurons that a prompt has no room for, the most.
+        """
         ...
 
     def told(self) -> dict[str, Any]:
@@ -155,7 +158,7 @@ class AllAtOnce:
         def prefix(examples: Sequence[FewShotNeuron]) -> str:
             return prompts.all_at_once_prefix(explanation, examples, top=self.read_out.top, unknown=self.unknown)
 
-        return _fitting(prefix, rests, self.llm)
+        return _fitting(prefix, rests, self.llm, self.counts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +193,7 @@ class TokenByToken:
         def prefix(examples: Sequence[FewShotNeuron]) -> str:
             return prompts.token_by_token_prefix(explanation, examples, top=self.read_out.top)
 
-        before = _fitting(prefix, [rest for rows in asked for rest, _ in rows], self.llm)
+        before = _fitting(prefix, [rest for rows in asked for rest, _ in rows], self.llm, self.counts)
         questions = [Prompt(prefix=before, rest=rest, at=(at,)) for rows in asked for rest, at in rows]
         echoes = await self.llm.echo(questions, top=self.read_out.candidates)
         reads = [
@@ -290,7 +293,9 @@ def _count(
         )
 
 
-def _fitting(prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Sequence[str], llm: LLM) -> str:
+def _fitting(
+    prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Sequence[str], llm: LLM, counts: Counter[str]
+) -> str:  # fmt: skip
     """The prefix with as many solved neurons as leave room for the longest rest."""
     examples = list(few_shot_neurons())
     if llm.context is None:
@@ -307,6 +312,9 @@ def _fitting(prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Sequence[s
                 f"the simulator's prompt has {needed:,} tokens without any example, too long for a context of "
                 f"{llm.context:,}. Use a model with a longer context, or --protocol anthropic, whose excerpts are short"
             )
+        counts["left out"] = max(
+            counts["left out"], sum(len(one.records) for one in few_shot_neurons()[len(examples) - 1 :])
+        )
         examples.pop()
 
 

@@ -1,0 +1,104 @@
+"""Plans of the commands that ask a language model, and models that differ from what is usual, end to end."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted_rules import EXPLANATIONS, make_planted
+from rule_server import RuleServer
+
+pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+
+from test_asked import TAR, questions
+
+from cratelm.cli import main
+from cratelm.interpretation import prompts, simulators
+from cratelm.interpretation.few_shot import few_shot_neurons
+from cratelm.interpretation.store import Store
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_planted(tmp_path / "crate-1l", np.random.default_rng(7))
+
+
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One solved neuron instead of three: what is asked costs a third, and nothing here is about that."""
+    for module in (prompts, simulators):
+        monkeypatch.setattr(module, "few_shot_neurons", lambda: few_shot_neurons()[:1])
+
+
+@pytest.fixture
+def server() -> Iterator[RuleServer]:
+    with RuleServer() as one:
+        yield one
+
+
+def planned(said: str) -> dict[str, list[str]]:
+    """Stage -> neurons, those that are there, and calls, of the plan that was printed last."""
+    lines = said[said.rindex("stage ") :].splitlines()
+    return {line.split()[0]: line.split()[1:4] for line in lines if re.match(r"(explain|simulate) ", line)}
+
+
+def test_a_plan_counts_as_there_only_what_was_made_with_these_settings(
+    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3"]
+    assert main(command) == 0
+    assert main([*command, "--dry-run"]) == 0
+    assert planned(capsys.readouterr().out) == {"explain": ["3", "3", "0"], "simulate": ["3", "3", "0"]}
+    assert main([*command, "--calibrate", "linear", "--dry-run"]) == 0
+    assert planned(capsys.readouterr().out)["explain"] == ["3", "3", "0"]
+    warmer = [*command, "--temperature", "0.5"]
+    assert main([*warmer, "--dry-run"]) == 0
+    found = planned(capsys.readouterr().out)
+    assert found["explain"] == ["3", "0", "3"]
+    assert found["simulate"][:2] == ["3", "0"]
+    before = len(questions(server))
+    assert main(warmer) == 0
+    assert len(questions(server)) == before + 3, "the same explanations: their simulations are in the cache"
+    assert main([*warmer, "--dry-run"]) == 0
+    assert planned(capsys.readouterr().out) == {"explain": ["3", "3", "0"], "simulate": ["3", "3", "0"]}
+
+
+def test_a_plan_says_what_a_short_context_leaves_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for context in (8192, 3100, 2800):
+        with RuleServer(context=context) as server:
+            assert main(["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]) == 0
+        said = re.search(r"prompts leave out up to (\d) of 6 excerpts of solved neurons", capsys.readouterr().out)
+        found[context] = int(said[1]) if said else 0
+    assert found[8192] == 0 < found[3100] <= found[2800] == 2, found
+
+
+def test_interpret_makes_the_lookup_explanations_that_a_language_model_simulates(
+    run: Path, server: RuleServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--simulator-llm", server.url, *TAR]
+    parted = shutil.copytree(run, tmp_path / "parted")
+    assert main(["interpret", str(run), *command, "--dry-run"]) == 0
+    assert not (run / "interpretation.sqlite").exists()
+    assert main(["interpret", str(run), *command]) == 0
+    assert "explained by lookup, simulated by all-at-once:rules" in capsys.readouterr().out
+    [key] = Store.open(run).scored()
+    assert main(["explain", str(parted), *TAR]) == 0
+    for number in (1, 2):
+        assert main(["interpret", str(parted), *command, "--part", f"{number}/2"]) == 0
+    assert main(["interpret", str(parted), *command, "--merge"]) == 0
+    np.testing.assert_array_equal(Store.open(parted).scores(key).correlation, Store.open(run).scores(key).correlation)
+
+
+def test_a_model_without_a_system_role_explains_and_simulates(run: Path) -> None:
+    with RuleServer(probabilities=False, system=False) as server:
+        assert main(["interpret", str(run), "--llm", server.url, *TAR]) == 0
+        read = [body["messages"] for body in questions(server) if body["messages"][0]["role"] == "user"]
+    store = Store.open(run)
+    [key] = store.scored()
+    assert store.texts(key.explained) == dict(enumerate(EXPLANATIONS))
+    assert (store.scores(key).correlation > 0.95).all()
+    assert len(read) == 6
+    assert all(messages[0]["content"].startswith("Each neuron of a language model") for messages in read)

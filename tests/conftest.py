@@ -42,11 +42,11 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def gradients_again() -> Generator[None]:
-    """Commands turn gradients off for their process, which here is that of the tests that follow, too."""
+def nothing_turns_gradients_off() -> Generator[None]:
+    """What a command turned off for its process would be off in a program that calls it, and in the tests after it."""
     yield
     if (torch := sys.modules.get("torch")) is not None:
-        torch.set_grad_enabled(True)
+        assert torch.is_grad_enabled(), "gradients were turned off for the whole process"
 
 
 @pytest.fixture

@@ -24,13 +24,19 @@ NEURONS = 260
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@contextlib.contextmanager
-def chromium() -> "Iterator[Browser]":
-    """The browser of this machine; the test is skipped where it or its driver is missing."""
+def find_chromium() -> tuple[Any, str]:
+    """The driver and the browser of this machine; the test is skipped where one is missing."""
     api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra browser-test)")
     path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if path is None:
         pytest.skip("no Chromium is installed")
+    return api, path
+
+
+@contextlib.contextmanager
+def chromium() -> "Iterator[Browser]":
+    """A running browser. While it runs, an event loop runs in this thread, and `asyncio.run` refuses."""
+    api, path = find_chromium()
     with api.sync_playwright() as playwright:
         # Without --no-sandbox Chromium refuses to run as root, as it does in containers.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])

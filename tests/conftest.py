@@ -57,9 +57,9 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> "Generator[Browser, None, None]":
-    """A real Chromium, one for all tests; without one they are skipped."""
+    """A real Chromium; without one the tests are skipped. It ends with its file, so that others can use asyncio."""
     from browsing import chromium
 
     with chromium() as found:
@@ -67,11 +67,11 @@ def browser() -> "Generator[Browser, None, None]":
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, browser: object) -> list[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The runs behind the site."""
-    from browsing import make_runs
+    from browsing import find_chromium, make_runs
 
-    assert browser is not None, "without a browser nothing needs to be made"
+    find_chromium()  # without a browser nothing needs to be made
     return make_runs(tmp_path_factory.mktemp("runs"))
 
 

@@ -74,6 +74,14 @@ def test_a_neuron_shows_the_exact_value_of_every_token(visit: Visit, runs: list[
     assert set(page.locator(".said-of").all_inner_texts()) == texts
 
 
+def test_the_spaces_of_a_token_are_seen(visit: Visit) -> None:
+    page = visit.open()
+    for token, shown in (
+        (" the", "␣the"), ("\n    ", "↵␣␣␣␣"), ("\n" + " " * 12, "↵␣×12"), (" x ", "␣x␣"), ("a b", "a b"), ("  ", "␣␣"),
+    ):  # fmt: skip
+        assert page.evaluate("token => cratelm.text.chip(token).textContent", token) == shown
+
+
 def test_a_dead_neuron_is_told_in_words(visit: Visit) -> None:
     page = visit.open("#/crate-2l/layer/0/neuron/0")
     assert "it never fired in the whole collected text" in page.inner_text(".state")

@@ -102,6 +102,28 @@ def test_a_large_body_is_refused_whether_its_length_is_told_or_not() -> None:
     assert app.under_way == 0
 
 
+def test_a_body_that_does_not_arrive_makes_room_again() -> None:
+    async def dripping() -> list[int]:
+        app, sent = guard(body_seconds=0.05), list[Any]()
+        scope = {
+            "type": "http", "method": "POST", "path": "/", "query_string": b"",
+            "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in ({"host": HOST} | ours(app)).items()],
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            await asyncio.sleep(0.02)
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async with asyncio.timeout(5):
+            await app(scope, receive, send)
+        return [sent[0]["status"], app.under_way]
+
+    assert asyncio.run(dripping()) == [408, 0]
+
+
 def test_access_by_token_only_and_the_token_leaves_the_address() -> None:
     app = guard(hosts=None, access="s3cret")
     assert one(app)[0] == 401
@@ -144,7 +166,8 @@ def test_more_requests_than_allowed_are_told_to_come_again() -> None:
         {"changes": [{"layer": 0, "neuron": 0, "how": "clamp"}]}, {"changes": [{"layer": -1, "neuron": 0}]},
         {"changes": [{"layer": 0, "neuron": 0, "strength": float("inf")}]},
         {"changes": [{"layer": 0, "neuron": 0, "how": "scale", "of_maximum": True}]},
-        {"changes": [{"layer": 0, "neuron": 0}] * 13},
+        {"changes": [{"layer": 0, "neuron": 0}] * 13}, {"changes": [{"layer": 0, "neuron": 0, "strength": 10**400}]},
+        {"temperature": 1e-300},
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_in_one_line(change: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from browsing import Visit, chromium
+from browsing import Visit
 from live_runs import NEURONS, live_runs
 from serving import Served, serve
 
@@ -19,12 +19,6 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
 
 EVIL = "<script>window.__ran=1</script><img src=x onerror='window.__ran=1'> \"'> {{1+1}}"
 TRY = "#/try?model=crate-2l&text=the+neuron+code&turn=1/7:set:2.5"
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +187,27 @@ def test_it_fits_a_narrow_screen_and_works_by_keyboard(browser: "Browser", serve
     )
     assert all(name.strip() for name in names), json.dumps(names)
     assert tab.errors == []
+    tab.close()
+
+
+def test_the_list_of_a_layer_looks_as_in_a_folder(tab: Visit) -> None:
+    page = open_(tab, "#/crate-2l/layer/1")
+    page.wait_for_selector(".neurons td.tokens")
+    shown = "() => getComputedStyle(document.querySelector('.neurons td.tokens')).display"
+    assert page.evaluate(shown) == "table-cell"
+
+
+def test_what_cannot_be_done_is_said(browser: "Browser", server: Served) -> None:
+    tab = visit_to(browser, server)
+    tab.page.route("**/search/directory.json", lambda route: route.fulfill(
+        status=503, headers={"retry-after": "2"}, json={"error": "the search index has 1 of 4 layers so far"},
+    ))  # fmt: skip
+    page = open_(tab, "#/search?q=fires")
+    assert page.locator(".trouble").first.inner_text().split("\n") == [
+        "The search index has 1 of 4 layers so far.", "", "Try again in 2 s."
+    ]  # fmt: skip
+    said = page.evaluate("() => cratelm.live.live({}, { place: { tap: { name: 'sae-mine' } } }).textContent")
+    assert "cratelm steer --sae" in said
     tab.close()
 
 

@@ -180,6 +180,11 @@ def test_what_is_no_json_is_refused(server: Served) -> None:
     for body in (b"{", b"[]", b"\xff", b"[" * 60_000):
         assert server.ask("/api/look", method="POST", body=body, **own).status == 400
     assert server.ask("/api/look", method="POST", body=b"x" * 70_000, **own).status == 413
+    endless = http.client.HTTPConnection(server.place, timeout=60)
+    endless.request("POST", "/api/look", iter([b"x" * 40_000] * 2), {k.replace("_", "-"): v for k, v in own.items()})
+    assert endless.getresponse().status == 413
+    endless.close()
+    assert server.ask("/api/look", method="POST", body=b'{"strongest":' + b"9" * 5000 + b"}", **own).status == 400
     assert server.ask("/api/look", method="POST", body=b"{}", content_type="application/json").status == 403
     assert server.ask("/api/votes", method="DELETE", **own).status == 405
     assert server.ask("/", Host="evil.example").status == 421
@@ -191,6 +196,10 @@ def test_votes_are_kept_in_the_run(server: Served, runs: list[Path]) -> None:
     before = len(server.ask("/api/votes").json["votes"])
     assert len(server.post("/api/votes", vote).json["votes"]) == before + 1
     assert (runs[0] / "votes.sqlite").exists()
+    half = server.post("/api/votes", vote | {"explanations": ["half a pair: \ud800", ""]})
+    assert half.status == 200
+    assert server.ask("/api/votes").json["votes"][-1]["explanations"][0] == "half a pair: \ud800"
+    assert server.post("/api/look", {"model": "crate-2l", "text": "t", "strongest": "\ud800"}).status == 400
 
 
 def test_search_finds_explanations_and_the_index_is_made(server: Served) -> None:
@@ -204,7 +213,16 @@ def test_search_finds_explanations_and_the_index_is_made(server: Served) -> None
     hits = server.ask("/api/search?q=fires").json["found"]
     assert {"model", "tap", "layer", "neuron", "text"} <= set(hits[0])
     assert server.ask("/api/search?q=%22%27%3B--").status == 200
+    assert server.ask("/api/search?q=a%00b").status == 200
     assert server.ask("/api/search?q=" + "a" * 500).status == 400
+
+
+def test_search_shows_an_explanation_once_and_every_model(server: Served) -> None:
+    found = server.ask("/api/search?q=fires").json["found"]
+    said = [(one["model"], one["layer"], one["neuron"], one["explainer"], one["text"]) for one in found]
+    assert len(set(said)) == len(said)
+    assert {one["model"] for one in found} == {"crate-2l", "gpt2-2l"}
+    assert any("," in one["protocol"] for one in found)
 
 
 def test_beyond_the_limit_a_request_is_told_to_come_again_and_an_abandoned_one_makes_room(server: Served) -> None:

@@ -20,6 +20,7 @@ from cratelm.interpretation.store import Store
 from cratelm.report import site
 from cratelm.report.catalogue import catalogue, slug
 from cratelm.report.chunks import read_script, unpack
+from cratelm.report.overview import overview
 from cratelm.report.site import write_site
 
 
@@ -184,6 +185,16 @@ def test_a_run_without_records_is_told_in_words_or_refused(tmp_path: Path, rng: 
     assert not (tmp_path / "other").exists()
     with pytest.raises(CrateError, match="no run was named"):
         catalogue([], "fixed")
+
+
+def test_a_run_without_scores_hides_no_other(tmp_path: Path, rng: np.random.Generator) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l")
+    (runs[1] / "interpretation.sqlite").unlink()
+    Store.create(runs[1])
+    found = overview(catalogue(runs, "fixed"), "fixed")
+    assert found["tables"]
+    assert found["figures"]
+    assert any(str(runs[1]) in said and "cratelm interpret" in said for said in found["missing"])
 
 
 def test_what_has_not_changed_is_not_written_again(

@@ -66,6 +66,7 @@ def run(options: Options) -> None:
     try:
         import uvicorn
 
+        from cratelm.report.connections import CONNECTIONS, impatient
         from cratelm.report.server import application
     except ImportError as error:
         raise CrateError(f"{error.name} is not installed. Run: pip install 'cratelm[serve]'") from None
@@ -76,7 +77,7 @@ def run(options: Options) -> None:
         console.print(f"{address(options.host, port, parts.access)}   (Ctrl-C ends it)", markup=False, soft_wrap=True)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=20,
-            timeout_graceful_shutdown=2, limit_concurrency=2 * parts.limits.requests, ws="none",
+            timeout_graceful_shutdown=2, limit_concurrency=CONNECTIONS, ws="none", http=impatient(),
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listening])
 
@@ -110,12 +111,18 @@ def parts_of(options: Options, port: int) -> "Parts":
     )  # fmt: skip
 
 
-def live_models(options: Options, limits: "Limits") -> "LiveModels":
-    """The models of the runs, each opened when it is first asked for."""
+def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
+    """The models of the runs that have one, each opened when it is first asked for; None where no run has."""
     from cratelm.live_models import LiveModels
     from cratelm.report.catalogue import catalogue
 
-    runs = {model.slug: model for model in catalogue(options.runs, options.mode)}
+    runs = {
+        model.slug: model
+        for model in catalogue(options.runs, options.mode)
+        if model.description.get("source") is not None or (model.run / "model" / "config.json").is_file()
+    }
+    if not runs:
+        return None
     contexts = {
         slug: min(int(model.description["model"].get("context_length") or limits.text_tokens), limits.text_tokens)
         for slug, model in runs.items()

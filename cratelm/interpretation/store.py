@@ -250,16 +250,16 @@ class Store:
             score = Score(**own, **dict(zip(names, row, strict=True)))
         return explanation, simulation, score
 
-    def search(self, words: str, *, limit: int = 50) -> list[tuple[SetKey, int, str]]:
+    def search(self, words: str, *, mode: Mode = "fixed", limit: int = 50) -> list[tuple[SetKey, int, str]]:
         """Explanations that hold all the words, best match first, as (set, neuron index, text)."""
-        quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.split())
+        quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.replace("\0", " ").split())
         query = (
             f"SELECT {KEY_COLUMNS}, neuron, explanations.text FROM explanation_search "
             "JOIN explanations ON explanations.id = explanation_search.rowid JOIN sets ON sets.id = set_id "
-            "WHERE explanation_search MATCH ? ORDER BY rank, layer, neuron LIMIT ?"
+            "WHERE explanation_search MATCH ? AND mode = ? ORDER BY rank, layer, neuron LIMIT ?"
         )
         with self.transaction() as connection:
-            rows = connection.execute(query, [quoted, limit]).fetchall() if quoted else []
+            rows = connection.execute(query, [quoted, mode, limit]).fetchall() if quoted else []
         return [(SetKey(**dict(zip(SetKey.__slots__, own, strict=True))), neuron, text) for *own, neuron, text in rows]
 
     def rows(self, key: SetKey, query: str, *more: int) -> list[Any]:

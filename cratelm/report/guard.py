@@ -37,10 +37,12 @@ class Guard:
     """An ASGI application around another one."""
 
     def __init__(
-        self, app: App, *, policy: str, hosts: Iterable[str] | None, access: str | None, requests: int, body_bytes: int
-    ) -> None:
+        self, app: App, *, policy: str, hosts: Iterable[str] | None, access: str | None, requests: int, body_bytes: int,
+        body_seconds: float = 10.0,
+    ) -> None:  # fmt: skip
         """`hosts` are the values of `Host` that are served, None for any; `access` is a token every visitor needs."""
         self.app, self.policy, self.access, self.requests, self.body_bytes = app, policy, access, requests, body_bytes
+        self.body_seconds = body_seconds
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self.page_token = secrets.token_urlsafe(24)
         self.under_way = 0
@@ -62,8 +64,8 @@ class Guard:
             answered = await self._answered(scope, headers, send)
             if not answered:
                 await self.app(scope, self._limited(receive), send)
-        except _TooLarge:
-            await refuse(send, 413, f"the request is larger than {self.body_bytes} bytes")
+        except Refused as error:
+            await refuse(send, error.status, str(error))
         finally:
             self.under_way -= 1
 
@@ -113,15 +115,22 @@ class Guard:
         return own and kind == b"application/json" and site in (b"same-origin", b"none")
 
     def _limited(self, receive: Receive) -> Receive:
-        """A body whose length was not told, or not truly, is cut off too."""
-        seen = 0
+        """A body whose length was not told, or not truly, is cut off too, and so is one that does not arrive."""
+        seen, whole, until = 0, False, asyncio.get_running_loop().time() + self.body_seconds
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:  # what is waited for now is that the reader goes away
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(408, f"the request took longer than {self.body_seconds:g} s to arrive") from None
+            whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.body_bytes:
-                raise _TooLarge
+                raise Refused(413, f"the request is larger than {self.body_bytes} bytes")
             return message
 
         return limited
@@ -136,8 +145,12 @@ class Guard:
         return wrapped
 
 
-class _TooLarge(Exception):
-    """A body went on beyond the limit."""
+class Refused(Exception):
+    """A body that went on beyond the limit, or did not come; the message says which."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 class Slots:

@@ -4,13 +4,15 @@ The requests come from a web page, so every field is doubted: `read_*` turns a J
 `CrateError` with what was wrong.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from cratelm.errors import CrateError
 from cratelm.steering.changes import Change, How, Strength
+
+LEAST_TEMPERATURE = 0.01
+"""Logits divided by less can be larger than any float32; 0 takes the likeliest token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,8 @@ class Limits:
     """Requests of any kind under way at a time."""
     body_bytes: int = 65_536
     """Largest request."""
+    body_seconds: float = 10.0
+    """Longest time that a request may take to arrive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,10 +116,13 @@ def read_steer_request(value: Mapping[str, Any], limits: Limits) -> SteerRequest
         raise CrateError("changes is no list of neurons to turn")
     if len(changes) > limits.changes:
         raise CrateError(f"{len(changes)} neurons are to be turned, at most {limits.changes} can be at once")
+    temperature = _number(value, "temperature", 0.0, 0.0, 5.0)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise CrateError(f"temperature is {temperature:g}: give 0 or at least {LEAST_TEMPERATURE:g}")
     return SteerRequest(
         model=_string(value, "model", 200), text=_text(value, limits), changes=tuple(map(_turned, changes)),
         tokens=_whole(value, "tokens", 60, 1, limits.new_tokens), seed=_whole(value, "seed", 0, 0, 2**31 - 1),
-        temperature=_number(value, "temperature", 0.0, 0.0, 5.0),
+        temperature=temperature,
     )  # fmt: skip
 
 
@@ -162,8 +169,8 @@ def _whole(value: Mapping[str, Any], name: str, default: int | None, least: int,
 
 def _number(value: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
     found = value.get(name, default)
-    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+    if not isinstance(found, int | float) or isinstance(found, bool) or found != found:
         raise CrateError(f"{name} is {str(found)[:40]}, a number is needed")
-    if not least <= found <= most:
-        raise CrateError(f"{name} is {found}, a number from {least:g} to {most:g} is needed")
+    if not least <= found <= most:  # also of an integer that no float can hold
+        raise CrateError(f"{name} is {str(found)[:40]}, a number from {least:g} to {most:g} is needed")
     return float(found)

@@ -1,6 +1,7 @@
 """What a browser opens with: the models and their layers, and the report's sentences, tables and figures as values."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -62,13 +63,30 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
     ready = [run for run in runs if Store(run).path.exists()]
     option = " --mode compat" if mode == "compat" else ""
     missing = [f"{run.name} is not scored. Run: cratelm interpret {run}{option}" for run in runs if run not in ready]
-    try:
-        results = gather(ready, mode=mode, taps=taps) if ready else None
-    except CrateError as error:
-        results, missing = None, [*missing, str(error)]
+    results, left_out = _gathered(ready, mode, taps)
+    missing += left_out
     return (_report(results) if results else {"sentences": [], "tables": [], "figures": []}) | {
         "missing": [*missing, *(results.missing if results else ()), *_not_looked_into(models)]
     }
+
+
+def _gathered(runs: Sequence[Path], mode: Mode, taps: Sequence[str]) -> tuple[Results | None, list[str]]:
+    """The results of those runs that have them, and why others have none: one such run hides no other."""
+    why: dict[Path, str] = {}
+    try:
+        return (gather(runs, mode=mode, taps=taps) if runs else None), []
+    except CrateError as error:
+        together = str(error)
+    for run in runs:
+        try:
+            gather([run], mode=mode, taps=taps)
+        except CrateError as error:
+            why[run] = str(error)
+    rest = [run for run in runs if run not in why]
+    if not why or not rest:
+        return None, [together]
+    results, more = _gathered(rest, mode, taps)
+    return results, [*why.values(), *more]
 
 
 def _not_looked_into(models: Sequence[Model]) -> list[str]:

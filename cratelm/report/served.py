@@ -108,19 +108,28 @@ class Chunks:
         return found
 
     def full_text(self, words: str) -> list[dict[str, Any]]:
-        """Explanations that hold all the words, best match first in each model."""
-        found = []
+        """Explanations that hold all the words, best match first in each model.
+
+        One that several protocols share is there once, with all of them as its `protocol`.
+        """
+        found: list[dict[str, Any]] = []
+        each = max(10, 2 * SEARCH_ROWS // len(self.models))
         for model in self.models:
             taps = {tap.name: tap for tap in model.taps}
             if not Store(model.run).path.exists():
                 continue
-            for key, index, text in Store.open(model.run).search(words, limit=SEARCH_ROWS):
-                if key.mode == self.mode and key.tap in taps and not key.control:
-                    found.append({
-                        "model": model.slug, "tap": taps[key.tap].slug, "layer": key.layer, "neuron": index,
-                        "explainer": key.explainer, "protocol": key.protocol, "text": text,
-                    })  # fmt: skip
-        return found[: 2 * SEARCH_ROWS]
+            merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+            for key, index, text in Store.open(model.run).search(words, mode=self.mode, limit=10 * SEARCH_ROWS):
+                if key.tap not in taps:
+                    continue
+                one = {
+                    "model": model.slug, "tap": taps[key.tap].slug, "layer": key.layer, "neuron": index,
+                    "explainer": key.explainer, "text": text,
+                }  # fmt: skip
+                protocols = merged.setdefault(tuple(one.values()), one | {"protocol": ""})
+                protocols["protocol"] = ", ".join(filter(None, (protocols["protocol"], key.protocol)))
+            found += list(merged.values())[:each]
+        return found
 
     def index_in_background(self) -> threading.Thread:
         """Begin to make the search index."""

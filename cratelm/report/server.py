@@ -24,14 +24,14 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.report.catalogue import Layer
-from cratelm.report.guard import RETRY_SECONDS, Guard, Slots
+from cratelm.report.guard import RETRY_SECONDS, Guard, Refused, Slots
 from cratelm.report.live import Limits, Live, read_steer_request, read_text_request
 from cratelm.report.served import Chunks, NotReady
 from cratelm.report.site import VIEWER, index_html, policy_of
@@ -69,11 +69,19 @@ def application(parts: Parts) -> Guard:
     app = server.starlette()
     guard = Guard(
         app, policy=policy_of(served=True), hosts=parts.hosts, access=parts.access,
-        requests=parts.limits.requests, body_bytes=parts.limits.body_bytes,
+        requests=parts.limits.requests, body_bytes=parts.limits.body_bytes, body_seconds=parts.limits.body_seconds,
     )  # fmt: skip
     app.state.page_token = guard.page_token
     server.chunks.index_in_background()
     return guard
+
+
+class Answer(JSONResponse):
+    """JSON in ASCII: half a surrogate pair, which a request can hold, has no other form."""
+
+    def render(self, content: Any) -> bytes:
+        """The content as it is sent. A number that is not finite is a programmer's mistake."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 class _Server:
@@ -105,7 +113,10 @@ class _Server:
             Route("/api/continue", self.continuation, methods=["POST"]),
             Route("/api/explain", self.explain, methods=["POST"]),
         ]
-        handlers: Any = {CrateError: _mistake, NotReady: _not_ready, HTTPException: _other, Exception: _bug}
+        handlers: Any = {
+            CrateError: _mistake, NotReady: _not_ready, HTTPException: _other, Refused: _refused,
+            ClientDisconnect: _gone, Exception: _bug,
+        }  # fmt: skip
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def page(self, request: Request) -> Response:
@@ -135,13 +146,13 @@ class _Server:
         words = request.query_params.get("q", "")
         if len(words) > LONGEST_QUESTION:
             raise CrateError(f"the question has {len(words)} characters, at most {LONGEST_QUESTION} are read")
-        return JSONResponse({"found": await anyio.to_thread.run_sync(self.chunks.full_text, words)})
+        return Answer({"found": await anyio.to_thread.run_sync(self.chunks.full_text, words)})
 
     async def votes(self, request: Request) -> Response:
         """All votes, or one more."""
         if request.method == "POST":
             await anyio.to_thread.run_sync(self.parts.votes.add, await _body(request))
-        return JSONResponse({"format_version": 1, "votes": await anyio.to_thread.run_sync(self.parts.votes.all)})
+        return Answer({"format_version": 1, "votes": await anyio.to_thread.run_sync(self.parts.votes.all)})
 
     async def look(self, request: Request) -> Response:
         """Neurons at the tokens of a text."""
@@ -156,9 +167,14 @@ class _Server:
     async def continuation(self, request: Request) -> Response:
         """A text that goes on with neurons turned, and without."""
         asked = read_steer_request(await _body(request), self.limits)
-        lines = self._live().continuations(asked)
+        live = self._live()
         if not self.models.take():
             return _busy()
+        try:  # the first request of a model waits until it is loaded, and the other requests do not
+            lines = await anyio.to_thread.run_sync(live.continuations, asked)
+        except BaseException:
+            self.models.free()
+            raise
         return StreamingResponse(self._lines(lines), media_type="application/x-ndjson")
 
     async def _lines(self, values: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
@@ -186,7 +202,7 @@ class _Server:
         if not self.writers.take():
             return _busy()
         try:
-            return JSONResponse(dict(await self.parts.explain(place, neuron)))
+            return Answer(dict(await self.parts.explain(place, neuron)))
         finally:
             self.writers.free()
 
@@ -200,7 +216,7 @@ class _Server:
         if not self.models.take():
             return _busy()
         try:
-            return JSONResponse(await anyio.to_thread.run_sync(partial(ask, live)))
+            return Answer(await anyio.to_thread.run_sync(partial(ask, live)))
         finally:
             self.models.free()
 
@@ -208,7 +224,7 @@ class _Server:
 async def _body(request: Request) -> dict[str, Any]:
     try:
         value = json.loads(await request.body())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a ValueError is no UTF-8, no JSON, or a number of thousands of digits
         raise CrateError("the request is no JSON") from None
     if not isinstance(value, dict):
         raise CrateError("the request is no JSON object")
@@ -216,24 +232,32 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 def _busy() -> Response:
-    return JSONResponse(
+    return Answer(
         {"error": "the models are busy with other requests. Try again in a moment"}, 429,
         headers={"retry-after": str(RETRY_SECONDS)},
     )  # fmt: skip
 
 
 async def _mistake(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 400)
+    return Answer({"error": str(error)}, 400)
 
 
 async def _not_ready(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})
+    return Answer({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})
 
 
 async def _other(_request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return JSONResponse({"error": "there is nothing here" if status == 404 else "this is not answered here"}, status)
+    return Answer({"error": "there is nothing here" if status == 404 else "this is not answered here"}, status)
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    return Answer({"error": str(error)}, getattr(error, "status", 400), headers={"connection": "close"})
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
 
 
 async def _bug(_request: Request, _error: Exception) -> Response:
-    return JSONResponse({"error": "the server made a mistake; its terminal says more"}, 500)
+    return Answer({"error": "the server made a mistake; its terminal says more"}, 500)

@@ -53,8 +53,8 @@
     }
     if (!answer.ok) {
       const wait = answer.headers.get("retry-after");
-      throw new Trouble(answer.status === 429 ? "The server is busy." : `The server has no data/${name} (${answer.status}).`,
-        wait ? `Try again in ${wait} s.` : "");
+      const said = wait ? await answer.json().then((value) => String(value.error)).catch(() => "The server is busy") : `The server has no data/${name} (${answer.status})`;
+      throw new Trouble(`${said.charAt(0).toUpperCase()}${said.slice(1)}.`.replace(/\.\.$/, "."), wait ? `Try again in ${wait} s.` : "");
     }
     return answer.json();
   }

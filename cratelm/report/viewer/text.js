@@ -43,11 +43,14 @@
     return /^ *$/.test(token) ? "␣".repeat(token.length) || "(empty)" : visible(token);
   }
 
+  /** Spaces that no letter follows are seen: four of them or fewer one by one, more by their number. */
+  const spaced = (text) => text.replace(/ {2,}| +$/g, (run) => (run.length <= 4 ? "␣".repeat(run.length) : `␣×${run.length}`));
+
   /** A token as a chip, its leading space shown faintly. */
   function chip(token, attributes = {}) {
     const leading = /^ (?=[^ ])/.test(token);
     return h("span", { class: "chip", dir: "ltr", ...attributes },
-      leading ? h("i", {}, "␣") : "", leading ? visible(token.slice(1)) : legible(token));
+      leading ? h("i", {}, "␣") : "", spaced(leading ? visible(token.slice(1)) : legible(token)));
   }
 
   const minus = (text) => text.replace("-", "\u2212");

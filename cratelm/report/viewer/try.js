@@ -28,7 +28,7 @@
 
   cratelm.pages.try = async (site, query) => {
     const live = site.capabilities.live;
-    if (!live) throw new Trouble("Nothing can be tried here: no model runs behind this page.", "Run: cratelm serve RUN...");
+    if (!live) throw new Trouble("Nothing can be tried here: the runs of this server hold no model.", "Run: cratelm serve RUN... with runs that have a folder model, or were collected from a Hugging Face model.");
     const models = site.models.filter((one) => Object.hasOwn(live.contexts, one.slug));
     const state = {
       site, live, models, turns: readTurns(query.get("turn")).slice(0, live.limits.changes), seen: null, along: null,
@@ -102,7 +102,8 @@
   /** The text with a neuron's heat on it, and of the token pointed at each layer's strongest neurons. */
   function* shownText(state, turn) {
     const { seen } = state, below = h("div", { class: "strongest" }), along = h("div", { class: "along" });
-    const place = (layer) => state.model.taps[0]?.layers.find((one) => one.layer === layer);
+    const own = state.model.taps.find((one) => one.name === "neurons");
+    const place = (layer) => own?.layers.find((one) => one.layer === layer);
 
     function showToken(at) {
       below.replaceChildren(h("h3", {}, "Strongest at ", chip(seen.tokens[at]), h("small", {}, `token ${at + 1} of ${seen.tokens.length}`)),
@@ -120,7 +121,7 @@
         along.replaceChildren(h("h3", {}, `Neuron ${neuron} of layer ${layer} along the text`),
           cratelm.excerpts.legend({ maximum: largest, minimum: values.reduce((a, b) => Math.min(a, b), 0) }),
           cratelm.excerpts.excerptBox({ tokens: found.tokens, values, document: "typed", position: 0 }, largest),
-          h("p", { class: "gets" }, where && h("a", { class: "get", href: cratelm.routes.link({ model: state.model, tap: state.model.taps[0], layer, folder: where.folder }, neuron) }, "Its page"),
+          h("p", { class: "gets" }, where && h("a", { class: "get", href: cratelm.routes.link({ model: state.model, tap: own, layer, folder: where.folder }, neuron) }, "Its page"),
             h("button", { type: "button", class: "get", on: { click: () => turn(layer, neuron) } }, "Turn it")));
         say(`Neuron ${neuron} of layer ${layer} along the text; its largest activation there is ${digits(largest)}.`);
       } catch (error) {
@@ -179,7 +180,11 @@
   cratelm.live = cratelm.live ?? {};
   cratelm.live.live = (site, neuron) => {
     const { place } = neuron;
-    if (place.tap.name !== "neurons" || !Object.hasOwn(site.capabilities.live.contexts, place.model.slug)) return null;
+    if (place.tap.name !== "neurons") {
+      return h("section", { "aria-labelledby": "turn" }, h("h2", { id: "turn" }, "Live"),
+        h("p", { class: "missing" }, "Only the model's own neurons can be turned here. cratelm steer --sae turns latents of an autoencoder."));
+    }
+    if (!Object.hasOwn(site.capabilities.live.contexts, place.model.slug)) return null;
     const strongest = neuron.excerpts.find((group) => group.kind === "top" && group.items.length)?.items[0];
     const text = strongest ? strongest.tokens.join("").slice(-400) : FIRST;
     const turns = [{ layer: place.layer, neuron: neuron.index, how: "set", strength: 2, ofMaximum: true }];

@@ -167,13 +167,15 @@ def test_latents_of_a_saved_autoencoder_are_turned(runs: Path, tmp_path: Path, c
         out, _ = command(*words, "sae:1/3=set:2", "--sae", "stream", *more)
         found[more] = json.loads((tmp_path / "out" / "steer.json").read_text())
         assert "the autoencoder's reconstruction: loss of the prompt" in out
+    _, err = command(*words, "sae:1/3=set:2x", "--sae", "stream", code=2)
+    assert f"cratelm collect {runs / 'bare'} --data DIR --sae stream" in err
     kept, dropped = found.values()
     assert kept["prompt_loss"] == dropped["prompt_loss"] != kept["prompt_loss_reconstructed"]
     assert kept["prompts"]["rows"][0]["moved"] != dropped["prompts"]["rows"][0]["moved"] > 0
     for change, sae, said in (
         ("sae:1/24=set:2", "stream", "layer 1 has latents of a --sae 0 to 23, not 24"),
         ("sae:1/3=set:2", "wide", "codes a width of 20, blocks.1 of this model gives 16"),
-        ("sae:1/3=set:2", "none", "has no autoencoder none"), ("sae:1/3=set:2x", "stream", "--tap sae-stream"),
+        ("sae:1/3=set:2", "none", "has no autoencoder none"), ("sae:1/3=set:2x", "stream", "--sae stream"),
     ):  # fmt: skip
         assert said in command(*words, change, "--sae", sae, code=2)[1]
 

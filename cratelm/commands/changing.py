@@ -80,7 +80,7 @@ class Changing:
             return request.resolve()
         if (records := self.records(request)) is None:
             run = self.chosen.run or "RUN"
-            more = f" --tap {self.taps[request.layer]}" if request.latent else ""
+            more = f" --sae {self.taps[request.layer].removeprefix('sae-')}" if request.latent else ""
             raise CrateError(
                 f"{request.name}: multiples of its maximum need records of it. Give a number, as in set:0.5, or run: "
                 f"cratelm collect {run} --data DIR{more}"

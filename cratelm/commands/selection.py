@@ -44,7 +44,12 @@ def chosen_layers(run: Path, selection: Selection) -> list[int]:
     if not found:
         taps = ", ".join(recorded_taps(run, mode=selection.mode))
         if taps:
-            raise CrateError(f"{run} holds no {selection.mode} records of the tap {selection.tap}. Use --tap: {taps}")
+            asked = selection.tap
+            option += f" --sae {asked.removeprefix('sae-')}" if asked.startswith("sae-") else f" --tap {asked}"
+            raise CrateError(
+                f"{run} holds no {selection.mode} records of the tap {asked}. Use --tap: {taps}; or run: "
+                f"cratelm collect {run} --data DIR{option}"
+            )
         raise CrateError(f"{run} holds no {selection.mode} records. Run: cratelm collect {run} --data DIR{option}")
     if unknown := sorted(set(selection.layer) - set(found)):
         raise CrateError(

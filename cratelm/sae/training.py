@@ -200,7 +200,7 @@ def train_sae(
     bar.advance(trainer.step * config.batch_tokens)
     stream = stream_from(trainer.step)
     saved = started = time.monotonic()
-    first = trainer.step
+    first, note = trainer.step, ""
     while trainer.step < trainer.steps:
         if stop() or time.monotonic() - saved > SAVE_SECONDS:
             trainer.save(checkpoint, settings)
@@ -217,7 +217,8 @@ def train_sae(
                 folder / "metrics.jsonl",
                 row | {"tokens_per_second": (trainer.step - first) * config.batch_tokens / elapsed},
             )
-        bar.advance(config.batch_tokens, _note(row))
+        note = _note(row) or note
+        bar.advance(config.batch_tokens, note)
     trainer.finish(folder, _description(trainer, settings, folder.name))
     shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -143,6 +143,10 @@ def test_without_probabilities_a_chat_simulates_and_the_reason_is_said(
         assert main(["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]) == 0
         said = capsys.readouterr().err
         assert "simulator: structured:rules (it gives no probabilities of a prompt, but answers chats)" in said
+        asked = len(server.asked)
+        assert main(["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]) == 0
+        assert capsys.readouterr().err == said
+        assert len(server.asked) == asked, "a second run asks nothing, not even what the model can"
         assert main(["simulate", str(run), "--llm", server.url, *TAR, "--simulator", "all-at-once"]) == 2
     assert "needs the probabilities of a prompt, and rules does not give them" in capsys.readouterr().err
     [key] = Store.open(run).scored()

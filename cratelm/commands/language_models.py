@@ -31,15 +31,15 @@ class Cast:
     can: dict[str, Capabilities] = field(default_factory=dict)
     """By identity, what each was found to give."""
 
-    async def ask_what_it_can(self, llm: LLM, store: Store) -> Capabilities:
+    async def ask_what_it_can(self, llm: LLM, store: Store, method: str) -> Capabilities:
         """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
 
-        That a model gives no probabilities is not taken from there: its server may have learnt it.
+        It is asked again where what was found is not enough to simulate by this method: its server may have learnt it.
         """
         if llm.identity in self.can:
             return self.can[llm.identity]
         name = f"capabilities of {llm.identity}"
-        found = _known(store, name)
+        found = _known(store, name, method)
         if found is None:
             found = await probe(llm)
             if store.path.exists():
@@ -116,8 +116,8 @@ async def opened(
                 await one.close()
 
 
-def _known(store: Store, name: str) -> Capabilities | None:
-    """What an earlier process found, where that was all that can be wished for."""
+def _known(store: Store, name: str, method: str) -> Capabilities | None:
+    """What an earlier process found, where that is enough to simulate by this method."""
     if not store.path.exists():
         return None
     with store.transaction() as connection:
@@ -128,7 +128,8 @@ def _known(store: Store, name: str) -> Capabilities | None:
     pieces = {word: tuple(tokens) for word, tokens in told.pop("pieces").items()}
     lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
     found = Capabilities(**told | lists, pieces=pieces)
-    return found if found.echo and found.chat else None
+    enough = {"auto": found.echo or found.chat, "structured": found.chat}.get(method, found.echo)
+    return found if enough else None
 
 
 async def _open(where: str, model: str, explaining: Explaining, spending: Spending, usage: Usage) -> LLM:

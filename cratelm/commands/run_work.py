@@ -72,7 +72,7 @@ class Work:
         """Plan, and unless that is all that was asked for, ask."""
         order, simulator = self.order, None
         if self.cast.simulator is not None and order.simulating is not None:
-            can = await self.cast.ask_what_it_can(self.cast.simulator, self.store)
+            can = await self.cast.ask_what_it_can(self.cast.simulator, self.store, order.simulating.simulator)
             asked = self._kept(self.cast.simulator)
             simulator = await choose_simulator(asked, order.simulating, order.selection.mode, can)
             if not order.spending.dry_run:

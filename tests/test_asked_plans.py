@@ -15,7 +15,9 @@ pytest.importorskip("openai", reason="openai is not installed (extra llm)")
 from test_asked import TAR, questions
 
 from cratelm.cli import main
+from cratelm.commands.plan import Pace
 from cratelm.interpretation import prompts, simulators
+from cratelm.interpretation.estimate import Asked
 from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.store import Store
 
@@ -65,14 +67,34 @@ def test_a_plan_counts_as_there_only_what_was_made_with_these_settings(
     assert planned(capsys.readouterr().out) == {"explain": ["3", "3", "0"], "simulate": ["3", "3", "0"]}
 
 
+def test_a_plan_says_how_long_it_takes_by_trying_one_simulation(
+    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]
+    assert main(command) == 0
+    assert re.search(
+        r"^time: about [\d.]+ s, as 32 at once that take the [\d.]+ s of one", capsys.readouterr().out, re.M
+    )
+    assert questions(server) == []
+    asked = Asked(calls=960, read=60_000, computed=30_000, written=6_000)
+    assert Pace(0.5, 1000, here=False).line(asked, 32).startswith("time: about 15 s, as 32 at once")
+    assert Pace(0.5, 1000, here=False).line(asked, 8).startswith("time: about 60 s, as 8 at once")
+    assert Pace(0.5, 1000, here=True).line(asked, 32) == "time: about 18 s, at 2k tokens a second"
+    with RuleServer(context=500) as short:
+        assert main(["interpret", str(run), "--llm", short.url, *TAR, "--dry-run"]) == 0
+    assert (
+        "time: unknown, because a simulation that was tried failed: the simulator's prompt" in capsys.readouterr().out
+    )
+
+
 def test_a_plan_says_what_a_short_context_leaves_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
-    for context in (8192, 3100, 2800):
+    for context in (8192, 1800, 1600):
         with RuleServer(context=context) as server:
             assert main(["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]) == 0
         said = re.search(r"prompts leave out up to (\d) of 6 excerpts of solved neurons", capsys.readouterr().out)
         found[context] = int(said[1]) if said else 0
-    assert found[8192] == 0 < found[3100] <= found[2800] == 2, found
+    assert found[8192] == 0 < found[1800] <= found[1600] == 2, found
 
 
 def test_interpret_makes_the_lookup_explanations_that_a_language_model_simulates(

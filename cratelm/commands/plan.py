@@ -1,6 +1,8 @@
 """The plan that is printed before a language model is asked: what is there, what is missing, what that costs."""
 
+import contextlib
 import json
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,18 +13,20 @@ from jaxtyping import Int64
 
 from cratelm.commands.asking import Spending
 from cratelm.interpretation.calibration import calibration_excerpts
-from cratelm.interpretation.estimate import COUNTED, Asked, estimated
+from cratelm.interpretation.endpoint import Endpoint
+from cratelm.interpretation.estimate import COUNTED, Asked, CountingLLM, estimated
 from cratelm.interpretation.explainer import Explainer
 from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.growing import GrowingSet, begun
 from cratelm.interpretation.judging import Jury
-from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.llm import LLM, LLMError
 from cratelm.interpretation.llm_stages import Task, sources_of
 from cratelm.interpretation.prompts import ExplainerPrompt
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.schema import Stage
 from cratelm.interpretation.scorers import SCORERS, judge
-from cratelm.interpretation.store import identity
+from cratelm.interpretation.self_test import puzzles
+from cratelm.interpretation.store import Store, identity
 from cratelm.runtime import human
 
 
@@ -87,6 +91,47 @@ async def plan_simulate(
     await _add(line, task, simulator.llm, missing, ask)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a model took for one small simulation."""
+
+    seconds: float
+    tokens: int
+    """That it read for it."""
+    here: bool
+    """Whether it runs in this process, so that what it reads counts; a server is taken to answer all at once."""
+
+    def line(self, asked: Asked, in_flight: int) -> str:
+        """What it says of the time that all of the plan takes."""
+        from cratelm.training.forecast import duration
+
+        if self.here:
+            rate = self.tokens / self.seconds
+            return f"time: about {duration((asked.computed + asked.written) / rate)}, at {human(rate)} tokens a second"
+        took = f"as {in_flight} at once that take the {self.seconds:.2g} s of one tried now"
+        return f"time: about {duration(asked.calls * self.seconds / in_flight)}, {took}"
+
+
+async def tried(simulator: Any, store: Store) -> Pace | str:
+    """Let the model simulate a neuron that everybody knows, once, and see how long that takes; or why it could not.
+
+    A server's count of what it read makes the plan's estimates of tokens those of its tokenizer.
+    """
+    puzzle, counting = puzzles()[0], CountingLLM(simulator.llm, store)
+    for _ in range(2):  # what runs here is slow at its first pass
+        started = time.perf_counter()
+        try:
+            await replace(simulator, counts=Counter()).simulate(puzzle.explanation, [puzzle.tokens])
+        except LLMError as error:
+            return f"time: unknown, because a simulation that was tried failed: {error}"
+        seconds = time.perf_counter() - started
+        if isinstance(simulator.llm, Endpoint):
+            break
+    with contextlib.suppress(LLMError):  # of an answer that says nothing
+        await replace(simulator, llm=counting, counts=Counter()).simulate(puzzle.explanation, [puzzle.tokens])
+    return Pace(max(seconds, 1e-6), max(counting.asked.computed, 1), not isinstance(simulator.llm, Endpoint))
+
+
 async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury) -> None:
     """Add one set of a scorer's results to a line; what is not explained yet is taken to get a usual sentence."""
     asked = task.explainable if SCORERS[scorer].explained else task.neurons
@@ -145,8 +190,8 @@ async def _add(
     line.exact &= len(missing) <= COUNTED
 
 
-def lines(found: Sequence[Line], spending: Spending) -> list[str]:
-    """The plan as a table, 80 columns wide."""
+def lines(found: Sequence[Line], spending: Spending, pace: Pace | str = "") -> list[str]:
+    """The plan as a table, 80 columns wide; with the time it takes, where it is known how fast the model is."""
     total = Line("in all", sum(line.neurons for line in found), sum(line.there for line in found))
     for line in found:
         total.asked.add(line.asked)
@@ -163,6 +208,8 @@ def lines(found: Sequence[Line], spending: Spending) -> list[str]:
     counted = "" if all(line.exact for line in found) else f", counted from {COUNTED} neurons of each set"
     most = "written and price at most" if priced else "written at most"
     table.append(f"tokens{counted}; shared: read once for many prompts; {most}")
+    if pace:
+        table.append(pace.line(total.asked, spending.in_flight) if isinstance(pace, Pace) else pace)
     if dropped := max(line.dropped for line in found):
         records = sum(len(neuron.records) for neuron in few_shot_neurons())
         table.append(f"the context is short: prompts leave out up to {dropped} of {records} excerpts of solved neurons")

@@ -18,7 +18,7 @@ from cratelm.commands.language_models import (
     kept,
 )
 from cratelm.commands.order import Order
-from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate
+from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate, tried
 from cratelm.commands.selection import chosen_layers, chosen_protocols
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.interpretation import llm_stages
@@ -81,8 +81,9 @@ class Work:
             order.scorers, chat=self._kept(self.cast.judge), encoder=order.encoder, strings=self.text("fixed"),
             reader=self._kept(self.cast.simulator or self.cast.judge),
         )  # fmt: skip
+        pace = await tried(simulator, self.store) if simulator is not None and order.spending.dry_run else ""
         if plan := await self._plan(simulator, judges):
-            print("\n".join([f"\n{self.run.name}: {self._subject()}", *lines(plan, order.spending)]))
+            print("\n".join([f"\n{self.run.name}: {self._subject()}", *lines(plan, order.spending, pace)]))
         if order.spending.dry_run:
             return Made(self.explainer_name)
         if self.explainer is not None and "explain" in order.stages:

@@ -104,6 +104,33 @@ def test_runs_that_only_a_language_model_scored_are_shown_with_it(
     assert "by scripted" in said
 
 
+def test_the_share_of_the_simulators_is_told_where_several_simulated_the_same_explanations(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    run = make_run(tmp_path / "crate-2l", rng)
+    ask(run)
+    store, other, columns = Store.open(run), f"other:{BY}", []
+    for layer in range(2):
+        key = SetKey(layer=layer, protocol=NAME, explainer="scripted", simulator=BY)
+        scores = store.scores(key)
+        changed = np.clip(scores.correlation + rng.normal(0, 0.1, len(scores.neuron)), -1, 1)
+        store.write_simulations(replace(key, simulator=other), store.simulations(key))
+        store.write_scores(replace(key, simulator=other), replace(scores, correlation=changed))
+        columns.append(100 * np.stack([scores.correlation, changed], axis=1))
+    scores = np.concatenate(columns)
+    scores = scores[np.isfinite(scores).all(axis=1)]
+    within = scores.var(axis=1, ddof=1).mean()
+    [table] = [
+        table
+        for table in explainer_tables(gather([run], explainer="scripted", simulator=BY))
+        if table.name == "simulators"
+    ]
+    [row] = table.rows
+    assert row[:5] == (NAME, "CRATE-2L", "scripted", f"{BY}, {other}", len(scores))
+    assert row[6] == pytest.approx(np.sqrt(within), rel=1e-4)
+    assert row[5] == pytest.approx(np.sqrt(max(scores.mean(axis=1).var(ddof=1) - within / 2, 0)), rel=1e-4)
+
+
 def test_components_of_variance_are_those_of_made_up_scores(rng: np.random.Generator) -> None:
     neurons, samples, between, within = 4000, 3, 12.0, 5.0
     scores = rng.normal(0, between, (neurons, 1)) + rng.normal(0, within, (neurons, samples))

@@ -35,6 +35,11 @@ CHANCE = (
     Column("SD over neurons", "0.1", "points"), Column("SD over explanations", "0.1", "points"),
     Column("Share of explanations", "0.1", "% of the variance"),
 )  # fmt: skip
+SIMULATORS = (
+    Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"), Column("Neurons", "count"),
+    Column("SD over neurons", "0.1", "points"), Column("SD over simulators", "0.1", "points"),
+    Column("Share of simulators", "0.1", "% of the variance"),
+)  # fmt: skip
 PAIRED = (
     Column("Protocol"), Column("Models"), Column("Difference", "0.1", "points"),
     Column("95 % interval", "interval", "points"), Column("p", "0.001"), Column("p after Holm", "0.001"),
@@ -74,6 +79,14 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
         tables.append(Table(
             name="samples", caption="How much of a score is the explanation's luck", columns=CHANCE, rows=rows,
             notes=("Components of variance of neurons explained several times, from those scored each time.",),
+        ))  # fmt: skip
+    if rows := tuple(_simulators(found)):
+        tables.append(Table(
+            name="simulators", caption="How much of a score is the simulator's", columns=SIMULATORS, rows=rows,
+            notes=(
+                "Components of variance of neurons whose one explanation several simulators simulated, from those that "
+                "each scored; what one simulator gives all neurons more than another is part of the simulators' share.",
+            ),
         ))  # fmt: skip
     if rows := tuple(_paired(results, found)):
         tables.append(Table(
@@ -136,18 +149,42 @@ def _chance(found: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
         samples = [other for other in found if other.run is one.run and replace(other.key, sample=0) == one.key]
         if one.key.sample or one.key.control or len(samples) < 2:
             continue
-        scores = np.concatenate([
-            np.stack([other.layers[place].of_layer(1 + _last(samples, place)).correlation for other in samples], axis=1)
-            for place in range(min(len(other.layers) for other in samples))
-        ])  # fmt: skip
-        split = components(100 * scores[np.isfinite(scores).all(axis=1)])
-        if split is not None:
-            between, within, neurons = split
-            share = 100 * within / (between + within) if between + within else None
+        if (split := _split(samples)) is not None:
+            neurons, *numbers = split
             yield (
-                one.key.protocol, one.run.title, one.key.explainer, one.key.simulator, len(samples), neurons,
-                math.sqrt(between), math.sqrt(within), share,
+                one.key.protocol, one.run.title, one.key.explainer, one.key.simulator, len(samples), neurons, *numbers,
             )  # fmt: skip
+
+
+def _simulators(found: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
+    """Rows of those that one explanation of each neuron was simulated by; calibrations of one are one."""
+    for one in found:
+        same = [
+            other
+            for other in found
+            if other.run is one.run and replace(other.key, simulator=one.key.simulator) == one.key
+            and "+" not in other.key.simulator.partition(":")[0]
+        ]  # fmt: skip
+        if one.key.control or len(same) < 2 or one is not same[0]:
+            continue
+        if (split := _split(same)) is not None:
+            names = ", ".join(other.key.simulator or other.key.explainer for other in same)
+            explainer = one.key.explainer + (f", explanation {one.key.sample + 1}" if one.key.sample else "")
+            yield (one.key.protocol, one.run.title, explainer, names, *split)
+
+
+def _split(several: Sequence[Measured]) -> tuple[int, float, float, float | None] | None:
+    """Neurons that each of several scored; standard deviation over them, and over the several; the latter's share."""
+    scores = np.concatenate([
+        np.stack([other.layers[place].of_layer(1 + _last(several, place)).correlation for other in several], axis=1)
+        for place in range(min(len(other.layers) for other in several))
+    ])  # fmt: skip
+    split = components(100 * scores[np.isfinite(scores).all(axis=1)])
+    if split is None:
+        return None
+    between, within, neurons = split
+    share = 100 * within / (between + within) if between + within else None
+    return neurons, math.sqrt(between), math.sqrt(within), share
 
 
 def _last(samples: Sequence[Measured], place: int) -> int:

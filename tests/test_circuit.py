@@ -18,7 +18,7 @@ from cratelm.activations.taps import capture, edit
 from cratelm.cli import main
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.model.config import Architecture
-from cratelm.model.weights import save_model
+from cratelm.model.weights import load, save_model
 from cratelm.report.circuit import circuit_figure, circuit_lines
 from cratelm.rundir import write_json
 from cratelm.whitebox.circuit import CircuitConfig, Subject, choose, edges, explained, gradients, rank
@@ -167,10 +167,10 @@ def test_the_command_writes_draws_and_tells(run: Path, capsys: pytest.CaptureFix
     [
         (["--token", "zzzz qqqq"], "it must be one"),
         (["--prompt", "a crate holds rain. " * 9], "the model's context is 16"),
-        (["--prompt", ""], "the prompt is empty"),
         (["--nodes", "0"], "--nodes is 0, it must be at least 1"),
         (["--candidates", "-1"], "--candidates is -1"),
         (["--baseline", "mean"], "no fixed records of layer 0"),
+        (["--prompt", ""], "the prompt is empty. Give some text with --prompt"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -181,4 +181,14 @@ def test_mistakes_get_one_line_and_leave_nothing(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert said in err
+    assert not (run / "circuits").exists()
+
+
+def test_a_model_whose_logits_are_not_finite_has_no_circuit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load(run)
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    save_model(model, run / "model", tokenizer)
+    assert main(["circuit", str(run), "--device", "cpu", "--prompt", "a crate"]) == 2
+    assert "there are no shares of it" in capsys.readouterr().err
     assert not (run / "circuits").exists()

@@ -10,6 +10,7 @@ nodes carry, and drawn: RUN/circuits gets a .json, an .svg and a .png.
 """
 
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,8 @@ def _subject(opened: "OpenedRun", options: Options) -> "Subject":
     from cratelm.commands.generate import prompt_tokens
     from cratelm.whitebox.circuit import Subject
 
+    if not options.prompt:
+        raise CrateError("the prompt is empty. Give some text with --prompt")
     tokens = prompt_tokens(opened.tokenizer, options.prompt)
     limit = row_length(opened.model)
     if len(tokens) > limit:
@@ -112,6 +115,11 @@ def _subject(opened: "OpenedRun", options: Options) -> "Subject":
     if target < 0:
         with torch.no_grad():
             subject = Subject(opened.model, places, prompt, int(subject.logits(1)[0].argmax()), baselines)
+    if not math.isfinite(subject.full):
+        raise CrateError(
+            f"the log probability after the prompt is {subject.full}, so there are no shares of it. "
+            "Use another prompt or model"
+        )
     return subject
 
 

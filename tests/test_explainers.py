@@ -117,18 +117,18 @@ def test_the_share_of_the_simulators_is_told_where_several_simulated_the_same_ex
         store.write_simulations(replace(key, simulator=other), store.simulations(key))
         store.write_scores(replace(key, simulator=other), replace(scores, correlation=changed))
         columns.append(100 * np.stack([scores.correlation, changed], axis=1))
-    scores = np.concatenate(columns)
-    scores = scores[np.isfinite(scores).all(axis=1)]
-    within = scores.var(axis=1, ddof=1).mean()
+    points = np.concatenate(columns)
+    points = points[np.isfinite(points).all(axis=1)]
+    within = points.var(axis=1, ddof=1).mean()
     [table] = [
         table
         for table in explainer_tables(gather([run], explainer="scripted", simulator=BY))
         if table.name == "simulators"
     ]
     [row] = table.rows
-    assert row[:5] == (NAME, "CRATE-2L", "scripted", f"{BY}, {other}", len(scores))
+    assert row[:5] == (NAME, "CRATE-2L", "scripted", f"{BY}, {other}", len(points))
     assert row[6] == pytest.approx(np.sqrt(within), rel=1e-4)
-    assert row[5] == pytest.approx(np.sqrt(max(scores.mean(axis=1).var(ddof=1) - within / 2, 0)), rel=1e-4)
+    assert row[5] == pytest.approx(np.sqrt(max(points.mean(axis=1).var(ddof=1) - within / 2, 0)), rel=1e-4)
 
 
 def test_components_of_variance_are_those_of_made_up_scores(rng: np.random.Generator) -> None:

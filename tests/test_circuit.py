@@ -186,8 +186,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
 
 def test_a_model_whose_logits_are_not_finite_has_no_circuit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load(run)
-    with torch.no_grad():
-        model.norm.weight.fill_(torch.nan)
+    nn.init.constant_(model.get_parameter("norm.weight"), torch.nan)
     save_model(model, run / "model", tokenizer)
     assert main(["circuit", str(run), "--device", "cpu", "--prompt", "a crate"]) == 2
     assert "there are no shares of it" in capsys.readouterr().err

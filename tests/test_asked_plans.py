@@ -1,5 +1,6 @@
 """Plans of the commands that ask a language model, and models that differ from what is usual, end to end."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from cratelm.commands.plan import Pace
 from cratelm.interpretation import prompts, simulators
 from cratelm.interpretation.estimate import Asked
 from cratelm.interpretation.few_shot import few_shot_neurons
+from cratelm.interpretation.growing import begun
 from cratelm.interpretation.store import Store
 
 
@@ -124,3 +126,27 @@ def test_a_model_without_a_system_role_explains_and_simulates(run: Path) -> None
     assert (store.scores(key).correlation > 0.95).all()
     assert len(read) == 6
     assert all(messages[0]["content"].startswith("Each neuron of a language model") for messages in read)
+
+
+def test_each_flaw_of_the_released_read_out_can_be_left_out_alone(
+    tmp_path: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_planted(tmp_path / "compat", np.random.default_rng(7), mode="compat")
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]
+    assert main([*command, "--read-out-repair", "spaced-numbers"]) == 2
+    assert "--read-out-repair is for --mode compat" in capsys.readouterr().err
+    command += ["--mode", "compat"]
+    assert main([*command, "--read-out-repair", "all"]) == 2
+    assert "there is no repair 'all' of the read-out. Use: fifteen-candidates, " in capsys.readouterr().err
+    found = {}
+    for repairs in ([], ["spaced-numbers"], ["fifteen-candidates", "escaped-tokens"]):
+        assert main([*command, *(["--read-out-repair", *repairs] if repairs else [])]) == 0
+        [key] = Store.open(run).sets("simulate")
+        with Store.open(run).transaction() as connection:
+            had = begun(connection, key, "simulate")
+        told = json.loads(had.settings) if had else {}
+        found[" ".join(repairs)] = (told["candidates"], told["spaces"], told["escaped"])
+    assert found == {
+        "": (5, False, False), "spaced-numbers": (5, True, False),
+        "fifteen-candidates escaped-tokens": (15, False, True),
+    }  # fmt: skip

@@ -59,6 +59,8 @@ class Simulating:
     """Another server or directory that simulates; left out, --llm. A base model does it better than a chat."""
     simulator_model: Name = ""
     """The model that simulates, where that is not --model."""
+    read_out_repair: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """compat only: leave out these flaws of the released read-out (docs/simulators.md), the others staying."""
     calibrate: Calibration = "none"
     """Fit simulated to real activations on excerpts of their own: linear, or percentile."""
     skip_self_test: bool = False

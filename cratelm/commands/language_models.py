@@ -14,6 +14,7 @@ from cratelm.interpretation.calls import Cached
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup import EXPLAINER
 from cratelm.interpretation.probe import Capabilities, probe
+from cratelm.interpretation.read_out import READ_OUT_REPAIRS, ReadOutRepair
 from cratelm.interpretation.self_test import require_self_test, self_test
 from cratelm.interpretation.simulators import Simulator, open_simulator
 from cratelm.interpretation.store import Store
@@ -176,9 +177,20 @@ async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Ca
             f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
             "Use --simulator structured, or another --simulator-llm"
         )
-    simulator = await open_simulator(method, llm, mode=mode)
+    simulator = await open_simulator(method, llm, mode=mode, repairs=read_out_repairs(simulating, mode))
     console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
     return simulator
+
+
+def read_out_repairs(simulating: Simulating, mode: Mode) -> frozenset[ReadOutRepair]:
+    """The flaws of the read-out that are left out, checked."""
+    asked = simulating.read_out_repair
+    if asked and mode != "compat":
+        raise CrateError("--read-out-repair is for --mode compat: the fixed mode has all repairs")
+    for name in asked:
+        if name not in READ_OUT_REPAIRS:
+            raise CrateError(f"there is no repair {name!r} of the read-out. Use: {', '.join(READ_OUT_REPAIRS)}")
+    return frozenset(name for name in READ_OUT_REPAIRS if name in asked)
 
 
 async def examine(simulator: Simulator, *, skip: bool) -> None:

@@ -208,6 +208,8 @@ def test_what_cannot_be_done_is_said(browser: "Browser", server: Served) -> None
     ]  # fmt: skip
     said = page.evaluate("() => cratelm.live.live({}, { place: { tap: { name: 'sae-mine' } } }).textContent")
     assert "cratelm steer --sae" in said
+    page = open_(tab, "#/try?model=none&text=the")
+    assert "no model none to try" in page.locator(".trouble").inner_text()
     tab.close()
 
 

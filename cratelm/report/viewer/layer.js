@@ -75,7 +75,7 @@
 
   function unscored(place) {
     return h("p", { class: "missing" }, "No neuron of this layer is scored yet. Run: ",
-      h("code", {}, `cratelm interpret ${place.model.name}${place.tap.name === "neurons" ? "" : ` --tap ${place.tap.name}`}`), " and make the site anew.");
+      h("code", {}, `cratelm interpret ${place.model.name}${place.tap.name === "neurons" ? "" : ` --tap ${place.tap.name}`}`), cratelm.data.served ? ", then reload this page." : " and make the site anew.");
   }
 
   /** The scores in bars of 5 points. */

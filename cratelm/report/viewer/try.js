@@ -30,9 +30,13 @@
     const live = site.capabilities.live;
     if (!live) throw new Trouble("Nothing can be tried here: the runs of this server hold no model.", "Run: cratelm serve RUN... with runs that have a folder model, or were collected from a Hugging Face model.");
     const models = site.models.filter((one) => Object.hasOwn(live.contexts, one.slug));
+    const named = query.get("model");
+    if (named && !models.some((one) => one.slug === named)) {
+      throw new Trouble(`There is no model ${named} to try a text on here.`, `There are: ${models.map((one) => one.slug).join(", ")}. A run without its folder model is shown only.`);
+    }
     const state = {
       site, live, models, turns: readTurns(query.get("turn")).slice(0, live.limits.changes), seen: null, along: null,
-      model: models.find((one) => one.slug === query.get("model")) ?? models[0], text: query.get("text") ?? FIRST,
+      model: models.find((one) => one.slug === named) ?? models[0], text: query.get("text") ?? FIRST,
     };
     const parts = build(state);
     parts.showTurns();
@@ -85,6 +89,7 @@
     choice.addEventListener("change", () => {
       state.model = state.models.find((one) => one.slug === choice.value);
       state.turns = [];
+      tellMost();
       made.replaceChildren();
       showTurns();
       look();
@@ -93,8 +98,11 @@
       h("p", { class: "answer" }, h("label", { class: "field", for: "model" }, "Model ", choice), h("button", { class: "choice" }, "Look")));
     form.addEventListener("submit", (event) => { event.preventDefault(); look(); steer.effectSoon(); });
     field.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit(); });
+    const most = h("p", { class: "soft" });
+    const tellMost = () => { most.textContent = `At most ${state.live.contexts[state.model.slug]} tokens are read. What you type goes to this server and no further.`; };
+    tellMost();
     const page = h("div", { class: "try" }, h("h1", {}, "Try a text"),
-      h("p", { class: "soft" }, `At most ${state.live.contexts[state.model.slug]} tokens are read. What you type goes to this server and no further.`), form, seen,
+      most, form, seen,
       h("section", { "aria-labelledby": "turned" }, h("h2", { id: "turned" }, "Turn neurons"), turned, made));
     return { page, look, showTurns };
   }

@@ -121,7 +121,9 @@ def test_wrong_input_is_answered_in_words(browser: "Browser", server: Served) ->
 def test_what_is_typed_and_linked_cannot_run(tab: Visit) -> None:
     from urllib.parse import quote
 
-    page = open_(tab, f"#/try?model={quote(EVIL)}&text={quote(EVIL[:40])}&turn={quote(EVIL)}")
+    page = open_(tab, f"#/try?model={quote(EVIL)}&text={quote(EVIL[:40])}")
+    page.wait_for_selector(".trouble")
+    open_(tab, f"#/try?model=crate-2l&text={quote(EVIL[:40])}&turn={quote(EVIL)}")
     page.wait_for_selector(".token")
     page.get_by_role("button", name="Write on").click()
     page.wait_for_selector(".written")

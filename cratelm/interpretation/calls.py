@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLM, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Around, Echo, Message, Prompt, Reply, Sampling
 from cratelm.interpretation.store import Store
 from cratelm.interpretation.usage import Usage
 
@@ -28,7 +28,7 @@ Ask = Callable[[str], Awaitable[dict[str, Any]]]
 """Asks the model for what has this hash."""
 
 
-class Cached:
+class Cached(Around):
     """A language model whose answers are kept before anybody gets them. What is asked twice at once is asked once."""
 
     def __init__(self, inner: LLM, store: Store, usage: Usage | None = None) -> None:
@@ -37,25 +37,6 @@ class Cached:
         self._working: set[asyncio.Task[None]] = set()
         self._unwritten: list[tuple[Row, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
-
-    @property
-    def name(self) -> str:
-        """That of the model."""
-        return self.inner.name
-
-    @property
-    def identity(self) -> str:
-        """That of the model."""
-        return self.inner.identity
-
-    @property
-    def context(self) -> int | None:
-        """That of the model."""
-        return self.inner.context
-
-    def count(self, text: str) -> int:
-        """Tokens of a text."""
-        return self.inner.count(text)
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """The kept answer, or the model's."""

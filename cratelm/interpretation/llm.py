@@ -122,3 +122,30 @@ class LLM(Protocol):
         Raises `LLMError` where the model's server does not give the probabilities of a prompt.
         """
         ...
+
+
+class Around:
+    """What stands around a language model and passes on who it is: its own is only how it is asked."""
+
+    __slots__ = ()
+    inner: LLM
+    """The model that answers."""
+
+    @property
+    def name(self) -> str:
+        """That of the model."""
+        return self.inner.name
+
+    @property
+    def identity(self) -> str:
+        """That of the model."""
+        return self.inner.identity
+
+    @property
+    def context(self) -> int | None:
+        """That of the model."""
+        return self.inner.context
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return self.inner.count(text)

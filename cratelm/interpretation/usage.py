@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Around, Echo, Message, Prompt, Reply, Sampling
 from cratelm.runtime import human
 
 
@@ -67,7 +67,7 @@ class Budget:
 
 
 @dataclass(slots=True)
-class Metered:
+class Metered(Around):
     """A language model whose answers are counted, and that stops before a budget is overdrawn.
 
     Before each call, what it can cost at most is set aside: its prompt, and the longest answer. So calls that are on
@@ -81,25 +81,6 @@ class Metered:
     """Tokens read and written by earlier processes of the same work: the budget is for all of it."""
     _aside: tuple[int, int] = (0, 0)
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """That of the model."""
-        return self.inner.name
-
-    @property
-    def identity(self) -> str:
-        """That of the model."""
-        return self.inner.identity
-
-    @property
-    def context(self) -> int | None:
-        """That of the model."""
-        return self.inner.context
-
-    def count(self, text: str) -> int:
-        """Tokens of a text."""
-        return self.inner.count(text)
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat if the budget allows it."""

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
 from cratelm.interpretation.firing import KINDS, MEASURES, STATED, THRESHOLDS, Counts, LayerFiring, measured
-from cratelm.interpretation.statistics import generator, interval, shown_layers
+from cratelm.interpretation.statistics import generator, interval, sets_each, shown_layers
 
 EXCERPT_RESAMPLES = 64
-"""Resampled sets of excerpts per neuron, from which every drawing of that neuron takes one."""
+"""Resampled sets of excerpts per neuron at least (`sets_each`); every drawing of a neuron takes one."""
 RESAMPLES = 500
 """Drawings of the neurons."""
 CHUNK = 32
@@ -115,7 +115,8 @@ def _resampled(
     counts: Counts, rng: np.random.Generator, resamples: int
 ) -> Float64[np.ndarray, "resamples thresholds 6"]:
     """Means over neurons drawn anew, and for each one of its resampled sets of excerpts."""
-    table = np.concatenate(list(_excerpts_drawn_anew(counts, rng)))
+    sets = sets_each(len(counts.base), resamples, EXCERPT_RESAMPLES)
+    table = np.concatenate(list(_excerpts_drawn_anew(counts, rng, sets)))
     neurons, times, *shape = table.shape
     flat = table.reshape(neurons * times, -1)
     known = ~np.isnan(flat)
@@ -128,9 +129,9 @@ def _resampled(
 
 
 def _excerpts_drawn_anew(
-    counts: Counts, rng: np.random.Generator
+    counts: Counts, rng: np.random.Generator, sets: int
 ) -> Iterator[Float32[np.ndarray, "chunk times thresholds 6"]]:
-    """`ALL` of every neuron over excerpts drawn with replacement from its own, several times."""
+    """`ALL` of every neuron over excerpts drawn with replacement from its own, `sets` times."""
     thresholds = len(THRESHOLDS)
     for start in range(0, len(counts.base), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -138,11 +139,11 @@ def _excerpts_drawn_anew(
         number = np.maximum(there.sum(axis=1), 1)
         chances = np.where(there.any(axis=1, keepdims=True), there, np.eye(1, there.shape[1])) / number[:, None]
         drawn = rng.multinomial(
-            number[:, None], chances[:, None], size=(len(number), EXCERPT_RESAMPLES)
+            number[:, None], chances[:, None], size=(len(number), sets)
         ).astype(np.float64)  # fmt: skip
         base = drawn @ counts.base[rows]
         relevant = drawn @ counts.relevant[rows].reshape(len(number), there.shape[1], thresholds * 3)
-        shaped = relevant.reshape(len(number), EXCERPT_RESAMPLES, thresholds, 3)
+        shaped = relevant.reshape(len(number), sets, thresholds, 3)
         maximum = np.broadcast_to(counts.maximum[rows, None], base.shape[:2])
         yield _all_measures(base, shaped, maximum).astype(np.float32)
 

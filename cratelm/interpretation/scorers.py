@@ -23,13 +23,13 @@ from cratelm.interpretation.judged import Judged
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.schema import Judging, Stage
 from cratelm.interpretation.similarity import Encoder, embedding, example_embedding
-from cratelm.interpretation.statistics import interval
+from cratelm.interpretation.statistics import interval, sets_each
 from cratelm.interpretation.surprisal import check_echo, surprisal
 
 SIMULATION = "simulation"
 """The paper's scorer, which has stages of its own: simulate, then score."""
 ITEM_RESAMPLES = 64
-"""Resampled sets of items per neuron, from which every drawing of that neuron takes one."""
+"""Resampled sets of items per neuron at least (`sets_each`); every drawing of a neuron takes one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,19 +173,20 @@ def _resampled(
 
     Moved to have the observed mean as theirs, as the bootstrap of correlations is (`statistics.bootstrap_means`).
     """
-    table = np.stack([_items_drawn_anew(one, number, rng) for one in found])
+    sets = sets_each(len(found), resamples, ITEM_RESAMPLES)
+    table = np.stack([_items_drawn_anew(one, number, rng, sets) for one in found])
     table = np.where(np.isnan(table), values[:, None], table)
     table += (values - table.mean(axis=1))[:, None]
     drawn = rng.integers(len(found), size=(resamples, len(found)))
     return table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1)
 
 
-def _items_drawn_anew(one: Judged, number: str, rng: np.random.Generator) -> np.ndarray:
-    """The number of one neuron on items drawn with replacement from its own, several times; NaN where undefined."""
+def _items_drawn_anew(one: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:
+    """The number of one neuron on items drawn with replacement from its own, `sets` times; NaN where undefined."""
     truth = np.array(one.truth)
 
     def times(count: int) -> np.ndarray:
-        return rng.multinomial(count, np.full(count, 1 / count), size=ITEM_RESAMPLES).astype(np.float64)
+        return rng.multinomial(count, np.full(count, 1 / count), size=sets).astype(np.float64)
 
     if number == "auc":
         score = np.array([np.nan if value is None else value for value in one.score])

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 EXCERPT_RESAMPLES = 256
-"""Resampled sets of excerpts per neuron, from which every drawing of that neuron takes one."""
+"""Resampled sets of excerpts per neuron at least (`sets_each`); every drawing of a neuron takes one."""
 CHUNK = 32
 """Neurons at a time."""
 
@@ -53,7 +53,7 @@ def bootstrap_means(
     means are moved back to have the observed mean as theirs. Their spread counts the excerpts' noise twice, as it is
     in the differences between neurons too: the interval errs on the wide side.
     """
-    correlations = resampled_correlations(sums, rng, EXCERPT_RESAMPLES).ravel()
+    correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
     known = ~np.isnan(correlations)
     values = np.where(known, correlations, 0)
     means = np.empty(resamples)
@@ -62,6 +62,15 @@ def bootstrap_means(
         counts = np.maximum(known[drawn].sum(axis=1), 1)
         means[start : start + CHUNK] = values[drawn].sum(axis=1) / counts
     return means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1)))
+
+
+def sets_each(neurons: int, resamples: int, least: int) -> int:
+    """Resampled sets that each neuron needs, so that all of them together are no fewer than the drawings from them.
+
+    Of one neuron's 64 sets the 2.5 % point is the second lowest or third, and two bootstraps of it would differ by a
+    third of their width.
+    """
+    return max(least, -(-resamples // max(neurons, 1)))
 
 
 def resampled_correlations(

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -212,12 +213,19 @@ def origin() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(sys.argv),
+        "command": _command(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": versions,
         "commit": _commit(),
     }
+
+
+def _command() -> str:
+    """What was typed, to be typed again; the interpreter's path to this package says nothing."""
+    program, *arguments = sys.argv
+    own = Path(program).parent == Path(__file__).parent or Path(program).name == "cratelm"
+    return shlex.join(["cratelm" if own else program, *arguments])
 
 
 def _commit() -> str | None:

@@ -20,7 +20,7 @@ from cratelm.interpretation.store import Store
 from cratelm.report import site
 from cratelm.report.catalogue import catalogue, slug
 from cratelm.report.chunks import read_script, unpack
-from cratelm.report.overview import overview
+from cratelm.report.overview import overview, public
 from cratelm.report.site import write_site
 
 
@@ -194,7 +194,24 @@ def test_a_run_without_scores_hides_no_other(tmp_path: Path, rng: np.random.Gene
     found = overview(catalogue(runs, "fixed"), "fixed")
     assert found["tables"]
     assert found["figures"]
-    assert any(str(runs[1]) in said and "cratelm interpret" in said for said in found["missing"])
+    assert any(f"cratelm interpret {runs[1].name}" in said for said in found["missing"])
+
+
+def test_a_site_tells_nothing_of_the_folders_it_was_made_in(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l")
+    (runs[1] / "interpretation.sqlite").unlink()
+    Store.create(runs[1])
+    monkeypatch.setattr("sys.argv", ["/usr/bin/cratelm", "report", *map(str, runs), "--site"])
+    write_site(runs, tmp_path / "out")
+    written = "".join(path.read_text() for path in (tmp_path / "out" / "data").rglob("*.js"))
+    assert "cratelm report crate-2l gpt2-2l --site" in written
+    assert "cratelm interpret gpt2-2l" in written
+    assert str(tmp_path) not in written
+    kept = "see https://example.org/a/b, runs/demo/x, ../y/z and ./w/v at 3/4"
+    assert public(kept) == kept
+    assert public("cratelm report '/home/some one/runs/a' --out=/srv/www/site") == "cratelm report 'a' --out=site"
 
 
 def test_what_has_not_changed_is_not_written_again(

@@ -1,5 +1,6 @@
 """What a browser opens with: the models and their layers, and the report's sentences, tables and figures as values."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,19 @@ from cratelm.report.whitebox_plots import whitebox_figures
 from cratelm.rundir import origin
 
 
+def public(text: str) -> str:
+    """A text that names files, for others to read: absolute paths, which tell of one machine, by their last part."""
+    quoted = re.sub(r"(['\"])/(?:[^'\"]*/)?([^'\"/]+)\1", r"\1\2\1", text)
+    return re.sub(r"(?<![\w.~/-])(?:/[^\s/'\"]+)+/([^\s/'\"]+)", r"\1", quoted)
+
+
 def manifest(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
     """Which models, taps and layers there are, and where their chunks lie: what every page needs first.
 
     `capabilities` names what only a server can do; a folder can do none of it.
     """
     return {
-        "mode": mode, "origin": origin(), "capabilities": {},
+        "mode": mode, "origin": (made := origin()) | {"command": public(made["command"])}, "capabilities": {},
         "models": [_model(model, mode) for model in models],
     }  # fmt: skip
 
@@ -45,7 +52,7 @@ def _model(model: Model, mode: Mode) -> dict[str, Any]:
         "slug": model.slug, "title": model.title, "name": model.name, "arch": model.description["arch"],
         "control": model.description.get("control"), "layers": int(model.description["model"]["num_layers"]),
         "tokens": collected.get("tokens"), "documents": collected.get("documents"),
-        "missing": "" if model.taps else f"Nothing was collected. Run: {command}",
+        "missing": "" if model.taps else public(f"Nothing was collected. Run: {command}"),
         "taps": [
             {
                 "name": tap.name, "slug": tap.slug,
@@ -66,7 +73,7 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
     results, left_out = _gathered(ready, mode, taps)
     missing += left_out
     return (_report(results) if results else {"sentences": [], "tables": [], "figures": []}) | {
-        "missing": [*missing, *(results.missing if results else ()), *_not_looked_into(models)]
+        "missing": [public(one) for one in (*missing, *(results.missing if results else ()), *_not_looked_into(models))]
     }
 
 

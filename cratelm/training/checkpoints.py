@@ -30,6 +30,8 @@ from cratelm.training.distributed import ALONE, World
 from cratelm.training.optimizer import Optimizers
 
 DESCRIPTION = "checkpoint.json"
+DAMAGED = "damaged_"
+"""Put before the name of a checkpoint that was found unreadable."""
 
 
 class Checkpoints:
@@ -59,7 +61,7 @@ class Checkpoints:
     ) -> None:
         """Begin to write a checkpoint of this moment and return; first wait for one that is still being written."""
         self.finish()
-        self._name = f"step_{step:07d}"
+        self._name = _name(step)
         temporary = self.folder / f".{self._name}.tmp"
         self.world.decide(lambda: _sweep(self.folder))
         description = {"step": step, "held_out_loss": held_out_loss, **self.configuration}
@@ -96,9 +98,7 @@ class Checkpoints:
             if self.world.leads:
                 write_json(temporary / DESCRIPTION, {**description, "files": _sums(temporary)})
                 final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
-                if final.exists():
-                    shutil.rmtree(final)
-                temporary.rename(final)
+                _put(temporary, final)
                 self._prune()
         except BaseException as error:  # it belongs to the thread that asked for the checkpoint
             made.set_exception(error)
@@ -112,9 +112,41 @@ class Checkpoints:
         for old in found[: -self.keep_last]:
             if old != best:
                 shutil.rmtree(old)
+        for damaged in self.folder.glob(f"{DAMAGED}*"):  # training has gone past it again
+            if damaged.name.removeprefix(DAMAGED) <= found[-1].name:
+                shutil.rmtree(damaged)
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step, the one that is being written included. All must call this."""
+        self.finish()
+        return self.world.decide(lambda: (self.folder / _name(step)).exists())
+
+    def read_best(self, build: Callable[[], LanguageModel]) -> LanguageModel | None:
+        """The model of the best checkpoint that can be read, in one process; None if that is the newest, or none is.
+
+        A checkpoint that cannot be read is named, and the next best taken.
+        """
+        ranked = _ranked(self.run)
+        for folder in ranked:
+            if folder == checkpoints(self.run)[-1]:
+                return None
+            problem = self._problem(folder)
+            if problem is None:
+                model = build()
+                problem = _reading(lambda folder=folder, model=model: read_weights(folder, model))  # type: ignore[misc]
+            if problem is None:
+                return model
+            console.print(
+                f"the best checkpoint, {folder}, is not readable ({problem}); taking the next best", markup=False
+            )
+        return None
 
     def resume(self, build: Callable[[], tuple[LanguageModel, Optimizers]]) -> tuple[LanguageModel, Optimizers, int]:
-        """A model and its optimizers from the newest readable checkpoint and how many steps it has seen; else fresh."""
+        """A model and its optimizers from the newest readable checkpoint and how many steps it has seen; else fresh.
+
+        One that is not readable is renamed to `damaged_step_N`: it must not count as the newest, or the best, of those
+        that training goes on to write.
+        """
         model, optimizers = build()
         tried = False
         for folder in reversed(self.world.decide(lambda: checkpoints(self.run))):
@@ -124,9 +156,12 @@ class Checkpoints:
                 problem = next(filter(None, self.world.gather(_load(folder, model, optimizers))), None)
             if problem is None:
                 return model, optimizers, int(folder.name.removeprefix("step_"))
+            aside = folder.with_name(f"{DAMAGED}{folder.name}")
             console.print(
-                f"checkpoint {folder} is not readable ({problem}); going back to the one before", markup=False
+                f"checkpoint {folder} is not readable ({problem}) and is now {aside.name}; going back to the one before",
+                markup=False,
             )
+            self.world.decide(lambda folder=folder, aside=aside: _put(folder, aside))  # type: ignore[misc]
         if tried:  # a failed reading leaves traces in what it was to fill
             model, optimizers = build()
         return model, optimizers, 0
@@ -139,8 +174,12 @@ class Checkpoints:
             found = read_json(folder / DESCRIPTION, made_by="cratelm train")
         except CrateError as error:
             return str(error)
-        self._check_configuration(folder, found)
-        for name, (size, crc) in found["files"].items():
+        try:
+            self._check_configuration(folder, found)
+            files = [(name, size, crc) for name, (size, crc) in found["files"].items()]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return f"{DESCRIPTION} lacks or misspells a field ({error})"
+        for name, size, crc in files:
             file = folder / name
             if not file.exists():
                 return f"{name} is missing"
@@ -167,15 +206,20 @@ def checkpoints(run: Path) -> list[Path]:
 
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the lowest held-out loss, the newest of equals; None if it was measured at none."""
+    return next(iter(_ranked(run)), None)
+
+
+def _ranked(run: Path) -> list[Path]:
+    """The checkpoints at which the held-out loss was measured, the best first, the newest of equals."""
     losses: list[tuple[float, Path]] = []
     for folder in checkpoints(run):
         try:
             loss = json.loads((folder / DESCRIPTION).read_text())["held_out_loss"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if loss is not None:
+        if isinstance(loss, int | float):
             losses.append((loss, folder))
-    return min(reversed(losses), key=lambda pair: pair[0])[1] if losses else None
+    return [folder for _, folder in sorted(reversed(losses), key=lambda pair: pair[0])]
 
 
 def read_weights(folder: Path, model: LanguageModel) -> None:
@@ -197,12 +241,19 @@ def _snapshot(model: LanguageModel, optimizers: Optimizers) -> dict[str, Any]:
 def _load(folder: Path, model: LanguageModel, optimizers: Optimizers) -> str | None:
     """Fill model and optimizers from a checkpoint; say what is wrong if that cannot be done."""
     weights, moments = get_state_dict(model, optimizers)
+    problem = _reading(lambda: _read({"model": weights, "optimizer": moments}, folder))
+    if problem is None:
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
+    return problem
+
+
+def _reading(read: Callable[[], None]) -> str | None:
+    """Read; say what is wrong if that cannot be done."""
     try:
-        _read({"model": weights, "optimizer": moments}, folder)
+        read()
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().splitlines()
         return reason[-1][:80] if reason else type(error).__name__
-    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
     return None
 
 
@@ -210,9 +261,22 @@ def _read(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
     dcp.load(state, checkpoint_id=folder, no_dist=alone)
 
 
+def _name(step: int) -> str:
+    return f"step_{step:07d}"
+
+
+def _put(folder: Path, final: Path) -> None:
+    """Rename a folder; one of that name steps aside first, whole, and goes when its place is taken."""
+    aside = final.with_name(f".{final.name}.old.tmp")
+    if final.exists():
+        final.rename(aside)
+    folder.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def _sweep(folder: Path) -> None:
     """Remove what a process that was killed left half-written."""
-    for stale in folder.glob(".step_*.tmp"):
+    for stale in folder.glob(".*step_*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -19,7 +19,7 @@ from cratelm.model.weights import save_model
 from cratelm.rundir import claim, differing_fields, read_json
 from cratelm.runtime import ProgressBar
 from cratelm.training.batches import Batches
-from cratelm.training.checkpoints import Checkpoints, best_checkpoint, checkpoints, read_weights
+from cratelm.training.checkpoints import Checkpoints
 from cratelm.training.config import Execution, TrainConfig
 from cratelm.training.distributed import ALONE, World
 from cratelm.training.evaluate import held_out_loss
@@ -85,7 +85,7 @@ def train(
             world.decide(lambda: None)  # each waits here for the last checkpoint's name
         whole = learner.whole_model()
         if whole is not None:
-            _write_models(run, whole, tokenizer)
+            _write_models(run, whole, tokenizer, saved)
         return whole if whole is not None else model
 
 
@@ -110,7 +110,8 @@ def _loop(
         if world.any(stop()):
             if step > first:
                 watch.check()
-                saved.save(learner.model, learner.optimizers, step)
+                if not saved.holds(step):  # the one there may know its held-out loss
+                    saved.save(learner.model, learner.optimizers, step)
                 saved.finish()
             raise KeyboardInterrupt
         watch.saw(learner.step(batches, step))
@@ -154,16 +155,14 @@ def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: in
     return found
 
 
-def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer, saved: Checkpoints) -> None:
     """Write `model/`, as it is at the end, and `model-best/` if an earlier checkpoint predicts better."""
-    if (run / "model").exists():
-        return
-    best = best_checkpoint(run)
-    if best is not None and best != checkpoints(run)[-1]:
-        earlier = LanguageModel(model.config)
-        read_weights(best, earlier)
-        save_model(earlier, run / "model-best", tokenizer)
-    save_model(model, run / "model", tokenizer)
+    if not (run / "model").exists():
+        save_model(model, run / "model", tokenizer)
+    if not (run / "model-best").exists():
+        best = saved.read_best(lambda: LanguageModel(model.config))
+        if best is not None:
+            save_model(best, run / "model-best", tokenizer)
 
 
 def write_control(of: Path, run: Path) -> None:

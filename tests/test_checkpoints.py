@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from tiny import make_tokens, rows, short_training, tiny_config, train_quietly, weights_of
 
 from cratelm.data.tokens import TokenDirectory
+from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, weights_hash
 from cratelm.training.checkpoints import best_checkpoint, checkpoints, read_weights
@@ -121,3 +122,30 @@ def test_a_description_of_another_shape_is_damage_too(text: str, data: TokenDire
     (checkpoints(tmp_path)[-1] / "checkpoint.json").write_text(text)
     stopped(config, data, tmp_path, 1)
     assert names(tmp_path) == ["damaged_step_0000004", "step_0000002", "step_0000003"]
+
+
+@pytest.mark.parametrize(
+    ("every", "said", "step"),
+    [(3, "the loss became nan at step 2", 2), (1, "the held-out loss became nan at step 1", 1)],
+)
+def test_a_batch_that_ruins_the_weights_is_recorded_though_no_line_was_due(
+    every: int, said: str, step: int, data: TokenDirectory, tmp_path: Path
+) -> None:
+    config = short_training(learning_rate=1e30, log_every=10, evaluate_every=every, checkpoint_every=10)
+    with pytest.raises(CrateError, match=said):
+        train_quietly(config, tiny_config(), data, tmp_path)
+    found = json.loads((tmp_path / "diverged.json").read_text())
+    assert (found["step"], found["batch"], found["seed"]) == (step, step - 1, config.seed)
+
+
+def test_no_measurement_is_made_of_weights_that_are_no_numbers(data: TokenDirectory, tmp_path: Path) -> None:
+    measured: list[int] = []
+
+    def note(_model: LanguageModel, step: int) -> Mapping[str, float]:
+        measured.append(step)
+        return {}
+
+    config = short_training(learning_rate=1e30, log_every=10, evaluate_every=10, measure_every=3, checkpoint_every=10)
+    with pytest.raises(CrateError, match="the loss became nan at step 2"):
+        train_quietly(config, tiny_config(), data, tmp_path, measurements={"note": note})
+    assert measured == [0]

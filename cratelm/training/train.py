@@ -118,17 +118,21 @@ def _loop(
         done = step + 1
         last = done == config.steps
         checkpoint = last or done % config.checkpoint_every == 0
+        evaluation = last or done % config.evaluate_every == 0
+        measurement = last or done % config.measure_every == 0
+        logged = checkpoint or done % config.log_every == 0
         row: dict[str, float | int] = {"step": done, "tokens": done * config.batch_tokens}
-        if checkpoint or done % config.log_every == 0:
+        if logged or evaluation or measurement:  # of weights that are no numbers nothing is worth measuring
             loss, norm = watch.check()
+        if logged:
             row |= {"loss": loss, "gradient_norm": norm, "learning_rate": config.learning_rate_at(step)}
             row["tokens_per_second"] = log.steps_per_second(done) * config.batch_tokens
         go_on = log.pause()
-        if last or done % config.evaluate_every == 0:
+        if evaluation:
             with autocast(learner.device):
                 found = held_out_loss(learner.model, held_out, batch=config.micro_batch, world=world)
-            row["held_out_loss"] = watch.finite(found, "held-out loss", done)
-        if last or done % config.measure_every == 0:
+            row["held_out_loss"] = watch.held_out(found)
+        if measurement:
             row |= _measure(learner, measurements, done)
         log.write(row)
         if checkpoint:

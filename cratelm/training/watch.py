@@ -19,10 +19,12 @@ class Watch:
         self.config, self.saved, self.world, self.batches = config, saved, saved.world, batches
         self._recent: list[Taken] = []
         self._newest = (math.nan, math.nan)
+        self._last: Taken | None = None
 
     def saw(self, taken: Taken) -> None:
         """Take note of a step."""
         self._recent.append(taken)
+        self._last = taken
 
     def check(self) -> tuple[float, float]:
         """Mean loss and gradient norm of the newest step.
@@ -38,12 +40,22 @@ class Watch:
         for taken, loss, norm in zip(recent, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._record(taken, loss, norm)
-            self.finite(loss, "loss", taken.step + 1)
-            self.finite(norm, "norm of the gradient", taken.step + 1)
+            self._finite(loss, "loss", taken.step + 1)
+            self._finite(norm, "norm of the gradient", taken.step + 1)
         self._newest = (losses[-1], norms[-1])
         return self._newest
 
-    def finite(self, value: float, what: str, step: int) -> float:
+    def held_out(self, loss: float) -> float:
+        """The held-out loss after the newest step, which `check` has passed; that step is recorded if it is no number.
+
+        Then its loss and gradient were finite, but not the weights it left. All processes must call this.
+        """
+        assert self._last is not None
+        if not math.isfinite(loss):
+            self._record(self._last, *self._newest)
+        return self._finite(loss, "held-out loss", self._last.step + 1)
+
+    def _finite(self, value: float, what: str, step: int) -> float:
         """The value; CrateError if it is no number, before a checkpoint is written of what made it so."""
         if math.isfinite(value):
             return value

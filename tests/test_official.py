@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -143,6 +144,10 @@ def _argument(name: str, value: Any) -> Any:
     return lambda content: content["model_args"].update({name: value})
 
 
+def _tensor(value: torch.Tensor, name: str = "prenorm_1") -> Any:
+    return lambda content: content["model"].update({f"transformer.h.0.{name}.weight": value})
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -162,6 +167,19 @@ def _argument(name: str, value: Any) -> Any:
         (_argument("n_head", 5), "not a multiple of num_heads 5"),
         (lambda content: content.pop("model_args"), "no model and model_args"),
         (lambda content: content["model"].update({"transformer.wte.weight": "no tensor"}), "has a str under"),
+        (_tensor(torch.zeros(32, dtype=torch.int64)), "holds int64, not floating-point"),
+        (_tensor(torch.zeros(32, dtype=torch.complex64)), "holds complex64, not floating-point"),
+        (_tensor(torch.tensor([math.nan, math.inf] + [0.0] * 30)), r"prenorm_1\.weight of .* has 2 numbers that are inf"),
+        (_tensor(torch.zeros(32).to_sparse()), "is sparse"),
+        (_tensor(torch.zeros(32, device="meta")), "a meta tensor"),
+        (_tensor(torch.tensor(1.0), "ista"), r"ista\.weight has shape \(\)"),
+        (_shaped("transformer.wte.weight", 99, 0), "no table transformer.wte.weight"),
+        (lambda content: content["model"].update({3: torch.zeros(2)}), "a weight under 3,"),
+        (_argument("n_layer", torch.tensor([2, 3])), "a Tensor as n_layer"),
+        (_argument("n_head", torch.tensor(4)), "a Tensor as n_head"),
+        (lambda content: content.update(iter_num=math.nan), "has nan as iter_num"),
+        (lambda content: content.update(iter_num=torch.zeros(2)), r"shape \(2,\) as iter_num"),
+        (lambda content: content.update(best_val_loss=torch.zeros(3)), r"shape \(3,\) as best_val_loss"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_gets_one_line(
@@ -173,6 +191,44 @@ def test_a_checkpoint_that_does_not_fit_gets_one_line(
         read_official(save(content, tmp_path / "ckpt.pt"))
     assert "\n" not in str(refusal.value)
     assert "ckpt.pt" in str(refusal.value) or "n_head" in str(damage) or "num_heads" in str(refusal.value)
+
+
+def test_a_changed_byte_of_a_weight_is_noticed(tmp_path: Path, rng: np.random.Generator) -> None:
+    state = released.crate_state(rng, **SIZE)
+    path = save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt")
+    content = bytearray(path.read_bytes())
+    atoms = state["transformer.h.1.ista.weight"].numpy().tobytes()
+    content[content.index(atoms) + int(rng.integers(len(atoms)))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CrateError, match="is damaged .*was changed after it was written"):
+        read_official(path)
+
+
+def test_a_file_without_check_sums_is_read(
+    tmp_path: Path, rng: np.random.Generator, tokens: torch.Tensor
+) -> None:  # fmt: skip
+    state = released.crate_state(rng, **SIZE)
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    model, _ = read_official(path)
+    assert_same(model, tokens, released.crate(state, tokens, HEADS))
+
+
+def test_a_best_loss_that_was_never_measured_is_none(tmp_path: Path, rng: np.random.Generator) -> None:
+    content = released.checkpoint(released.crate_state(rng, **SIZE), heads=HEADS) | {"best_val_loss": math.inf}
+    assert read_official(save(content, tmp_path / "ckpt.pt"))[1].best_val_loss is None
+
+
+@pytest.mark.parametrize(("activation", "said"), [("relu", "nanoGPT's own models: --activation gelu"), ("gelu", "GELU")])
+def test_the_assumed_activation_is_said(
+    activation: str, said: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(released.checkpoint(released.gpt_state(rng, **SIZE, bias=False), heads=HEADS), tmp_path / "ckpt.pt")
+    assert cli.main(["import", str(path), "--out", str(tmp_path / "run"), "--activation", activation]) == 0
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_damaged_and_foreign_files_get_one_line(tmp_path: Path, rng: np.random.Generator) -> None:

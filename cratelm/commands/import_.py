@@ -30,6 +30,9 @@ GPT2_VOCABULARIES = (50257, 50304)
 """Rows of an embedding for GPT-2's tokenizer: as it is, and padded to a multiple of 64."""
 
 
+ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `cratelm import`."""
@@ -85,6 +88,9 @@ def _released(path: Path, options: Options) -> "tuple[LanguageModel, Tokenizer |
     if path.suffix == ".safetensors":
         raise CrateError(f"{path} holds weights alone. Name its folder, with the config.json beside it")
     model, said = read_official(path, activation=options.activation)
+    if model.config.arch == "gpt2":
+        other = "nanoGPT's own models: --activation gelu" if options.activation == "relu" else "the released: relu"
+        console.print(f"read with {ACTIVATIONS[options.activation]} ({other}), which the file does not say")
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {"steps": said.iter_num, "validation loss": said.best_val_loss, "sha256": sha256}

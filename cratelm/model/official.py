@@ -4,11 +4,13 @@ The file holds a dictionary with the weights under `model` and the sizes under `
 have the same layout. Nothing in it says which activation a GPT-2 has: the released baseline has ReLU, nanoGPT's GELU.
 """
 
+import math
 import pickle
 import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +57,8 @@ def read_official(
 ) -> tuple[LanguageModel, Provenance]:  # fmt: skip
     """The model of a released checkpoint: CRATE with a 4x or a complete dictionary, GPT-2 with or without biases.
 
-    Only tensors and plain values are read; a file that holds code is refused. Optimizer state is left unread.
+    Only tensors and plain values are read; a file that holds code is refused, and one whose bytes are not those that
+    were written. Optimizer state is left unread. Raises CrateError for a weight that is no table of finite numbers.
     """
     checkpoint = _load(path)
     if not isinstance(checkpoint.get("model"), Mapping) or not isinstance(checkpoint.get("model_args"), Mapping):
@@ -64,12 +67,13 @@ def read_official(
     state = _cleaned(checkpoint["model"], path)
     config = _config(state, checkpoint["model_args"], activation, path)
     head = state.pop(_HEAD, None)
-    if head is not None and not torch.equal(head, state[_EMBEDDING]):
+    if head is not None and not torch.equal(head.float(), state[_EMBEDDING].float()):
         raise CrateError(f"{path} holds two different copies of the tied head, {_HEAD} and {_EMBEDDING}")
     with torch.device("meta"):
         names = {official_name(name, config.arch): name for name in LanguageModel(config).state_dict()}
     ours = {names.get(name, name): tensor for name, tensor in _oriented(state, config).items()}
-    return build(config, ours, source=str(path), named=lambda name: official_name(name, config.arch)), _said(checkpoint)
+    said = _said(checkpoint, path)
+    return build(config, ours, source=str(path), named=lambda name: official_name(name, config.arch)), said
 
 
 def write_official(model: LanguageModel, path: Path, said: Provenance | None = None) -> None:
@@ -111,7 +115,7 @@ def official_name(name: str, arch: Architecture) -> str:
 
 _DAMAGE = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
-    MemoryError,
+    MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 """What torch's reader of plain values raises on bytes that are no checkpoint."""
 
@@ -121,6 +125,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CrateError(f"{path} is not a file. Name a checkpoint (.pt), or a folder with a config.json")
     try:
+        _check_sums(path)
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol, which does not matter here
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -141,21 +146,47 @@ def _load(path: Path) -> dict[str, Any]:
     return found
 
 
+def _check_sums(path: Path) -> None:
+    """Compare the parts of a zipped checkpoint with their CRC-32, which torch does not; ValueError for one that differs.
+
+    `torch.save` can be told to write none; then all are 0.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(part.CRC for part in archive.infolist()) and (damaged := archive.testzip()):
+            raise ValueError(f"its part {damaged} was changed after it was written")
+
+
 def _cleaned(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The weights under their plain names: no prefix of `torch.compile` or DDP, no buffers of causal masks."""
     cleaned = {}
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise CrateError(f"{path} has a weight under {name!r}, where a released checkpoint has names")
         if not isinstance(tensor, Tensor):
             raise CrateError(
                 f"{path} has a {type(tensor).__name__} under {name}, where a released checkpoint has weights"
             )
         plain = re.sub(r"^((_orig_mod|module)\.)+", "", name)
         if not plain.endswith((".attn.bias", ".attn.masked_bias", ".attn.mask")):
+            if fault := _fault(tensor):
+                raise CrateError(f"the weight {name} of {path} {fault}. Fetch or write the file again")
             cleaned[plain] = tensor
     for name in (_EMBEDDING, "transformer.wpe.weight"):
-        if name not in cleaned or cleaned[name].dim() != 2:
+        if name not in cleaned or cleaned[name].dim() != 2 or not cleaned[name].numel():
             raise CrateError(f"{path} is no released checkpoint: it has no table {name}")
     return cleaned
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be a weight."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return "is sparse" if tensor.device.type != "meta" else "has a shape but no numbers (a meta tensor)"
+    if not tensor.is_floating_point():
+        return f"holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
+    bad = int((~tensor.float().isfinite()).sum())
+    return f"has {bad} numbers that are infinite or NaN" if bad else None
 
 
 def _config(
@@ -166,6 +197,9 @@ def _config(
     vocab_size, width = state[_EMBEDDING].shape
     context = len(state["transformer.wpe.weight"])
     told = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
+    for name in ("n_head", *told):
+        if not isinstance(arguments.get(name), int | None):
+            raise CrateError(f"{path} has a {type(arguments[name]).__name__} as {name} in model_args, a number is needed")
     wrong = [
         f"{name} {arguments[name]}, weights {told[name]}"
         for name in told
@@ -180,6 +214,9 @@ def _config(
         "num_layers": len(layers), "d_model": width, "num_heads": heads, "vocab_size": vocab_size,
         "context_length": context,
     }  # fmt: skip
+    for name in ("transformer.h.0.ista.weight", "transformer.h.0.mlp.c_fc.weight"):
+        if name in state and state[name].dim() != 2:
+            raise CrateError(f"{path} is no released checkpoint: {name} has shape {tuple(state[name].shape)}")
     ista, mlp = state.get("transformer.h.0.ista.weight"), state.get("transformer.h.0.mlp.c_fc.weight")
     if ista is not None:
         if "transformer.ln_f.weight" not in state:
@@ -232,9 +269,21 @@ def _released(config: ModelConfig) -> ModelConfig:
     return replace(plain, bias=config.bias, activation=config.activation)
 
 
-def _said(checkpoint: Mapping[str, Any]) -> Provenance:
-    steps, loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+def _said(checkpoint: Mapping[str, Any], path: Path) -> Provenance:
+    """Steps and best loss; a loss that was never measured may be infinite there."""
+    steps, loss = (_number(checkpoint, name, path) for name in ("iter_num", "best_val_loss"))
+    if steps is not None and not math.isfinite(steps):
+        raise CrateError(f"{path} has {steps} as iter_num, a number of steps is needed")
     return Provenance(
-        iter_num=int(steps) if isinstance(steps, int | float | Tensor) else None,
-        best_val_loss=float(loss) if isinstance(loss, int | float | Tensor) else None,
+        iter_num=None if steps is None else int(steps),
+        best_val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
     )
+
+
+def _number(checkpoint: Mapping[str, Any], name: str, path: Path) -> int | float | None:
+    value = checkpoint.get(name)
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
+            raise CrateError(f"{path} has a tensor of shape {tuple(value.shape)} as {name}, one number is needed")
+        value = value.item()
+    return value if isinstance(value, int | float) else None

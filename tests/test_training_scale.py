@@ -19,6 +19,7 @@ from tiny import make_tokens, rows, short_training, tiny_config, train_quietly, 
 from cratelm.commands.measurements import lookup, samples
 from cratelm.data.tokens import TokenDirectory, sample_batch
 from cratelm.errors import CrateError
+from cratelm.model.crate import ISTA
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model
 from cratelm.rundir import read_json, read_jsonl
@@ -213,6 +214,44 @@ def test_the_forecast_counts_what_there_is_to_count(arch: Any) -> None:
         config, model, device=torch.device("cpu"), world_size=2, execution=Execution(parallel="fsdp")
     )  # fmt: skip
     assert half.state_bytes == found.state_bytes / 2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("arch", ["crate", "gpt2"])
+def test_the_forecast_of_memory_is_what_a_pass_over_all_rows_keeps(arch: Any, recompute: bool) -> None:
+    config, device = short_training(batch_tokens=16 * 14, micro_batch=7), torch.device("cpu")
+    expected = forecast(config, tiny_config(arch), device=device, execution=Execution(recompute=recompute))
+    model = LanguageModel(tiny_config(arch)).initialise(0)
+    model.recompute_codes(recompute)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(272, (7, 17))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    assert loss.requires_grad
+    assert expected.activation_bytes == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_recomputing_codes_keeps_less_and_learns_the_same(data: TokenDirectory, tmp_path: Path) -> None:
+    train_quietly(short_training(), tiny_config(), data, tmp_path / "whole")
+    model = train_quietly(
+        short_training(), tiny_config(), data, tmp_path / "run", execution=Execution(recompute=True)
+    )  # fmt: skip
+    assert all(module.recompute for module in model.modules() if isinstance(module, ISTA))
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    kept = [
+        forecast(short_training(), tiny_config(), device=torch.device("cpu"), execution=Execution(recompute=again))
+        for again in (False, True)
+    ]
+    neurons = 4 * 2 * 2 * 16 * 64  # float32, layers, rows, context, neurons: one code of each
+    assert kept[0].activation_bytes - kept[1].activation_bytes == neurons
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ class Execution:
     """Several processes (torchrun): each with the whole model, or each with a share of its tensors (FSDP2)."""
     compile: bool | None = None
     """Fuse operations with torch.compile; by default on a GPU only."""
+    recompute: bool = False
+    """Keep less for the backward pass, and compute the earlier ISTA steps' codes again in it (CRATE; one product more)."""
     prefetch: int = 4
     """Micro-batches read ahead by a thread of their own."""
     track: tuple[Tracker, ...] = ()

@@ -58,12 +58,9 @@ def forecast(
     own = len(config.rows_of(0, world_size))
     micro = min(config.micro_batch, own)
     model = LanguageModel(model_config).initialise(0).to(device)
+    model.recompute_codes(execution is not None and execution.recompute)
     tokens = torch.randint(model_config.vocab_size, (micro, config.context + 1), device=device)
-    with _kept(model) as kept:
-        with autocast(device):
-            loss = model.loss(tokens[:1, :-1], tokens[:1, 1:])
-        activation_bytes = kept() * micro
-        loss.backward()
+    activation_bytes = _activation_bytes(model, tokens, device)
     row_seconds = _seconds_per_row(model, tokens, device)
     weights = sum(parameter.numel() for parameter in model.parameters())
     moments = 3 if config.optimizer == "adamw" else 2.5
@@ -83,6 +80,25 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.2g} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
     return f"{seconds / 86400:.3g} days"
+
+
+def _activation_bytes(model: LanguageModel, tokens: Tensor, device: torch.device) -> int:
+    """What a forward pass of all rows keeps for its backward pass, from passes of one row and of two.
+
+    Activations grow with the rows; the gradient of the head, which the loss leaves, and masks do not.
+    """
+
+    def measured(rows: int) -> int:
+        with _kept(model) as kept:
+            with autocast(device):
+                loss, added = model.objective(tokens[:rows, :-1], tokens[:rows, 1:])
+            found = kept()
+            (loss + added).backward()
+        model.zero_grad(set_to_none=True)
+        return found
+
+    one = measured(1)
+    return one if len(tokens) == 1 else one + (len(tokens) - 1) * (measured(2) - one)
 
 
 def _seconds_per_row(model: LanguageModel, tokens: Tensor, device: torch.device) -> float:

@@ -67,6 +67,7 @@ def train(
 
         def build() -> tuple[LanguageModel, Optimizers]:
             model = LanguageModel(model_config).initialise(config.seed).to(device)
+            model.recompute_codes(execution.recompute)
             if execution.parallel == "fsdp" and world.size > 1:
                 shard(model, world, device)
             return model, build_optimizers(model, config)

@@ -169,7 +169,10 @@ def _tensor(value: torch.Tensor, name: str = "prenorm_1") -> Any:
         (lambda content: content["model"].update({"transformer.wte.weight": "no tensor"}), "has a str under"),
         (_tensor(torch.zeros(32, dtype=torch.int64)), "holds int64, not floating-point"),
         (_tensor(torch.zeros(32, dtype=torch.complex64)), "holds complex64, not floating-point"),
-        (_tensor(torch.tensor([math.nan, math.inf] + [0.0] * 30)), r"prenorm_1\.weight of .* has 2 numbers that are inf"),
+        (
+            _tensor(torch.tensor([math.nan, math.inf] + [0.0] * 30)),
+            r"prenorm_1\.weight of .* has 2 numbers that are inf",
+        ),
         (_tensor(torch.zeros(32).to_sparse()), "is sparse"),
         (_tensor(torch.zeros(32, device="meta")), "a meta tensor"),
         (_tensor(torch.tensor(1.0), "ista"), r"ista\.weight has shape \(\)"),
@@ -222,7 +225,9 @@ def test_a_best_loss_that_was_never_measured_is_none(tmp_path: Path, rng: np.ran
     assert read_official(save(content, tmp_path / "ckpt.pt"))[1].best_val_loss is None
 
 
-@pytest.mark.parametrize(("activation", "said"), [("relu", "nanoGPT's own models: --activation gelu"), ("gelu", "GELU")])
+@pytest.mark.parametrize(
+    ("activation", "said"), [("relu", "nanoGPT's own models: --activation gelu"), ("gelu", "GELU")]
+)
 def test_the_assumed_activation_is_said(
     activation: str, said: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,10 +83,15 @@ class Part:
 def run(options: Options) -> None:
     """Foretell, then do every part that is not done yet, then report."""
     from cratelm.data.tokens import TokenDirectory
+    from cratelm.training.opening import check_run
 
     data = TokenDirectory.open(options.data, tokenizer=options.tokenizer)
     parts = list(plan(options, data))
     device = select_device(options.device)
+    for part in parts:
+        check_run(part.run, part.config, part.model, data)
+    if note := options.training.schedule_note():
+        console.print(note, soft_wrap=True)
     _check_documents(options, data)
     _foretell(options, parts, data, device)
     if options.dry_run:

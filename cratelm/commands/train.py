@@ -88,6 +88,7 @@ def _train(options: Options, data_folder: Path) -> None:
     from cratelm.data.tokens import TokenDirectory
     from cratelm.training.distributed import join_world
     from cratelm.training.forecast import forecast
+    from cratelm.training.opening import check_run
     from cratelm.training.train import train
 
     data = TokenDirectory.open(data_folder, tokenizer=options.tokenizer)
@@ -100,6 +101,10 @@ def _train(options: Options, data_folder: Path) -> None:
     model_config = depart(model_config, options.variant)
     with stopping() as stop, join_world(options.device) as (world, device):
         console.print(preview(config, model_config), soft_wrap=True)
+        if note := config.schedule_note():
+            console.print(note, soft_wrap=True)
+        config.rows_of(world.rank, world.size)
+        world.decide(lambda: check_run(options.out, config, model_config, data))
         if world.leads and (options.dry_run or not (options.out / "run.json").exists()):
             expected = forecast(config, model_config, device=device, world_size=world.size, execution=execution)
             console.print(str(expected), soft_wrap=True)

@@ -147,7 +147,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the parts of a zipped checkpoint with their CRC-32, which torch does not; ValueError for one that differs.
+    """Compare the parts of a zipped checkpoint with their CRC-32, which torch does not; ValueError if one differs.
 
     `torch.save` can be told to write none; then all are 0.
     """
@@ -199,7 +199,9 @@ def _config(
     told = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
     for name in ("n_head", *told):
         if not isinstance(arguments.get(name), int | None):
-            raise CrateError(f"{path} has a {type(arguments[name]).__name__} as {name} in model_args, a number is needed")
+            raise CrateError(
+                f"{path} has a {type(arguments[name]).__name__} as {name} in model_args, a number is needed"
+            )
     wrong = [
         f"{name} {arguments[name]}, weights {told[name]}"
         for name in told

@@ -158,7 +158,7 @@ class Checkpoints:
                 return model, optimizers, int(folder.name.removeprefix("step_"))
             aside = folder.with_name(f"{DAMAGED}{folder.name}")
             console.print(
-                f"checkpoint {folder} is not readable ({problem}) and is now {aside.name}; going back to the one before",
+                f"checkpoint {folder} is not readable ({problem}), now {aside.name}; going back to the one before",
                 markup=False,
             )
             self.world.decide(lambda folder=folder, aside=aside: _put(folder, aside))  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """How to train: `TrainConfig`, its defaults the paper's, the learning-rate schedules; and how to execute it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ class TrainConfig:
     learning_rate: float = 6e-4
     """Peak of the schedule."""
     final_learning_rate: float = 6e-5
-    """End of the schedule."""
+    """End of the schedule, which a cosine reaches where a step after the last would be, as in the released code."""
     schedule: Schedule = "cosine"
     """After a linear warm-up from 0, a cosine to the end; or `wsd`: stable at the peak, at last a linear decay."""
     warmup_steps: int = 2000
@@ -66,9 +67,9 @@ class TrainConfig:
             f"{name} is {getattr(self, name)}, at least 1 is needed" for name in counts if getattr(self, name) < 1
         ]
         problems += [
-            f"{name} is {getattr(self, name)}, it must be above 0"
-            for name in ("learning_rate", "clip")
-            if not getattr(self, name) > 0
+            f"{name} is {getattr(self, name)}, it must be {said}"
+            for name, (said, allowed) in _RANGES.items()
+            if not allowed(getattr(self, name))
         ]
         if not 0 < self.decay_share <= 1:
             problems.append(f"decay_share is {self.decay_share}, a share above 0 and up to 1 is needed")
@@ -92,12 +93,35 @@ class TrainConfig:
         return math.ceil(self.tokens / self.batch_tokens)
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear from 0 over the warm-up, then by `schedule` to `final_learning_rate`; steps count from 0."""
+        """Linear from 0 over the warm-up, then by `schedule` to `final_learning_rate`; steps count from 0.
+
+        A cosine ends at step `steps`, one after the last, as in the paper's code; `wsd` at the last. Where the warm-up
+        meets the decay of `wsd` it turns there, below the peak.
+        """
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            rising = self.learning_rate * (step + 1) / self.warmup_steps
+            return min(rising, self._falling(step)) if step >= self.steps - self.decay_steps else rising
+        return self._falling(step)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the decay of `wsd`; 0 for a cosine, which falls from the end of the warm-up."""
+        return max(1, round(self.decay_share * self.steps)) if self.schedule == "wsd" else 0
+
+    def schedule_note(self) -> str | None:
+        """A line that says so if the learning rate never reaches its peak, else None."""
+        if self.warmup_steps == 0 or self.warmup_steps + self.decay_steps <= self.steps:
+            return None
+        highest = max(map(self.learning_rate_at, range(min(self.warmup_steps, self.steps))))
+        decay = f" and a decay of {self.decay_steps}" if self.decay_steps else ""
+        return (
+            f"{self.steps} steps leave nothing beside a warm-up of {self.warmup_steps}{decay}: the learning rate rises "
+            f"to {highest:.3g} of {self.learning_rate:.3g}. Lower --warmup-steps"
+        )
+
+    def _falling(self, step: int) -> float:
         if self.schedule == "wsd":
-            decay = max(1, round(self.decay_share * self.steps))
-            share = min(1.0, max(0, self.steps - 1 - step) / decay)
+            share = min(1.0, max(0, self.steps - 1 - step) / self.decay_steps)
         else:
             progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
             share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -122,6 +146,15 @@ class TrainConfig:
         return range(rank * own, (rank + 1) * own)
 
 
+_FINITE: tuple[str, Callable[[float], bool]] = ("finite and at least 0", lambda value: 0 <= value < math.inf)
+_SHARE: tuple[str, Callable[[float], bool]] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": ("finite and above 0", lambda value: 0 < value < math.inf),
+    "final_learning_rate": _FINITE, "warmup_steps": _FINITE, "weight_decay": _FINITE, "beta1": _SHARE, "beta2": _SHARE,
+    "clip": ("above 0", lambda value: value > 0), "seed": ("of 64 bits", lambda value: -(2**63) <= value < 2**64),
+}  # fmt: skip
+"""What a setting that is no count may be, in words and as a test; a NaN passes none."""
+
 MAY_CHANGE = ("micro_batch", "log_every", "checkpoint_every", "keep_last")
 """Settings with which a run may go on though it began with others: the same batches in the same order are computed."""
 
@@ -141,11 +174,15 @@ class Execution:
     compile: bool | None = None
     """Fuse operations with torch.compile; by default on a GPU only."""
     recompute: bool = False
-    """Keep less for the backward pass, and compute the earlier ISTA steps' codes again in it (CRATE; one product more)."""
+    """Keep less for the backward pass: it computes the codes of CRATE's earlier ISTA steps again (a product more)."""
     prefetch: int = 4
     """Micro-batches read ahead by a thread of their own."""
     track: tuple[Tracker, ...] = ()
     """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio (needs the extra `track`)."""
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 1:
+            raise CrateError(f"prefetch is {self.prefetch}, at least 1 is needed")
 
 
 assert set(MAY_CHANGE) <= {field.name for field in fields(TrainConfig)}

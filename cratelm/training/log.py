@@ -89,9 +89,16 @@ def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Ro
 def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
     wandb: Any = _package("wandb", "wandb")
     own = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]  # a run that goes on is one run there too
-    session = wandb.init(
-        project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=own, resume="allow"
-    )
+    try:
+        session = wandb.init(
+            project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=own, resume="allow"
+        )
+    except (wandb.Error, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CrateError(
+            f"--track wandb could not start ({reason}). Run: wandb login; or set WANDB_MODE=offline and run the same "
+            "command again"
+        ) from None
     return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
 
 

@@ -13,6 +13,14 @@ from cratelm.training.config import TrainConfig, settled
 
 def open_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: TokenDirectory) -> None:
     """Write `run.json`, or check that the one there describes this very run."""
+    check_run(run, config, model_config, data)
+    if not (run / "run.json").exists():
+        write_run(run, model_config, training=training_identity(config, data), control=None, of=None)
+
+
+def check_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: TokenDirectory) -> None:
+    """Raise CrateError if data and model do not fit each other, or if `run` holds another run. Nothing is written."""
+    data.tokenizer()
     if config.context > model_config.context_length:
         raise CrateError(
             f"training sequences of {config.context} tokens are longer than the model's context of "
@@ -29,15 +37,12 @@ def open_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: To
                 f"{data.path} has {len(data.tokens(split))} {split} tokens, fewer than one sequence of "
                 f"{config.context}. Tokenize more text, or lower --context"
             )
-    training = training_identity(config, data)
     if (run / "run.json").exists():
         found = read_json(run / "run.json", made_by=f"cratelm train --out {run}")
         before = settled(found["training"]) if found.get("training") else {}
-        different = differing_fields(found.get("model", {}) | before, model_config.as_dict() | settled(training))
-        if different:
+        asked = model_config.as_dict() | settled(training_identity(config, data))
+        if different := differing_fields(found.get("model", {}) | before, asked):
             raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
-        return
-    write_run(run, model_config, training=training, control=None, of=None)
 
 
 def training_identity(config: TrainConfig, data: TokenDirectory) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cratelm.training.distributed import ALONE, World
 from cratelm.training.evaluate import held_out_loss
 from cratelm.training.learner import Learner, autocast, shard
 from cratelm.training.log import Log
-from cratelm.training.opening import open_run, training_identity, write_run
+from cratelm.training.opening import check_run, open_run, training_identity, write_run
 from cratelm.training.optimizer import Optimizers, build_optimizers
 from cratelm.training.watch import Watch
 
@@ -58,6 +58,7 @@ def train(
     """
     execution = execution or Execution()
     rows = config.rows_of(world.rank, world.size)
+    world.decide(lambda: check_run(run, config, model_config, data))
     with contextlib.ExitStack() as stack:
         world.decide(lambda: stack.enter_context(claim(run)))
         tokenizer = data.tokenizer()

@@ -11,6 +11,7 @@ from cratelm.activations.records import Mode
 from cratelm.commands.asking import Explaining, Simulating, Spending
 from cratelm.errors import CrateError
 from cratelm.interpretation.calls import Cached
+from cratelm.interpretation.endpoint import Endpoint
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup import EXPLAINER
 from cratelm.interpretation.probe import Capabilities, probe
@@ -32,6 +33,11 @@ class Cast:
     can: dict[str, Capabilities] = field(default_factory=dict)
     """By identity, what each was found to give."""
 
+    async def measure(self, store: Store) -> None:
+        """Ask servers how many tokens a text has, where nobody else can count them; once for a store."""
+        for llm in (self.explainer, self.simulator, self.judge):
+            await measure(llm, store)
+
     async def ask_what_it_can(self, llm: LLM, store: Store, method: str) -> Capabilities:
         """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
 
@@ -44,12 +50,26 @@ class Cast:
         if found is None:
             found = await probe(llm)
             if store.path.exists():
-                with store.transaction() as connection:
-                    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, json.dumps(asdict(found))])
+                store.note(name, json.dumps(asdict(found)))
         for line in (found.reason, *found.notes):
             console.print(line, soft_wrap=True)
         self.can[llm.identity] = found
         return found
+
+
+async def measure(llm: LLM | None, store: Store) -> None:
+    """Ask a server how many tokens a text has, unless they are counted here; kept in the store, and not asked again.
+
+    What prompts leave out where the context is short depends on it, so it has to be the same whenever a set is gone on
+    with.
+    """
+    if not isinstance(llm, Endpoint) or llm.counts_exactly:
+        return
+    name = f"tokens per byte of {llm.identity}"
+    known = store.noted(name)
+    llm.tokens_per_byte = float(known) if known is not None else llm.tokens_per_byte or await llm.measure()
+    if known is None and store.path.exists():
+        store.note(name, repr(llm.tokens_per_byte))
 
 
 def explains(explaining: Explaining) -> bool:
@@ -119,13 +139,10 @@ async def opened(
 
 def _known(store: Store, name: str, method: str) -> Capabilities | None:
     """What an earlier process found, where that is enough to simulate by this method."""
-    if not store.path.exists():
+    noted = store.noted(name)
+    if noted is None:
         return None
-    with store.transaction() as connection:
-        row = connection.execute("SELECT value FROM meta WHERE key = ?", [name]).fetchone()
-    if row is None:
-        return None
-    told = json.loads(row[0])
+    told = json.loads(noted)
     pieces = {word: tuple(tokens) for word, tokens in told.pop("pieces").items()}
     lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
     found = Capabilities(**told | lists, pieces=pieces)
@@ -138,8 +155,6 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
         from cratelm.local_llm import LocalLLM
 
         return LocalLLM.open(where, device=explaining.device)
-    from cratelm.interpretation.endpoint import Endpoint
-
     counter = _counter(explaining.llm_tokenizer) if explaining.llm_tokenizer else None
     endpoint = Endpoint(
         where, model, key_from=explaining.llm_key, in_flight=spending.in_flight, counter=counter, usage=usage
@@ -152,7 +167,7 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
             raise CrateError(f"{where} serves several models. Choose one with --model NAME: {found}")
         return await _open(where, endpoint.served[0], explaining, spending, usage)
     if counter is None:
-        console.print("tokens are estimated until the server has counted some; --llm-tokenizer counts them exactly")
+        console.print("tokens are estimated from a text that the server counted; --llm-tokenizer counts them exactly")
     return endpoint
 
 

@@ -9,7 +9,7 @@ import anyio.to_thread
 
 from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
 from cratelm.commands.asking import Explaining, Spending
-from cratelm.commands.language_models import Cast, basename, is_url, kept, opened
+from cratelm.commands.language_models import Cast, basename, is_url, kept, measure, opened
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.interpretation.escape import prompt_strings
 from cratelm.interpretation.explainer import Explainer, explainer_settings
@@ -46,7 +46,9 @@ class LiveExplainer:
                 opening = opened(self.explaining, None, self.spending, self.usage)
                 self._cast = await self._open.enter_async_context(opening)
         assert self._cast.explainer is not None
-        llm = kept(self._cast.explainer, Store.create(layer.run), self.usage, self.spending)
+        store = Store.create(layer.run)
+        await measure(self._cast.explainer, store)
+        llm = kept(self._cast.explainer, store, self.usage, self.spending)
         records, strings = await anyio.to_thread.run_sync(_read, layer)
         explainer = Explainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)
         [(_, prompt)] = explainer.prompts(records, protocol(PROTOCOL, layer.mode), [neuron])

@@ -20,7 +20,7 @@ from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.growing import GrowingSet, begun
 from cratelm.interpretation.judging import Jury
 from cratelm.interpretation.llm import LLM, LLMError
-from cratelm.interpretation.llm_stages import Task, sources_of
+from cratelm.interpretation.llm_stages import Task, explain_settings, sources_of
 from cratelm.interpretation.prompts import ExplainerPrompt
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.schema import Stage
@@ -52,11 +52,12 @@ class Line:
 
 async def plan_explain(line: Line, task: Task, explainer: Explainer) -> None:
     """Add one set of explanations to a line."""
-    missing = _missing(line, task, "explain", told=explainer.settings.told(explainer.llm, task.key.sample))
+    settings = explain_settings(task, explainer)
+    missing, left_out = _missing(line, task, "explain", told=settings), settings.get("left_out", 0)
 
     async def ask(llm: LLM, neuron: int) -> None:
         counting = replace(explainer, llm=llm)
-        for _, prompt in counting.prompts(task.records, task.protocol, [neuron]):
+        for _, prompt in counting.prompts(task.records, task.protocol, [neuron], left_out=left_out):
             if isinstance(prompt, ExplainerPrompt):
                 line.dropped = max(line.dropped, prompt.dropped)
             await counting.explain(prompt, task.key.sample)
@@ -113,10 +114,7 @@ class Pace:
 
 
 async def tried(simulator: Any, store: Store) -> Pace | str:
-    """Let the model simulate a neuron that everybody knows, once, and see how long that takes; or why it could not.
-
-    A server's count of what it read makes the plan's estimates of tokens those of its tokenizer.
-    """
+    """Let the model simulate a neuron that everybody knows, once, and see how long that takes; or why it could not."""
     puzzle, counting = puzzles()[0], CountingLLM(simulator.llm, store)
     for _ in range(2):  # what runs here is slow at its first pass
         started = time.perf_counter()
@@ -213,4 +211,5 @@ def lines(found: Sequence[Line], spending: Spending, pace: Pace | str = "") -> l
     if dropped := max(line.dropped for line in found):
         records = sum(len(neuron.records) for neuron in few_shot_neurons())
         table.append(f"the context is short: prompts leave out up to {dropped} of {records} excerpts of solved neurons")
+        table.append("(all prompts of a layer and protocol the same ones)")
     return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])

@@ -71,6 +71,7 @@ class Work:
     async def do(self) -> Made:
         """Plan, and unless that is all that was asked for, ask."""
         order, simulator = self.order, None
+        await self.cast.measure(self.store)
         if self.cast.simulator is not None and order.simulating is not None:
             can = await self.cast.ask_what_it_can(self.cast.simulator, self.store, order.simulating.simulator)
             asked = self._kept(self.cast.simulator)
@@ -98,9 +99,8 @@ class Work:
         with self._bar("simulate", keys) as bar:
             for task in self.tasks(keys, bar):
                 strings = self.text(simulator.strings_mode)
-                await llm_stages.simulate(
-                    task, simulator.simulate, simulator.told(), strings, calibrate=self._calibrate
-                )
+                own = llm_stages.fitted(task, simulator, strings, self._calibrate)
+                await llm_stages.simulate(task, own.simulate, own.told(), strings, calibrate=self._calibrate)
         return list(dict.fromkeys(replace(key, layer=0, protocol="") for key in keys))
 
     async def _judge(self, judges: Judges) -> list[tuple[str, SetKey]]:
@@ -123,7 +123,8 @@ class Work:
                 found.append(Line(f"simulate {control}".strip()))
                 strings = self.text(simulator.strings_mode)
                 for task in self.tasks([key for key in self.simulated_keys(simulator) if key.control == control]):
-                    await plan_simulate(found[-1], task, simulator, strings, self._told(task))
+                    own = llm_stages.fitted(task, simulator, strings, self._calibrate)
+                    await plan_simulate(found[-1], task, own, strings, self._told(task))
         if judges is not None:
             for scorer, key in judges.sets(self.explained_keys, self.order.controls):
                 if not found or found[-1].what != scorer:
@@ -136,7 +137,7 @@ class Work:
         """What a set of simulations will be made with, beside the simulator."""
         told: dict[str, Any] = {"calibrate": self._calibrate}
         if self.explainer is not None and "explain" in self.order.stages:
-            settings = self.explainer.settings.told(self.explainer.llm, task.key.sample)
+            settings = llm_stages.explain_settings(replace(task, key=task.key.explained), self.explainer)
             told["explained"] = llm_stages.settings_hash(json.dumps(settings, sort_keys=True))
         return told
 

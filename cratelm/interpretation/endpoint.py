@@ -5,6 +5,7 @@ they know the system's turn, an answer's schema, and OpenAI's newer names.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 from cratelm.errors import CrateError
 from cratelm.interpretation import echoes
+from cratelm.interpretation.few_shot import solved_tables
 from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
 from cratelm.interpretation.prompts import without_system
 from cratelm.interpretation.transport import Refused, Retry, Transport, Unreadable
@@ -49,8 +51,10 @@ class Endpoint:
         self.transport = Transport(
             url, key_from=key_from, in_flight=in_flight, timeout=timeout, retry=retry, usage=usage
         )
+        self.counts_exactly = counter is not None
+        self.tokens_per_byte = 0.0
+        """Of text like that of prompts, as `measure` found it once; 0 where it is not known: a token for each byte."""
         self._counter = counter
-        self._most_per_byte = 0.0
         self._no_echo, self._answered = "", False
         self._top = math.inf
         self._system, self._schema, self._limit = True, True, "max_tokens"
@@ -74,19 +78,42 @@ class Endpoint:
         await self.transport.close()
 
     def count(self, text: str) -> int:
-        """Tokens of a text: counted if a counter was given, else estimated from what the server counted so far."""
+        """Tokens of a text: counted if a counter was given, else estimated from `tokens_per_byte`, a fifth to spare.
+
+        The estimate never learns: what prompts look like depends on it, and those of a set have to look alike. What is
+        no ASCII is taken for a token a byte.
+        """
         if self._counter is not None:
             return self._counter(text)
-        rate = min(1.0, 1.25 * self._most_per_byte) if self._most_per_byte else 1.0
-        return math.ceil(len(text.encode()) * rate)
+        plain = sum(map(str.isascii, text))
+        rate = min(1.0, 1.25 * self.tokens_per_byte) if self.tokens_per_byte else 1.0
+        return math.ceil(plain * rate) + len(text.encode()) - plain
+
+    async def measure(self) -> float:
+        """Ask once how many tokens a byte of a prompt makes; 0 where the server does not tell."""
+        text = solved_tables()
+        found = Reply(text="", finish="", prompt_tokens=0, new_tokens=0)
+        try:
+            found = await self._ask_chat([Message("user", text)], Sampling(max_tokens=4), _told_usage)
+        except LLMError:
+            body = {"model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0}
+            with contextlib.suppress(LLMError):
+                found = await self.transport.ask("/completions", body, _told_usage)
+        self.transport.usage.add(found.prompt_tokens, found.new_tokens)
+        return found.prompt_tokens / len(text)
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. Raises `LLMError` where the server refuses or fails, `CrateError` where it cannot be asked."""
         size = sum(len(message.text.encode()) for message in messages)
+        return await self._ask_chat(messages, sampling, partial(self._read_chat, size))
+
+    async def _ask_chat(
+        self, messages: Sequence[Message], sampling: Sampling, read: Callable[[dict[str, Any]], Reply]
+    ) -> Reply:
         for _ in range(4):  # each round gives up one thing that the server may not know
             body = self._chat_body(messages, sampling)
             try:
-                return await self.transport.ask("/chat/completions", body, partial(self._read_chat, size))
+                return await self.transport.ask("/chat/completions", body, read)
             except Refused as error:
                 if not self._adapted(error, body):
                     await self._check_model(error)
@@ -132,17 +159,11 @@ class Endpoint:
             raise LLMError(f"the model refused: {refusal}")
         if text is None and finish != "length":
             raise LLMError(f"the model answered nothing (finish: {finish})")
-        self._learn(read, size)
         self._answered = True
         return Reply(
             text=text or "", finish=finish, prompt_tokens=read or math.ceil(size / 3),
             new_tokens=self.count(text or "") if written is None else written,
         )  # fmt: skip
-
-    def _learn(self, tokens: int | None, size: int) -> None:
-        """Remember the most tokens for a byte; short texts are mostly what a chat template adds."""
-        if tokens and size >= 400:
-            self._most_per_byte = max(self._most_per_byte, tokens / size)
 
     async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
         """What the model expected. Raises `LLMError` where the server does not give the probabilities of a prompt."""
@@ -156,9 +177,7 @@ class Endpoint:
     async def _echo(self, style: echoes.Style, prompt: Prompt, top: int) -> Echo:
         asked = int(min(top, self._top))
         body = echoes.request(style, self.name, prompt, asked)
-        echo = await self.transport.ask("/completions", body, lambda answer: echoes.read(style, answer, prompt, asked))
-        self._learn(echo.prompt_tokens, len((prompt.prefix + prompt.rest).encode()))
-        return echo
+        return await self.transport.ask("/completions", body, lambda answer: echoes.read(style, answer, prompt, asked))
 
     async def _echo_in_some_style(self, prompt: Prompt, top: int) -> Echo:
         """Try each way, with fewer candidates where many are refused; remember what works, or that nothing does."""
@@ -206,3 +225,10 @@ class Endpoint:
             return await self.transport.ask("/chat/completions", body, lambda answer: len(answer["choices"]) == 2)
         except (LLMError, KeyError, TypeError):
             return False
+
+
+def _told_usage(answer: Mapping[str, Any]) -> Reply:
+    """An answer of which nothing but the numbers of tokens is wanted; 0 for those that it does not tell."""
+    usage = answer.get("usage") or {}
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Reply(text="", finish="", prompt_tokens=read or 0, new_tokens=written or 0)

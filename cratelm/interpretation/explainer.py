@@ -6,7 +6,7 @@ its text, as does a prompt that does not fit; whoever does this for many neurons
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class ExplainerSettings:
         return Sampling(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed + sample)
 
     def told(self, llm: LLM, sample: int) -> dict[str, Any]:
-        """All that explanations depend on beside the records, to tell sets apart and to be read later."""
+        """All that explanations depend on beside the records and what a short context leaves out (`needs`)."""
         return {**asdict(self), "sample": sample, "model": llm.identity, "prompts": _prompts_hash()}
 
 
@@ -62,17 +62,34 @@ class Explainer:
     settings: ExplainerSettings
     strings: Sequence[str]
     """What prompts show for each token id (`escape.prompt_strings`)."""
+    _needed: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
+
+    def needs(self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int]) -> int:
+        """Records of solved neurons that have to be left out for the longest prompt of these neurons to fit.
+
+        All neurons of a set are shown the same ones. A neuron whose prompt never fits does not count. In `compat` mode
+        each prompt leaves out its own, as released, and this is 0.
+        """
+        if self.llm.context is None or self.settings.mode == "compat":
+            return 0
+        wanted = tuple(neurons)
+        asked = records.layer, protocol.name, wanted
+        if asked not in self._needed:
+            found = self.prompts(records, protocol, wanted)
+            dropped = (prompt.dropped for _, prompt in found if isinstance(prompt, ExplainerPrompt))
+            self._needed[asked] = max(dropped, default=0)
+        return self._needed[asked]
 
     def prompts(
-        self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int]
+        self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int], *, left_out: int = 0
     ) -> Iterator[tuple[int, ExplainerPrompt | PromptTooLong]]:
-        """What each neuron is asked with, or why it cannot be."""
+        """What each neuron is asked with, without so many records of solved neurons; or why it cannot be."""
         excerpts = draw(records, protocol.explain, "explain")
         for neuron in neurons:
             try:
                 yield neuron, explainer_prompt(
                     shown(tuple(excerpts.of(neuron)), self.strings), count=self.llm.count, context=self.llm.context,
-                    max_tokens=self.settings.max_tokens, mode=self.settings.mode,
+                    max_tokens=self.settings.max_tokens, mode=self.settings.mode, left_out=left_out,
                 )  # fmt: skip
             except PromptTooLong as error:
                 yield neuron, error

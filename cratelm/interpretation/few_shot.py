@@ -35,6 +35,14 @@ class FewShotNeuron:
 
 
 @cache
+def solved_tables() -> str:
+    """The tokens of all solved neurons with their activations, in ASCII: a text like those that prompts are made of."""
+    records = (record for neuron in few_shot_neurons() for record in neuron.records)
+    rows = (f"{token}\t{value}" for one in records for token, value in zip(one.tokens, one.activations, strict=True))
+    return "\n".join(rows).encode("ascii", "ignore").decode()
+
+
+@cache
 def few_shot_neurons() -> tuple[FewShotNeuron, ...]:
     """The solved neurons, in the order in which prompts show them."""
     return tuple(

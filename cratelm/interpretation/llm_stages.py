@@ -11,7 +11,7 @@ another temperature, model or prompt it is made anew, and so is what was simulat
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,11 +88,12 @@ class Task:
 
 async def explain(task: Task, explainer: Explainer) -> Tally:
     """Explain the chosen neurons of a set. Refused where no prompt fits the model's context."""
-    sample = task.key.sample
-    growing = task.begin("explain", task.explainable, explainer.settings.told(explainer.llm, sample))
+    sample, settings = task.key.sample, explain_settings(task, explainer)
+    growing = task.begin("explain", task.explainable, settings)
     share = task.share if task.part != (1, 1) else set(growing.neurons.tolist())
     missing = sorted(share & set(growing.missing()))
-    prompts = dict(explainer.prompts(task.records, task.protocol, missing))
+    left_out = settings.get("left_out", 0)
+    prompts = dict(explainer.prompts(task.records, task.protocol, missing, left_out=left_out))
     too_long = [prompt for prompt in prompts.values() if isinstance(prompt, PromptTooLong)]
     if too_long and len(too_long) == len(prompts):
         raise CrateError(str(too_long[0]))
@@ -101,6 +102,42 @@ async def explain(task: Task, explainer: Explainer) -> Tally:
         return await explainer.explain(prompts[neuron], sample)
 
     return await task.fill(growing, one, missing)
+
+
+def explain_settings(task: Task, explainer: Explainer) -> dict[str, Any]:
+    """All that tells a set of explanations from others; where the context is short, what its prompts leave out."""
+    told = explainer.settings.told(explainer.llm, task.key.sample)
+    needed = explainer.needs(task.records, task.protocol, task.explainable.tolist())
+    left_out = _settled(task, "explain", needed, told)
+    return told | ({"left_out": left_out} if left_out else {})
+
+
+def fitted(task: Task, simulator: Any, strings: Sequence[str], calibrate: CalibrationMethod | None) -> Any:
+    """The simulator with as many solved neurons as leave room for every excerpt of the set."""
+    parts = [draw(task.records, task.protocol.score, "score")]
+    parts += [calibration_excerpts(task.records, task.protocol)] if calibrate else []
+    excerpts = (
+        [strings[token] for token in excerpt.tokens.tolist()]
+        for neuron in task.explainable.tolist() for part in parts for excerpt in part.of(neuron)
+    )  # fmt: skip
+    return replace(simulator, left_out=_settled(task, "simulate", simulator.needs(excerpts), simulator.told()))
+
+
+def _settled(task: Task, stage: Stage, needed: int, told: Mapping[str, Any]) -> int:
+    """How much the prompts of a set leave out: what it was begun with, where that is enough.
+
+    So a set that is taken up again for fewer neurons, or with a better count of tokens, stays what it is.
+    """
+    wanted = json.loads(json.dumps(told))
+    for store in (task.store, Store(task.store.run)):
+        if store.path.exists():
+            with store.transaction() as connection:
+                had = begun(connection, task.key, stage)
+            settings = json.loads(had.settings) if had is not None else {}
+            alike = had is not None and all(settings.get(name) == value for name, value in wanted.items())
+            if alike and settings.get("left_out", 0) >= needed:
+                return settings.get("left_out", 0)
+    return needed
 
 
 async def simulate(

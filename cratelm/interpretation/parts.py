@@ -77,6 +77,8 @@ def merge(run: Path) -> Merged:
                     for what, count in _join(part, ours, theirs, key, stage).items():
                         counts[what] += count
                 _copy_chosen(ours, theirs)
+                notes = theirs.execute("SELECT * FROM meta WHERE key != 'format_version'").fetchall()
+                ours.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", notes)
                 counts["calls"] += _copy_calls(ours, theirs)
         missing = {(key, stage): _finish(ours, run, key, stage) for key, stage in sorted(touched, key=_explained_first)}
     return Merged(

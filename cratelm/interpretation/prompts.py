@@ -13,6 +13,7 @@ Activations are whole numbers from 0 to 10, scaled by the strongest one that the
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from cratelm.activations.records import Excerpt, Mode
@@ -69,16 +70,17 @@ def shown(excerpts: Sequence[Excerpt], strings: Sequence[str]) -> tuple[FewShotR
 
 def explainer_prompt(
     records: Sequence[FewShotRecord], *, count: Callable[[str], int], context: int | None, max_tokens: int,
-    mode: Mode = "fixed",
+    mode: Mode = "fixed", left_out: int = 0,
 ) -> ExplainerPrompt:  # fmt: skip
     """The chat that asks what a neuron with these records fires on.
 
-    Records of the solved neurons are left out one at a time until prompt and answer fit the context. Raises
-    `PromptTooLong` where they do not fit even without any.
+    Records of the solved neurons are left out one at a time, from `left_out` of them on, until prompt and answer fit
+    the context. Raises `PromptTooLong` where they do not fit even without any.
     """
     if mode == "compat":
         context = min(context or RELEASED_CONTEXT, RELEASED_CONTEXT)
-    for dropped, examples in enumerate(_fewer_and_fewer(few_shot_neurons())):
+    fewer = enumerate(_fewer_and_fewer(few_shot_neurons()))
+    for dropped, examples in islice(fewer, left_out, None):
         messages = _chat(examples, records)
         if mode == "compat":
             messages = without_system(messages, between=" ")

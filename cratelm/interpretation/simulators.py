@@ -10,11 +10,10 @@ The paper's simulator is all at once.
 
 import asyncio
 import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,17 +22,21 @@ from jaxtyping import Float64
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation import simulator_prompts as prompts
-from cratelm.interpretation.answers import quoted
 from cratelm.interpretation.few_shot import FILE as FEW_SHOT
 from cratelm.interpretation.few_shot import FewShotNeuron, few_shot_neurons
 from cratelm.interpretation.llm import LLM, Echo, LLMError, Prompt, Sampling
 from cratelm.interpretation.prompts import PromptTooLong
 from cratelm.interpretation.read_out import ReadOut, ReadOutRepair
+from cratelm.interpretation.structured_answers import structured_activations
 
 METHODS = ("all-at-once", "token-by-token", "structured")
 UNKNOWN = ("unknown", "?", "_", "-", "x")
 """What stands for an activation that is not known: the first that leaves the tab before it a token of its own."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
+EXPLANATION = 150
+"""Tokens that are kept free for an explanation where it is settled how many solved neurons a set shows."""
+MARGIN = 4
+"""Tokens more than counted: the one that begins a text, and where prefix and rest meet."""
 MOST_UNREAD = 0.5
 """Share of an explanation's tokens at which no number was among the candidates, from which on it counts as failed."""
 
@@ -64,6 +67,13 @@ class Simulator(Protocol):
 
     def told(self) -> dict[str, Any]:
         """All that its simulations depend on beside explanations and records."""
+        ...
+
+    def needs(self, excerpts: Iterable[Sequence[str]], /) -> int:
+        """Solved neurons that prompts have to leave out for the longest of these excerpts to fit the context.
+
+        A set is simulated with as many (`left_out`), so that all of its neurons are asked alike.
+        """
         ...
 
     async def simulate(self, explanation: str, excerpts: Sequence[Sequence[str]]) -> list[Activations]:
@@ -117,6 +127,8 @@ class AllAtOnce:
     llm: LLM
     read_out: ReadOut
     unknown: str = UNKNOWN[0]
+    left_out: int = 0
+    """Solved neurons that its prompts leave out; a prompt that is still too long leaves out more."""
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -131,7 +143,12 @@ class AllAtOnce:
 
     def told(self) -> dict[str, Any]:
         """Its settings."""
-        return _told(self.name, self.llm, {**asdict(self.read_out), "unknown": self.unknown})
+        return _told(self.name, self.llm, {**asdict(self.read_out), "unknown": self.unknown}, self.left_out)
+
+    def needs(self, excerpts: Iterable[Sequence[str]]) -> int:
+        """Solved neurons that prompts have to leave out."""
+        rests = (prompts.all_at_once_rows(tokens, unknown=self.unknown)[0] for tokens in excerpts)
+        return _needed(partial(self._head, ""), rests, self.llm)
 
     async def simulate(self, explanation: str, excerpts: Sequence[Sequence[str]]) -> list[Activations]:
         """One prompt per excerpt, all with the same prefix."""
@@ -155,10 +172,10 @@ class AllAtOnce:
         return self.read_out.escaped or BROKEN not in token
 
     def _prefix(self, explanation: str, rests: Sequence[str]) -> str:
-        def prefix(examples: Sequence[FewShotNeuron]) -> str:
-            return prompts.all_at_once_prefix(explanation, examples, top=self.read_out.top, unknown=self.unknown)
+        return _fitting(partial(self._head, explanation), rests, self.llm, self.counts, self.left_out)
 
-        return _fitting(prefix, rests, self.llm, self.counts)
+    def _head(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
+        return prompts.all_at_once_prefix(explanation, examples, top=self.read_out.top, unknown=self.unknown)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +184,7 @@ class TokenByToken:
 
     llm: LLM
     read_out: ReadOut
+    left_out: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -181,7 +199,12 @@ class TokenByToken:
 
     def told(self) -> dict[str, Any]:
         """Its settings."""
-        return _told(self.name, self.llm, asdict(self.read_out))
+        return _told(self.name, self.llm, asdict(self.read_out), self.left_out)
+
+    def needs(self, excerpts: Iterable[Sequence[str]]) -> int:
+        """Solved neurons that prompts have to leave out."""
+        rests = (prompts.token_by_token_question(tokens, len(tokens) - 1, answer="0")[0] for tokens in excerpts)
+        return _needed(partial(self._head, ""), rests, self.llm)
 
     async def simulate(self, explanation: str, excerpts: Sequence[Sequence[str]]) -> list[Activations]:
         """One prompt per token."""
@@ -189,11 +212,8 @@ class TokenByToken:
             [prompts.token_by_token_question(tokens, place, answer="0") for place in range(len(tokens))]
             for tokens in excerpts
         ]
-
-        def prefix(examples: Sequence[FewShotNeuron]) -> str:
-            return prompts.token_by_token_prefix(explanation, examples, top=self.read_out.top)
-
-        before = _fitting(prefix, [rest for rows in asked for rest, _ in rows], self.llm, self.counts)
+        rests = [rest for rows in asked for rest, _ in rows]
+        before = _fitting(partial(self._head, explanation), rests, self.llm, self.counts, self.left_out)
         questions = [Prompt(prefix=before, rest=rest, at=(at,)) for rows in asked for rest, at in rows]
         echoes = await self.llm.echo(questions, top=self.read_out.candidates)
         reads = [
@@ -204,6 +224,9 @@ class TokenByToken:
         ends = np.cumsum([len(tokens) for tokens in excerpts])[:-1]
         return np.split(values, ends) if excerpts else []
 
+    def _head(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
+        return prompts.token_by_token_prefix(explanation, examples, top=self.read_out.top)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Structured:
@@ -212,6 +235,7 @@ class Structured:
     llm: LLM
     mode: Mode = "fixed"
     """In `compat` mode an excerpt whose answer cannot be used is simulated as silence, as released."""
+    left_out: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -227,6 +251,10 @@ class Structured:
     def told(self) -> dict[str, Any]:
         """Its settings."""
         return _told(self.name, self.llm, {"mode": self.mode})
+
+    def needs(self, _: Iterable[Sequence[str]]) -> int:
+        """None: its prompts show all solved neurons."""
+        return 0
 
     async def simulate(self, explanation: str, excerpts: Sequence[Sequence[str]]) -> list[Activations]:
         """One chat per excerpt."""
@@ -246,29 +274,6 @@ class Structured:
                 self.counts["unread"] += len(tokens)
                 return np.zeros(len(tokens))
             raise
-
-
-def structured_activations(answer: str, tokens: Sequence[str]) -> Activations:
-    """The activations in an answer. Raises `LLMError`, with the answer, where it is not what was asked for."""
-    fenced = re.search(r"```(?:json)?\s*\n(.*?)```", answer, re.DOTALL)
-    try:
-        found = json.loads(fenced[1] if fenced else answer)
-    except json.JSONDecodeError as error:
-        raise LLMError(f"the answer is no JSON ({error.msg}): {quoted(answer)}") from None
-    rows = found.get("activations") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise LLMError(f"the answer has no list of activations: {quoted(answer)}")
-    if len(rows) != len(tokens):
-        raise LLMError(f"the answer has {len(rows)} activations for {len(tokens)} tokens: {quoted(answer)}")
-    for number, (row, token) in enumerate(zip(rows, tokens, strict=True), 1):
-        if row.get("token") != token:
-            raise LLMError(f"token {number} is {token!r}, and the answer has {row.get('token')!r}: {quoted(answer)}")
-        value = row.get("activation")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:
-            raise LLMError(
-                f"the activation of token {number} is {value!r}, not a number from 0 to 10: {quoted(answer)}"
-            )
-    return np.array([float(row["activation"]) for row in rows])
 
 
 def _read(read_out: ReadOut, echo: Echo, at: Sequence[int], llm: LLM) -> dict[int, float | None]:
@@ -294,17 +299,20 @@ def _count(
 
 
 def _fitting(
-    prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Sequence[str], llm: LLM, counts: Counter[str]
+    prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Sequence[str], llm: LLM, counts: Counter[str],
+    left_out: int,
 ) -> str:  # fmt: skip
-    """The prefix with as many solved neurons as leave room for the longest rest."""
-    examples = list(few_shot_neurons())
-    if llm.context is None:
-        return prefix(examples)
-    longest = llm.count(max(rests, key=len, default=""))
+    """The prefix without so many solved neurons, and with as many of the others as leave room for the longest rest."""
+    solved = few_shot_neurons()
+    examples = list(solved[: len(solved) - left_out])
+    longest = llm.count(max(rests, key=len, default="")) if llm.context is not None else 0
     while True:
         said = prefix(examples)
-        # A few more than counted: the token that begins a text, and where prefix and rest meet.
-        needed = llm.count(said) + longest + 4
+        gone = sum(len(one.records) for one in solved[len(examples) :])
+        counts["left out"] = max(counts["left out"], gone)
+        if llm.context is None:
+            return said
+        needed = llm.count(said) + longest + MARGIN
         if needed <= llm.context:
             return said
         if not examples:
@@ -312,16 +320,27 @@ def _fitting(
                 f"the simulator's prompt has {needed:,} tokens without any example, too long for a context of "
                 f"{llm.context:,}. Use a model with a longer context, or --protocol anthropic, whose excerpts are short"
             )
-        counts["left out"] = max(
-            counts["left out"], sum(len(one.records) for one in few_shot_neurons()[len(examples) - 1 :])
-        )
         examples.pop()
+
+
+def _needed(prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Iterable[str], llm: LLM) -> int:
+    """Solved neurons to leave out for the longest rest to fit, with room for an explanation; what never fits apart."""
+    if llm.context is None:
+        return 0
+    solved = few_shot_neurons()
+    used = [llm.count(prefix(solved[:count])) + EXPLANATION + MARGIN for count in range(len(solved), -1, -1)]
+    by_size = sorted(set(rests), key=lambda rest: len(rest.encode()), reverse=True)
+    if not by_size or used[0] + len(by_size[0].encode()) <= llm.context:  # a token has a byte at least
+        return 0
+    longest = max((size for size in map(llm.count, by_size) if used[-1] + size <= llm.context), default=0)
+    return next(number for number, size in enumerate(used) if size + longest <= llm.context or number == len(solved))
 
 
 def _name(method: str, read_out: ReadOut, llm: LLM) -> str:
     return f"{method}{'' if read_out.top == 10 else f'-0-{read_out.top}'}:{llm.name}"
 
 
-def _told(name: str, llm: LLM, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _told(name: str, llm: LLM, settings: Mapping[str, Any], left_out: int = 0) -> dict[str, Any]:
     digest = hashlib.sha256(prompts.FILE.read_bytes() + FEW_SHOT.read_bytes()).hexdigest()[:16]
-    return {"simulator": name, "model": llm.identity, "prompts": digest, **settings}
+    short = {"left_out": left_out} if left_out else {}
+    return {"simulator": name, "model": llm.identity, "prompts": digest, **settings, **short}

@@ -97,6 +97,21 @@ class Store:
             remedy = f"Move it away and run: cratelm interpret {self.run}"
             raise CrateError(f"{self.path} is not a store of interpretations ({error}). {remedy}") from None
 
+    def noted(self, name: str) -> str | None:
+        """What is noted under this name; in a part, what the run's own store has where the part has nothing."""
+        for store in (self, Store(self.run)):
+            if store.path.exists():
+                with store.transaction() as connection:
+                    row = connection.execute("SELECT value FROM meta WHERE key = ?", [name]).fetchone()
+                if row is not None:
+                    return row[0]
+        return None
+
+    def note(self, name: str, value: str) -> None:
+        """Note something about the whole store, such as what a language model can be asked."""
+        with self.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, value])
+
     def scored(self) -> list[SetKey]:
         """The sets of scores there are, in the order of their columns."""
         return self.sets("score")

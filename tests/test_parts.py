@@ -1,6 +1,8 @@
 """Parts of a run and their merge: the same store as one process makes, again and again, and only of the same making."""
 
 import multiprocessing
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from synthetic import make_run
 from cratelm import rundir
 from cratelm.activations.records import records_folder
 from cratelm.errors import CrateError
-from cratelm.interpretation.calls import add_calls
+from cratelm.interpretation import parts
+from cratelm.interpretation.calls import add_calls, spent
 from cratelm.interpretation.growing import GrowingSet, Row, Simulated
 from cratelm.interpretation.parts import merge, parts_of
 from cratelm.interpretation.sample import keep_chosen, kept_chosen
@@ -158,3 +161,46 @@ def test_parts_are_written_at_the_same_time_and_merged_meanwhile(run: Path) -> N
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert merge(run).missing == 0
     assert Store.open(run).is_done(KEY, "explain")
+
+
+def test_a_merge_keeps_nobody_from_writing_the_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its answers are copied, a part can be written at once."""
+    fill(run, 1, (1, 2, 4, 7))
+    monkeypatch.setattr(parts, "COPIED", 2)
+    written, copy = [], parts.add_new_calls
+
+    def copied(store: Store, rows: Any) -> int:
+        with closing(sqlite3.connect(Store(run, 1).path, timeout=0)) as connection, connection:
+            connection.execute("UPDATE meta SET value = value")
+        with closing(sqlite3.connect(store.path, timeout=0)) as connection, connection:
+            connection.execute("UPDATE meta SET value = value")
+        written.append(len(rows))
+        return copy(store, rows)
+
+    monkeypatch.setattr(parts, "add_new_calls", copied)
+    assert merge(run).calls == 5
+    assert written == [2, 2, 1]
+
+
+def test_answers_wait_for_a_store_that_is_in_use_and_then_say_so_in_a_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, opened, transaction = Store.create(run, 1), [], Store.transaction
+    monkeypatch.setattr("cratelm.interpretation.store.BUSY_SECONDS", 0.01)
+    holder = sqlite3.connect(part.path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    answer = ("a" * 40, "a-model", 5, 3, "2026", b"answer")
+    with pytest.raises(CrateError, match=r"part-1.sqlite was in use by another process for 0.01 seconds") as caught:
+        add_calls(part, [answer])
+    assert "\n" not in str(caught.value)
+
+    def counted(self: Store) -> Any:
+        opened.append(self)
+        if len(opened) == 3:
+            holder.rollback()
+        return transaction(self)
+
+    monkeypatch.setattr(Store, "transaction", counted)
+    add_calls(part, [answer])
+    assert spent(part) == (5, 3)
+    holder.close()

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from cratelm.interpretation.llm import LLM, Around, Echo, Message, Prompt, Reply, Sampling
-from cratelm.interpretation.store import Store
+from cratelm.interpretation.store import Store, StoreBusy
 from cratelm.interpretation.usage import Usage
 
 Row = tuple[str, str, int, int, str, bytes]
 """A row of the table `calls`."""
+BUSY_ATTEMPTS = 5
+"""How often answers are tried to be written where another process holds the store."""
 Answer = asyncio.Future[dict[str, Any]]
 """An answer on its way, as it is kept."""
 Ask = Callable[[str], Awaitable[dict[str, Any]]]
@@ -176,9 +178,23 @@ def is_kept(store: Store, asked: str) -> bool:
 
 
 def add_calls(store: Store, rows: Sequence[Row]) -> None:
-    """Keep some answers."""
+    """Keep some answers. They are paid for: where another process holds the store, they wait longer than others do."""
+    for attempt in range(1, BUSY_ATTEMPTS + 1):
+        try:
+            with store.transaction() as connection:
+                connection.executemany("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
+        except StoreBusy:
+            if attempt == BUSY_ATTEMPTS:
+                raise
+        else:
+            return
+
+
+def add_new_calls(store: Store, rows: Sequence[Row]) -> int:
+    """Keep those answers that are not there yet; how many that were."""
     with store.transaction() as connection:
-        connection.executemany("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
+        connection.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return connection.total_changes
 
 
 def spent(store: Store) -> tuple[int, int]:

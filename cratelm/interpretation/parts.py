@@ -13,6 +13,7 @@ import numpy as np
 
 from cratelm.activations.records import records_folder
 from cratelm.errors import CrateError
+from cratelm.interpretation.calls import add_new_calls
 from cratelm.interpretation.growing import (
     Begun,
     Row,
@@ -27,6 +28,8 @@ from cratelm.interpretation.growing import (
 from cratelm.interpretation.schema import KEY_COLUMNS, SetKey, Stage, packed, unpacked
 from cratelm.interpretation.store import Store, add_set, identity, records_of, set_id
 
+COPIED = 500
+"""Answers that are copied at once, so that neither store is held for longer than milliseconds."""
 NAMED = 3
 """Conflicts that an error names."""
 
@@ -56,9 +59,11 @@ def parts_of(run: Path) -> list[Store]:
 
 
 def merge(run: Path) -> Merged:
-    """Join all parts of a run into its own store, in one transaction. Hold the run (`rundir.claim`) meanwhile.
+    """Join all parts of a run into its own store. Hold the run (`rundir.claim`) meanwhile; parts may be worked on.
 
-    Refused where a part is of other records, was made with other settings, or says something else of a neuron.
+    Rows and failures are joined in one transaction. Answers follow a few at a time: they are found by what was asked,
+    so any of them may be there. Refused where a part is of other records, was made with other settings, or says
+    something else of a neuron.
     """
     parts = parts_of(run)
     if not parts:
@@ -79,8 +84,9 @@ def merge(run: Path) -> Merged:
                 _copy_chosen(ours, theirs)
                 notes = theirs.execute("SELECT * FROM meta WHERE key != 'format_version'").fetchall()
                 ours.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", notes)
-                counts["calls"] += _copy_calls(ours, theirs)
         missing = {(key, stage): _finish(ours, run, key, stage) for key, stage in sorted(touched, key=_explained_first)}
+    for part in parts:
+        counts["calls"] += _copy_calls(main, part)
     return Merged(
         parts=tuple(part.part for part in parts), whole=sum(not count for count in missing.values()),
         missing=sum(missing.values()), **counts,
@@ -191,12 +197,17 @@ def _copy_chosen(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> None:
         ours.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", [own, packed(both, "<i4")])
 
 
-def _copy_calls(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> int:
-    before = ours.total_changes
-    cursor = theirs.execute("SELECT * FROM calls")
-    while rows := cursor.fetchmany(1000):
-        ours.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
-    return ours.total_changes - before
+def _copy_calls(main: Store, part: Store) -> int:
+    """Copy the answers that the run's own store lacks; how many. Each batch is read to its end before it is written."""
+    new, last = 0, 0
+    while True:
+        with part.transaction() as theirs:
+            query = "SELECT rowid, * FROM calls WHERE rowid > ? ORDER BY rowid LIMIT ?"
+            rows = theirs.execute(query, [last, COPIED]).fetchall()
+        if not rows:
+            return new
+        last = rows[-1][0]
+        new += add_new_calls(main, [row[1:] for row in rows])
 
 
 def _finish(ours: sqlite3.Connection, run: Path, key: SetKey, stage: Stage) -> int:

@@ -33,8 +33,14 @@ _NUMBERS = {
     "spearman": np.float64, "auroc": np.float64, "tokens": np.int64, "excerpts": np.int64,
 }  # fmt: skip
 """Columns of scores that are fields of `LayerScores`. NaN is NULL in a table."""
+BUSY_SECONDS = 60.0
+"""How long a transaction waits for those of other processes, which take milliseconds each."""
 _ONE = " WHERE set_id = ? AND neuron = ?"
 _ALL = " WHERE set_id = ? ORDER BY neuron"
+
+
+class StoreBusy(CrateError):
+    """Another process held a store for longer than anybody waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +93,16 @@ class Store:
         disks, and flushing at every commit costs milliseconds for a set that took longer to compute.
         """
         try:
-            with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection, connection:
+                # What does not fit the cache waits for the commit: spilled, it would shut out who reads meanwhile.
+                connection.execute("PRAGMA cache_spill = OFF")
                 yield connection
         except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                raise StoreBusy(
+                    f"{self.path} was in use by another process for {BUSY_SECONDS:g} seconds. Run the same command "
+                    "again; what is done is kept"
+                ) from error
             if "full" in str(error):
                 raise CrateError(f"no space left for {self.path}. Free some and run the same command again") from error
             if type(error) is not sqlite3.DatabaseError and "no such table" not in str(error):

@@ -231,3 +231,33 @@ def test_what_was_asked_in_one_line() -> None:
     assert Usage(calls=2, cached=3, retries=4, prompt_tokens=1200, new_tokens=34).line() == (
         "2 calls, 3 cached, 4 retries, 1.23k tok"
     )
+
+
+def test_answers_that_wait_to_be_written_are_no_more_than_are_in_flight(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow a commit is: what a kill would lose is the calls in flight."""
+    llm, write = Counted(), calls.add_calls
+    llm.wait = 0.0
+    behind: list[int] = []
+    batches: list[int] = []
+
+    def slow(to: Store, rows: Sequence[calls.Row]) -> None:
+        held = threading.Event()
+        held.wait(0.02)
+        with to.transaction() as connection:
+            (kept,) = connection.execute("SELECT count(*) FROM calls").fetchone()
+        behind.append(llm.asked.total() - kept)
+        batches.append(len(rows))
+        write(to, rows)
+
+    monkeypatch.setattr(calls, "add_calls", slow)
+
+    async def many() -> None:
+        cached = Cached(llm, store, in_flight=8)
+        await asyncio.gather(*(cached.chat([Message("user", str(number))], SHORT) for number in range(100)))
+
+    asyncio.run(many())
+    assert sum(batches) == 100
+    assert max(behind) <= 8
+    assert max(batches) > 1

@@ -1,7 +1,7 @@
 """Opening the language models that a command was given, and saying how they simulate before they are asked."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 from cratelm.activations.records import Mode
 from cratelm.commands.asking import Explaining, Simulating, Spending
 from cratelm.errors import CrateError
-from cratelm.interpretation.calls import Cached
+from cratelm.interpretation.calls import Cached, add_calls, lost_row
+from cratelm.interpretation.echoes import STYLES
 from cratelm.interpretation.endpoint import Endpoint
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup import EXPLAINER
@@ -33,12 +34,14 @@ class Cast:
     can: dict[str, Capabilities] = field(default_factory=dict)
     """By identity, what each was found to give."""
 
-    async def measure(self, store: Store) -> None:
+    async def measure(self, store: Store, usage: Usage) -> None:
         """Ask servers how many tokens a text has, where nobody else can count them; once for a store."""
         for llm in (self.explainer, self.simulator, self.judge):
-            await measure(llm, store)
+            await measure(llm, store, usage)
 
-    async def ask_what_it_can(self, llm: LLM, store: Store, method: str) -> Capabilities:
+    async def ask_what_it_can(
+        self, llm: LLM, store: Store, method: str, meter: Callable[[LLM], Metered]
+    ) -> Capabilities:  # fmt: skip
         """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
 
         It is asked again where what was found is not enough to simulate by this method: its server may have learnt it.
@@ -48,16 +51,32 @@ class Cast:
         name = f"capabilities of {llm.identity}"
         found = _known(store, name, method)
         if found is None:
-            found = await probe(llm)
+            async with noted_cost(llm, store, meter(llm).usage):
+                found = await probe(llm, meter=meter)
             if store.path.exists():
                 store.note(name, json.dumps(asdict(found)))
+        elif isinstance(llm, Endpoint) and llm.style is None and found.most is not None:
+            llm.style, llm.most = next((one for one in STYLES if one == found.style), None), found.most
         for line in (found.reason, *found.notes):
             console.print(line, soft_wrap=True)
         self.can[llm.identity] = found
         return found
 
 
-async def measure(llm: LLM | None, store: Store) -> None:
+@asynccontextmanager
+async def noted_cost(llm: LLM, store: Store, usage: Usage) -> AsyncIterator[None]:
+    """Note in the store what is spent on questions whose answers are not kept, so that a budget knows of it later."""
+    calls, read, written = usage.calls, usage.prompt_tokens, usage.new_tokens
+    unkept, usage.unkept = usage.unkept, []
+    try:
+        yield
+    finally:
+        usage.unkept = unkept  # what could not be read meanwhile is in the sum
+        if store.path.exists() and usage.calls > calls:
+            add_calls(store, [lost_row(llm.name, usage.prompt_tokens - read, usage.new_tokens - written)])
+
+
+async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
     """Ask a server how many tokens a text has, unless they are counted here; kept in the store, and not asked again.
 
     What prompts leave out where the context is short depends on it, so it has to be the same whenever a set is gone on
@@ -67,7 +86,8 @@ async def measure(llm: LLM | None, store: Store) -> None:
         return
     name = f"tokens per byte of {llm.identity}"
     known = store.noted(name)
-    llm.tokens_per_byte = float(known) if known is not None else llm.tokens_per_byte or await llm.measure()
+    async with noted_cost(llm, store, usage):
+        llm.tokens_per_byte = float(known) if known is not None else llm.tokens_per_byte or await llm.measure()
     if known is None and store.path.exists():
         store.note(name, repr(llm.tokens_per_byte))
 
@@ -221,8 +241,18 @@ async def examine(simulator: Simulator, *, skip: bool) -> None:
     )
 
 
-def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
-    """The model with its answers counted within the budget, and kept in the store."""
+def metered(llm: LLM, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> Metered:
+    """The model with its answers counted within the budget."""
     price = Price(prompt=spending.price_in, new=spending.price_out)
     budget = Budget(tokens=spending.budget_tokens, money=spending.budget_price, price=price)
-    return Cached(Metered(llm, usage, budget, spent_before), store, usage)
+    return Metered(llm, usage, budget, spent_before)
+
+
+def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
+    """The model with its answers counted within the budget, and kept in the store.
+
+    Of a server no more answers than are in flight wait to be written; a model in this process fills its batches from
+    all that is asked at once.
+    """
+    in_flight = spending.in_flight if isinstance(llm, Endpoint) else 0
+    return Cached(metered(llm, usage, spending, spent_before), store, usage, in_flight=in_flight)

@@ -47,7 +47,7 @@ class LiveExplainer:
                 self._cast = await self._open.enter_async_context(opening)
         assert self._cast.explainer is not None
         store = Store.create(layer.run)
-        await measure(self._cast.explainer, store)
+        await measure(self._cast.explainer, store, self.usage)
         llm = kept(self._cast.explainer, store, self.usage, self.spending)
         records, strings = await anyio.to_thread.run_sync(_read, layer)
         explainer = Explainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)

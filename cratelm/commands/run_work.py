@@ -16,6 +16,7 @@ from cratelm.commands.language_models import (
     examine,
     explainer_name,
     kept,
+    metered,
 )
 from cratelm.commands.order import Order
 from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate, tried
@@ -33,7 +34,7 @@ from cratelm.interpretation.protocols import PROTOCOLS, protocol
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.simulators import Simulator
 from cratelm.interpretation.store import Store, identity
-from cratelm.interpretation.usage import Usage
+from cratelm.interpretation.usage import Metered, Usage
 from cratelm.runtime import ProgressBar, progress_bar
 
 
@@ -70,10 +71,12 @@ class Work:
 
     async def do(self) -> Made:
         """Plan, and unless that is all that was asked for, ask."""
-        order, simulator = self.order, None
-        await self.cast.measure(self.store)
+        order, simulator, _ = self.order, None, self.spent_before
+        await self.cast.measure(self.store, self.usage)
         if self.cast.simulator is not None and order.simulating is not None:
-            can = await self.cast.ask_what_it_can(self.cast.simulator, self.store, order.simulating.simulator)
+            can = await self.cast.ask_what_it_can(
+                self.cast.simulator, self.store, order.simulating.simulator, self._metered
+            )  # fmt: skip
             asked = self._kept(self.cast.simulator)
             simulator = await choose_simulator(asked, order.simulating, order.selection.mode, can)
             if not order.spending.dry_run:
@@ -211,10 +214,13 @@ class Work:
             self.models[llm.identity] = kept(llm, self.store, self.usage, self.order.spending, self.spent_before)
         return self.models[llm.identity]
 
+    def _metered(self, llm: LLM) -> Metered:
+        return metered(llm, self.usage, self.order.spending, self.spent_before)
+
     @cached_property
     def spent_before(self) -> tuple[int, int]:
         """Tokens that earlier processes read and wrote: looked up before the first model is asked, and then kept."""
-        return spent(self.store)
+        return spent(self.store) if self.store.path.exists() else (0, 0)
 
     @contextlib.contextmanager
     def _bar(self, what: str, keys: Sequence[SetKey]) -> Iterator[ProgressBar]:

@@ -5,9 +5,11 @@ protocol, a control, the same command run again. In a part, the answers in the r
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
+import secrets
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLM, Around, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Around, Declined, Echo, Message, Prompt, Reply, Sampling
 from cratelm.interpretation.store import Store, StoreBusy
 from cratelm.interpretation.usage import Usage
 
+DECLINED = "declined"
+"""Key of a kept answer that is none: what the model said instead."""
 Row = tuple[str, str, int, int, str, bytes]
 """A row of the table `calls`."""
 BUSY_ATTEMPTS = 5
@@ -33,8 +37,10 @@ Ask = Callable[[str], Awaitable[dict[str, Any]]]
 class Cached(Around):
     """A language model whose answers are kept before anybody gets them. What is asked twice at once is asked once."""
 
-    def __init__(self, inner: LLM, store: Store, usage: Usage | None = None) -> None:
-        self.inner, self.store, self.usage = inner, store, usage or Usage()
+    def __init__(self, inner: LLM, store: Store, usage: Usage | None = None, *, in_flight: int = 0) -> None:
+        """`in_flight`: calls on their way or answered and not on disk yet, at most; 0 for any number."""
+        self.inner, self.store, self.usage, self.in_flight = inner, store, usage or Usage(), in_flight
+        self._slots: tuple[Any, asyncio.Semaphore] | None = None
         self._asking: dict[str, Answer] = {}
         self._working: set[asyncio.Task[None]] = set()
         self._unwritten: list[tuple[Row, asyncio.Future[None]]] = []
@@ -78,7 +84,12 @@ class Cached(Around):
             work = asyncio.create_task(self._work(new, ask))
             self._working.add(work)
             work.add_done_callback(self._working.discard)
-        return [await asyncio.shield(one) for one in awaited]
+        answers = [await asyncio.shield(one) for one in awaited]
+        for answer in answers:
+            if DECLINED in answer:
+                paid = answer["prompt_tokens"], answer["new_tokens"]
+                raise Declined(answer[DECLINED], prompt_tokens=paid[0], new_tokens=paid[1])
+        return answers
 
     async def _work(self, new: dict[str, Answer], ask: Ask) -> None:
         try:
@@ -98,12 +109,30 @@ class Cached(Around):
 
     async def _ask(self, one: str, future: Answer, ask: Ask) -> None:
         try:
-            answer = await ask(one)
-            await self._keep(self._row(one, answer))
+            async with self._slot():
+                try:
+                    answer = await ask(one)
+                except Declined as error:
+                    paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
+                    answer = {DECLINED: str(error), **paid}
+                finally:
+                    lost, self.usage.unkept = self.usage.unkept, []
+                    for paid_ in lost:
+                        await self._keep(lost_row(self.inner.name, *paid_))
+                await self._keep(self._row(one, answer))
         except Exception as error:
             self._done(one, future, error)
         else:
             self._done(one, future, answer)
+
+    def _slot(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Room for a call from when it is asked until its answer is on disk: a kill loses no more than that many."""
+        if not self.in_flight:
+            return contextlib.nullcontext()
+        loop = asyncio.get_running_loop()
+        if self._slots is None or self._slots[0] is not loop:
+            self._slots = loop, asyncio.Semaphore(self.in_flight)
+        return self._slots[1]
 
     def _done(self, one: str, future: Answer, answer: dict[str, Any] | Exception) -> None:
         if future.done():
@@ -153,6 +182,12 @@ class Cached(Around):
                         if row is not None:
                             found[asked] = json.loads(zlib.decompress(row[0]))
         return found
+
+
+def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:
+    """What keeps the cost of something that answers no question: it is found by nothing, and counts as spent."""
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return secrets.token_hex(20), model, prompt_tokens, new_tokens, date, zlib.compress(b"{}")
 
 
 def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:

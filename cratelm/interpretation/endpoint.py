@@ -16,7 +16,7 @@ from typing import Any
 from cratelm.errors import CrateError
 from cratelm.interpretation import echoes
 from cratelm.interpretation.few_shot import solved_tables
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import Declined, Echo, LLMError, Message, Prompt, Reply, Sampling
 from cratelm.interpretation.prompts import without_system
 from cratelm.interpretation.transport import Refused, Retry, Transport, Unreadable
 from cratelm.interpretation.usage import Usage
@@ -56,7 +56,9 @@ class Endpoint:
         """Of text like that of prompts, as `measure` found it once; 0 where it is not known: a token for each byte."""
         self._counter = counter
         self._no_echo, self._answered = "", False
-        self._top = math.inf
+        self.most = 0
+        """Candidates that can be asked for, where that is fewer than are wanted; 0 while no such limit is known."""
+        self._finding: tuple[Any, asyncio.Lock] | None = None
         self._system, self._schema, self._limit = True, True, "max_tokens"
 
     async def connect(self) -> None:
@@ -155,27 +157,44 @@ class Endpoint:
             read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Unreadable(f"no answer to a chat in it ({type(error).__name__}: {error})") from None
-        if refusal:
-            raise LLMError(f"the model refused: {refusal}")
-        if text is None and finish != "length":
-            raise LLMError(f"the model answered nothing (finish: {finish})")
         self._answered = True
-        return Reply(
-            text=text or "", finish=finish, prompt_tokens=read or math.ceil(size / 3),
-            new_tokens=self.count(text or "") if written is None else written,
-        )  # fmt: skip
+        paid = read or math.ceil(size / 3), self.count(refusal or text or "") if written is None else written
+        if refusal:
+            raise Declined(f"the model refused: {refusal}", prompt_tokens=paid[0], new_tokens=paid[1])
+        if text is None and finish != "length":
+            said = f"the model answered nothing: it ended by {finish!r}"
+            raise Declined(said, prompt_tokens=paid[0], new_tokens=paid[1])
+        return Reply(text=text or "", finish=finish, prompt_tokens=paid[0], new_tokens=paid[1])
 
     async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
         """What the model expected. Raises `LLMError` where the server does not give the probabilities of a prompt."""
         if not prompts:
             return []
         if self.style is None:
-            first = await self._echo_in_some_style(prompts[0], top)
-            return [first, *await self.echo(prompts[1:], top=top)]
-        return await asyncio.gather(*(self._echo(self.style, prompt, top) for prompt in prompts))
+            async with self._finder():  # one tries, and those that come meanwhile do it as was found
+                if self.style is None:
+                    first = await self._echo_in_some_style(prompts[0], top)
+                    prompts = prompts[1:]
+                    found = [first]
+                else:
+                    found = []
+            return [*found, *await self.echo(prompts, top=top)]
+        try:
+            return await asyncio.gather(*(self._echo(self.style, prompt, top, self.most) for prompt in prompts))
+        except echoes.Absent:
+            raise LLMError(
+                f"{self.transport.url} gave the probabilities of a prompt before, and does not now"
+            ) from None
 
-    async def _echo(self, style: echoes.Style, prompt: Prompt, top: int) -> Echo:
-        asked = int(min(top, self._top))
+    def _finder(self) -> asyncio.Lock:
+        """Held by whoever tries how to ask, in the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._finding is None or self._finding[0] is not loop:
+            self._finding = loop, asyncio.Lock()
+        return self._finding[1]
+
+    async def _echo(self, style: echoes.Style, prompt: Prompt, top: int, most: int) -> Echo:
+        asked = min(top, most or top)
         body = echoes.request(style, self.name, prompt, asked)
         return await self.transport.ask("/completions", body, lambda answer: echoes.read(style, answer, prompt, asked))
 
@@ -185,10 +204,9 @@ class Endpoint:
             raise LLMError(self._no_echo)
         reasons = {}
         for style in echoes.STYLES:
-            for most in (math.inf, FEWER):
-                self._top = most
+            for most in (0, FEWER):
                 try:
-                    echo = await self._echo(style, prompt, top)
+                    echo = await self._echo(style, prompt, top, most)
                 except echoes.Absent:
                     reasons[style] = IGNORED
                     break
@@ -198,7 +216,7 @@ class Endpoint:
                         await self._check_model(error)
                         break
                 else:
-                    self.style = style
+                    self.style, self.most = style, most
                     return echo
         ways = {"vllm": "prompt_logprobs", "openai": "echo with logprobs"}
         told = "; ".join(f"{ways[style]}: {reason}" for style, reason in reasons.items())
@@ -221,8 +239,14 @@ class Endpoint:
         """Whether several answers can be asked for in one request."""
         turns = [{"role": "user", "content": "Say a word."}]
         body = {"model": self.name, "messages": turns, self._limit: 8, "n": 2, "temperature": 1}
+
+        def read(answer: Mapping[str, Any]) -> bool:
+            paid = _told_usage(answer)
+            self.transport.usage.add(paid.prompt_tokens, paid.new_tokens)
+            return len(answer["choices"]) == 2
+
         try:
-            return await self.transport.ask("/chat/completions", body, lambda answer: len(answer["choices"]) == 2)
+            return await self.transport.ask("/chat/completions", body, read)
         except (LLMError, KeyError, TypeError):
             return False
 

@@ -23,6 +23,14 @@ class LLMError(CrateError):
     """
 
 
+class Declined(LLMError):
+    """The model answered, and said that it will not or said nothing: an answer like others, paid for and kept."""
+
+    def __init__(self, message: str, *, prompt_tokens: int, new_tokens: int) -> None:
+        super().__init__(message)
+        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat."""

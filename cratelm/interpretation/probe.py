@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +39,8 @@ class Capabilities:
     """How a server gives them: `vllm` or `openai`."""
     top: int = 0
     """Candidates that it gives at a token, at most."""
+    most: int | None = None
+    """Candidates that can be asked for; 0 for as many as are wanted, None where that was not noted."""
     pieces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """How its tokenizer writes "10", "unknown", the digits behind a tab, and the tab; empty without echo."""
     schema: bool = False
@@ -73,8 +75,8 @@ class Capabilities:
         return f"{self.name}: {'; '.join(can)}{context}"
 
 
-async def probe(llm: LLM, *, top: int = 15) -> Capabilities:
-    """Ask a model a few small things and look hard at the answers.
+async def probe(llm: LLM, *, top: int = 15, meter: Callable[[LLM], LLM] | None = None) -> Capabilities:
+    """Ask a model a few small things and look hard at the answers. What is put around it by `meter` counts them.
 
     Raises `CrateError` where its server cannot be reached, refuses the key, or does not serve it.
     """
@@ -82,8 +84,9 @@ async def probe(llm: LLM, *, top: int = 15) -> Capabilities:
     server = llm if isinstance(llm, Endpoint) else None
     if server is not None:
         await server.connect()
-    chat = await _chats(llm, notes)
-    echoes = await _echoes(llm, top, notes)
+    asked = meter(llm) if meter is not None else llm
+    chat = await _chats(asked, notes)
+    echoes = await _echoes(asked, top, notes)
     listed = server is not None and bool(server.served)
     if server is not None and listed and llm.name not in server.served:
         notes.append(f"the server answers as {llm.name}, and lists only {', '.join(server.served[:5])}")
@@ -91,7 +94,7 @@ async def probe(llm: LLM, *, top: int = 15) -> Capabilities:
         name=llm.name, served=server.served if server else (), context=llm.context, chat=chat,
         echo=bool(echoes), style=(server.style or "") if server and echoes else "",
         top=_candidates(echoes[0]) if echoes else 0, pieces=_pieces(echoes[0]) if echoes else {},
-        schema=chat and await _holds_to_a_schema(llm, notes),
+        most=server.most if server and echoes else None, schema=chat and await _holds_to_a_schema(asked, notes),
         several=server is not None and chat and await server.honours_n(), notes=tuple(notes),
     )  # fmt: skip
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLMError
-from cratelm.interpretation.usage import Usage
+from cratelm.interpretation.llm import Declined, LLMError
+from cratelm.interpretation.usage import LOST, Usage
 
 T = TypeVar("T")
 KEY = "OPENAI_API_KEY"
@@ -111,13 +111,19 @@ class Transport:
             for attempt in range(1, self.retry.attempts + 1):
                 await asyncio.sleep(self._not_before - time.monotonic())
                 self.usage.requests += 1
+                answer: dict[str, Any] | None = None
                 try:
-                    return read(_parsed(await client.post(path, cast_to=str, body=body)))
+                    answer = _parsed(await client.post(path, cast_to=str, body=body))
+                    return read(answer)
                 except Unreadable as error:
                     failure: Exception = error
                     unreadable += 1
+                    again = attempt < self.retry.attempts and unreadable < self.retry.unreadable
+                    await self._lost(answer, again=again)
                 except Exception as error:
                     failure = error
+                    if answer is not None and not isinstance(error, Declined):
+                        await self._lost(answer, again=False)
                 asked = self._asked_wait(failure)  # raises where asking again does not help
                 if attempt == self.retry.attempts or unreadable == self.retry.unreadable:
                     break
@@ -126,6 +132,22 @@ class Transport:
                 self.usage.retries += 1
                 await asyncio.sleep(self.retry.wait(attempt, asked))
         raise await self._given_up(failure, attempt)
+
+    async def _lost(self, answer: dict[str, Any] | None, *, again: bool) -> None:
+        """Have an answer counted that is of no use. Who waits for the budget meanwhile keeps nobody from asking."""
+        lost = LOST.get()
+        if lost is None:
+            return
+        found = (answer or {}).get("usage")
+        told = found if isinstance(found, dict) else {}
+        read, written = (told.get(name) for name in ("prompt_tokens", "completion_tokens"))
+        self._slots.release()
+        try:
+            await lost(
+                read if isinstance(read, int) else None, written if isinstance(written, int) else None, again
+            )  # fmt: skip
+        finally:
+            await self._slots.acquire()
 
     def _asked_wait(self, failure: Exception) -> float:
         """Seconds that the server asks to wait. Raises where asking again does not help."""

@@ -1,12 +1,20 @@
 """What the work with a language model costs: a count of it, and a budget that ends the work before it is overdrawn."""
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Around, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Around, Declined, Echo, Message, Prompt, Reply, Sampling
 from cratelm.runtime import human
+
+Lost = Callable[[int | None, int | None, bool], Awaitable[None]]
+"""(tokens read, tokens written, whether it is asked again): None where the server did not tell."""
+LOST: ContextVar[Lost | None] = ContextVar("LOST", default=None)
+"""Whom to tell of an answer that cannot be read: `Metered` stands around a language model, and the answers that are
+asked for again come and go inside of it. Raises where the budget does not allow another one."""
 
 
 @dataclass(slots=True)
@@ -14,7 +22,9 @@ class Usage:
     """What was asked so far. Counted up by whoever asks."""
 
     calls: int = 0
-    """Answers that were paid for."""
+    """Answers that were paid for, those that cannot be used too."""
+    unusable: int = 0
+    """Of them, those that cannot be used: refusals, empty ones, and what cannot be read."""
     cached: int = 0
     """Answers that were there already."""
     requests: int = 0
@@ -25,6 +35,14 @@ class Usage:
     """Tokens read, as the server counts them."""
     new_tokens: int = 0
     """Tokens written."""
+    unkept: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    """Tokens read and written of answers that cannot be read, until they are noted on disk."""
+
+    def lose(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Count an answer that cannot be read."""
+        self.add(prompt_tokens, new_tokens)
+        self.unusable += 1
+        self.unkept.append((prompt_tokens, new_tokens))
 
     def add(self, prompt_tokens: int, new_tokens: int) -> None:
         """Count one answer."""
@@ -35,7 +53,8 @@ class Usage:
     def line(self) -> str:
         """In a few words, for the end of a progress bar: `212 calls, 40 cached, 1.3M tok`."""
         words = [f"{self.calls} calls"]
-        words += [f"{number} {what}" for number, what in ((self.cached, "cached"), (self.retries, "retries")) if number]
+        more = ((self.unusable, "unusable"), (self.cached, "cached"), (self.retries, "retries"))
+        words += [f"{number} {what}" for number, what in more if number]
         return ", ".join([*words, f"{human(self.prompt_tokens + self.new_tokens)} tok"])
 
 
@@ -86,25 +105,49 @@ class Metered(Around):
         """Answer a chat if the budget allows it."""
         # What a chat template adds is a few tokens for each turn.
         most = sum(self.count(message.text) + 16 for message in messages), sampling.max_tokens
-        await self._set_aside(most)
-        try:
+        async with self._paying(most, 1):
             reply = await self.inner.chat(messages, sampling)
             self.usage.add(reply.prompt_tokens, reply.new_tokens)
-        finally:
-            self._release(most)
         return reply
 
     async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
         """Echo prompts if the budget allows it. Servers write a token after each, so one is counted."""
         most = sum(self.count(one.prefix + one.rest) + 2 for one in prompts), len(prompts)
-        await self._set_aside(most)
-        try:
+        async with self._paying(most, len(prompts)):
             echoes = await self.inner.echo(prompts, top=top)
             for echo in echoes:
                 self.usage.add(echo.prompt_tokens, 1)
-        finally:
-            self._release(most)
         return echoes
+
+    @contextlib.asynccontextmanager
+    async def _paying(self, most: tuple[int, int], calls: int) -> AsyncIterator[None]:
+        """Set aside what calls can cost at most, and count those of their answers that cannot be used.
+
+        An answer that cannot be read counts as what was set aside for it where its server does not tell; before it is
+        asked for again, as much is set aside anew.
+        """
+        each = most[0] // max(calls, 1), most[1] // max(calls, 1)
+        held = [*most]
+
+        async def lost(read: int | None, written: int | None, again: bool) -> None:
+            self.usage.lose(each[0] if read is None else read, each[1] if written is None else written)
+            if again:
+                held[:] = held[0] - each[0], held[1] - each[1]
+                self._release(each)
+                await self._set_aside(each)
+                held[:] = held[0] + each[0], held[1] + each[1]
+
+        await self._set_aside(most)
+        before = LOST.set(lost)
+        try:
+            yield
+        except Declined as error:
+            self.usage.add(error.prompt_tokens, error.new_tokens)
+            self.usage.unusable += 1
+            raise
+        finally:
+            LOST.reset(before)
+            self._release((held[0], held[1]))
 
     def spent(self) -> tuple[int, int]:
         """Tokens read and written so far, with those of earlier processes."""

@@ -25,8 +25,15 @@ from cratelm.report.model_card import model_card, run_of
 from cratelm.rundir import FORMAT_VERSION, atomic_path
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        GenerationMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 except ImportError:
     raise CrateError("cratelm.huggingface needs transformers. Run: pip install 'cratelm[hf]'") from None
 
@@ -77,22 +84,18 @@ class CrateConfig(PretrainedConfig):
         """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
 
 
-class CrateForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `LanguageModel` with the interface of transformers; its head is tied to the embedding."""
+class CratePreTrainedModel(PreTrainedModel):
+    """What the classes around a `LanguageModel`, their `model`, have in common."""
 
     config_class = CrateConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}
     _no_split_modules = ["CrateBlock", "GPT2Block"]
     _supports_sdpa = True
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__(config)
         self.model = LanguageModel(config.model_config())
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._read: _Read | None = None
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, which the head is tied to."""
@@ -101,6 +104,68 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
         self.model.embedding = value  # type: ignore[assignment]
+
+    def read(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Mask | None, *, wanted: bool
+    ) -> tuple[Float[Tensor, "batch seq d_model"], ...]:
+        """What the head reads and, if `wanted`, before it the input of each block."""
+        padding = _left_padding(attention_mask)
+        inputs: list[Tensor] = []
+        with _block_inputs(self.model, inputs) if wanted else contextlib.nullcontext():
+            features = self.model.features(_rolled(input_ids, padding))
+        return tuple(_rolled(state, padding, back=True) for state in (*inputs, features))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the weights that no file gave as `LanguageModel.initialise` does, and remake tables that no file has."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        needed = {name: x for name, x in tensors.items() if not getattr(x, "_is_hf_initialized", False)}
+        if needed:
+            fresh = LanguageModel(self.config.model_config()).initialise(int(torch.randint(2**31, ())))
+            drawn = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
+            for name, tensor in needed.items():
+                tensor.copy_(drawn[name])
+
+
+class CrateModel(CratePreTrainedModel):
+    """A `LanguageModel` without its head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: CrateConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Mask | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> BaseModelOutput | tuple[Tensor, ...]:
+        """`last_hidden_state` is what the head of the language model reads, after the final LayerNorm."""
+        _check_options(input_ids, attention_mask, options)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = self.read(input_ids, attention_mask, wanted=bool(wanted))
+        output = BaseModelOutput(last_hidden_state=states[-1], hidden_states=states if wanted else None)
+        return output if return_dict is not False else output.to_tuple()
+
+
+class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
+    """A `LanguageModel` with the interface of transformers; its head is tied to the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}
+
+    def __init__(self, config: CrateConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._read: _Read | None = None
+        self.post_init()
 
     def forward(
         self,
@@ -115,10 +180,9 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits of the next token; with `labels` (the same tokens, -100 where none counts) the loss, too.
 
         `attention_mask` may leave out tokens at both ends of a row. `hidden_states` are the input of each block and,
-        last, what the head reads.
+        last, what the head reads. Positions are counted from the mask: other `position_ids` are refused.
         """
-        if options.get("inputs_embeds") is not None or options.get("past_key_values") is not None:
-            raise CrateError("CrateForCausalLM reads input_ids, without inputs_embeds and without past_key_values")
+        _check_options(input_ids, attention_mask, options)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         ends = attention_mask is None or bool(
             attention_mask[:, -1].all()
@@ -127,11 +191,7 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.lm_head(self._read.features(self.model, input_ids, attention_mask)[:, -1:])
             output = CausalLMOutputWithPast(logits=logits)
             return output if return_dict is not False else output.to_tuple()
-        padding = _left_padding(attention_mask)
-        inputs: list[Tensor] = []
-        with _block_inputs(self.model, inputs) if wanted else contextlib.nullcontext():
-            features = self.model.features(_rolled(input_ids, padding))
-        states = tuple(_rolled(state, padding, back=True) for state in (*inputs, features))
+        states = self.read(input_ids, attention_mask, wanted=bool(wanted))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[-1][:, kept])
         loss = None
@@ -143,9 +203,16 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *inputs: Any, use_cache: bool = True, **options: Any) -> Any:
         """As in transformers, with cratelm's cache: one tensor per layer for CRATE.
 
-        transformers passes all tokens at each step, so each of its ways to generate is right. Tokens that continue
-        those of the last step are read alone; others, as of another beam, anew.
+        transformers passes all tokens at each step, so greedy search, sampling and beams are right. Tokens that
+        continue those of the last step are read alone; others, as of another beam, anew. Assisted decoding, which
+        needs a cache of transformers' kind, raises CrateError, and so does a text that outgrows the context.
         """
+        config = options.get("generation_config") or (inputs[1] if len(inputs) > 1 else None) or self.generation_config
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            if options.get(name) or getattr(config, name, None):
+                raise CrateError(
+                    f"{name} asks for assisted decoding, which takes a cache that CRATE has not. Leave it out"
+                )
         self._read = _Read() if use_cache else None
         try:
             return super().generate(*inputs, **options | {"use_cache": False})
@@ -176,21 +243,6 @@ class CrateForCausalLM(PreTrainedModel, GenerationMixin):
                 revision=revision,
             )  # fmt: skip
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Draw the weights that no file gave as `LanguageModel.initialise` does, and remake tables that no file has."""
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        needed = {name: x for name, x in tensors.items() if not getattr(x, "_is_hf_initialized", False)}
-        if needed:
-            fresh = LanguageModel(self.config.model_config()).initialise(int(torch.randint(2**31, ())))
-            drawn = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
-            for name, tensor in needed.items():
-                tensor.copy_(drawn[name])
-
 
 class _Read:
     """The tokens that a generation has read so far, and their cache."""
@@ -211,6 +263,23 @@ class _Read:
         self.tokens = tokens
         new = None if mask is None or bool(mask.all()) else mask.bool()[:, known:]
         return model.features(tokens[:, known:], mask=new, cache=self.cache)
+
+
+def _check_options(tokens: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
+    """Refuse arguments of transformers' models that would change what is computed and are not known here."""
+    if options.get("inputs_embeds") is not None or options.get("past_key_values") is not None:
+        raise CrateError("a CRATE reads input_ids, without inputs_embeds and without past_key_values")
+    positions = options.get("position_ids")
+    if positions is None:
+        return
+    kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    own = kept.cumsum(1) - 1
+    fits = positions.dim() == 2 and positions.shape[-1] == own.shape[-1] and len(positions) in (1, len(own))
+    if not fits or not bool(((positions == own) | ~kept).all()):
+        raise CrateError(
+            "a CRATE counts positions from the attention_mask and refuses other position_ids, as packed sequences "
+            "have. Give each sequence a row of its own"
+        )
 
 
 def _left_padding(mask: Mask | None) -> Int[Tensor, " batch"] | None:
@@ -254,4 +323,5 @@ def _block_inputs(model: LanguageModel, inputs: list[Tensor]) -> Iterator[None]:
 
 
 AutoConfig.register(CrateConfig.model_type, CrateConfig, exist_ok=True)
+AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
 AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cratelm import cli
+from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel, sample
 from cratelm.model.weights import load, save_model
 
@@ -148,3 +149,14 @@ def test_a_model_without_a_tokenizer_is_refused(folder: Path, capsys: pytest.Cap
 
 def test_the_tokenizer_travels_with_the_model(folder: Path) -> None:
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).to_str() == make_tokenizer().to_str()
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
+def test_a_temperature_that_is_no_number_is_refused(
+    temperature: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(tiny_config(), rng)
+    with pytest.raises(CrateError, match="temperature is"):
+        model.generate(torch.zeros(1, 1, dtype=torch.int64), 1, temperature=float(temperature))
+    assert cli.main(["generate", str(tmp_path), "--temperature", temperature]) == 2
+    assert capsys.readouterr().err.startswith("error: --temperature must be 0 or more")

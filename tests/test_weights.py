@@ -1,9 +1,11 @@
 """Model directories: exact round trips, Hugging Face's GPT-2 layout, and what each kind of damage is told."""
 
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 
 import cratelm
 from cratelm.errors import CrateError
-from cratelm.model.config import ModelConfig
+from cratelm.model.config import Architecture, ModelConfig
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import find_model, load_model, save_model, weights_hash
 
@@ -203,6 +205,48 @@ def test_weights_that_no_gpt2_has_are_named(name: str, tmp_path: Path, rng: np.r
 def test_an_unusable_config_is_refused(crate: Path, text: str, said: str) -> None:
     (crate / "config.json").write_text(text)
     refused(crate, said)
+
+
+FIELDS = [
+    ("crate", "num_layers", 2.0, "num_layers is 2.0, a whole number is needed. Put back the config.json"),
+    ("crate", "num_layers", True, "num_layers is True, a whole number is needed"),
+    ("crate", "num_layers", 10**9, "1000000000 layers"),
+    ("crate", "d_model", 1e9, "d_model is 1000000000.0, a whole number is needed"),
+    ("crate", "d_model", 10**12, "do not fit its configuration"),
+    ("crate", "rotary", "yes", "rotary is 'yes', true or false is needed"),
+    ("crate", "penalty", math.nan, "penalty is nan, a finite number is needed"),
+    ("crate", "penalty", "0.1", "penalty is '0.1', a finite number is needed"),
+    ("crate", "activation", [], "activation is []"),
+    ("gpt2", "n_layer", 2.0, "num_layers is 2.0, a whole number is needed"),
+    ("gpt2", "n_embd", 0, "lacks or misspells a field"),
+    ("gpt2", "n_positions", "16", "context_length is '16', a whole number is needed"),
+]
+LOAD_ALL = """
+import subprocess
+import sys
+from cratelm.errors import CrateError
+from cratelm.model.weights import load_model
+from pathlib import Path
+for folder in map(Path, sys.argv[1:]):
+    try:
+        load_model(folder)
+    except CrateError as error:
+        print(error)
+"""
+
+
+def test_a_field_of_another_type_or_size_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    """In a process of its own: here the annotations are executed and would be the first to refuse."""
+    folders = [tmp_path / str(number) for number in range(len(FIELDS))]
+    for folder, (arch, field, value, _) in zip(folders, FIELDS, strict=True):
+        save_model(random_model(tiny_config(cast(Architecture, arch)), rng), folder)
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+    command = [sys.executable, "-c", LOAD_ALL, *map(str, folders)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == len(FIELDS), lines
+    for line, (*_, said) in zip(lines, FIELDS, strict=True):
+        assert said in line
 
 
 def test_a_damaged_tokenizer_is_refused(crate: Path) -> None:

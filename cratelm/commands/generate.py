@@ -6,6 +6,7 @@
 The text is written as it is made. Temperature 0 takes the most probable token each time.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,11 @@ def run(options: Options) -> None:
 
     from cratelm.model.weights import load
 
-    if options.temperature < 0 or options.tokens < 1 or (options.top_k is not None and options.top_k < 1):
+    if (
+        not 0 <= options.temperature < math.inf
+        or options.tokens < 1
+        or (options.top_k is not None and options.top_k < 1)
+    ):
         raise CrateError("--temperature must be 0 or more, --tokens and --top-k at least 1")
     model, tokenizer = load(options.run)
     if tokenizer is None:

@@ -1,5 +1,6 @@
 """What a language model is made of: `ModelConfig`, the paper's table of sizes, and what a size costs."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -64,6 +65,8 @@ class ModelConfig:
     """GPT-2 variant: keep so many of a token's activations, the largest, in each layer."""
 
     def __post_init__(self) -> None:
+        if mistyped := _mistyped(self):
+            raise CrateError("unusable model configuration: " + "; ".join(mistyped))
         problems = [
             f"{name} is {getattr(self, name)}, at least 1 is needed"
             for name in (
@@ -148,6 +151,23 @@ _ONLY_GPT2 = ("activation_l1", "top_k_activations")
 _VARIANTS = {"rotary", "shifted_keys", "normalised", "strict_mask", *_ONLY_CRATE, *_ONLY_GPT2}
 
 _CHOICES = {"activation": ("relu", "gelu"), "attention": ("mssa", "qkv"), "dictionary": ("overcomplete", "complete")}
+
+
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)), float: ("a finite number", (int, float)), bool: ("true or false", (bool,)),
+    int | None: ("a whole number or none", (int, type(None))),
+}  # fmt: skip
+
+
+def _mistyped(config: ModelConfig) -> list[str]:
+    """Fields whose value is of another type, as a file or a caller may have it; fields with choices are left out."""
+    problems = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        wanted, types = _KINDS.get(field.type, ("", (type(value),)))
+        if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):
+            problems.append(f"{field.name} is {value!r}, {wanted} is needed")
+    return problems
 
 
 def _problems_of_variants(config: ModelConfig) -> list[str]:

@@ -143,8 +143,8 @@ def cache_type(device: torch.device) -> torch.dtype:
 
 def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
     """Refuse what no token can be drawn with."""
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise CrateError(f"temperature is {temperature} and top_k {top_k}; at least 0 and at least 1 are needed")
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+        raise CrateError(f"temperature is {temperature} and top_k {top_k}; a number from 0 and at least 1 are needed")
     if top_p is not None and not 0 < top_p <= 1:
         raise CrateError(f"top_p is {top_p}, possible is above 0 up to 1")
 

@@ -56,13 +56,13 @@ class LanguageModel(nn.Module):
         `mask` is False where a token is padding (on the left); positions count the others. With a cache, `tokens` come
         after those it holds, which they attend to, and are added to it.
         """
-        spans = spans_of(self.config, tokens, mask, cache)
-        length = tokens.shape[1] if cache is None else cache.length
+        length = tokens.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.context_length:
             raise CrateError(
                 f"a sequence of {length} tokens is longer than the model's context of {self.config.context_length}. "
                 "Shorten it, or train with a longer --context"
             )
+        spans = spans_of(self.config, tokens, mask, cache)
         if spans[0] is None:
             positions = self.positions.weight[:length]
         else:

@@ -38,12 +38,15 @@ _GPT2_FIXED = {
 """Options of a GPT-2 directory that have one value here."""
 
 
-AUTO_MAP = {"AutoConfig": "modeling_crate.CrateConfig", "AutoModelForCausalLM": "modeling_crate.CrateForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "modeling_crate.CrateConfig", "AutoModel": "modeling_crate.CrateModel",
+    "AutoModelForCausalLM": "modeling_crate.CrateForCausalLM",
+}  # fmt: skip
 STUB = '''"""Opens this directory with `trust_remote_code=True` in other tools, where cratelm is installed."""
 
-from cratelm.huggingface import CrateConfig, CrateForCausalLM
+from cratelm.huggingface import CrateConfig, CrateForCausalLM, CrateModel
 
-__all__ = ["CrateConfig", "CrateForCausalLM"]
+__all__ = ["CrateConfig", "CrateForCausalLM", "CrateModel"]
 '''
 """The file `modeling_crate.py` of a directory of type `crate`, which its `auto_map` names."""
 
@@ -77,7 +80,7 @@ def load_model(folder: Path) -> LanguageModel:
     fields, state = _read_fields(path), _read_weights(folder)
     try:
         config, state = _fit(path, fields, state)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise CrateError(f"{path} lacks or misspells a field ({error}). {_put_back(path)}") from None
     head = state.pop("lm_head.weight", None)
     if head is not None and "embedding.weight" in state and not torch.equal(head, state["embedding.weight"]):
@@ -90,7 +93,8 @@ def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     match fields.get("model_type"):
         case "crate":
             check_format_version(path, fields.get("format_version", FORMAT_VERSION))
-            return _read_crate_config(fields), _from_crate(state)
+            known = {name: fields[name] for name in fields if name in ModelConfig.__dataclass_fields__}
+            return _configuration(path, {"arch": "crate"} | known), _from_crate(state)
         case "gpt2":
             state = _from_gpt2(state)
             # Other tools need zero biases where we have none. `bias` in our config.json cannot say it alone: they
@@ -139,8 +143,16 @@ def build(
 
     `named` turns our name of a weight into the one that `source` has for it.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    if config.num_layers > len(state):
+        raise CrateError(
+            f"the weights of {source} do not fit its configuration: {len(state)} tensors, {config.num_layers} layers"
+        )
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+    except RuntimeError as error:  # sizes beyond what a tensor can have
+        reason = str(error).splitlines()[0]
+        raise CrateError(f"the weights of {source} do not fit its configuration: {reason}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
@@ -245,9 +257,11 @@ def _crate_config(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read_crate_config(fields: Mapping[str, Any]) -> ModelConfig:
-    names = ModelConfig.__dataclass_fields__
-    return ModelConfig(**{"arch": "crate"} | {name: fields[name] for name in fields if name in names})
+def _configuration(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig(**fields)
+    except CrateError as error:
+        raise CrateError(f"{path}: {error}. {_put_back(path)}") from None
 
 
 def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
@@ -272,11 +286,11 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> M
     inner = fields.get("n_inner") or 4 * width
     if inner % width:
         raise CrateError(f"{path} has n_inner {inner}, which is not a multiple of n_embd {width}")
-    return ModelConfig(
-        arch="gpt2", num_layers=fields["n_layer"], d_model=width, num_heads=fields["n_head"],
-        vocab_size=fields["vocab_size"], context_length=fields.get("n_positions", 1024), expansion=inner // width,
-        activation=activations[activation], bias=bias,  # type: ignore[arg-type]
-    )  # fmt: skip
+    return _configuration(path, {
+        "arch": "gpt2", "num_layers": fields["n_layer"], "d_model": width, "num_heads": fields["n_head"],
+        "vocab_size": fields["vocab_size"], "context_length": fields.get("n_positions", 1024),
+        "expansion": inner // width, "activation": activations[activation], "bias": bias,
+    })  # fmt: skip
 
 
 def _to_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

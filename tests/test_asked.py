@@ -220,6 +220,20 @@ MISTAKES = [
     (["--explainer", "llm"], "--explainer llm needs a language model"),
     (["--scorer", "detection"], "the scorer detection asks a language model"),
 ]
+NUMBERS = [
+    ["--samples", "0"], ["--samples", "-1"], ["--neuron-seed", "-1", "--neurons", "2"], ["--temperature", "nan"],
+    ["--temperature", "-3"], ["--temperature", "inf"], ["--budget-tokens", "-5"], ["--budget-tokens", "0"],
+    ["--price-in", "-3"], ["--price-out", "nan"], ["--budget-price", "-1", "--price-in", "1"], ["--in-flight", "0"],
+]  # fmt: skip
+NOT_THERE = [
+    (["--neurons", "-5"], "--neurons '-5' is not understood"),
+    (["--neurons", "99-100"], "has neurons 0 to 5, not 100"),
+    (["--neurons", "0"], "--neurons 0 asks about no neuron"),
+    (["--protocol", "bogus"], "bogus"),
+    (["--layer", "7"], "has no fixed records of layer 7"),
+    (["--explainer", "lookup", "--part", "1/2"], "interpretation.sqlite is not there"),
+    (["--read-out-repair", "all"], "--read-out-repair is for --mode compat"),
+]
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES)
@@ -232,6 +246,19 @@ def test_a_mistake_is_told_in_one_line(
     assert message in said[-1]
     assert said[-1].startswith("error: ")
     assert questions(server) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [*((one, f"{one[0]} {one[1]} cannot be") for one in NUMBERS), *NOT_THERE]
+)
+def test_what_cannot_be_is_refused_before_anybody_is_asked(
+    options: list[str], message: str, run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["interpret", str(run), *TAR, "--llm", server.url, *options]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: ")
+    assert message in said[-1]
+    assert server.asked == []
 
 
 def test_parts_are_merged_into_what_one_process_makes(

@@ -116,6 +116,28 @@ def test_interpret_makes_the_lookup_explanations_that_a_language_model_simulates
     np.testing.assert_array_equal(Store.open(parted).scores(key).correlation, Store.open(run).scores(key).correlation)
 
 
+def test_controls_of_parts_wait_for_the_merge(
+    run: Path, server: RuleServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = shutil.copytree(run, tmp_path / "alone")
+    command = ["--llm", server.url, *TAR, "--neurons", "4", "--controls", "shuffled"]
+    for number in (1, 2):
+        assert main(["interpret", str(run), *command, "--part", f"{number}/2"]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "the controls shuffled need the explanations of all parts" in said
+        assert f"merge first (cratelm interpret {run} --merge), then run the same command" in said
+    assert main(["interpret", str(run), "--merge"]) == 0
+    for number in (1, 2):
+        assert main(["interpret", str(run), *command, "--part", f"{number}/2"]) == 0
+        assert "merge first" not in capsys.readouterr().err
+    before = len(questions(server))
+    assert main(["interpret", str(run), *command, "--merge"]) == 0
+    assert len(questions(server)) == before
+    assert main(["interpret", str(alone), *command]) == 0
+    key = next(key for key in Store.open(alone).scored() if key.control)
+    np.testing.assert_array_equal(Store.open(run).scores(key).correlation, Store.open(alone).scores(key).correlation)
+
+
 def test_a_model_without_a_system_role_explains_and_simulates(run: Path) -> None:
     with RuleServer(probabilities=False, system=False) as server:
         assert main(["interpret", str(run), "--llm", server.url, *TAR]) == 0

@@ -39,6 +39,7 @@ from cratelm.runtime import human
 def ask(order: Order) -> None:
     """Do it, for every run."""
     runs = check_runs(order.selection)
+    order.check(runs)
     usage, (part, parts) = Usage(), order.spending.share
     if order.spending.merge:
         merge_parts(runs)

@@ -1,5 +1,6 @@
 """The options of the commands that can ask a language model, in groups: whom, about which neurons, at what cost."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
@@ -48,6 +49,11 @@ class Explaining:
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
     """Environment variable that holds the server's key; left out, OPENAI_API_KEY."""
 
+    def __post_init__(self) -> None:
+        least("--samples", self.samples, 1)
+        least("--neuron-seed", self.neuron_seed, 0)
+        least("--temperature", self.temperature, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Simulating:
@@ -89,8 +95,12 @@ class Spending:
     """Join what the parts made; then the same command goes on without --part."""
 
     def __post_init__(self) -> None:
-        if self.in_flight < 1:
-            raise CrateError(f"--in-flight {self.in_flight} asks nothing. Give at least 1")
+        least("--in-flight", self.in_flight, 1)
+        least("--budget-tokens", self.budget_tokens, 1)
+        for flag, amount in (
+            ("--budget-price", self.budget_price), ("--price-in", self.price_in), ("--price-out", self.price_out)
+        ):  # fmt: skip
+            least(flag, amount, 0)
         if self.budget_price is not None and not (self.price_in or self.price_out):
             raise CrateError("--budget-price needs to know what a token costs. Give --price-in and --price-out")
         self.share  # noqa: B018 (refused here, before anything runs)
@@ -109,6 +119,12 @@ class Spending:
 Explained = tyro.conf.OmitArgPrefixes[Explaining]
 Simulated = tyro.conf.OmitArgPrefixes[Simulating]
 Spent = tyro.conf.OmitArgPrefixes[Spending]
+
+
+def least(flag: str, value: float | int | None, smallest: int) -> None:
+    """Refuse a number that is given and is none, or is smaller than this."""
+    if value is not None and not smallest <= value < math.inf:
+        raise CrateError(f"{flag} {value:g} cannot be. Give a number of at least {smallest}, or leave it out")
 
 
 def group(kind: type[T]) -> T:

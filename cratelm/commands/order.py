@@ -1,17 +1,21 @@
 """What a command was asked to do with language models, checked."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
+from cratelm.activations.records import LayerRecords, Mode, read_records
 from cratelm.commands.asking import Explaining, Simulating, Spending
-from cratelm.commands.language_models import explains
-from cratelm.commands.selection import Selection
+from cratelm.commands.language_models import explains, read_out_repairs
+from cratelm.commands.selection import Selection, chosen_layers, chosen_protocols
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainer import ExplainerSettings, explainer_settings
 from cratelm.interpretation.sample import Chosen, chosen
-from cratelm.interpretation.schema import Stage
+from cratelm.interpretation.schema import SetKey, Stage
 from cratelm.interpretation.scorers import SIMULATION, chosen_scorers
+from cratelm.interpretation.store import Store, identity
 
 CONTROLS = ("shuffled", "constant")
 """Controls by explanation: that of another neuron, or the same sentence for all."""
@@ -46,6 +50,25 @@ class Order:
             scorers=scorers, encoder=getattr(options, "encoder", ""),
         )  # fmt: skip
 
+    def check(self, runs: Sequence[Path]) -> None:
+        """Refuse, before anything is opened or asked, layers, protocols and neurons that there are not.
+
+        And simulations of what lookup explained where it has not: a part does not make that up for others.
+        """
+        read_out_repairs(self.simulating or Simulating(), self.selection.mode)
+        self.settings  # noqa: B018 (refused here)
+        names = chosen_protocols(self.selection)
+        by_lookup = "simulate" in self.stages and not explains(self.explaining)
+        needed = by_lookup and not self.explains_by_lookup and not self.spending.dry_run
+        for run in runs:
+            for layer in chosen_layers(run, self.selection):
+                key = SetKey(mode=self.selection.mode, tap=self.selection.tap, layer=layer, protocol=names[0])
+                if self.chosen.spans:
+                    self.chosen.of(records_for(run, key).num_neurons, layer=layer)
+                if needed:
+                    for name in names:
+                        Store.open(run).check(replace(key, protocol=name), "explain")
+
     @property
     def explains_by_lookup(self) -> bool:
         """Whether explanations are to be made by lookup here; parts, side by side, take those of the run."""
@@ -63,3 +86,13 @@ class Order:
         return explainer_settings(
             self.selection.mode, samples=asked.samples, temperature=asked.temperature, seed=asked.seed
         )
+
+
+@lru_cache(maxsize=1)
+def _read(run: Path, layer: int, mode: Mode, tap: str, _collection: str) -> LayerRecords:
+    return read_records(run, layer, mode=mode, tap=tap)
+
+
+def records_for(run: Path, key: SetKey) -> LayerRecords:
+    """The records of a set's layer; the last ones are kept for the next set."""
+    return _read(run, key.layer, key.mode, key.tap, identity(run, key.mode))

@@ -4,11 +4,11 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cratelm.activations.records import LayerRecords, Mode, read_records, records_tokenizer
+from cratelm.activations.records import records_tokenizer
 from cratelm.commands.judges import Judges, find_judges
 from cratelm.commands.language_models import (
     Cast,
@@ -18,7 +18,7 @@ from cratelm.commands.language_models import (
     kept,
     metered,
 )
-from cratelm.commands.order import Order
+from cratelm.commands.order import Order, records_for
 from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate, tried
 from cratelm.commands.selection import chosen_layers, chosen_protocols
 from cratelm.data.tokenizer import load_tokenizer
@@ -33,9 +33,9 @@ from cratelm.interpretation.lookup import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.simulators import Simulator
-from cratelm.interpretation.store import Store, identity
+from cratelm.interpretation.store import Store
 from cratelm.interpretation.usage import Metered, Usage
-from cratelm.runtime import ProgressBar, progress_bar
+from cratelm.runtime import ProgressBar, console, progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,12 @@ class Work:
                 for task in self.tasks(self.explained_keys, bar):
                     await llm_stages.explain(task, self.explainer)
         kinds = [] if simulator is None else await self._simulate(simulator)
+        if waiting := set(self.order.controls) - set(self.controls):
+            console.print(
+                f"{self.run.name}: the controls {', '.join(sorted(waiting))} need the explanations of all parts. Once "
+                f"they are done, merge first (cratelm interpret {self.run} --merge), then run the same command",
+                soft_wrap=True,
+            )  # fmt: skip
         return Made(self.explainer_name, kinds, [] if judges is None else await self._judge(judges))
 
     async def _simulate(self, simulator: Simulator) -> list[SetKey]:
@@ -107,7 +113,7 @@ class Work:
         return list(dict.fromkeys(replace(key, layer=0, protocol="") for key in keys))
 
     async def _judge(self, judges: Judges) -> list[tuple[str, SetKey]]:
-        wanted = list(judges.sets(self.explained_keys, self.order.controls))
+        wanted = list(judges.sets(self.explained_keys, self.controls))
         for scorer in judges.scorers:
             keys = [key for name, key in wanted if name == scorer]
             with self._bar(scorer, keys) as bar:
@@ -122,14 +128,14 @@ class Work:
             for task in self.tasks(self.explained_keys):
                 await plan_explain(found[-1], task, self.explainer)
         if simulator is not None:
-            for control in ("", *self.order.controls):
+            for control in ("", *self.controls):
                 found.append(Line(f"simulate {control}".strip()))
                 strings = self.text(simulator.strings_mode)
                 for task in self.tasks([key for key in self.simulated_keys(simulator) if key.control == control]):
                     own = llm_stages.fitted(task, simulator, strings, self._calibrate)
                     await plan_simulate(found[-1], task, own, strings, self._told(task))
         if judges is not None:
-            for scorer, key in judges.sets(self.explained_keys, self.order.controls):
+            for scorer, key in judges.sets(self.explained_keys, self.controls):
                 if not found or found[-1].what != scorer:
                     found.append(Line(scorer))
                 for task in self.tasks([key]):
@@ -170,6 +176,16 @@ class Work:
         return self.cast.explainer.name if self.cast.explainer is not None else explainer_name(self.order.explaining)
 
     @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """The controls that can be made: in a part, none before the run has the explanations of all parts."""
+        run = Store(self.run)
+        if not self.store.part or (
+            run.path.exists() and all(run.is_done(key, "explain") for key in self.explained_keys)
+        ):
+            return self.order.controls
+        return ()
+
+    @cached_property
     def explained_keys(self) -> list[SetKey]:
         """The sets of explanations."""
         selection, name = self.order.selection, self.explainer_name
@@ -186,7 +202,7 @@ class Work:
         return [
             replace(key, simulator=name, control=control)
             for key in self.explained_keys
-            for control in ("", *self.order.controls)
+            for control in ("", *self.controls)
         ]
 
     def tasks(self, keys: Sequence[SetKey], bar: ProgressBar | None = None) -> Iterator[Task]:
@@ -227,16 +243,6 @@ class Work:
         total = sum(len(task.share) for task in self.tasks(keys))
         with progress_bar(f"{what} {self.run.name}", total=total, unit="neurons") as bar:
             yield bar
-
-
-@lru_cache(maxsize=1)
-def _read(run: Path, layer: int, mode: Mode, tap: str, _collection: str) -> LayerRecords:
-    return read_records(run, layer, mode=mode, tap=tap)
-
-
-def records_for(run: Path, key: SetKey) -> LayerRecords:
-    """The records of a set's layer; the last ones are kept for the next set."""
-    return _read(run, key.layer, key.mode, key.tap, identity(run, key.mode))
 
 
 def calibrated_name(simulator: str, method: str | None) -> str:

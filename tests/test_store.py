@@ -2,6 +2,7 @@
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,8 +247,8 @@ def test_a_full_disk_is_said_and_leaves_the_store_as_it_was(
     explanations, *_ = make(run)
     connect = sqlite3.connect
 
-    def small(path: Path) -> sqlite3.Connection:
-        connection = connect(path)
+    def small(path: Path, **options: Any) -> sqlite3.Connection:
+        connection = connect(path, **options)
         connection.execute("PRAGMA max_page_count = 30")
         return connection
 

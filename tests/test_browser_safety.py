@@ -189,7 +189,8 @@ def is_number(text: str) -> bool:
 def test_names_from_data_are_in_no_file_name(hostile: Path) -> None:
     names = [path.relative_to(hostile).as_posix() for path in hostile.rglob("*")]
     allowed = (
-        r"index\.html|viewer(/[a-z_]+\.(js|css|svg))?|data(/(site|overview)\.js)?|data/search(/(\d+|directory)\.js)?"
+        r"index\.html|cratelm-site\.json|viewer(/[a-z_]+\.(js|css|svg))?"
+        r"|data(/(site|overview)\.js)?|data/search(/(\d+|directory)\.js)?"
     )
     assert [
         one for one in names if not re.fullmatch(rf"{allowed}|data/m\d+(/t\d+(/l\d+(/[a-z]+(-\d+)?\.js(on)?)?)?)?", one)

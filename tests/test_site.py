@@ -253,6 +253,7 @@ def test_a_site_that_was_interrupted_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         write_site(runs, out)
     assert not (out / "index.html").exists()
+    assert (out / site.MARKER).is_file()
     assert not list(out.rglob("*.tmp"))
     write_site(runs, out)
     assert opened == [0, 1, 2, 2]
@@ -266,6 +267,35 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path, rng: np.random.Gene
     with pytest.raises(CrateError, match="holds other files"):
         write_site([run], tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    with pytest.raises(CrateError, match="is a file"):
+        write_site([run], tmp_path / "mine" / "thesis.tex")
+
+
+@pytest.mark.parametrize("page", ["precious", '<meta name="generator" content="Hugo">', None])
+def test_a_folder_of_the_same_shape_is_not_taken_for_a_site(
+    tmp_path: Path, rng: np.random.Generator, page: str | None
+) -> None:
+    run, mine = synthetic.make_run(tmp_path / "run", rng), tmp_path / "mine"
+    for name in ("data/search/mine.csv", "data/m0/t0/l7/mine.csv", "viewer/mine.js", "index.html"):
+        if name != "index.html" or page:
+            (mine / name).parent.mkdir(parents=True, exist_ok=True)
+            (mine / name).write_text(page or "precious")
+    before = files(mine)
+    with pytest.raises(CrateError, match="holds other files"):
+        write_site([run], mine)
+    assert files(mine) == before
+
+
+def test_a_site_of_a_version_without_the_marker_is_renewed(tmp_path: Path, rng: np.random.Generator) -> None:
+    [run] = scored_runs(tmp_path, rng, "crate-2l")
+    out = write_site([run], tmp_path / "out").parent
+    (out / site.MARKER).unlink()
+    before = files(out / "data" / "m0")
+    write_site([run], out)
+    assert files(out / "data" / "m0") == before
+    assert (out / site.MARKER).is_file()
+    (tmp_path / "empty").mkdir()
+    assert write_site([run], tmp_path / "empty").is_file()
 
 
 def test_a_neuron_takes_less_than_20_kb_where_every_activation_is_different(

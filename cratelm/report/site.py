@@ -1,5 +1,6 @@
 """The browser as one folder: opens from disk by double click, or from any static host, and asks nothing of a server.
 
+    cratelm-site.json            says that the folder is a site, so that it may be written into again
     index.html, viewer/          the page: the same files for every site
     data/site.js, overview.js    which models there are; the report
     data/mM/tT/lL/               a layer: its numbers, texts and neurons, some to a chunk
@@ -40,7 +41,7 @@ from cratelm.report.views import (
     open_layer,
     texts_value,
 )
-from cratelm.rundir import atomic_path, write_text
+from cratelm.rundir import atomic_path, write_json, write_text
 from cratelm.runtime import ProgressBar, progress_bar
 
 VIEWER = Path(__file__).with_name("viewer")
@@ -62,12 +63,16 @@ POLICY = (
 FORMAT = 1
 """Of the chunks of a layer; folders of another are written anew."""
 MADE = "made.json"
+MARKER = "cratelm-site.json"
+"""Written first into a folder that is new or empty. What has none, and was not made before there was one, is not ours."""
+GENERATOR = '<meta name="generator" content="cratelm">'
+"""In the page of every site, those of versions without the marker too."""
 
 
 def write_site(runs: Sequence[Path], out: Path, *, mode: Mode = "fixed") -> Path:
     """Write or renew the folder, and return the path of its first page."""
     models = catalogue(runs, mode)
-    _check_folder(out)
+    _take_folder(out)
     layers = _layers(models)
     data = out / "data"
     with progress_bar("site", total=len(layers) + 2, unit="layers") as bar:
@@ -100,10 +105,24 @@ def index_html(title: str, *, served: bool, token: str = "") -> str:
     )  # fmt: skip
 
 
-def _check_folder(out: Path) -> None:
-    """A folder that holds other things is none of ours to write into."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
-        raise CrateError(f"{out} holds other files. Give a new folder with --out")
+def _take_folder(out: Path) -> None:
+    """Mark the folder as a site; one that holds other things is none of ours to write into or to delete from."""
+    if out.exists() and not out.is_dir():
+        raise CrateError(f"{out} is a file. Give a new folder with --out")
+    if (out / MARKER).is_file():
+        return
+    if out.is_dir() and any(out.iterdir()) and not _is_older_site(out):
+        raise CrateError(f"{out} holds other files and is no site of cratelm. Give a new folder with --out")
+    write_json(out / MARKER, {"made_by": "cratelm report --site"})
+
+
+def _is_older_site(out: Path) -> bool:
+    """Whether the page was written by a version that left no marker."""
+    try:
+        with (out / "index.html").open(encoding="utf-8", errors="replace") as page:
+            return GENERATOR in page.read(4096)
+    except OSError:
+        return False
 
 
 def _write_layers(models: Sequence[Model], data: Path, bar: ProgressBar) -> None:

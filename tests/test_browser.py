@@ -149,40 +149,6 @@ def test_neurons_stand_side_by_side_and_the_choice_is_a_link(visit: Visit) -> No
     assert page.locator(".slot .trouble").count() == 2
 
 
-def test_a_blind_vote_is_kept_and_exported(visit: Visit) -> None:
-    page = visit.open("#/vote")
-    page.wait_for_selector(".choice")
-    assert page.locator(".card h2").all_inner_texts() == ["Left", "Right"]
-    assert "2L" not in page.inner_text(".side")
-    page.keyboard.press("1")
-    page.wait_for_selector(".card.won h2 a")
-    names = page.locator(".card h2").all_inner_texts()
-    assert all("2L" in name for name in names)
-    page.keyboard.press("n")
-    page.wait_for_function("() => !document.querySelector('.won')")
-    page.get_by_role("button", name="No difference").click()
-    page.wait_for_selector("text=Export 2 as JSON")
-    page = visit.open("#/vote")
-    name, content = saved(page, lambda: page.get_by_role("button", name="Export").click())
-    votes = json.loads(content)["votes"]
-    assert (name, [one["choice"] for one in votes]) == ("votes.json", ["a", "same"])
-    assert votes[0]["a"].startswith("crate-2l/" if names[0].startswith("CRATE") else "gpt2-2l/")
-    assert len(votes[0]["explanations"]) == 2
-
-
-def test_a_browser_that_keeps_nothing_still_lets_vote_and_says_so(visit: Visit) -> None:
-    refuse = (
-        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } });"
-    )
-    visit.page.add_init_script(refuse)
-    page = visit.open("#/vote")
-    page.get_by_role("button", name="Right fits better").click()
-    page.wait_for_selector("text=Export 1 as JSON")
-    assert "keeps nothing" in page.inner_text("main")
-    page.keyboard.press("t")
-    assert page.get_attribute("html", "data-theme") == "light"
-
-
 def test_search_finds_tokens_and_words_by_their_beginning(visit: Visit, site: Path) -> None:
     texts = [read_script(site / "data" / "m0" / "t0" / "l0" / f"texts-{number}.js") for number in range(2)]
     tokens = [own for one in texts for own in one["tokens"]]

@@ -64,10 +64,10 @@
   }
 
   /** Excerpts of some kinds and halves, the first so many of each. */
-  function excerptsOf(neuron, kind, part, most = Infinity) {
+  function excerptsOf(neuron, kind, part, most = Infinity, tell = undefined) {
     const scale = cratelm.excerpts.scaleOf(neuron.statistics);
     return neuron.excerpts.filter((group) => group.kind === kind && (part === null || group.part === part))
-      .flatMap((group) => group.items.slice(0, most)).map((item) => cratelm.excerpts.excerptBox(item, scale));
+      .flatMap((group) => group.items.slice(0, most)).map((item) => cratelm.excerpts.excerptBox(item, scale, tell));
   }
 
   /** One neuron in a column beside others. */

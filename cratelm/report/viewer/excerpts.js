@@ -16,9 +16,9 @@
   /** The unit of the colours: the neuron's largest activation, either way from 0. */
   const scaleOf = (statistics) => Math.max(Math.abs(statistics.maximum ?? 0), Math.abs(statistics.minimum ?? 0));
 
-  function showTip(token, excerpt, at) {
+  function showTip(token, excerpt, at, tell) {
     const tip = document.getElementById("tip");
-    tip.replaceChildren(h("b", {}, visible(excerpt.tokens[at])), h("span", {}, exact(excerpt.values[at])),
+    tip.replaceChildren(h("b", {}, visible(excerpt.tokens[at])), h("span", {}, tell(excerpt.values[at])),
       excerpt.predicted ? h("i", {}, `predicted ${digits(excerpt.predicted[at])}`) : "");
     tip.hidden = false;
     const own = token.getBoundingClientRect(), size = tip.getBoundingClientRect();
@@ -34,9 +34,9 @@
 
   /**
    * One excerpt. One token of it can be reached with Tab, the strongest; arrows lead to the others.
-   * @param {any} excerpt @param {number} scale
+   * @param {any} excerpt @param {number} scale @param {function(number): string} [tell] how a value is written
    */
-  function excerptBox(excerpt, scale) {
+  function excerptBox(excerpt, scale, tell = exact) {
     let peak = 0;
     excerpt.values.forEach((value, i) => { if (value > excerpt.values[peak]) peak = i; });
     const tokens = excerpt.tokens.map((text, i) => h("span", {
@@ -44,7 +44,7 @@
     }, marked(text)));
     const box = h("div", {
       class: "excerpt", dir: "ltr", role: "group", translate: "no",
-      "aria-label": `Excerpt of document ${excerpt.document}; strongest on ${visible(excerpt.tokens[peak])}, ${exact(excerpt.values[peak])}. Arrows read the value of each token.`,
+      "aria-label": `Excerpt of document ${excerpt.document}; strongest on ${visible(excerpt.tokens[peak])}, ${tell(excerpt.values[peak])}. Arrows read the value of each token.`,
     }, tokens);
     const place = (event) => {
       const token = event.target.closest("[data-at]");
@@ -52,16 +52,16 @@
     };
     const show = (event) => {
       const at = place(event);
-      if (at >= 0) showTip(tokens[at], excerpt, at);
+      if (at >= 0) showTip(tokens[at], excerpt, at, tell);
     };
     box.addEventListener("pointerover", show);
     box.addEventListener("pointerleave", hideTip);
     box.addEventListener("focusin", (event) => {
       const at = place(event);
       if (at < 0) return;
-      tokens[at].setAttribute("aria-label", `${visible(excerpt.tokens[at])} ${exact(excerpt.values[at])}${excerpt.predicted ? `, predicted ${digits(excerpt.predicted[at])}` : ""}`);
+      tokens[at].setAttribute("aria-label", `${visible(excerpt.tokens[at])} ${tell(excerpt.values[at])}${excerpt.predicted ? `, predicted ${digits(excerpt.predicted[at])}` : ""}`);
       tokens[at].setAttribute("aria-describedby", "tip");
-      showTip(tokens[at], excerpt, at);
+      showTip(tokens[at], excerpt, at, tell);
     });
     box.addEventListener("focusout", hideTip);
     box.addEventListener("keydown", (event) => {
@@ -89,15 +89,15 @@
     return h("label", { class: "predictions" }, box, ` Below each scored excerpt, what the explanation predicts (${by})`);
   }
 
-  /** How to read the colours, in the neuron's own numbers. */
-  function legend(statistics) {
+  /** How to read the colours, in the neuron's own numbers unless told otherwise. */
+  function legend(statistics, tell = exact, unit = "the model's own units; a token without colour is 0") {
     const scale = scaleOf(statistics), below = statistics.minimum < 0;
     const steps = (letter, levels) => levels.map((level) => h("i", { class: `${letter}${level}` }));
     const up = [1, 2, 3, 4, 5, 6, 7, 8];
     return h("p", { class: "legend" },
-      below && [h("span", {}, exact(-scale)), h("span", { class: "scale", "aria-hidden": "true" }, steps("b", up.toReversed()))],
-      h("span", {}, "0"), h("span", { class: "scale", "aria-hidden": "true" }, steps("h", up)), h("span", {}, exact(scale)),
-      h("span", { class: "soft" }, "the model's own units; a token without colour is 0"));
+      below && [h("span", {}, tell(-scale)), h("span", { class: "scale", "aria-hidden": "true" }, steps("b", up.toReversed()))],
+      h("span", {}, "0"), h("span", { class: "scale", "aria-hidden": "true" }, steps("h", up)), h("span", {}, tell(scale)),
+      h("span", { class: "soft" }, unit));
   }
 
   cratelm.excerpts = { excerptBox, predictions, legend, scaleOf, shade, hideTip };

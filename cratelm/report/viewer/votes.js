@@ -26,6 +26,7 @@
     clear: async () => memory.write("votes", "[]"),
   };
   cratelm.votes = keeper;
+  cratelm.blindly = { rescaled, anonymous };
 
   const any = (list) => list[Math.floor(Math.random() * list.length)];
 
@@ -67,7 +68,7 @@
   cratelm.pages.vote = async (site) => {
     const stage = h("div", {}), tally = h("section", { "aria-labelledby": "tally" });
     const page = h("div", {}, h("h1", {}, "Which explanation fits better?"),
-      h("p", { class: "soft" }, "Two neurons, or one that two explainers explained; who is who is hidden until you have chosen. Read each explanation against excerpts it was not made from. Keys: 1 left, 2 right, 0 no difference."),
+      h("p", { class: "soft" }, "Two neurons, or one that two explainers explained; who is who is hidden until you have chosen. Read each explanation against excerpts it was not made from; activations and strengths are in per cent of the neuron's own largest. Keys: 1 left, 2 right, 0 no difference."),
       stage, tally);
     let open = null;
 
@@ -124,13 +125,39 @@
     };
   };
 
+  const ofLargest = (share) => `${Math.round(100 * share)} %`;
+
+  /**
+   * A neuron in whole hundredths of its own largest activation: the size of its activations, and whether they go below 0,
+   * would tell which model it is of.
+   */
+  function anonymous(neuron) {
+    const most = neuron.statistics.maximum > 0 ? neuron.statistics.maximum : Infinity;
+    const share = (value) => Math.max(0, Math.round((100 * value) / most) / 100);
+    return {
+      statistics: { maximum: 1, minimum: 0 },
+      excerpts: neuron.excerpts.map((group) => ({
+        ...group, items: group.items.map((item) => ({ ...item, values: Array.from(item.values, share), predicted: null })),
+      })),
+      said: (text) => rescaled(text, (strength) => ofLargest(strength / most)),
+    };
+  }
+
+  /** Lookup's sentence, `fires on "a" (3.2); up to 0.5 on 9 more tokens; ...`, its strengths written otherwise. */
+  function rescaled(text, written) {
+    if (!/^fires on ".*; on nothing else$/su.test(text)) return text;
+    const number = "([\\d.]+(?:e[+-]?\\d+)?)";
+    return text.replace(new RegExp(`(?<=" \\()${number}(?=\\)[,;])|(?<=; up to )${number}(?= on \\d+ more token)`, "gu"), (strength) => written(Number(strength)));
+  }
+
   /** A neuron without its name: explanation, and excerpts of the documents for scoring. */
   function blind({ neuron, explanation }, i) {
-    const part = neuron.excerpts.some((group) => group.part === "score") ? "score" : null;
+    const part = neuron.excerpts.some((group) => group.part === "score") ? "score" : null, shown = anonymous(neuron);
+    const boxes = (kind, most) => cratelm.cards.excerptsOf(shown, kind, part, most, ofLargest);
     return h("article", { class: "card neuron", "aria-label": i ? "Right" : "Left" }, h("h2", {}, i ? "Right" : "Left"),
-      h("p", { class: "said-of" }, visible(explanation.text)),
-      cratelm.excerpts.legend(neuron.statistics),
-      cratelm.cards.excerptsOf(neuron, "top", part, 3), h("h3", {}, "Random"), cratelm.cards.excerptsOf(neuron, "random", part, 2));
+      h("p", { class: "said-of" }, visible(shown.said(explanation.text))),
+      cratelm.excerpts.legend(shown.statistics, ofLargest, "of its own largest activation; a token without colour is 0 or below"),
+      boxes("top", 3), h("h3", {}, "Random"), boxes("random", 2));
   }
 
   function* results(site, all, changed) {

@@ -6,7 +6,7 @@
   const { parse, locate, link, named, places } = cratelm.routes;
   const main = document.getElementById("main");
 
-  /** What the page shown answers to: `keys` of a neuron, and `key` for keys of its own. */
+  /** What the page shown answers to: `keys` of a neuron, `key` for keys of its own, and `leave` when another comes. */
   let shown = {}, visit = 0, first = true;
 
   /** Where one is: model, tap, layer and neuron, each a link or a choice. */
@@ -53,6 +53,7 @@
     if (own !== visit) return;
     main.removeAttribute("aria-busy");
     cratelm.excerpts.hideTip();
+    shown.leave?.();
     shown = found;
     main.replaceChildren(found.page);
     found.placed?.();

@@ -5,12 +5,12 @@
   const { h, say, later, troubleBox } = cratelm;
   const { chip, digits, percent, visible } = cratelm.text;
 
-  /** @param {{state: any, made: HTMLElement, text: function(): string}} trial */
-  cratelm.steering = ({ state, made, text }) => {
+  /** @param {{state: any, text: function(): string}} trial */
+  cratelm.steering = ({ state, text }) => {
     const effect = h("div", { class: "effect" }), texts = h("div", { class: "texts" });
-    made.replaceChildren(effect, texts);
     const length = h("input", { type: "number", min: 1, max: state.live.limits.new_tokens, value: Math.min(60, state.live.limits.new_tokens), "aria-label": "Tokens to write" });
     const heat = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0, "aria-label": "Temperature" });
+    const button = h("button", { type: "button", class: "choice", on: { click: () => (writing ? stop() : write()) } }, "Write on");
     let asked = 0, writing = null;
 
     const request = () => ({
@@ -24,7 +24,6 @@
         effect.replaceChildren();
         return;
       }
-      if (!made.contains(effect)) made.replaceChildren(effect, texts);
       try {
         const found = await cratelm.api.post("effect", request());
         if (own === asked) effect.replaceChildren(...effectOf(found));
@@ -33,37 +32,45 @@
       }
     }
 
-    async function write(button) {
-      if (writing) {
-        writing.abort();
-        return;
-      }
-      writing = new AbortController();
-      button.textContent = "Stop";
-      const sides = { plain: h("p", { class: "written" }), steered: h("p", { class: "written" }) };
-      texts.replaceChildren(h("div", { class: "side two" },
-        h("article", { class: "card" }, h("h3", {}, "As it is"), sides.plain),
-        h("article", { class: "card" }, h("h3", {}, "Turned"), sides.steered)));
-      for (const side of Object.values(sides)) side.append(h("span", { class: "soft" }, visible(text())));
-      try {
-        await cratelm.api.lines("continue", { ...request(), tokens: Number(length.value), temperature: Number(heat.value) }, (line) => {
-          if (line.error) texts.append(troubleBox(new cratelm.Trouble(`${line.error}.`)));
-          for (const [name, side] of Object.entries(sides)) if (line[name]) side.append(shown(line[name]));
-        }, writing.signal);
-        say("Both texts are written.");
-      } catch (error) {
-        if (error.name !== "AbortError") texts.append(troubleBox(error));
-      }
+    /** The server writes no further. */
+    function stop() {
+      writing?.abort();
       writing = null;
       button.textContent = "Write on";
     }
 
-    function controls() {
-      const button = h("button", { type: "button", class: "choice", on: { click: () => write(button) } }, writing ? "Stop" : "Write on");
-      return h("p", { class: "answer" }, button, h("span", { class: "field" }, length, " tokens"), h("span", { class: "field" }, "temperature ", heat));
+    /** Nothing stays of what was asked, and no answer to it comes any more. */
+    function clear() {
+      asked += 1;
+      stop();
+      effect.replaceChildren();
+      texts.replaceChildren();
     }
 
-    return { effectSoon: later(250, showEffect), controls };
+    async function write() {
+      const own = new AbortController(), model = h("small", {}, state.model.title);
+      writing = own;
+      button.textContent = "Stop";
+      const sides = { plain: h("p", { class: "written" }), steered: h("p", { class: "written" }) };
+      texts.replaceChildren(h("div", { class: "side two" },
+        h("article", { class: "card" }, h("h3", {}, "As it is", model), sides.plain),
+        h("article", { class: "card" }, h("h3", {}, "Turned", model.cloneNode(true)), sides.steered)));
+      for (const side of Object.values(sides)) side.append(h("span", { class: "soft" }, visible(text())));
+      try {
+        await cratelm.api.lines("continue", { ...request(), tokens: Number(length.value), temperature: Number(heat.value) }, (line) => {
+          if (own.signal.aborted) return;
+          if (line.error) texts.append(troubleBox(new cratelm.Trouble(`${line.error}.`)));
+          for (const [name, side] of Object.entries(sides)) if (line[name]) side.append(shown(line[name]));
+        }, own.signal);
+        say("Both texts are written.");
+      } catch (error) {
+        if (error.name !== "AbortError") texts.append(troubleBox(error));
+      }
+      if (writing === own) stop();
+    }
+
+    const controls = h("p", { class: "answer" }, button, h("span", { class: "field" }, length, " tokens"), h("span", { class: "field" }, "temperature ", heat));
+    return { made: h("div", { class: "made" }, effect, texts), effectSoon: later(250, showEffect), controls, clear };
   };
 
   /** Written text as it is, but that its line ends can be seen. */

@@ -1,6 +1,6 @@
 "use strict";
 /* Type a text: every layer's strongest neurons at each token, one neuron along it, and the text with neurons turned.
-   The address holds the model, the text and what is turned, so that a trial is a link. */
+   The address holds the model, the text, what is turned and which neuron is followed, so that a trial is a link. */
 
 (() => {
   const { h, say, Trouble, troubleBox } = cratelm;
@@ -18,10 +18,17 @@
 
   const writeTurn = (turn) => `${turn.layer}/${turn.neuron}:${turn.how}${turn.how === "silence" ? "" : `:${turn.strength}${turn.ofMaximum ? "x" : ""}`}`;
 
+  /** `1/85`: the neuron that is followed along the text, or null. @returns {?{layer: number, neuron: number}} */
+  function readAlong(text) {
+    const [, layer, neuron] = /^(\d+)\/(\d+)$/.exec(text ?? "") ?? [];
+    return neuron === undefined ? null : { layer: Number(layer), neuron: Number(neuron) };
+  }
+
   /** The address of a trial. */
-  cratelm.tryLink = (model, turns = [], text = null) => {
+  cratelm.tryLink = (model, turns = [], text = null, along = null) => {
     const query = new URLSearchParams({ model });
     if (text !== null) query.set("text", text);
+    if (along) query.set("along", `${along.layer}/${along.neuron}`);
     if (turns.length) query.set("turn", turns.map(writeTurn).join(","));
     return `#/try?${query}`;
   };
@@ -35,38 +42,73 @@
       throw new Trouble(`There is no model ${named} to try a text on here.`, `There are: ${models.map((one) => one.slug).join(", ")}. A run without its folder model is shown only.`);
     }
     const state = {
-      site, live, models, turns: readTurns(query.get("turn")).slice(0, live.limits.changes), seen: null, along: null,
+      site, live, models, turns: readTurns(query.get("turn")).slice(0, live.limits.changes), along: readAlong(query.get("along")),
       model: models.find((one) => one.slug === named) ?? models[0], text: query.get("text") ?? FIRST,
     };
     const parts = build(state);
     parts.showTurns();
     if (state.text) parts.look();
-    return { title: "Try a text", page: parts.page };
+    return { title: "Try a text", page: parts.page, leave: parts.leave };
   };
 
   function build(state) {
     const field = h("textarea", { id: "typed", rows: 4, maxlength: state.live.limits.text_characters, spellcheck: "false" });
     field.value = state.text;
     const choice = h("select", { id: "model" }, state.models.map((one) => h("option", { value: one.slug, selected: one === state.model }, one.title)));
-    const seen = h("div", { class: "seen", "aria-live": "off" }), turned = h("div", { class: "turns" }), made = h("div", { class: "made" });
-    const keep = () => {
-      const address = cratelm.tryLink(state.model.slug, state.turns, field.value);
-      history.replaceState(null, "", address);
-    };
+    const seen = h("div", { class: "seen", "aria-live": "off" }), along = h("div", { class: "along" }), turned = h("div", { class: "turns" });
+    const keep = () => history.replaceState(null, "", cratelm.tryLink(state.model.slug, state.turns, field.value, state.along));
+    // An answer that was asked for before something else was is let go: it is about another text, model or neuron.
+    let looked = 0, followed = 0, read = state.text;
 
     async function look() {
+      const own = ++looked, { model } = state, text = field.value;
       keep();
       seen.setAttribute("aria-busy", "true");
       try {
-        state.seen = await cratelm.api.post("look", { model: state.model.slug, text: field.value, strongest: 5 });
-        state.text = field.value;
-        state.along = null;
-        seen.replaceChildren(...shownText(state, turn));
-        say(`Read ${state.seen.tokens.length} tokens.`);
+        const found = await cratelm.api.post("look", { model: model.slug, text, strongest: 5 });
+        if (own !== looked) return;
+        read = text;
+        seen.replaceChildren(...shownText(found, follow));
+        say(`Read ${found.tokens.length} tokens.`);
+        showAlong();
       } catch (error) {
+        if (own !== looked) return;
         seen.replaceChildren(troubleBox(error));
+        clearAlong();
       }
       seen.removeAttribute("aria-busy");
+    }
+
+    function clearAlong() {
+      followed += 1;
+      along.replaceChildren();
+    }
+
+    /** See one neuron along the text, until another one is chosen. */
+    async function follow(layer, neuron) {
+      state.along = { layer, neuron };
+      keep();
+      await showAlong();
+      along.scrollIntoView({ block: "nearest" });
+    }
+
+    async function showAlong() {
+      if (!state.along) return;
+      const own = ++followed, { model } = state, { layer, neuron } = state.along;
+      let shown;
+      try {
+        const found = await cratelm.api.post("look", { model: model.slug, text: read, layer, neuron });
+        shown = [...alongText(model, layer, neuron, found, () => turn(layer, neuron), unfollow)];
+      } catch (error) {
+        shown = [troubleBox(error)];
+      }
+      if (own === followed) along.replaceChildren(...shown);
+    }
+
+    function unfollow() {
+      state.along = null;
+      keep();
+      clearAlong();
     }
 
     function turn(layer, neuron) {
@@ -79,18 +121,27 @@
       say(`Neuron ${neuron} of layer ${layer} is in the list of turned neurons.`);
     }
 
-    const steer = cratelm.steering({ state, made, text: () => field.value });
+    const steer = cratelm.steering({ state, text: () => field.value });
     function showTurns() {
       keep();
-      turned.replaceChildren(...turnRows(state, (renew) => { if (renew) showTurns(); else keep(); steer.effectSoon(); }, steer));
+      turned.replaceChildren(...turnRows(state, { changed: (renew) => { if (renew) showTurns(); else keep(); steer.effectSoon(); }, turn, follow }, steer));
       steer.effectSoon();
     }
 
+    /** Nothing of what was asked may come any more. */
+    function leave() {
+      looked += 1;
+      clearAlong();
+      steer.clear();
+    }
+
     choice.addEventListener("change", () => {
+      leave();
       state.model = state.models.find((one) => one.slug === choice.value);
       state.turns = [];
+      state.along = null;
+      seen.replaceChildren();
       tellMost();
-      made.replaceChildren();
       showTurns();
       look();
     });
@@ -102,39 +153,21 @@
     const tellMost = () => { most.textContent = `At most ${state.live.contexts[state.model.slug]} tokens are read. What you type goes to this server and no further.`; };
     tellMost();
     const page = h("div", { class: "try" }, h("h1", {}, "Try a text"),
-      most, form, seen,
-      h("section", { "aria-labelledby": "turned" }, h("h2", { id: "turned" }, "Turn neurons"), turned, made));
-    return { page, look, showTurns };
+      most, form, seen, along,
+      h("section", { "aria-labelledby": "turned" }, h("h2", { id: "turned" }, "Turn neurons"), turned, steer.made));
+    return { page, look, showTurns, leave };
   }
 
-  /** The text with a neuron's heat on it, and of the token pointed at each layer's strongest neurons. */
-  function* shownText(state, turn) {
-    const { seen } = state, below = h("div", { class: "strongest" }), along = h("div", { class: "along" });
-    const own = state.model.taps.find((one) => one.name === "neurons");
-    const place = (layer) => own?.layers.find((one) => one.layer === layer);
+  /** The tokens of the text, and of the one pointed at each layer's strongest neurons. */
+  function* shownText(seen, follow) {
+    const below = h("div", { class: "strongest" });
 
     function showToken(at) {
       below.replaceChildren(h("h3", {}, "Strongest at ", chip(seen.tokens[at]), h("small", {}, `token ${at + 1} of ${seen.tokens.length}`)),
         h("div", { class: "layers-of" }, seen.layers.map((layer) => h("div", {}, h("h4", {}, `Layer ${layer.layer}`),
           layer.strongest[at].length ? h("ol", { class: "near" }, layer.strongest[at].map(([neuron, value]) => h("li", {},
-            h("button", { type: "button", class: "plain", "aria-label": `Neuron ${neuron} of layer ${layer.layer}, ${digits(value)}: see it along the text`, on: { click: () => showAlong(layer.layer, neuron) } }, String(neuron)),
+            h("button", { type: "button", class: "plain", "aria-label": `Neuron ${neuron} of layer ${layer.layer}, ${digits(value)}: see it along the text`, on: { click: () => follow(layer.layer, neuron) } }, String(neuron)),
             h("span", { title: exact(value) }, digits(value, 2))))) : h("p", { class: "missing" }, "No neuron fires.")))));
-    }
-
-    async function showAlong(layer, neuron) {
-      try {
-        const found = await cratelm.api.post("look", { model: state.model.slug, text: state.text, layer, neuron });
-        const values = Float32Array.from(found.values), largest = values.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
-        const where = place(layer);
-        along.replaceChildren(h("h3", {}, `Neuron ${neuron} of layer ${layer} along the text`),
-          cratelm.excerpts.legend({ maximum: largest, minimum: values.reduce((a, b) => Math.min(a, b), 0) }),
-          cratelm.excerpts.excerptBox({ tokens: found.tokens, values, document: "typed", position: 0 }, largest),
-          h("p", { class: "gets" }, where && h("a", { class: "get", href: cratelm.routes.link({ model: state.model, tap: own, layer, folder: where.folder }, neuron) }, "Its page"),
-            h("button", { type: "button", class: "get", on: { click: () => turn(layer, neuron) } }, "Turn it")));
-        say(`Neuron ${neuron} of layer ${layer} along the text; its largest activation there is ${digits(largest)}.`);
-      } catch (error) {
-        along.replaceChildren(troubleBox(error));
-      }
     }
 
     const tokens = seen.tokens.map((text, at) => h("button", {
@@ -145,29 +178,42 @@
     yield h("h2", {}, "Tokens", h("small", {}, "choose one to see which neurons fire there"));
     yield h("div", { class: "tokens", dir: "ltr", translate: "no" }, tokens);
     yield below;
-    yield along;
     showToken(seen.tokens.length - 1);
   }
 
-  /** A row for each turned neuron, with its slider. */
-  function* turnRows(state, changed, steer) {
-    if (!state.turns.length) {
-      yield h("p", { class: "missing" }, "None yet. Choose a token above, then a neuron, then “Turn it”; or enter one:");
-    }
-    for (const turn of state.turns) yield turnRow(state, turn, changed);
-    const layer = h("input", { type: "number", min: 0, value: 0, "aria-label": "Layer" }), neuron = h("input", { type: "number", min: 0, value: 0, "aria-label": "Neuron" });
-    const add = h("form", { class: "add" }, h("span", { class: "field" }, "Layer ", layer), h("span", { class: "field" }, "neuron ", neuron), h("button", { class: "get" }, "Add"));
-    add.addEventListener("submit", (event) => {
-      event.preventDefault();
-      if (state.turns.length >= state.live.limits.changes) return;
-      state.turns.push({ layer: Number(layer.value), neuron: Number(neuron.value), how: "set", strength: 2, ofMaximum: true });
-      changed(true);
-    });
-    yield add;
-    yield steer.controls();
+  /** The text on the colours of one neuron. */
+  function* alongText(model, layer, neuron, found, turn, unfollow) {
+    const own = model.taps.find((one) => one.name === "neurons"), where = own?.layers.find((one) => one.layer === layer);
+    const values = Float32Array.from(found.values), largest = values.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
+    yield h("h3", {}, `Neuron ${neuron} of layer ${layer} along the text`);
+    if (largest > 0) yield cratelm.excerpts.legend({ maximum: largest, minimum: values.reduce((a, b) => Math.min(a, b), 0) });
+    else yield h("p", { class: "missing" }, "It is 0 on every token.");
+    yield cratelm.excerpts.excerptBox({ tokens: found.tokens, values, document: "typed", position: 0 }, largest);
+    yield h("p", { class: "gets" }, where && h("a", { class: "get", href: cratelm.routes.link({ model, tap: own, layer, folder: where.folder }, neuron) }, "Its page"),
+      h("button", { type: "button", class: "get", on: { click: turn } }, "Turn it"), h("button", { type: "button", class: "get", on: { click: unfollow } }, "Close"));
+    say(`Neuron ${neuron} of layer ${layer} along the text; its largest activation there is ${digits(largest)}.`);
   }
 
-  function turnRow(state, turn, changed) {
+  /** A row for each turned neuron, with its slider. */
+  function* turnRows(state, told, steer) {
+    if (!state.turns.length) {
+      yield h("p", { class: "missing" }, "None yet. Choose a token above, then a neuron, then “Turn it”; or enter a neuron:");
+    }
+    for (const turn of state.turns) yield turnRow(state, turn, told);
+    const first = state.along ?? { layer: 0, neuron: 0 };
+    const layer = h("input", { type: "number", min: 0, value: first.layer, "aria-label": "Layer" }), neuron = h("input", { type: "number", min: 0, value: first.neuron, "aria-label": "Neuron" });
+    const chosen = () => [Number(layer.value), Number(neuron.value)];
+    const add = h("form", { class: "add" }, h("span", { class: "field" }, "Layer ", layer), h("span", { class: "field" }, "neuron ", neuron),
+      h("button", { class: "get" }, "Add"), h("button", { type: "button", class: "get", on: { click: () => add.reportValidity() && told.follow(...chosen()) } }, "See it along the text"));
+    add.addEventListener("submit", (event) => {
+      event.preventDefault();
+      told.turn(...chosen());
+    });
+    yield add;
+    yield steer.controls;
+  }
+
+  function turnRow(state, turn, { changed, follow }) {
     const name = `neuron ${turn.neuron} of layer ${turn.layer}`;
     const how = h("select", { "aria-label": `What is done to ${name}` }, Array.from(HOWS, ([value, text]) => h("option", { value, selected: turn.how === value }, text)));
     how.addEventListener("change", () => {
@@ -181,23 +227,33 @@
     slider.addEventListener("input", () => { turn.strength = Number(slider.value); tell(); changed(false); });
     tell();
     const drop = h("button", { type: "button", class: "get", "aria-label": `Leave ${name} alone`, on: { click: () => { state.turns.splice(state.turns.indexOf(turn), 1); changed(true); } } }, "Remove");
-    return h("div", { class: "turn", role: "group", "aria-label": name }, h("b", {}, `${turn.layer}/${turn.neuron}`), how, turn.how !== "silence" && [slider, shown], drop);
+    return h("div", { class: "turn", role: "group", "aria-label": name },
+      h("b", {}, h("button", { type: "button", class: "plain", title: "See it along the text", "aria-label": `See ${name} along the text`, on: { click: () => follow(turn.layer, turn.neuron) } }, `${turn.layer}/${turn.neuron}`)), how, turn.how !== "silence" && [slider, shown], drop);
   }
 
-  /** On a neuron's page: where to turn it. */
+  /** On a neuron's page: see it on a text of one's own, and where to turn it. */
   cratelm.live = cratelm.live ?? {};
   cratelm.live.live = (site, neuron) => {
     const { place } = neuron;
     if (place.tap.name !== "neurons") {
       return h("section", { "aria-labelledby": "turn" }, h("h2", { id: "turn" }, "Live"),
-        h("p", { class: "missing" }, "Only the model's own neurons can be turned here. cratelm steer --sae turns latents of an autoencoder."));
+        h("p", { class: "missing" }, "Only the model's own neurons can be tried on a text and turned here. cratelm steer --sae turns latents of an autoencoder."));
     }
-    if (!Object.hasOwn(site.capabilities.live.contexts, place.model.slug)) return null;
+    const { contexts, limits } = site.capabilities.live;
+    if (!Object.hasOwn(contexts, place.model.slug)) return null;
     const strongest = neuron.excerpts.find((group) => group.kind === "top" && group.items.length)?.items[0];
     const text = strongest ? strongest.tokens.join("").slice(-400) : FIRST;
-    const turns = [{ layer: place.layer, neuron: neuron.index, how: "set", strength: 2, ofMaximum: true }];
-    return h("section", { "aria-labelledby": "turn" }, h("h2", { id: "turn" }, "Live"),
-      h("p", { class: "gets" }, h("a", { class: "get", href: cratelm.tryLink(place.model.slug, turns, text) }, "Turn it on its strongest excerpt"),
-        h("a", { class: "get", href: cratelm.tryLink(place.model.slug, turns) }, "Turn it on a text of yours")));
+    const along = { layer: place.layer, neuron: neuron.index }, turns = [{ ...along, how: "set", strength: 2, ofMaximum: true }];
+    const field = h("textarea", { id: "own-text", rows: 2, maxlength: limits.text_characters, spellcheck: "false", placeholder: FIRST });
+    const form = h("form", { class: "type own" }, h("label", { for: "own-text" }, "This neuron on a text of yours"), field,
+      h("p", { class: "gets" }, h("button", { class: "get" }, "See it along the text")));
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      location.hash = cratelm.tryLink(place.model.slug, [], field.value || FIRST, along);
+    });
+    field.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit(); });
+    return h("section", { "aria-labelledby": "turn" }, h("h2", { id: "turn" }, "Live"), form,
+      h("p", { class: "gets" }, h("a", { class: "get", href: cratelm.tryLink(place.model.slug, turns, text, along) }, "Turn it on its strongest excerpt"),
+        h("a", { class: "get", href: cratelm.tryLink(place.model.slug, turns, null, along) }, "Turn it on a text of yours")));
   };
 })();

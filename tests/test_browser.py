@@ -223,6 +223,30 @@ def test_a_missing_newer_or_foreign_chunk_is_answered_in_words(browser: "Browser
     tab.close()
 
 
+def test_more_chunks_than_are_kept_are_loaded_at_once_and_again(browser: "Browser", tmp_path: Path, site: Path) -> None:
+    copy = tmp_path / "site"
+    shutil.copytree(site, copy)
+    names = [f"many/{number}" for number in range(150)]
+    (copy / "data" / "many").mkdir()
+    for name in names:
+        (copy / "data" / f"{name}.js").write_bytes(as_script(name, {"name": name}))
+    tab = Visit(browser, f"file://{copy}")
+    page = tab.open("#/vote")
+    found = page.evaluate(
+        """async (names) => {
+            const asked = [...names, ...names.slice(0, 20), "many/none", ...names.toReversed()];
+            const all = await Promise.allSettled(asked.map((name) => cratelm.data.chunk(name)));
+            const again = await cratelm.data.chunk(names[0]);
+            return [...all.map((one) => one.value?.name ?? one.reason.message), again.name];
+        }""",
+        names,
+    )
+    missing = "data/many/none.js is missing or cannot be read."
+    assert found == [*names, *names[:20], missing, *reversed(names), names[0]]
+    assert len([url for url in tab.asked if "/data/many/" in url]) <= len(names) + 2
+    tab.close()
+
+
 PAGES = ("#/", "#/crate-2l/layer/1", "#/gpt2-2l/layer/0/neuron/5", "#/compare", "#/vote", "#/search?q=class")
 
 

@@ -6,34 +6,38 @@
   const { Trouble } = cratelm;
   const FORMAT_VERSION = 1;
 
-  /** @type {Map<string, {resolve: function(any): void, reject: function(Error): void}>} */
+  /** Chunks whose script is being loaded, and what it has said. @type {Map<string, {text: ?string}>} */
   const waiting = new Map();
 
   /** What every chunk calls. @param {string} name @param {string} text JSON */
   globalThis.cratelmChunk = (name, text) => {
     const own = waiting.get(name);
-    if (!own) return;
-    try {
-      own.resolve(JSON.parse(text));
-    } catch (error) {
-      own.reject(new Trouble(`data/${name}.js holds no JSON (${error.message}).`, "Make the site anew: cratelm report RUN... --site"));
-    }
+    if (own) own.text = text;
   };
 
-  /** @returns {Promise<any>} */
+  /** Called for one name at a time only. @returns {Promise<any>} */
   function loadScript(name) {
     return new Promise((resolve, reject) => {
+      const own = { text: null };
       const remove = () => {
         waiting.delete(name);
         script.remove();
       };
       const script = document.createElement("script");
-      waiting.set(name, { resolve, reject });
+      waiting.set(name, own);
       script.src = `data/${name}.js`;
       script.onload = () => {
         // A script that ran has called; one that did not is no chunk, or is another one.
         remove();
-        reject(new Trouble(`data/${name}.js is there but holds something else.`, "Make the site anew: cratelm report RUN... --site"));
+        if (own.text === null) {
+          reject(new Trouble(`data/${name}.js is there but holds something else.`, "Make the site anew: cratelm report RUN... --site"));
+          return;
+        }
+        try {
+          resolve(JSON.parse(own.text));
+        } catch (error) {
+          reject(new Trouble(`data/${name}.js holds no JSON (${error.message}).`, "Make the site anew: cratelm report RUN... --site"));
+        }
       };
       script.onerror = () => {
         remove();
@@ -62,27 +66,57 @@
   const served = document.querySelector('meta[name="cratelm-source"]')?.content === "served";
   const load = served ? loadJson : loadScript;
 
-  /** Chunks that were asked for, the last used at the end; the oldest are let go. */
+  /** Chunks that are there, the last used at the end; the oldest are let go. */
   const held = new Map();
   const MOST_HELD = 60;
+  /** Chunks that are on their way. Each is loaded once, however many ask for it, and none is let go before it is there. */
+  const pending = new Map();
+  const MOST_LOADING = 12;
+  let loading = 0;
+  const queue = [];
+
+  /** Load when it is this one's turn: hundreds of scripts at once would keep a page that is opened meanwhile waiting. */
+  async function inTurn(name) {
+    if (loading >= MOST_LOADING) await new Promise((go) => { queue.push(go); });
+    else loading += 1;
+    try {
+      return await load(name);
+    } finally {
+      const next = queue.pop(); // the newest first: it is for the page that is open now
+      if (next) next();
+      else loading -= 1;
+    }
+  }
+
+  async function fetched(name) {
+    const value = await inTurn(name);
+    if (!(value.format_version <= FORMAT_VERSION)) {
+      throw new Trouble(`data/${name} has format version ${value.format_version}, this page reads up to ${FORMAT_VERSION}.`,
+        "Part of the folder was written by a newer cratelm. Make the site anew with it.");
+    }
+    return value;
+  }
 
   /**
    * The value of a chunk. A failure is not remembered, so that a later try can succeed.
    * @param {string} name @returns {Promise<any>}
    */
   function chunk(name) {
-    const found = held.get(name) ?? load(name).then((value) => {
-      if (!(value.format_version <= FORMAT_VERSION)) {
-        throw new Trouble(`data/${name} has format version ${value.format_version}, this page reads up to ${FORMAT_VERSION}.`,
-          "Part of the folder was written by a newer cratelm. Make the site anew with it.");
-      }
-      return value;
-    });
-    held.delete(name);
-    held.set(name, found);
-    found.catch(() => held.delete(name));
-    if (held.size > MOST_HELD) held.delete(held.keys().next().value);
-    return found;
+    if (held.has(name)) {
+      const found = held.get(name);
+      held.delete(name);
+      held.set(name, found);
+      return found;
+    }
+    if (!pending.has(name)) {
+      const found = fetched(name);
+      pending.set(name, found);
+      found.then(() => {
+        held.set(name, found);
+        if (held.size > MOST_HELD) held.delete(held.keys().next().value);
+      }, () => {}).finally(() => pending.delete(name));
+    }
+    return pending.get(name);
   }
 
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));

@@ -32,6 +32,9 @@ EVIL = (
     "<iframe srcdoc='<script>parent.__ran=1</script>'>", "=HYPERLINK(\"http://127.0.0.1:1/\",\"x\")", "${1+1}{{1+1}}",
 )  # fmt: skip
 
+REORDERS = "\u202edrawkcab\u200b\u0007"
+"""What comes after it stands before it; and two letters that nobody sees."""
+
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
@@ -43,7 +46,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
         patch.setattr(synthetic, "WORDS", [*EVIL, "word"])
         patch.setattr(synthetic, "make_tokenizer", lambda _vocab: evil_tokenizer())
         run = synthetic.make_run(folder / "run", rng, neurons=40)
-        name = f"{EVIL[0]}/../__proto__"
+        name = f"{EVIL[0]}{REORDERS}/../__proto__"
         change(
             run / "run.json",
             name=name,
@@ -92,6 +95,13 @@ def every_page(site: Path) -> list[str]:
 
 ATTRIBUTES = """() => [...document.querySelectorAll("*")].flatMap((one) => [...one.attributes])
     .filter((one) => /^on/i.test(one.name)).map((one) => one.name)"""
+UNSEEN = """() => {
+    const unseen = /[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Co}\\p{Cn}\\p{Zl}\\p{Zp}]/u;
+    const texts = [document.title], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) texts.push(walk.currentNode.data);
+    for (const one of document.querySelectorAll("[title], [aria-label]")) texts.push(one.title, one.getAttribute("aria-label"));
+    return texts.filter((text) => text && text.trim() && unseen.test(text.replaceAll("\\n", "")));
+}"""
 SURVIVED = "() => ({}).x === undefined && Object.getPrototypeOf({}) === Object.prototype"
 PLANTED = """run => {
     const inline = document.createElement("script");
@@ -121,13 +131,15 @@ def look_everywhere(tab: Visit, site: Path) -> None:
         assert page.evaluate("window.__ran") is None
         assert page.locator("main script, main iframe, main img, main object, main embed, main style").count() == 0
         assert page.evaluate(ATTRIBUTES) == []
+        assert page.evaluate(UNSEEN) == []
         assert page.evaluate(SURVIVED)
         for token in page.locator(".excerpt [tabindex='0']").all()[:2]:
             token.focus()
     assert tab.dialogs == []
     for planted in EVIL[:6]:
         assert planted in texts
-    assert "U+202E" in texts
+    assert "U+202Edrawkcab" in texts
+    assert "U+202Edrawkcab" in (site / "index.html").read_text(encoding="utf-8")
     assert not [url for url in tab.asked if "127.0.0.1:1/" in url]
 
 
@@ -203,10 +215,11 @@ def test_a_tap_with_a_hostile_name_is_one_more_tap(
 ) -> None:
     run = synthetic.make_run(tmp_path / "run", rng)
     records: Any = records_folder(run, "fixed")
-    (records / "neurons").rename(records / "<img src=x onerror=alert(1)>")
+    (records / "neurons").rename(records / "<img src=x onerror=alert(1)>\u202e")
     site = write_site([run], tmp_path / "site").parent
     tab = Visit(browser, f"file://{site}")
     page = tab.open("#/crate-2l/layer/1/neuron/5")
-    assert "<img src=x onerror=alert(1)>" in page.inner_text("h1")
+    assert "<img src=x onerror=alert(1)>U+202E" in page.inner_text("h1")
+    assert page.evaluate(UNSEEN) == []
     tab.close()
     assert tab.errors == []

@@ -22,6 +22,7 @@ from cratelm.report.catalogue import catalogue, slug
 from cratelm.report.chunks import read_script, unpack
 from cratelm.report.overview import overview, public
 from cratelm.report.site import write_site
+from cratelm.report.unseen import visible
 
 
 @pytest.fixture(autouse=True)
@@ -312,6 +313,27 @@ def test_a_neuron_takes_less_than_20_kb_where_every_activation_is_different(
     data = write_site([run], tmp_path / "out").parent / "data"
     size = sum(path.stat().st_size for path in (data / "m0").rglob("*.js"))
     assert size / 64 < 20_000
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("GPT-2, Größe 3, 日本語, ✓", "GPT-2, Größe 3, 日本語, ✓"), ("a\u202eb\u2066c", "aU+202EbU+2066c"),
+        ("a\nb\tc\rd", "a↵b⇥c␍d"), ("\x00\x07\u200b\ufeff", "U+0000U+0007U+200BU+FEFF"), ("\ud800", "U+D800"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+    ],
+)  # fmt: skip
+def test_letters_that_nobody_sees_are_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert visible(shown) == shown
+
+
+def test_a_name_of_any_letters_gives_a_whole_site(tmp_path: Path, rng: np.random.Generator) -> None:
+    [run] = scored_runs(tmp_path, rng, "crate-2l")
+    change(run / "run.json", name="left\u202etfel\x07\n\ud800")
+    source = write_site([run], tmp_path / "out").read_text(encoding="utf-8")
+    assert "U+202EtfelU+0007↵U+D800</title>" in source
+    assert "U+202E" in read_script(tmp_path / "out" / "data" / "site.js")["models"][0]["title"]
 
 
 def test_the_page_has_one_strict_policy_and_no_inline_code(tmp_path: Path, rng: np.random.Generator) -> None:

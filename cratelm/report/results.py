@@ -25,6 +25,7 @@ from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store import Store
 from cratelm.report.explained_by import choose_explainer, described, scored_taps
 from cratelm.report.loss import Loss, read_loss
+from cratelm.report.unseen import visible
 from cratelm.rundir import read_json, read_jsonl
 from cratelm.runtime import progress_bar
 
@@ -177,7 +178,7 @@ def display_name(name: str) -> str:
 
 
 def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A title for every run; runs of the same name are told apart by their folders."""
+    """A title for every run, every letter of it visible; runs of the same name are told apart by their folders."""
     names = [str(one["name"]) for one in descriptions]
     titles = []
     for path, name, description in zip(paths, names, descriptions, strict=True):
@@ -185,7 +186,7 @@ def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]])
         title = display_name(str(description.get("of") or name)) if control else display_name(name)
         if names.count(name) > 1:
             title += f" ({os.path.relpath(path.resolve(), os.path.commonpath([one.resolve() for one in paths]))})"
-        titles.append(f"{title}, {control}" if control else title)
+        titles.append(visible(f"{title}, {control}" if control else title))
     return titles
 
 
@@ -193,7 +194,7 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
     """Everything about one run. `asked` says which scores: its layer and protocol are open."""
     num_layers, mode = int(description["model"]["num_layers"]), asked.mode
     if asked.tap != "neurons":
-        title = f"{title}, {asked.tap}"
+        title = visible(f"{title}, {asked.tap}")
     scores = _read_scores(path, num_layers, asked)
     aggregates = {
         (name, control): aggregate(layers, protocol=name, seed=SEED, resamples=RESAMPLES)

@@ -32,6 +32,7 @@ from cratelm.report.catalogue import Layer, Model, catalogue
 from cratelm.report.chunks import as_script, read_script, unpack
 from cratelm.report.overview import manifest, overview
 from cratelm.report.search_index import SearchIndex
+from cratelm.report.unseen import visible
 from cratelm.report.views import (
     NEURONS_EACH,
     TEXTS_EACH,
@@ -98,7 +99,7 @@ def index_html(title: str, *, served: bool, token: str = "") -> str:
     scripts = "\n".join(f'<script defer src="viewer/{name}"></script>' for name in names)
     template = Template((VIEWER / "index.html").read_text(encoding="utf-8"))
     return template.substitute(
-        policy=policy_of(served=served), title=escape(title), source="served" if served else "static",
+        policy=policy_of(served=served), title=escape(visible(title)), source="served" if served else "static",
         token=escape(token),
         styles='\n<link rel="stylesheet" href="viewer/live.css">' if served else "", scripts=scripts,
         more=' <a href="#/try">Try</a>' if served else "",

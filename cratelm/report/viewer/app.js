@@ -57,7 +57,7 @@
     shown = found;
     main.replaceChildren(found.page);
     found.placed?.();
-    document.title = `${found.title} · cratelm`;
+    document.title = cratelm.text.visible(`${found.title} · cratelm`);
     for (const one of document.querySelectorAll("#pages a")) {
       const current = one.getAttribute("href") === `#/${address.parts.length === 1 && Object.hasOwn(alone, address.parts[0]) ? address.parts[0] : ""}` && address.parts.length < 2;
       if (current) one.setAttribute("aria-current", "page");

@@ -1,10 +1,13 @@
 "use strict";
-/* The one name that the page's scripts share, and how they make elements. Text from data only ever becomes text. */
+/* The one name that the page's scripts share, and how they make elements. Text from data only ever becomes text, and
+   letters in it that cannot be seen or that reorder what stands beside them are written out, whichever text it is. */
 
 const cratelm = Object.create(null);
 cratelm.pages = Object.create(null);
 
 (() => {
+  /** Attributes that a person reads or is read. */
+  const READ = new Set(["title", "aria-label", "placeholder"]);
   const SVG = "http://www.w3.org/2000/svg";
   const SVG_TAGS = new Set([
     "svg", "g", "defs", "path", "use", "clipPath", "rect", "circle", "line", "polyline", "text", "tspan", "title",
@@ -37,10 +40,11 @@ cratelm.pages = Object.create(null);
       } else if (name.startsWith("on") || (name === "href" && !/^#/.test(value))) {
         throw new Error(`the attribute ${name} is not made here`);
       } else {
-        element.setAttribute(name, value === true ? "" : String(value));
+        element.setAttribute(name, value === true ? "" : READ.has(name) ? cratelm.text.visible(String(value)) : String(value));
       }
     }
-    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false)
+      .map((child) => (child instanceof Node ? child : cratelm.text.visible(String(child)))));
     return element;
   }
 
@@ -52,7 +56,7 @@ cratelm.pages = Object.create(null);
 
   /** Tell who listens to the page instead of looking at it. */
   function say(text) {
-    document.getElementById("said").textContent = text;
+    document.getElementById("said").textContent = cratelm.text.visible(text);
   }
 
   /** What went wrong and what to do, for a page or a part of it. */

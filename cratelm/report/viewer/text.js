@@ -17,6 +17,7 @@
 
   /** Text of a corpus on one line, signs for what is invisible. */
   function visible(text) {
+    if (!INVISIBLE.test(text)) return text;
     return Array.from(text, (letter) => sign(letter) || letter).join("");
   }
 

@@ -375,3 +375,19 @@ def test_the_command_writes_the_site_and_prints_its_path(
     assert (
         json.loads((tmp_path / "site" / "data" / "m0" / "t0" / "l0" / "made.json").read_text())["format"] == site.FORMAT
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--tap", "nonsense"], "so --tap would"), (["--explainer", "nobody"], "so --explainer would"),
+        (["--tap", "x", "--simulator", "y"], "so --tap and --simulator would"),
+    ],
+)  # fmt: skip
+def test_what_a_site_would_ignore_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    assert cli.main(["report", str(tmp_path / "run"), "--site", *options]) == 2
+    said = capsys.readouterr().err
+    assert named in " ".join(said.split())
+    assert not (tmp_path / "run").exists()

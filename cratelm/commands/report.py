@@ -10,7 +10,8 @@ and .png. Where runs have autoencoders that are evaluated and scored (docs/sae.m
 beside the neurons of the same layers.
 
 With --site it is a browser instead: a folder with a page for every neuron of every run, scored or not, that opens by
-double click or from any static host. Run again, it renews what has changed.
+double click or from any static host. Run again, it renews what has changed. It shows every tap, explainer and
+simulator, so --tap, --explainer and --simulator are refused.
 """
 
 from dataclasses import dataclass
@@ -51,9 +52,22 @@ def run(options: Options) -> None:
     if options.site:
         from cratelm.report.site import write_site
 
+        _refuse_ignored(options)
         _print_path(write_site(options.runs, options.out or default_folder(options.runs, "site"), mode=options.mode))
     else:
         _report(options)
+
+
+def _refuse_ignored(options: Options) -> None:
+    """A browser shows all that there is, side by side: an option that chooses would do nothing."""
+    from cratelm.errors import CrateError
+
+    chosen = {"--tap": options.tap != ("neurons",), "--explainer": options.explainer, "--simulator": options.simulator}
+    if ignored := [name for name, value in chosen.items() if value]:
+        raise CrateError(
+            f"--site shows every tap, explainer and simulator, so {' and '.join(ignored)} would choose nothing. "
+            f"Leave {'it' if len(ignored) == 1 else 'them'} out"
+        )
 
 
 def _report(options: Options) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from browsing import NEURONS, Visit, saved
 
 from cratelm.activations.records import read_records
@@ -13,7 +14,7 @@ from cratelm.interpretation.store import Store
 from cratelm.report.chunks import read_script
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 
 def shown_neurons(page: "Page") -> list[int]:
@@ -109,3 +110,54 @@ def test_a_list_is_walked_with_the_keyboard(visit: Visit) -> None:
     page.keyboard.press("Home")
     page.keyboard.press("Enter")
     page.wait_for_url(f"**/neuron/{order[0]}")
+
+
+@pytest.mark.parametrize("width", [360, 390])
+def test_a_phone_shows_explanations_and_every_sort(
+    browser: "Browser", site: Path, runs: list[Path], width: int
+) -> None:
+    tab = Visit(browser, f"file://{site}", viewport={"width": width, "height": 800}, has_touch=True)
+    page = tab.open("#/crate-2l/layer/1")
+    page.wait_for_function("() => document.querySelector('.neurons tbody td.text').textContent")
+    rows = page.locator(".neurons tbody tr[data-place]")
+    for at in range(3):
+        row, text = rows.nth(at).bounding_box(), rows.nth(at).locator("td.text").bounding_box()
+        assert row is not None
+        assert text is not None
+        assert text["height"] > 10
+        assert row["y"] <= text["y"] <= text["y"] + text["height"] <= row["y"] + row["height"] + 1
+        neuron = int(rows.nth(at).locator("th").inner_text())
+        said = Store.open(runs[0]).read_explanations(1, "top-and-random").get(neuron)
+        assert rows.nth(at).locator("td.text").inner_text() == said
+    heights = rows.evaluate_all("all => all.map((one) => one.getBoundingClientRect().height)")
+    assert max(heights) - min(heights) < 1
+    statistics = read_records(runs[0], 1).statistics
+    for name, title in (("maximum", "Max"), ("kurtosis", "Kurtosis"), ("density", "Density")):
+        button = page.locator(".neurons thead").get_by_role("button", name=title)
+        box = button.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        button.click()
+        values = statistics[name].astype(np.float32)
+        order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
+        assert shown_neurons(page)[:5] == order[:5].tolist()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    tab.close()
+    assert tab.errors == []
+
+
+def test_the_csv_button_of_a_wide_table_is_in_sight(browser: "Browser", site: Path) -> None:
+    tab = Visit(browser, f"file://{site}", viewport={"width": 600, "height": 800})
+    page = tab.open("#/")
+    page.locator("details > summary").first.click()
+    tables = page.locator("section.table")
+    wide = tables.evaluate_all(
+        "all => all.filter((one) => { const box = one.querySelector('.scroll'); return box.scrollWidth > box.clientWidth; }).length"
+    )
+    assert wide > 0
+    for at in range(tables.count()):
+        box = tables.nth(at).get_by_role("button", name="CSV").bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 600
+    tab.close()

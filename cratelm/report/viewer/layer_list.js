@@ -5,20 +5,20 @@
   const { h, say, later } = cratelm;
   const { digits, points, percent, chip, visible, count } = cratelm.text;
   const { link } = cratelm.routes;
-  const ROW = { wide: 40, narrow: 74 };
+  const ROW = { wide: 40, narrow: 112 };
   const SPARE = 8;
 
-  /** @typedef {{name: string, title: string, unit: string, value: function(number): number, show: function(number): string, wide?: boolean}} Column */
+  /** @typedef {{name: string, title: string, unit: string, value: function(number): number, show: function(number): string}} Column */
 
   /** The columns of numbers. @returns {Column[]} */
   function columns(layer, set) {
-    const statistic = (name, title, show, unit = "", wide = true) => ({
-      name, title, unit, wide, value: (i) => layer.statistics[name]?.[i] ?? NaN, show: (i) => show(layer.statistics[name]?.[i]),
+    const statistic = (name, title, show, unit = "") => ({
+      name, title, unit, value: (i) => layer.statistics[name]?.[i] ?? NaN, show: (i) => show(layer.statistics[name]?.[i]),
     });
     return [
       { name: "neuron", title: "Neuron", unit: "", value: (i) => i, show: (i) => String(i) },
       { name: "score", title: "Score", unit: "points", value: (i) => (set ? set.correlation[i] : NaN), show: (i) => points(set?.correlation[i]) },
-      statistic("density", "Density", percent, "%", false),
+      statistic("density", "Density", percent, "%"),
       statistic("maximum", "Max", (value) => digits(value)),
       statistic("kurtosis", "Kurtosis", (value) => digits(value)),
     ];
@@ -80,7 +80,6 @@
         wish.sort = column.name;
         refresh();
       });
-      if (column.wide) one.classList.add("wide");
       return one;
     });
     const table = h("table", { class: "neurons", "aria-label": "Neurons of this layer" },
@@ -96,7 +95,7 @@
       const line = h("tr", { "aria-rowindex": place + 2, class: place === active ? "active" : null, data: { place } },
         shown.map((column, i) => (i === 0
           ? h("th", { scope: "row", class: "n" }, h("a", { href: link(layer.place, index), tabindex: "-1" }, column.show(index)))
-          : h("td", { class: column.wide ? "n wide" : "n", title: column.name === "score" && layer.status[index] !== "scored" ? layer.status[index] : null },
+          : h("td", { class: "n", title: column.name === "score" && layer.status[index] !== "scored" ? layer.status[index] : null },
             column.name === "score" && Number.isNaN(column.value(index)) ? h("small", {}, layer.status[index]) : column.show(index)))),
         h("td", { class: "tokens" }), h("td", { class: "text" }));
       cratelm.data.texts(layer.place, index, layer.textsEach).then(({ tokens, texts }) => {

@@ -2,7 +2,7 @@
 /* Short tables: sortable by their heads, with a button for CSV. Long lists are in layer_list.js. */
 
 (() => {
-  const { h, say } = cratelm;
+  const { h, say, fresh } = cratelm;
   const { download } = cratelm.downloads;
 
   /** A row about a control is set in a fainter colour. */
@@ -48,11 +48,13 @@
     }
 
     draw(table.rows);
+    // The caption stands outside of what scrolls: inside, the button would lie beyond the right edge of a wide table.
+    const caption = fresh("caption");
     return h("section", { class: "table" },
+      h("div", { class: "caption" }, h("b", { id: caption }, table.caption),
+        h("button", { type: "button", class: "get", "aria-describedby": caption, on: { click: () => download(`${table.name}.csv`, table.csv, "text/csv") } }, "CSV")),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": table.caption },
-        h("table", {}, h("caption", {}, table.caption,
-          h("button", { type: "button", class: "get", on: { click: () => download(`${table.name}.csv`, table.csv, "text/csv") } }, "CSV")),
-        h("thead", {}, h("tr", {}, heads)), body)),
+        h("table", { "aria-labelledby": caption }, h("thead", {}, h("tr", {}, heads)), body)),
       table.notes.map((note) => h("p", { class: "note" }, note)));
   }
 

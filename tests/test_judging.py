@@ -23,6 +23,7 @@ from cratelm.interpretation.parts import merge
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.sample import chosen
 from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.scorers import aggregate_scorer
 from cratelm.interpretation.store import Store
 from cratelm.interpretation.work import Tally
 
@@ -46,13 +47,15 @@ def strings(run: Path) -> list[str]:
     return prompt_strings(load_tokenizer(records_tokenizer(run, "fixed")))
 
 
-def apply(run: Path, scorer: str, judge: Judge, *, control: str = "", neurons: str = "all", seed: int = 0) -> Tally:
+def apply(
+    run: Path, scorer: str, judge: Judge, *, control: str = "", neurons: str = "all", questions: Questions | None = None
+) -> Tally:
     key = judged_key(replace(KEY, control=control), scorer, judge.name)
     task = Task(
         store=Store.create(run), key=key, records=read_records(run, 0), protocol=protocol(KEY.protocol),
         chosen=chosen(neurons), in_flight=3,
     )  # fmt: skip
-    jury = Jury(strings=strings(run), questions=Questions(seed=seed), llm=judge)
+    jury = Jury(strings=strings(run), questions=questions or Questions(), llm=judge)
     return asyncio.run(judge_set(task, scorer, jury))
 
 
@@ -84,7 +87,7 @@ def test_what_is_there_is_not_asked_again_and_other_settings_are(run: Path) -> N
     apply(run, "detection", again)
     assert first.chats
     assert again.chats == []
-    apply(run, "detection", other, seed=1)
+    apply(run, "detection", other, questions=Questions(seed=1))
     assert patterns(other) == patterns(first)
 
 
@@ -140,6 +143,21 @@ def test_intruders_need_no_explanation_and_are_asked_about_every_chosen_neuron(r
     assert (one.total, one.chance) == (12, 20)
     assert one.undefined[TOO_FEW] == 12 - one.judged
     assert LOOKUP not in "".join(message.text for chat in judge.chats for message in chat)
+
+
+def test_what_guessing_gives_is_known_where_nobody_could_be_judged(run: Path) -> None:
+    """In the questions, because no neuron has an answer that would say it."""
+    for options in (3, 5, 8):
+        judge, many = Judge(lambda *_: json.dumps({"intruder": 2})), 10**6
+        questions = Questions(least=many, positives=many, negatives=many, options=options)
+        apply(run, "intruder", judge, questions=questions)
+        key = judged_key(KEY, "intruder", "judge")
+        one = aggregate_judged(Store.open(run), key, "intruder", resamples=50)
+        assert (one.mean, one.judged, judge.chats) == (None, 0, [])
+        assert one.chance == pytest.approx(100 / options)
+    alone = aggregate_scorer("intruder", {}, rng=np.random.default_rng(0))
+    assert alone.chance == pytest.approx(100 / Questions().options)
+    assert aggregate_scorer("detection", {}, rng=np.random.default_rng(0)).chance == 50
 
 
 def test_a_neuron_that_gets_only_nonsense_is_a_failure_and_counted(run: Path) -> None:

@@ -7,6 +7,7 @@ A scorer that tests explanations has a set for every set of explanations and eve
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from cratelm.interpretation.classify import Questions, enough_windows
 from cratelm.interpretation.contrast import TOO_FEW, contrast
-from cratelm.interpretation.growing import GrowingSet
+from cratelm.interpretation.growing import GrowingSet, begun
 from cratelm.interpretation.judged import Judged
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.llm_stages import CONSTANT_EXPLANATION, NOBODY, Task, explanations_of, failures, sources_of
@@ -117,8 +118,17 @@ def aggregate_judged(
 ) -> ScorerAggregate:
     """One scorer over the neurons of a layer, whole set or not."""
     failed = len(failures(store, key, SCORERS[scorer].stage))
-    rng = generator(seed, f"{scorer} {key.protocol}", key.layer)
-    return aggregate_scorer(scorer, judged(store, key, scorer), failed=failed, rng=rng, resamples=resamples)
+    rng, options = generator(seed, f"{scorer} {key.protocol}", key.layer), options_asked(store, key, scorer)
+    return aggregate_scorer(
+        scorer, judged(store, key, scorer), failed=failed, options=options, rng=rng, resamples=resamples
+    )
+
+
+def options_asked(store: Store, key: SetKey, scorer: str) -> int | None:
+    """Among how many windows the questions of a set hide an intruder; None where the store does not know."""
+    with store.transaction() as connection:
+        started = begun(connection, key, SCORERS[scorer].stage)
+    return None if started is None else json.loads(started.settings).get("options")
 
 
 def judged_sets(store: Store) -> list[tuple[SetKey, str]]:

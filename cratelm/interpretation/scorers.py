@@ -139,9 +139,14 @@ class ScorerAggregate:
 
 
 def aggregate_scorer(
-    name: str, found: Mapping[int, Judged], *, failed: int = 0, rng: np.random.Generator, resamples: int = 2000
-) -> ScorerAggregate:
-    """Summarise a scorer's results on the neurons of a layer. `failed`: neurons that gave nothing readable at all."""
+    name: str, found: Mapping[int, Judged], *, failed: int = 0, options: int | None = None, rng: np.random.Generator,
+    resamples: int = 2000,
+) -> ScorerAggregate:  # fmt: skip
+    """Summarise a scorer's results on the neurons of a layer.
+
+    `failed`: neurons that gave nothing readable at all. `options`: among how many windows the questions hide an
+    intruder; left out, as many as was asked about, or as questions have them where nobody changes it.
+    """
     scorer = SCORERS[name]
     numbers = [one.numbers() for one in found.values()]
     defined = [(one, own) for one, own in zip(found.values(), numbers, strict=True) if scorer.number in own]
@@ -157,13 +162,18 @@ def aggregate_scorer(
         interval(100 * _resampled([one for one, _ in defined], scorer.number, values, rng, resamples))
         if defined else (None, None)
     )  # fmt: skip
-    options = max((one.options for one in found.values()), default=0)
+    asked = max((one.options for one in found.values()), default=0)  # none where no neuron could be judged
     return ScorerAggregate(
         scorer=name, mean=100 * float(values.mean()) if defined else None, low=low, high=high, others=others,
-        chance=100 / options if options else 50.0, judged=len(defined), total=len(found) + failed,
+        chance=100 * chance(name, asked or options), judged=len(defined), total=len(found) + failed,
         undefined=dict((undefined + Counter({"failed": failed})).most_common()),
         items=sum(len(one.truth) for one in found.values()), failed=sum(one.failed for one in found.values()),
     )  # fmt: skip
+
+
+def chance(name: str, options: int | None = None) -> float:
+    """What guessing gives, as a share; `options`: among how many windows an intruder hides, if not the usual number."""
+    return 1 / (options or Questions().options) if SCORERS[name].number == "accuracy" else 0.5
 
 
 def _resampled(

@@ -6,10 +6,10 @@ from typing import Any
 
 from cratelm.interpretation.firing import Firing, read_firing
 from cratelm.interpretation.judged import Judged
-from cratelm.interpretation.judging import judged
+from cratelm.interpretation.judging import judged, options_asked
 from cratelm.interpretation.listing import sets_of
 from cratelm.interpretation.schema import JUDGED, SetKey
-from cratelm.interpretation.scorers import SCORERS
+from cratelm.interpretation.scorers import SCORERS, chance
 from cratelm.interpretation.store import Store
 from cratelm.report.catalogue import Layer
 from cratelm.report.weights import number
@@ -21,8 +21,8 @@ class Measures:
 
     firing: Mapping[SetKey, Mapping[int, Mapping[str, Firing]]]
     """Set of scores -> neuron -> kind of excerpts."""
-    judged: tuple[tuple[SetKey, str, Mapping[int, Judged]], ...]
-    """Set, scorer, and what it found by neuron."""
+    judged: tuple[tuple[SetKey, str, float, Mapping[int, Judged]], ...]
+    """Set, scorer, what guessing gives (a share), and what was found by neuron."""
 
     def firing_of(self, key: SetKey, index: int) -> list[dict[str, Any]]:
         """How the neuron fires on what this set predicts, on each kind of excerpts."""
@@ -40,7 +40,7 @@ class Measures:
     def judged_of(self, index: int) -> list[dict[str, Any]]:
         """What each scorer found of the neuron."""
         found = []
-        for key, scorer, by_neuron in self.judged:
+        for key, scorer, guessing, by_neuron in self.judged:
             if index not in by_neuron:
                 continue
             one, name = by_neuron[index], SCORERS[scorer].number
@@ -49,7 +49,7 @@ class Measures:
                 "scorer": scorer, "judge": key.simulator.removeprefix("judge "), "explainer": key.explainer,
                 "protocol": key.protocol, "sample": key.sample, "number": name.replace("_", " "),
                 "value": number(round(numbers[name], 4)) if name in numbers else None,
-                "chance": number(round(numbers.get("chance", 0.5), 4)), "reason": one.reason,
+                "chance": number(round(numbers.get("chance", guessing), 4)), "reason": one.reason,
                 "items": len(one.truth), "failed": one.failed,
             })  # fmt: skip
         return found
@@ -61,7 +61,7 @@ def open_measures(layer: Layer, store: Store) -> Measures:
     return Measures(
         firing={key: read_firing(store, key) for key in sets_of(store, "firing", **place) if not key.control},
         judged=tuple(
-            (key, scorer, judged(store, key, scorer))
+            (key, scorer, chance(scorer, options_asked(store, key, scorer)), judged(store, key, scorer))
             for scorer in JUDGED
             for key in sets_of(store, SCORERS[scorer].stage, **place)
             if not key.control

@@ -131,6 +131,41 @@ def test_the_share_of_the_simulators_is_told_where_several_simulated_the_same_ex
     assert row[5] == pytest.approx(np.sqrt(max(points.mean(axis=1).var(ddof=1) - within / 2, 0)), rel=1e-4)
 
 
+def paired_row(runs: list[Path]) -> dict[str, Any]:
+    [table] = [table for table in explainer_tables(gather(runs)) if table.name == "paired"]
+    [row] = table.rows
+    return dict(zip([column.title for column in table.columns], row, strict=True))
+
+
+def without_scores(run: Path, layer: int) -> None:
+    key = SetKey(layer=layer, protocol=NAME)
+    scores = Store.open(run).scores(key)
+    nothing = np.full(len(scores.neuron), np.nan)
+    reasons = ("constant activations",) * len(nothing)
+    Store.open(run).write_scores(key, replace(scores, correlation=nothing, reason=reasons))
+
+
+def test_models_are_compared_in_the_layers_in_which_both_have_scores(runs: list[Path]) -> None:
+    crate, gpt2 = runs
+    for layer in range(2):  # equal in layer 0, far apart in layer 1, of which one model then has no score
+        scores = Store.open(crate).scores(SetKey(layer=layer, protocol=NAME))
+        changed = scores if layer == 0 else replace(scores, correlation=0.1 * scores.correlation)
+        Store.open(gpt2).write_scores(SetKey(layer=layer, protocol=NAME), changed)
+    assert (paired_row(runs)["Layers"], paired_row(runs)["Layers left out"]) == (2, "none")
+    without_scores(crate, 1)
+    row = paired_row(runs)
+    assert row["Difference"] == pytest.approx(0, abs=1e-9)
+    low, high = row["95 % interval"]
+    assert low < 0 < high, "two models drawn from the same random numbers would differ by nothing at all"
+    assert row["p"] > 0.2
+    assert (row["Layers"], row["Layers left out"]) == (1, "1: no score in CRATE-2L")
+    assert row == paired_row(runs), "the same inputs give the same numbers"
+    without_scores(gpt2, 0)
+    row = paired_row(runs)
+    assert (row["Difference"], row["95 % interval"], row["p"], row["p after Holm"]) == (None, None, None, None)
+    assert row["Layers left out"] == "0: no score in GPT-2-2L; 1: no score in CRATE-2L"
+
+
 def test_components_of_variance_are_those_of_made_up_scores(rng: np.random.Generator) -> None:
     neurons, samples, between, within = 4000, 3, 12.0, 5.0
     scores = rng.normal(0, between, (neurons, 1)) + rng.normal(0, within, (neurons, samples))

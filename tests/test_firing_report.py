@@ -3,18 +3,22 @@
 import asyncio
 import csv
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from judges import Judge
+from synthetic import make_run
 from test_judging import always
 from test_tables import cells, scored_runs
 
 from cratelm import read_records
+from cratelm.commands import interpret
 from cratelm.interpretation.classify import Questions
 from cratelm.interpretation.firing import STATED, THRESHOLDS, count_sets
+from cratelm.interpretation.firing_means import mean_firing
 from cratelm.interpretation.judging import Jury, judge_set, judged_key
 from cratelm.interpretation.llm_stages import Task
 from cratelm.interpretation.protocols import protocol
@@ -33,7 +37,8 @@ from cratelm.report.firing import (
 from cratelm.report.firing_plots import firing_figures
 from cratelm.report.judged import judged_tables
 from cratelm.report.page import write_report
-from cratelm.report.results import Results, gather
+from cratelm.report.results import Results, RunResult, gather
+from cratelm.report.verdict import points
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,20 @@ def test_a_difference_is_of_means_and_its_interval_of_resampled_ones(found: tupl
     assert same == (0, 0, 0)
 
 
+def test_models_are_resampled_apart(found: tuple[RunFiring, ...]) -> None:
+    """Two models with the same counts: from shared random numbers their difference would have no width."""
+    assert len({one.run.identity for one in found}) == len(found)
+    counted = count_sets(found[0].run.path, keys())
+    for model in (one.run.identity for one in found):
+        again, other = (mean_firing(counted, model=name).overall["random"] for name in (model, f"{model}, another"))
+        assert difference(again, again, ("consistency",)) == (0, 0, 0)
+        value, low, high = difference(again, other, ("consistency",))
+        assert value == 0
+        assert low < 0 < high
+    own = mean_firing(counted, model=found[0].run.identity).overall["random"]
+    np.testing.assert_array_equal(own.samples, found[0].own.overall["random"].samples)
+
+
 def test_the_sentences_name_both_models_and_what_chance_gives(found: tuple[RunFiring, ...]) -> None:
     first, second = firing_sentences(found)
     ours, theirs = found[0].own.overall["random"], found[2].own.overall["random"]
@@ -125,6 +144,7 @@ def test_examples_are_the_most_consistent_and_distinctive_neurons(found: tuple[R
                 layer.neuron, counts.measures[:, STATED], counts.relevant[:, :, STATED, 0], strict=True
             )
             if relevant.sum() >= RELEVANT_NEEDED and c > 0 and d > 0
+            and not np.isnan(store.scores(keys()[layer.layer]).correlation[neuron])
         ]  # fmt: skip
         assert [(one.layer, one.index) for one in examples] == [
             (layer, neuron) for _, layer, neuron in sorted(every, reverse=True)[: len(examples)]
@@ -159,6 +179,7 @@ def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results
     files = {
         f"{name}.{suffix}" for name in ("firing", "firing_layers") for suffix in ("md", "csv", "tex", "svg", "png")
     }
+    files |= {"firing_examples.svg", "firing_examples.png"}
     assert files <= {file.name for file in tmp_path.iterdir()}
     rows = list(csv.DictReader(io.StringIO((tmp_path / "firing.csv").read_text())))
     assert {row["Excerpts"] for row in rows} == {"top", "random"}
@@ -166,7 +187,13 @@ def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results
     section = page.split('<section id="firing">')[1].split("</section>")[0]
     assert section.count('<article class="neuron">') == 6
     assert '<div class="beside">' in section
-    assert "<u><span" in section
+    assert "Excerpts scored by top-and-random." in section
+    assert re.search(r'<u class="p[1-8]( faint)?"><span class="\w+" title="[^"]+, predicted \d+ % of the', section)
+    for run in gather_firing(results):
+        for one in run.examples:
+            assert one.score == Store.open(run.run.path).scores(keys()[one.layer]).correlation[one.index]
+            card = f'neuron {one.index}</h5><span class="score">{points(100 * one.score)}<small> points'
+            assert f"Layer {one.layer}, {card}" in section
     assert 'href="#firing"' in page
 
 
@@ -207,14 +234,54 @@ def test_scorers_stand_in_a_table_of_their_own(results: Results) -> None:
         assert judged[0] + few == judged[1]
 
 
-def test_a_report_without_the_shown_protocol_says_so(results: Results, tmp_path: Path) -> None:
-    some = replace(
-        results, protocols=("anthropic",),
-        models=tuple(
-            replace(one, random_init=None, scores={"anthropic": one.scores["anthropic"]}, examples=())
-            for one in results.models
-        ),
-    )  # fmt: skip
-    assert gather_firing(some) == ()
-    assert "Not measured" in write_report(some, tmp_path).read_text()
+def with_protocols(results: Results, *names: str) -> Results:
+    """The results of runs that are scored by these protocols alone."""
+
+    def alone(run: RunResult) -> RunResult:
+        kept = ({name: made[name] for name in names} for made in (run.scores, run.shuffled))
+        scores, shuffled = kept
+        return replace(run, random_init=None, scores=scores, shuffled=shuffled, examples=())
+
+    return replace(results, protocols=names, models=tuple(map(alone, results.models)))
+
+
+@pytest.mark.parametrize("name", ["random-only", "anthropic"])
+def test_runs_without_the_first_protocol_show_the_one_that_is_there(
+    results: Results, tmp_path: Path, name: str
+) -> None:
+    some = with_protocols(results, name)
+    assert some.shown == name
+    found = gather_firing(some)
+    assert [one.run.title for one in found] == ["CRATE-2L", "GPT-2-2L"]
+    kinds = ["random"] if name == "random-only" else ["top", "random"]
+    for one in found:
+        assert list(one.own.overall) == kinds
+        counted = count_sets(one.run.path, [replace(key, protocol=name) for key in keys()])
+        expected = np.mean([np.nanmean(layer.kinds["random"].measures[:, STATED, 0]) for layer in counted])
+        assert one.own.overall["random"].of("consistency") == pytest.approx(100 * expected)
+        assert one.examples
+        assert all(len(excerpt.tokens) > 3 for example in one.examples for excerpt in example.excerpts)
+    page = write_report(some, tmp_path).read_text()
+    assert f"Excerpts scored by {name}." in page
+    assert f"excerpts scored by {name} in which it fires most" in page
+    assert f"Firing on relevant tokens ({name})" in (tmp_path / "firing.md").read_text()
+    assert (tmp_path / "firing_examples.png").exists()
+    assert with_protocols(results, "random-only", "anthropic").shown == "random-only"
+
+
+def test_a_run_with_one_protocol_has_its_own_neurons_on_the_page(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = make_run(tmp_path / "crate-2l", rng)
+    interpret.run(interpret.Options(runs=(run,), protocol=("anthropic",)))
+    results = gather([run])
+    [model] = results.models
+    best = max(Store.open(run).read_scores(0, "anthropic").correlation.tolist(), key=lambda r: (r == r, r))
+    assert max(one.correlation for one in model.examples if one.layer == 0) == best
+    assert "by their score on anthropic" in write_report(results, tmp_path / "report").read_text()
+
+
+def test_without_scores_of_any_protocol_nothing_is_measured(results: Results, tmp_path: Path) -> None:
+    none = with_protocols(results)
+    assert (none.shown, gather_firing(none)) == ("", ())
+    assert "Not measured" in write_report(none, tmp_path).read_text()
     assert not (tmp_path / "firing.md").exists()
+    assert not (tmp_path / "firing_examples.svg").exists()

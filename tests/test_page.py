@@ -16,10 +16,12 @@ from cratelm.activations.records import Excerpt, read_records
 from cratelm.commands import interpret
 from cratelm.interpretation.store import Store
 from cratelm.report import page as report_page
+from cratelm.report.cards import excerpt_html
 from cratelm.report.firing import gather_firing
 from cratelm.report.page import page, write_report
 from cratelm.report.plots import figures
 from cratelm.report.results import Results, display_name, gather
+from cratelm.report.shown_text import marked, prose
 from cratelm.report.verdict import verdict
 
 EVIL = "<script>alert('corpus')</script>"
@@ -130,20 +132,29 @@ def test_every_excerpt_shows_its_tokens_and_every_coloured_token_its_activation(
     results = gather(runs)
     [model] = results.models
     _, reader = written_page(runs, tmp_path / "report")
-    excerpts = [excerpt for run in gather_firing(results) for one in run.examples for excerpt in one.excerpts]
-    assert excerpts
-    excerpts += [
-        excerpt
+    both = [
+        (excerpt, predicted)
+        for run in gather_firing(results) for one in run.examples
+        for excerpt, predicted in zip(one.excerpts, one.predicted, strict=True)
+    ]  # fmt: skip
+    assert both
+    both += [
+        (excerpt, np.zeros(len(excerpt.tokens), dtype=np.float32))
         for rank in ("best", "median", "worst")
         for one in model.examples
         if one.rank == rank
         for excerpt in (*one.scored, *one.explained)
     ]
-    for excerpt, shown in zip(excerpts, reader.text["excerpt"], strict=True):
+    for (excerpt, _), shown in zip(both, reader.text["excerpt"], strict=True):
         text = "".join(model.token_strings[token] for token in excerpt.tokens)
         assert shown == text.replace("\n", "↵").replace("\t", "⇥")
-    values = [f"{value:.3g}" for excerpt in excerpts for value in excerpt.activations.tolist() if value != 0]
-    assert [title for _, title in reader.titles] == values
+    told = [
+        f"{value:.3g}" + f", predicted {100 * share:.0f} % of the largest" * (share > 0)
+        for excerpt, predicted in both
+        for value, share in zip(excerpt.activations.tolist(), predicted.tolist(), strict=True)
+        if value != 0 or share > 0
+    ]
+    assert [title for _, title in reader.titles] == told
 
 
 def test_the_shade_of_a_token_is_its_activation_in_eighths_of_the_maximum(rng: np.random.Generator) -> None:
@@ -152,7 +163,7 @@ def test_the_shade_of_a_token_is_its_activation_in_eighths_of_the_maximum(rng: n
     excerpt = Excerpt(
         tokens=np.arange(44), activations=activations.astype(np.float64), position=0, document=0
     )  # fmt: skip
-    reader = Reader(report_page._excerpt(excerpt, maximum, [f"t{i} " for i in range(44)]))
+    reader = Reader(excerpt_html(excerpt, maximum, [f"t{i} " for i in range(44)]))
     kinds = [kind for kind, _ in reader.titles]
     assert kinds[:3] == ["below", "h1", "h8"]
     assert kinds[3:] == [f"h{int(np.ceil(8 * value / maximum))}" for value in activations[4:]]
@@ -168,7 +179,7 @@ def test_the_shade_of_a_token_is_its_activation_in_eighths_of_the_maximum(rng: n
     ],
 )  # fmt: skip
 def test_what_cannot_be_seen_is_written_out(token: str, shown: str) -> None:
-    assert report_page._marked(token) == shown
+    assert marked(token) == shown
 
 
 def test_best_median_and_worst_are_those_of_the_scores(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -217,8 +228,8 @@ def test_no_line_breaks_inside_a_models_name_or_before_a_per_cent_sign(pair: Res
     for arch in ("crate", "gpt2"):
         for size in ("1l", "2l", "3l", "s", "b"):
             title = display_name(f"{arch}-{size}")
-            assert "-" not in report_page._text(title)
-            assert report_page._text(f"my-{title}-run").startswith("my-")
+            assert "-" not in prose(title)
+            assert prose(f"my-{title}-run").startswith("my-")
 
 
 def test_the_page_says_what_the_held_out_curve_and_compat_mode_are_not(pair: Results) -> None:

@@ -20,6 +20,7 @@ from cratelm.report.results import gather
 from cratelm.report.tables import ABSENT, Column, Table, as_csv, as_latex, as_markdown, written
 
 TABLES = ("performance", "interpretability", "layers", "firing", "firing_layers", "paired")
+FIGURES = ("loss", "scores", "firing", "firing_layers", "firing_examples")
 HOSTILE = "=cmd|a & b_c $x$ #1 50% {y} ~ ^ \\input{z} <script>`*[k](l)\n\\\\"
 
 
@@ -222,7 +223,7 @@ def test_the_command_writes_every_file_and_prints_a_table_of_80_columns(
     folder = tmp_path / "report"
     assert {path.name for path in folder.iterdir()} == {
         *(f"{name}.{kind}" for name in TABLES for kind in ("md", "csv", "tex")),
-        *(f"{name}.{kind}" for name in ("loss", "scores", "firing", "firing_layers") for kind in ("svg", "png")),
+        *(f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")),
         "report.html",
     }  # fmt: skip
     *lines, last = printed.splitlines()

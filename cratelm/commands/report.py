@@ -6,8 +6,8 @@
 
 Name control runs (random weights) along with their models. The folder gets report.html, which opens from disk and
 asks nothing of the network; performance, interpretability and layers as .md, .csv and .tex; loss and scores as .svg
-and .png. Where runs have autoencoders that are evaluated and scored (docs/sae.md), faithfulness sets their latents
-beside the neurons of the same layers.
+and .png, and firing_examples, two models' best neurons side by side. Where runs have autoencoders that are evaluated
+and scored (docs/sae.md), faithfulness sets their latents beside the neurons of the same layers.
 
 With --site it is a browser instead: a folder with a page for every neuron of every run, scored or not, that opens by
 double click or from any static host. Run again, it renews what has changed. It shows every tap, explainer and

@@ -64,13 +64,18 @@ class ModelFiring:
     """Kind of excerpts -> the mean over layers; from 6 layers on without the last, as the paper's table."""
 
 
-def mean_firing(layers: Sequence[LayerFiring], *, seed: int = 0, resamples: int = RESAMPLES) -> ModelFiring:
-    """Summarise a model. A layer's interval does not depend on which others there are."""
+def mean_firing(
+    layers: Sequence[LayerFiring], *, seed: int = 0, resamples: int = RESAMPLES, model: str = ""
+) -> ModelFiring:
+    """Summarise a model. A layer's interval does not depend on which others there are.
+
+    `model` says which it is, so that models whose samples are subtracted are drawn apart.
+    """
     by_layer: dict[str, tuple[Mean, ...]] = {}
     for kind in KINDS:
         if all(kind in one.kinds for one in layers):
             by_layer[kind] = tuple(
-                _mean(one.kinds[kind], generator(seed, f"firing {kind}", one.layer), resamples) for one in layers
+                _mean(one.kinds[kind], generator(seed, f"firing {kind}", one.layer, model), resamples) for one in layers
             )
     shown = shown_layers(len(layers))
     return ModelFiring(

@@ -101,9 +101,14 @@ def _alike(
             yield chunk, np.take_along_axis(sums[chunk], order[chunk, :count, None], axis=1)
 
 
-def generator(seed: int, protocol: str, layer: int) -> np.random.Generator:
-    """The random numbers of one layer's bootstrap by one protocol, whatever else is scored beside it."""
-    return np.random.default_rng([seed, zlib.crc32(protocol.encode()), layer])
+def generator(seed: int, protocol: str, layer: int, model: str = "") -> np.random.Generator:
+    """The random numbers of one layer's bootstrap by one protocol, whatever else is scored beside it.
+
+    `model` says whose layer it is, wherever resampled means of models are subtracted: from one seed two models would
+    draw the same places of their neurons, and what chance does to both would cancel or add up.
+    """
+    words = [zlib.crc32(protocol.encode()), layer, *([zlib.crc32(model.encode())] if model else [])]
+    return np.random.default_rng([seed, *words])
 
 
 def interval(samples: Float[np.ndarray, " samples"]) -> tuple[float, float]:

@@ -44,6 +44,7 @@ PAIRED = (
     Column("Protocol"), Column("Models"), Column("Difference", "0.1", "points"),
     Column("95 % interval", "interval", "points"), Column("p", "0.001"), Column("p after Holm", "0.001"),
     Column("SD over neurons", "0.1", "points"), Column("Neurons for 2 points", "count", "of each model"),
+    Column("Layers", "count", "compared"), Column("Layers left out"),
 )  # fmt: skip
 
 
@@ -92,9 +93,10 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
         tables.append(Table(
             name="paired", caption=f"Models layer by layer ({results.described})", columns=PAIRED, rows=rows,
             notes=(
-                "The mean over layers of the differences of layer means, the last layer left out from 6 layers on; "
-                "interval and p by two-level bootstrap, p corrected for the protocols of a pair by Holm. The last "
-                "column is how many neurons a layer's mean needs to tell 2 points (two-sided 5 %, power 80 %).",
+                "The mean over layers of the differences of layer means, over the layers in which both models have a "
+                "score; from 6 layers on without the last. Interval and p by two-level bootstrap, each model drawn "
+                "apart, p corrected for the protocols of a pair by Holm. Neurons for 2 points: how many a layer's mean "
+                "needs to tell 2 points (two-sided 5 %, power 80 %).",
             ),
         ))  # fmt: skip
     return tuple(tables)
@@ -209,18 +211,20 @@ def _paired(results: Results, found: Sequence[Measured]) -> Iterator[tuple[Cell,
     for first, second in matched_pairs(results.models):
         if first.num_layers != second.num_layers:
             continue
-        rows = []
+        pairs = []
         for name in results.protocols:
             mine, other = (_shown(found, run, results, name) for run in (first, second))
-            if mine is not None and other is not None and len(mine.layers) == len(other.layers):
-                rows.append((name, _differences(mine), _differences(other), _deviation(mine, other)))
-        differences = [mine - other for _, mine, other, _ in rows]
-        ps = [_p(difference) for difference in differences]
-        for (name, *_, deviation), difference, p, corrected in zip(rows, differences, ps, holm(ps), strict=True):
-            neurons = math.ceil(2 * ((Z_95 + Z_POWER) * deviation / 2) ** 2)
+            if mine is not None and other is not None:
+                pairs.append((name, _pair(mine, other)))
+        corrected = iter(holm([_p(pair.difference) for _, pair in pairs if pair.layers]))
+        for name, pair in pairs:
+            numbers: tuple[Cell, ...] = (None,) * 5
+            if pair.layers:
+                neurons = math.ceil(2 * ((Z_95 + Z_POWER) * pair.deviation / 2) ** 2)
+                numbers = (interval(pair.difference), _p(pair.difference), next(corrected), pair.deviation, neurons)
+            mean = float(pair.difference.mean()) if pair.layers else None
             yield (
-                name, f"{first.title} less {second.title}", float(difference.mean()), interval(difference), p,
-                corrected, deviation, neurons,
+                name, f"{first.title} less {second.title}", mean, *numbers, len(pair.layers), pair.left_out or "none",
             )  # fmt: skip
 
 
@@ -229,23 +233,53 @@ def _shown(found: Sequence[Measured], run: RunResult, results: Results, name: st
     return next((one for one in found if one.run is run and one.key == wanted), None)
 
 
-def _differences(one: Measured) -> Float64[np.ndarray, " resamples"]:
-    """Resampled means over the shown layers, in points."""
-    layers = one.layers[: shown_layers(len(one.layers))]
-    scored = [(layer, np.isfinite(layer.correlation)) for layer in layers]
-    means = [
-        bootstrap_means(layer.sums[there], generator(SEED, one.key.protocol, layer.layer), RESAMPLES)
-        for layer, there in scored
-        if there.any()
-    ]
-    return 100 * np.mean(means, axis=0) if means else np.full(RESAMPLES, np.nan)
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two models compared by one protocol, layer by layer."""
+
+    layers: tuple[int, ...]
+    """Zero-based; those in which both have a score."""
+    difference: Float64[np.ndarray, " resamples"] = field(repr=False)
+    """Resampled means over these layers of the differences of layer means, in points; empty without such a layer."""
+    deviation: float
+    """Standard deviation over neurons within these layers, pooled, in points."""
+    left_out: str
+    """The other layers, with who has no score there; empty where there is none."""
 
 
-def _deviation(*both: Measured) -> float:
-    """Standard deviation over neurons within layers, pooled."""
-    parts = [
-        layer.correlation[np.isfinite(layer.correlation)] for one in both for layer in one.layers
+def _pair(*both: Measured) -> Pair:
+    """Compare two models in the layers in which both have a score: a mean over other layers is of something else.
+
+    From 6 layers on the last one is left out, as in the paper's table, and not named among those left out.
+    """
+    asked = sorted({layer.layer for one in both for layer in one.layers})
+    shown = asked[: shown_layers(len(asked))]
+    scored = [{layer.layer: layer for layer in one.layers if np.isfinite(layer.correlation).any()} for one in both]
+    layers = tuple(layer for layer in shown if all(layer in own for own in scored))
+    without = [
+        (layer, " and ".join(one.run.title for one, own in zip(both, scored, strict=True) if layer not in own))
+        for layer in shown if layer not in layers
     ]  # fmt: skip
+    compared = [[own[layer] for layer in layers] for own in scored]
+    differences = [
+        _resampled_mean(mine, both[0]) - _resampled_mean(other, both[1]) for mine, other in zip(*compared, strict=True)
+    ]
+    return Pair(
+        layers=layers, difference=100 * np.mean(differences, axis=0) if layers else np.empty(0),
+        deviation=_deviation([layer for own in compared for layer in own]),
+        left_out="; ".join(f"{layer}: no score in {who}" for layer, who in without),
+    )  # fmt: skip
+
+
+def _resampled_mean(layer: LayerScores, of: Measured) -> Float64[np.ndarray, " resamples"]:
+    """Of one layer of one model, drawn from numbers of its own: two models are resampled apart."""
+    rng = generator(SEED, of.key.protocol, layer.layer, of.run.identity)
+    return bootstrap_means(layer.sums[np.isfinite(layer.correlation)], rng, RESAMPLES)
+
+
+def _deviation(layers: Sequence[LayerScores]) -> float:
+    """Standard deviation over neurons within layers, pooled, in points."""
+    parts = [layer.correlation[np.isfinite(layer.correlation)] for layer in layers]
     freedom = sum(max(len(part) - 1, 0) for part in parts)
     squares = sum(float(((part - part.mean()) ** 2).sum()) for part in parts if len(part))
     return 100 * math.sqrt(squares / freedom) if freedom else 0.0

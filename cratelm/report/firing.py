@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 
 from cratelm.activations.records import Excerpt, read_records
 from cratelm.interpretation.firing import (
@@ -20,18 +20,21 @@ from cratelm.interpretation.firing import (
     relevant_tokens,
 )
 from cratelm.interpretation.firing_means import Mean, ModelFiring, mean_firing
-from cratelm.interpretation.protocols import draw, protocol
+from cratelm.interpretation.protocols import OUT_OF_CONTEXT, draw, protocol
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.statistics import interval
 from cratelm.interpretation.store import Store
-from cratelm.report.results import SHOWN_PROTOCOL, Results, RunResult, matched_pairs
+from cratelm.report.results import Results, RunResult, matched_pairs
 from cratelm.report.tables import Cell, Column, Table
 from cratelm.runtime import progress_bar
 
 EXAMPLES = 3
 """Neurons shown of each model."""
-RELEVANT_NEEDED = 8
-"""Relevant tokens of random excerpts that an example must have: on two or three anything can be consistent."""
+RELEVANT_NEEDED, RELEVANT_NEEDED_SHORT = 8, 4
+"""Relevant tokens of random excerpts that an example must have: on one or two anything can be consistent.
+
+The second where these excerpts are the five of 8 tokens of the anthropic protocol, and not five of 64.
+"""
 EXAMPLE_EXCERPTS = 3
 """Excerpts shown of each of them."""
 
@@ -42,6 +45,8 @@ class FiringExample:
 
     layer: int
     index: int
+    score: float
+    """Correlation of activation and simulation over the scored excerpts, in [-1, 1]."""
     explanation: str
     consistency: float
     """On random excerpts, in [0, 1]."""
@@ -51,6 +56,8 @@ class FiringExample:
     excerpts: tuple[Excerpt, ...] = field(repr=False)
     relevant: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
     """Which tokens of each excerpt its explanation predicts it to fire on."""
+    predicted: tuple[Float32[np.ndarray, " _"], ...] = field(repr=False)
+    """The simulation on the tokens of each excerpt, as a share of its largest anywhere; 0 where it predicts nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +65,8 @@ class RunFiring:
     """One run."""
 
     run: RunResult
+    protocol: str
+    """Whose excerpts these are."""
     own: ModelFiring
     shuffled: ModelFiring | None
     """With the explanations of other neurons of the layer."""
@@ -68,7 +77,7 @@ class RunFiring:
 
 def gather_firing(results: Results) -> tuple[RunFiring, ...]:
     """Of every run that has simulations by the shown protocol; a model is followed by its control."""
-    runs = [run for run in results.rows if SHOWN_PROTOCOL in run.scores]
+    runs = [run for run in results.rows if results.shown in run.scores]
     found = []
     with progress_bar("firing on relevant tokens", total=float(len(runs)), unit="runs") as bar:
         for run in runs:
@@ -78,70 +87,87 @@ def gather_firing(results: Results) -> tuple[RunFiring, ...]:
 
 
 def _of_run(run: RunResult, results: Results) -> RunFiring:
-    keys = [
-        SetKey(
-            mode=results.mode,
-            tap=run.tap,
-            layer=one.layer,
-            protocol=SHOWN_PROTOCOL,
-            explainer=results.explainer,
-            simulator=results.simulator,
-        )
-        for one in run.scores[SHOWN_PROTOCOL].layers
-    ]
+    asked = replace(results.asked, tap=run.tap, protocol=results.shown)
+    keys = [replace(asked, layer=one.layer) for one in run.scores[results.shown].layers]
+
+    def mean(of: Sequence[LayerFiring]) -> ModelFiring:
+        return mean_firing(of, model=run.identity)
+
     counted = count_sets(run.path, keys)
     shuffled = None
-    if SHOWN_PROTOCOL in run.shuffled:
-        shuffled = mean_firing(count_sets(run.path, [replace(key, control="shuffled") for key in keys]))
+    if results.shown in run.shuffled:
+        shuffled = mean(count_sets(run.path, [replace(key, control="shuffled") for key in keys]))
     examples = tuple(_examples(run, keys, counted)) if run.control is None else ()
-    others = tuple((title, mean_firing(count_sets(run.path, those))) for title, those in _others(run, keys[0]))
-    return RunFiring(run=run, own=mean_firing(counted), shuffled=shuffled, others=others, examples=examples)
+    others = tuple((title, mean(count_sets(run.path, those))) for title, those in _others(run, keys))
+    return RunFiring(
+        run=run, protocol=results.shown, own=mean(counted), shuffled=shuffled, others=others, examples=examples
+    )
 
 
-def _others(run: RunResult, shown: SetKey) -> Iterator[tuple[str, list[SetKey]]]:
+def _others(run: RunResult, shown: Sequence[SetKey]) -> Iterator[tuple[str, list[SetKey]]]:
     """The other sets of simulations of all layers, first explanations alone, with who made them."""
-    found: dict[SetKey, list[SetKey]] = {}
+    first, found = shown[0], dict[SetKey, list[SetKey]]()
     for key in Store.open(run.path).sets("simulate"):
-        kind = replace(key, layer=shown.layer)
-        if replace(kind, explainer=shown.explainer, simulator=shown.simulator) == shown != kind:
+        kind = replace(key, layer=first.layer)
+        if replace(kind, explainer=first.explainer, simulator=first.simulator) == first != kind:
             found.setdefault(kind, []).append(key)
     for kind, keys in found.items():
-        if len(keys) == len(run.scores[SHOWN_PROTOCOL].layers):
+        if len(keys) == len(shown):
             yield f"explained by {kind.explainer}" + f", simulated by {kind.simulator}" * bool(kind.simulator), keys
 
 
 def _examples(run: RunResult, keys: Sequence[SetKey], counted: Sequence[LayerFiring]) -> Iterator[FiringExample]:
-    """The neurons of all layers with the highest harmonic mean of consistency and distinctiveness on random text."""
-    ranked = []
-    for place, layer in enumerate(counted):
+    """The scored neurons of all layers with the highest harmonic mean of consistency and distinctiveness.
+
+    On random text. One without a score, such as a neuron that has one value everywhere, would win for nothing.
+    """
+    store, ranked = Store.open(run.path), list[tuple[float, int, int, float]]()
+    for place, (key, layer) in enumerate(zip(keys, counted, strict=True)):
         if "random" in layer.kinds:
-            both = _harmonic(layer.kinds["random"])
-            ranked += [(-value, place, row) for row, value in enumerate(both) if not np.isnan(value)]
-    store = Store.open(run.path)
-    for _, place, row in sorted(ranked)[:EXAMPLES]:
-        key, layer = keys[place], counted[place]
-        records = read_records(run.path, key.layer, mode=key.mode, tap=key.tap)
-        index = int(layer.neuron[row])
-        simulations = store.simulations(key)
-        excerpts = list(draw(records, protocol(key.protocol, key.mode).score, "score").of(index))
-        parts = np.split(simulations.of(row), np.cumsum([len(one.tokens) for one in excerpts])[:-1])
-        largest = max(float(part.max(initial=0)) for part in parts)
-        strongest = sorted(range(len(excerpts)), key=lambda i: -float(excerpts[i].activations.max()))
-        consistency, _, distinctiveness, _ = layer.kinds["random"].measures[row, STATED]
-        yield FiringExample(
-            layer=key.layer, index=index, explanation=store.texts(key).get(index, ""), consistency=float(consistency),
-            distinctiveness=float(distinctiveness), maximum=float(records.statistics["maximum"][index]),
-            excerpts=tuple(excerpts[i] for i in strongest[:EXAMPLE_EXCERPTS]),
-            relevant=tuple(relevant_tokens(parts[i], largest) for i in strongest[:EXAMPLE_EXCERPTS]),
-        )  # fmt: skip
+            both = _harmonic(layer.kinds["random"], relevant_needed(key.protocol))
+            scores = store.scores(key)
+            points = dict(zip(scores.neuron.tolist(), scores.correlation.tolist(), strict=True))
+            of = [points.get(neuron, np.nan) for neuron in layer.neuron.tolist()]
+            ranked += [
+                (-value, place, row, score)
+                for row, (value, score) in enumerate(zip(both.tolist(), of, strict=True))
+                if not np.isnan(value) and not np.isnan(score)
+            ]
+    for _, place, row, score in sorted(ranked)[:EXAMPLES]:
+        yield _example(run, keys[place], counted[place], row, score)
 
 
-def _harmonic(counts: Counts) -> np.ndarray:
+def _example(run: RunResult, key: SetKey, layer: LayerFiring, row: int, score: float) -> FiringExample:
+    """One neuron with the excerpts in which it fires most, those cut out of their context left out."""
+    store, index = Store.open(run.path), int(layer.neuron[row])
+    records = read_records(run.path, key.layer, mode=key.mode, tap=key.tap)
+    excerpts = list(draw(records, protocol(key.protocol, key.mode).score, "score").of(index))
+    parts = np.split(store.simulations(key).of(row), np.cumsum([len(one.tokens) for one in excerpts])[:-1])
+    largest = max(float(part.max(initial=0)) for part in parts)
+    whole = [place for place, one in enumerate(excerpts) if len(one.tokens) > OUT_OF_CONTEXT]
+    shown = sorted(whole, key=lambda place: -float(excerpts[place].activations.max()))[:EXAMPLE_EXCERPTS]
+    consistency, _, distinctiveness, _ = layer.kinds["random"].measures[row, STATED]
+    return FiringExample(
+        layer=key.layer, index=index, score=score, explanation=store.texts(key).get(index, ""),
+        consistency=float(consistency), distinctiveness=float(distinctiveness),
+        maximum=float(records.statistics["maximum"][index]), excerpts=tuple(excerpts[place] for place in shown),
+        relevant=tuple(relevant_tokens(parts[place], largest) for place in shown),
+        predicted=tuple(np.clip(parts[place] / (largest or 1), 0, 1).astype(np.float32) for place in shown),
+    )  # fmt: skip
+
+
+def relevant_needed(name: str) -> int:
+    """Relevant tokens of random excerpts that an example by this protocol must have."""
+    random = next(one for one in protocol(name).score if one.kind == "random")
+    return RELEVANT_NEEDED if random.width >= 64 else RELEVANT_NEEDED_SHORT
+
+
+def _harmonic(counts: Counts, needed: int) -> np.ndarray:
     """Of consistency and distinctiveness; NaN for neurons with too few relevant tokens to say so."""
     consistency, distinctiveness = counts.measures[:, STATED, 0], counts.measures[:, STATED, 2]
     with np.errstate(divide="ignore", invalid="ignore"):
         both = 2 * consistency * distinctiveness / (consistency + distinctiveness)
-    return np.where(counts.relevant[:, :, STATED, 0].sum(axis=1) >= RELEVANT_NEEDED, both, np.nan)
+    return np.where(counts.relevant[:, :, STATED, 0].sum(axis=1) >= needed, both, np.nan)
 
 
 SHARE, ENDS = "0.1", Column("95 % interval", "interval", "%")
@@ -162,7 +188,8 @@ def firing_tables(found: Sequence[RunFiring]) -> tuple[Table, ...]:
     if not found:
         return ()
     rows, layers = list[tuple[Cell, ...]](), list[tuple[Cell, ...]]()
-    for kind in KINDS:
+    kinds = [kind for kind in KINDS if any(kind in one.own.overall for one in found)]
+    for kind in kinds:
         for one in found:
             own, shuffled = (one.run.title, one.own), (f"{one.run.title}, shuffled", one.shuffled)
             for title, firing in (own, shuffled, *((f"{one.run.title}, {who}", made) for who, made in one.others)):
@@ -172,25 +199,31 @@ def firing_tables(found: Sequence[RunFiring]) -> tuple[Table, ...]:
                         (kind, title, layer, *_cells(mean))
                         for layer, mean in zip(firing.layers, firing.by_layer[kind], strict=True)
                     ]
-    notes = (
+    protocol = found[0].protocol
+    return (
+        Table(
+            name="firing", caption=f"Firing on relevant tokens ({protocol})", columns=_columns(), rows=tuple(rows),
+            notes=_notes(protocol, kinds),
+        ),
+        Table(
+            name="firing_layers", caption=f"Firing on relevant tokens by layer ({protocol})", rows=tuple(layers),
+            columns=_columns(Column("Layer", "count")),
+        ),
+    )  # fmt: skip
+
+
+def _notes(protocol: str, kinds: Sequence[str]) -> tuple[str, ...]:
+    apart = f", {' and '.join(kinds)} apart" if len(kinds) > 1 else f", all of them {kinds[0]}" if kinds else ""
+    return (
         f"A token is relevant to a neuron where the simulation predicts at least {THRESHOLDS[STATED]} of its largest "
         "prediction for it. Consistency: share of the relevant tokens on which the neuron fires; by chance it is the "
         "share of any tokens on which it fires. Strength: its mean activation there. Distinctiveness: share of the "
         "tokens on which it fires, and of its activation (mass), that is on relevant tokens; by chance it is the share "
         "of any tokens that are relevant. Means over neurons, then over layers; intervals by two-level bootstrap, over "
         "neurons and over the excerpts of each.",
-        f"Excerpts of {SHOWN_PROTOCOL}, top and random apart. Nothing predicted: neurons without a relevant token. "
-        "Silent: neurons that fire nowhere in these excerpts. Shuffled: explanations of other neurons of the layer.",
+        f"Excerpts of {protocol}{apart}. Nothing predicted: neurons without a relevant token. Silent: neurons that "
+        "fire nowhere in these excerpts. Shuffled: explanations of other neurons of the layer.",
     )
-    return (
-        Table(
-            name="firing", caption="Firing on relevant tokens", columns=_columns(), rows=tuple(rows), notes=notes,
-        ),
-        Table(
-            name="firing_layers", caption="Firing on relevant tokens by layer", rows=tuple(layers),
-            columns=_columns(Column("Layer", "count")),
-        ),
-    )  # fmt: skip
 
 
 def _cells(mean: Mean) -> tuple[Cell, ...]:

@@ -14,28 +14,23 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from cratelm.activations.records import Excerpt, Mode, read_collection, read_records, recorded_layers, records_tokenizer
+from cratelm.activations.records import Mode, read_collection, recorded_layers, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
-from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
+from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store import Store
+from cratelm.report.examples import NeuronExample, examples_of
 from cratelm.report.explained_by import choose_explainer, described, scored_taps
 from cratelm.report.loss import Loss, read_loss
 from cratelm.report.unseen import visible
 from cratelm.rundir import read_json, read_jsonl
 from cratelm.runtime import progress_bar
 
-SHOWN_PROTOCOL = "top-and-random"
-"""The protocol whose best, median and worst neurons are shown."""
-
 RESAMPLES, SEED = 2000, 0
 """Of the bootstrap behind every interval."""
 
-Rank = Literal["best", "median", "worst"]
 Outcome = Literal["higher", "lower", "no clear difference"]
 
 
@@ -47,26 +42,6 @@ class Curve:
     """Tokens seen so far."""
     loss: tuple[float, ...] = ()
     """Nats per token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NeuronExample:
-    """One neuron worth looking at, with some of the excerpts it was explained from and scored on."""
-
-    rank: Rank
-    layer: int
-    index: int
-    correlation: float
-    """The score: Pearson correlation of activation and simulation over the scored excerpts, in [-1, 1]."""
-    tokens: int
-    """Tokens the score was computed over."""
-    explanation: str
-    density: float
-    """Share of all collected tokens on which the neuron is active."""
-    maximum: float
-    """The neuron's largest activation in the collected text, in the model's own units."""
-    explained: tuple[Excerpt, ...] = field(repr=False)
-    scored: tuple[Excerpt, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +83,11 @@ class RunResult:
     """When, with which versions and where the model was made."""
 
     @property
+    def identity(self) -> str:
+        """Tells it from every other model, wherever its folder lies and whatever it is compared with."""
+        return f"{self.name}, {self.control}, {self.tap}, {self.collection.get('model_hash')}"
+
+    @property
     def training_tokens(self) -> int | None:
         """Tokens it was trained on; None for a model that was not trained."""
         return None if self.training.get("tokens") is None else int(self.training["tokens"])
@@ -134,6 +114,11 @@ class Results:
     def asked(self) -> SetKey:
         """The sets that are shown; tap, layer and protocol are open."""
         return SetKey(mode=self.mode, layer=0, protocol="", explainer=self.explainer, simulator=self.simulator)
+
+    @property
+    def shown(self) -> str:
+        """The protocol whose neurons and firing are shown."""
+        return shown_protocol(self.models)
 
     @property
     def described(self) -> str:
@@ -163,12 +148,30 @@ def gather(
                 asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer, simulator=simulator)
                 found.append(_read_run(path, description, title, asked))
             bar.advance(1.0, note=title)
-    models = _attach_controls(found)
+    shown = SetKey(mode=mode, layer=0, protocol=shown_protocol(found), explainer=explainer, simulator=simulator)
+    models = _attach_controls([_with_examples(run, replace(shown, tap=run.tap)) for run in found])
     protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in found))
     return Results(
         mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
         taps=tuple(dict.fromkeys(run.tap for run in found)), missing=tuple(_missing(models, protocols)),
     )  # fmt: skip
+
+
+def shown_protocol(runs: Sequence[RunResult]) -> str:
+    """The first, in the paper's order, that every model is scored on; else that any is; empty without scores."""
+    models = [run.scores for run in runs if run.control is None] or [run.scores for run in runs]
+    anywhere = [name for name in PROTOCOLS if any(name in scores for scores in models)]
+    everywhere = [name for name in anywhere if all(name in scores for scores in models)]
+    return next(iter(everywhere or anywhere), "")
+
+
+def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
+    """The run with the neurons that are shown; `shown` names the sets, its layer is open."""
+    if shown.protocol not in run.scores:
+        return run
+    store = Store.open(run.path)
+    layers = [store.scores(replace(shown, layer=line.layer)) for line in run.scores[shown.protocol].layers]
+    return replace(run, examples=tuple(examples_of(run.path, layers, shown)))
 
 
 def display_name(name: str) -> str:
@@ -201,7 +204,6 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
         for (name, control), layers in scores.items()
     }
     metrics = read_jsonl(path / "metrics.jsonl")
-    shown = scores.get((SHOWN_PROTOCOL, ""), ())
     return RunResult(
         path=path, name=str(description["name"]), title=title, arch=str(description["arch"]), num_layers=num_layers,
         control=description.get("control"), of=description.get("of"), tap=asked.tap,
@@ -210,7 +212,7 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
         train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
         scores={name: found for (name, control), found in aggregates.items() if not control},
         shuffled={name: found for (name, control), found in aggregates.items() if control == "shuffled"},
-        random_init=None, examples=tuple(_examples(path, shown, asked)),
+        random_init=None, examples=(),
         token_strings=token_strings(load_tokenizer(records_tokenizer(path, mode))),
         collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
     )  # fmt: skip
@@ -244,49 +246,6 @@ def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, 
             have = f"{len(keys)} of its {num_layers} layers ({what})"
             raise CrateError(f"{path} is scored on {have}. Run: {command} --protocol {name}")
     return {name: tuple(map(store.scores, keys)) for name, keys in sets.items()}
-
-
-def _examples(path: Path, layers: Sequence[LayerScores], key: SetKey) -> Iterator[NeuronExample]:
-    """The best, median and worst scored neurons of every layer, fewer of each where there are many layers."""
-    counts: dict[Rank, int] = (
-        {"best": 3, "median": 2, "worst": 2} if len(layers) <= 3 else dict.fromkeys(("best", "median", "worst"), 1)
-    )
-    asked = protocol(SHOWN_PROTOCOL, key.mode)
-    store = Store.open(path)
-    for scores in layers:
-        chosen = [(rank, row) for rank, rows in _ranked(scores.correlation, counts).items() for row in rows]
-        if not chosen:
-            continue
-        records = read_records(path, scores.layer, mode=key.mode, tap=key.tap)
-        texts = store.texts(replace(key, layer=scores.layer, protocol=SHOWN_PROTOCOL))
-        explained, scored = draw(records, asked.explain, "explain"), draw(records, asked.score, "score")
-        for rank, row in chosen:
-            index = int(scores.neuron[row])
-            yield NeuronExample(
-                rank=rank, layer=scores.layer, index=index, correlation=float(scores.correlation[row]),
-                tokens=int(scores.tokens[row]), explanation=texts.get(index, ""),
-                density=float(records.statistics["density"][index]),
-                maximum=float(records.statistics["maximum"][index]),
-                explained=tuple(_strongest_first(explained.of(index))[:2]),
-                scored=tuple(_first_and_last(_strongest_first(scored.of(index)), 3)),
-            )  # fmt: skip
-
-
-def _ranked(correlation: np.ndarray, counts: Mapping[Rank, int]) -> dict[Rank, list[int]]:
-    """Rows of the best, median and worst defined scores; a row is in one list only."""
-    order = [int(row) for row in np.argsort(-correlation, kind="stable") if not np.isnan(correlation[row])]
-    best, worst = order[: counts["best"]], order[max(counts["best"], len(order) - counts["worst"]) :]
-    between = order[len(best) : len(order) - len(worst)]
-    first = max(0, (len(order) - counts["median"] + 1) // 2 - len(best))
-    return {"best": best, "median": between[first : first + counts["median"]], "worst": worst}
-
-
-def _strongest_first(excerpts: Iterator[Excerpt]) -> list[Excerpt]:
-    return sorted(excerpts, key=lambda excerpt: -float(excerpt.activations.max(initial=-np.inf)))
-
-
-def _first_and_last(excerpts: list[Excerpt], first: int) -> list[Excerpt]:
-    return excerpts[:first] + excerpts[first:][-1:]
 
 
 def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:

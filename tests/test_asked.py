@@ -1,5 +1,6 @@
 """The commands with a language model behind a server or in the process, from the command line to the tables."""
 
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -57,6 +58,11 @@ def questions(server: Server) -> list[Body]:
     """What was asked about neurons: not the probe, not the self-test."""
     text = [json.dumps(body) for _, body in server.asked]
     return [body for (_, body), said in zip(server.asked, text, strict=True) if "euron 2" in said and not puzzle(said)]
+
+
+def by_model(run: Path) -> list[SetKey]:
+    """What was scored of a language model's simulations."""
+    return [key for key in Store.open(run).scored() if key.simulator]
 
 
 def puzzle(said: str) -> bool:
@@ -122,8 +128,36 @@ def test_the_stages_one_by_one_give_what_interpret_gives(run: Path, server: Rule
 
 
 def test_lookup_explanations_can_be_simulated_by_a_language_model(run: Path, server: RuleServer) -> None:
-    assert main(["interpret", str(run), *TAR, "--explainer", "lookup", "--llm", server.url]) == 0
+    command = ["interpret", str(run), *TAR, "--explainer", "lookup", "--llm", server.url]
+    assert main([*command, "--skip-lookup"]) == 0
     assert [key.simulator for key in Store.open(run).sets("simulate")] == ["all-at-once:rules"]
+
+
+def test_lookup_and_its_control_stand_beside_the_model_on_the_same_neurons(
+    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3"]
+    assert main([*command, "--skip-lookup"]) == 0
+    assert Store.open(run).scored() == by_model(run)
+    assert main(["report", str(run), "--out", str(run / "without")]) == 0
+    assert "A dash under lookup: not made" in (run / "without" / "explainers.md").read_text()
+    asked = len(questions(server))
+    assert main(command) == 0
+    assert len(questions(server)) == asked
+    others = [key for key in Store.open(run).scored() if not key.simulator]
+    assert [(key.protocol, key.control) for key in others] == [("random-only", ""), ("random-only", "shuffled")]
+    capsys.readouterr()
+    assert main(command) == 0, "a second time it is all there"
+    assert "there already" not in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(run / "with")]) == 0
+    rows = list(csv.DictReader((run / "with" / "explainers.csv").read_text().splitlines()))
+    assert [row["Explained by"] for row in rows] == ["lookup", "rules"]
+    same = [1, 3, 5]
+    lookup = 100 * float(np.nanmean(Store.open(run).read_scores(0, "random-only").correlation[same]))
+    assert float(rows[1]["Lookup, same neurons (points)"]) == pytest.approx(lookup, abs=0.06)
+    assert rows[0]["Shuffled (points)"]
+    assert rows[1]["Failed"] == "0"
+    assert "explained by rules" in (run / "with" / "report.html").read_text(), "the page is about the model"
 
 
 def test_several_explanations_of_each_neuron_are_sets_of_their_own(
@@ -131,7 +165,7 @@ def test_several_explanations_of_each_neuron_are_sets_of_their_own(
 ) -> None:
     assert main(["interpret", str(run), "--llm", server.url, *TAR, "--samples", "2", "--neurons", "2"]) == 0
     assert "explanation 2" in capsys.readouterr().out
-    assert {key.sample for key in Store.open(run).scored()} == {0, 1}
+    assert {key.sample for key in by_model(run)} == {0, 1}
     seeds = {body["seed"] for body in questions(server) if "messages" in body}
     assert seeds == {0, 1}
 
@@ -149,7 +183,7 @@ def test_without_probabilities_a_chat_simulates_and_the_reason_is_said(
         assert len(server.asked) == asked, "a second run asks nothing, not even what the model can"
         assert main(["simulate", str(run), "--llm", server.url, *TAR, "--simulator", "all-at-once"]) == 2
     assert "needs the probabilities of a prompt, and rules does not give them" in capsys.readouterr().err
-    [key] = Store.open(run).scored()
+    [key] = by_model(run)
     assert key.simulator == "structured:rules"
     assert (Store.open(run).scores(key).correlation > 0.9).all()
 
@@ -279,6 +313,7 @@ def test_parts_are_merged_into_what_one_process_makes(
     assert "merged parts 1, 2: 8 new rows, 0 failures" in said
     assert len(questions(server)) == asked
     np.testing.assert_array_equal(Store.open(run).scores(KEY).correlation, Store.open(alone).scores(KEY).correlation)
+    assert set(Store.open(run).scored()) == set(Store.open(alone).scored()), "lookup stands beside it there too"
     assert main(["interpret", str(run), "--merge"]) == 0
     assert "explained by rules" in capsys.readouterr().out
 
@@ -314,7 +349,7 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     assert Store.open(run).sets("simulate") == []
     assert main(["interpret", str(run), "--llm", str(folder), *lookup, "--skip-self-test"]) == 0
     assert "its scores will mean nothing" in capsys.readouterr().err
-    [key] = Store.open(run).scored()
+    [key] = by_model(run)
     assert (key.explainer, key.simulator) == ("lookup", "all-at-once:random")
     assert len(Store.open(run).scores(key).neuron) == 2
 
@@ -327,7 +362,7 @@ def test_calibration_has_excerpts_of_its_own_that_the_plan_counts(
     [planned] = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith("simulate ")]
     assert main(command) == 0
     assert len(questions(server)) == 1 + int(planned)
-    [key] = Store.open(run).scored()
+    [key] = by_model(run)
     assert key.simulator == "all-at-once+linear:rules"
     scores = Store.open(run).scores(key)
     assert scores.correlation[0] > 0.95

@@ -59,7 +59,9 @@ def runs(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
 def test_a_language_model_stands_beside_lookup_on_the_same_neurons(runs: list[Path], tmp_path: Path) -> None:
     for run in runs:
         ask(run, samples=2)
-    results = gather(runs)
+    both = gather(runs)
+    assert (both.explainer, both.simulator) == ("scripted", BY), "it scored all that lookup did"
+    results = gather(runs, explainer="lookup")
     assert (results.explainer, results.simulator) == ("lookup", "")
     side, chance, paired = explainer_tables(results)
     titles = [column.title for column in side.columns]
@@ -95,13 +97,32 @@ def test_runs_that_only_a_language_model_scored_are_shown_with_it(
     ask(run)
     results = gather([run])
     assert (results.explainer, results.simulator) == ("scripted", BY)
-    assert [table.name for table in explainer_tables(results)] == []
+    [table] = [table for table in explainer_tables(results) if table.name == "explainers"]
+    [row] = table.rows
+    cells: dict[str, Any] = dict(zip([column.title for column in table.columns], row, strict=True))
+    assert cells["Scored"][1] == 12
+    assert (cells["Failed"], cells["Constant"], cells["Lookup, same neurons"]) == (0, None, None)
+    assert cells["Shuffled"] is not None
+    assert [note for note in table.notes if note.startswith("A dash")] == [
+        "A dash under constant: not made. Run: cratelm interpret RUN --llm URL --controls constant",
+        "A dash under lookup: not made. Run: cratelm interpret RUN --controls shuffled",
+    ]
     with pytest.raises(CrateError, match="by the explainer other. There are: --explainer scripted --simulator by-rule"):
         gather([run], explainer="other")
     assert main(["neurons", str(run), "--explainer", "scripted"]) == 0
     said = capsys.readouterr().out
     assert "not sampled" in said
     assert "by scripted" in said
+
+
+def test_lookup_is_shown_where_a_language_model_scored_less(runs: list[Path]) -> None:
+    ask(runs[0])
+    assert gather(runs).explainer == "lookup", "the other run knows no language model"
+    ask(runs[1])
+    assert gather(runs).explainer == "scripted"
+    interpret.run(interpret.Options(runs=tuple(runs[1:]), protocol=("random-only",)))
+    assert gather(runs).explainer == "lookup", "the model was not asked about one protocol"
+    assert gather(runs[:1]).explainer == "scripted"
 
 
 def test_the_share_of_the_simulators_is_told_where_several_simulated_the_same_explanations(

@@ -83,23 +83,28 @@ def merge_parts(runs: Sequence[Path]) -> None:
         )
 
 
-def merge_alone(selection: Selection) -> None:
-    """Join the parts of every run, and score what is whole then."""
+def merge_alone(selection: Selection) -> dict[Path, tuple[str, ...]]:
+    """Join the parts of every run, and score what is whole then; returns the protocols by which that is, by run."""
     runs = check_runs(selection)
     merge_parts(runs)
     layers = {run: chosen_layers(run, selection) for run in runs}
+    scored: dict[Path, tuple[str, ...]] = {}
     for run in runs:
         whole: dict[SetKey, list[SetKey]] = {}
         for key in Store.open(run).sets("simulate"):
             asked = (key.explainer, key.simulator) != (EXPLAINER, "")
             if asked and (key.mode, key.tap) == (selection.mode, selection.tap):
                 whole.setdefault(replace(key, layer=0, protocol=""), []).append(key)
+        found = list[str]()
         for kind, keys in whole.items():
             for name in chosen_protocols(selection):
                 if {key.layer for key in keys if key.protocol == name} >= set(layers[run]):
                     one = replace(selection, protocol=(name,))
                     _score(one, run, [kind])
                     print_scores(run, one, [kind])
+                    found.append(name)
+        scored[run] = tuple(dict.fromkeys(found))
+    return scored
 
 
 def _kinds(order: Order, run: Path, name: str) -> list[SetKey]:

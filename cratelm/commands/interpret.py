@@ -12,13 +12,14 @@ explanation of another neuron, which shows what a score is worth.
 
 With --llm a language model says in a sentence what each of a sample of neurons fires on, and predicts activations from
 the sentence: one behind a URL, or one of Hugging Face in this process. What that would cost is printed first, and with
---dry-run nothing else is done. docs/interpret.md says which models to take and which numbers to trust.
+--dry-run nothing else is done. Lookup scores the same neurons beside it, unless --skip-lookup. docs/interpret.md says
+which models to take and which numbers to trust.
 
 Stopped and started again, it goes on; nothing is done, and no answer is paid for, twice.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class Options(Selection):
     """Who predicts activations from an explanation, where a language model does."""
     spending: Spent = group(Spending)
     """What it may cost, and how the work is divided."""
+    skip_lookup: bool = False
+    """With --llm: leave out the scores by lookup, which take seconds and stand beside the model's in the report."""
 
 
 def run(options: Options) -> None:
@@ -83,11 +86,13 @@ def run(options: Options) -> None:
                 with claim(one):
                     explain_run(one, options)
         ask(order)
+        if "score" in order.stages and not (options.spending.dry_run or options.spending.part):
+            look_up_beside(options, {one: options.protocol for one in options.runs})
         return
     if options.spending.merge:
         from cratelm.commands.asked import merge_alone
 
-        merge_alone(options)
+        look_up_beside(options, merge_alone(options))
         return
     check_controls(options.controls)
     for one in check_runs(options):
@@ -98,6 +103,24 @@ def run(options: Options) -> None:
     for one in check_runs(options):
         print_scores(one, options, lookup_sets(options, options.controls))
     ask_others(options)
+
+
+def look_up_beside(options: Options, protocols: Mapping[Path, tuple[str, ...]]) -> None:
+    """Score by lookup what a language model scored by these protocols of each run, and the control that costs nothing.
+
+    Lookup takes all neurons of a layer; the report takes from it the neurons that the model was asked about.
+    """
+    for one, names in protocols.items():
+        if names and not options.skip_lookup:
+            own = replace(options, runs=(one,), protocol=names)
+            with claim(one):
+                if _missing(one, "explain", own, ()):
+                    explain_run(one, own)
+                if _missing(one, "simulate", own, ("shuffled",)):
+                    simulate_run(one, own, ("shuffled",))
+                if _missing(one, "score", own, ("shuffled",)):
+                    score_run(one, own, ("shuffled",))
+            print(f"\n{one.name}: scored by lookup too; cratelm report sets both side by side")
 
 
 def ask_others(options: Any) -> None:
@@ -153,8 +176,7 @@ def score_run(run: Path, selection: Selection, controls: tuple[str, ...]) -> Non
 def _do(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...], work: Work) -> None:
     """Run one stage on all sets that are asked for and not there, with a progress bar."""
     layers, keys = chosen_layers(run, selection), list(_keys(run, selection, controls))
-    store = Store.create(run)
-    missing = [key for key in keys if not store.is_done(key, stage)]
+    store, missing = Store.create(run), _missing(run, stage, selection, controls)
     if not missing:
         console.print(f"{run}: the {MADE[stage]} asked for are there already")
         return
@@ -166,6 +188,12 @@ def _do(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...]
                 assert records is not None
                 work(records, protocol(key.protocol, key.mode), store, key)
                 bar.advance(1, note=f"layer {layer}, {key.what}, {records.num_neurons} neurons")
+
+
+def _missing(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...]) -> list[SetKey]:
+    """The sets that are asked for and not there."""
+    store = Store.create(run)
+    return [key for key in _keys(run, selection, controls) if not store.is_done(key, stage)]
 
 
 def _keys(run: Path, selection: Selection, controls: tuple[str, ...]) -> Iterator[SetKey]:

@@ -10,7 +10,8 @@ from cratelm.interpretation.store import Store
 
 
 def choose_explainer(runs: Sequence[Path], mode: Mode, explainer: str = "", simulator: str = "") -> tuple[str, str]:
-    """Explainer and simulator of the scores to show: those named, else lookup, else the first that all runs have.
+    """Explainer and simulator of the scores to show: those named; else a language model, where it scored all that
+    lookup did in every run, as `cratelm interpret --llm` leaves them; else lookup; else the first that all runs have.
 
     Refused where one is named that no run has scores by.
     """
@@ -27,14 +28,23 @@ def choose_explainer(runs: Sequence[Path], mode: Mode, explainer: str = "", simu
         return explainer or EXPLAINER, simulator
     by_lookup = [kind for kind in fitting if kind == (EXPLAINER, "")]
     shared = [kind for kind in fitting if all(kind in kinds for kinds in found)]
+    if not explainer:
+        nothing = set[tuple[str, str, int]]()
+        whole = [kind for kind in shared if all(kinds[kind] >= kinds.get((EXPLAINER, ""), nothing) for kinds in found)]
+        if asked := [kind for kind in whole if kind not in by_lookup]:
+            return asked[0]
     return (by_lookup or shared or fitting)[0]
 
 
-def _kinds(run: Path, mode: Mode) -> list[tuple[str, str]]:
-    """(explainer, simulator) of every scored set of a run."""
-    if not (run / "interpretation.sqlite").exists():
-        return []
-    return list(dict.fromkeys((key.explainer, key.simulator) for key in Store.open(run).scored() if key.mode == mode))
+def _kinds(run: Path, mode: Mode) -> dict[tuple[str, str], set[tuple[str, str, int]]]:
+    """(explainer, simulator) of every scored set of a run -> (tap, protocol, layer) of those that are no control."""
+    found: dict[tuple[str, str], set[tuple[str, str, int]]] = {}
+    if (run / "interpretation.sqlite").exists():
+        for key in Store.open(run).scored():
+            if key.mode == mode:
+                own = found.setdefault((key.explainer, key.simulator), set())
+                own |= set() if key.control or key.sample else {(key.tap, key.protocol, key.layer)}
+    return found
 
 
 def described(explainer: str, simulator: str) -> str:

@@ -59,10 +59,11 @@ class Measured:
 
 
 def explainer_tables(results: Results) -> tuple[Table, ...]:
-    """All explainers side by side where there are several; chance where neurons were explained several times; pairs."""
+    """All explainers side by side where a language model is one; chance where neurons were explained several times;
+    pairs of models."""
     found = [one for run in results.rows for one in _measured(run, results)]
     tables = []
-    if len({(one.key.explainer, one.key.simulator) for one in found}) > 1:
+    if any(_is_asked(one.key) for one in found):
         rows = tuple(_side_by_side(one, found) for one in found if not one.key.control and not one.key.sample)
         tables.append(Table(
             name="explainers", caption=f"Explainers and simulators side by side ({results.mode} mode)",
@@ -74,6 +75,7 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
                 "different methods are not the same measurement.",
                 "Failed: neurons for which a language model gave no usable answer, which no score counts. Lookup, same "
                 "neurons: lookup's mean over the neurons scored in the row.",
+                *_not_made(found),
             ),
         ))  # fmt: skip
     if rows := tuple(_chance(found)):
@@ -108,6 +110,22 @@ def _measured(run: RunResult, results: Results) -> Iterator[Measured]:
     for kind, own in groupby(sorted(keys, key=_open), key=_open):
         layers = tuple(store.scores(key) for key in sorted(own, key=lambda key: key.layer))
         yield Measured(run, SetKey(**dict(zip(SetKey.__slots__, (*kind[:2], 0, *kind[2:]), strict=True))), layers)
+
+
+def _is_asked(key: SetKey) -> bool:
+    """Whether a language model explained or simulated."""
+    return (key.explainer, key.simulator) != (EXPLAINER, "")
+
+
+def _not_made(found: Sequence[Measured]) -> Iterator[str]:
+    """What stands beside no language model, and how to make it."""
+    asked = [one for one in found if _is_asked(one.key) and not one.key.control and not one.key.sample]
+    command = "cratelm interpret RUN --llm URL"
+    controls = [name for name in ("shuffled", "constant") if not all(_find(found, one, control=name) for one in asked)]
+    if controls:
+        yield f"A dash under {' or '.join(controls)}: not made. Run: {command} --controls {' '.join(controls)}"
+    if not all(_find(found, one, explainer=EXPLAINER, simulator="") for one in asked):
+        yield "A dash under lookup: not made. Run: cratelm interpret RUN --controls shuffled"
 
 
 def _open(key: SetKey) -> tuple:

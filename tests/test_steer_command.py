@@ -67,6 +67,12 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 PROMPT = "7: a crate holds rain."
 
 
+def written(folder: Path, kind: str = "steer") -> Any:
+    """The newest JSON file of a kind."""
+    newest = max(folder.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())
+
+
 def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_path: Path, command: Run) -> None:
     run = runs / "crate"
     words = (
@@ -84,7 +90,7 @@ def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_pat
         3,
     )
     out, _ = command(*words)  # fmt: skip
-    found = json.loads((tmp_path / "steer.json").read_text())
+    found = written(tmp_path)
     model, tokenizer = load(run)
     assert tokenizer is not None
     prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
@@ -98,9 +104,16 @@ def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_pat
     assert [row["name"] for row in found["prompts"]["rows"]][2:] == ["opposite sign", "random direction"]
     assert found["prompts"]["rows"][1]["name"].startswith("matched neuron 1/")
     assert (found["prompts"]["texts"], found["excerpts"]["texts"]) == (1, 3)
-    assert {path.name for path in tmp_path.iterdir()} == {"steer.json", "steer.png", "steer.svg"}
+    (name,) = {path.stem for path in tmp_path.iterdir()}
+    assert name.startswith("steer-7-a-crate-holds-rain-")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
     again, _ = command(*words)
     assert again == out
+    before = (tmp_path / f"{name}.json").read_bytes()
+    command(*words, "--seed", 1)
+    command(*words[:5], "a crate", *words[6:])
+    assert len(list(tmp_path.glob("steer-*.json"))) == 3  # other settings, another prompt: other files
+    assert (tmp_path / f"{name}.json").read_bytes() == before
 
 
 def test_several_changes_and_prompts_at_chosen_positions(runs: Path, tmp_path: Path, command: Run) -> None:
@@ -110,7 +123,7 @@ def test_several_changes_and_prompts_at_chosen_positions(runs: Path, tmp_path: P
         "steer", runs / "bare", "--neuron", "1/9=add:3", "0/5=clamp:0..0.1", "0/6=silence", "--prompts", prompts,
         "--positions", "generated", "--tokens", 5, "--temperature", 0, "--out", tmp_path,
     )  # fmt: skip
-    found = json.loads((tmp_path / "steer.json").read_text())
+    found = written(tmp_path)
     assert [text["prompt"] for text in found["texts"]] == ["the neuron sees light.", "one code keeps sand."]
     assert found["prompts"]["rows"][0]["moved"] == 0  # nothing is generated before the next token
     assert "excerpts" not in found
@@ -122,12 +135,13 @@ def test_a_sweep_tries_every_strength(runs: Path, tmp_path: Path, command: Run) 
         "steer", runs / "crate", "--neuron", "1/9=add", "--sweep", "0x,10x,40x", "--prompt", PROMPT, "--tokens", 6,
         "--out", tmp_path,
     )  # fmt: skip
-    found = json.loads((tmp_path / "sweep.json").read_text())
+    found = written(tmp_path, "sweep")
     assert [point["strength"] for point in found["points"]] == ["0x", "10x", "40x"]
     moved = [point["rows"][0]["moved"] for point in found["points"]]
     assert moved[0] == 0 < moved[1] < moved[2]
     assert all(point["nats_per_token"] > 0 for point in found["points"])
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "sweep.png", "sweep.svg"}
+    assert len({path.stem for path in tmp_path.iterdir()}) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
     assert "40x" in out
 
 
@@ -157,29 +171,6 @@ def test_what_cannot_be_steered_is_told_in_one_line(runs: Path, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_of_a_saved_autoencoder_are_turned(runs: Path, tmp_path: Path, command: Run) -> None:
-    rng = np.random.default_rng(6)
-    write_run_sae(runs / "bare", "stream", "standard", rng, layer=1, tap="residual", d_in=16)
-    write_run_sae(runs / "bare", "wide", "jumprelu", rng, layer=1, tap="residual", d_in=20)
-    words = ("steer", runs / "bare", "--prompt", PROMPT, "--tokens", 4, "--out", tmp_path / "out", "--neuron")
-    found = {}
-    for more in ((), ("--drop-error",)):
-        out, _ = command(*words, "sae:1/3=set:2", "--sae", "stream", *more)
-        found[more] = json.loads((tmp_path / "out" / "steer.json").read_text())
-        assert "the autoencoder's reconstruction: loss of the prompt" in out
-    _, err = command(*words, "sae:1/3=set:2x", "--sae", "stream", code=2)
-    assert f"cratelm collect {runs / 'bare'} --data DIR --sae stream" in err
-    kept, dropped = found.values()
-    assert kept["prompt_loss"] == dropped["prompt_loss"] != kept["prompt_loss_reconstructed"]
-    assert kept["prompts"]["rows"][0]["moved"] != dropped["prompts"]["rows"][0]["moved"] > 0
-    for change, sae, said in (
-        ("sae:1/24=set:2", "stream", "layer 1 has latents of a --sae 0 to 23, not 24"),
-        ("sae:1/3=set:2", "wide", "codes a width of 20, blocks.1 of this model gives 16"),
-        ("sae:1/3=set:2", "none", "has no autoencoder none"), ("sae:1/3=set:2x", "stream", "--sae stream"),
-    ):  # fmt: skip
-        assert said in command(*words, change, "--sae", sae, code=2)[1]
-
-
 def test_the_reference_is_the_maximum_or_nearly_that(rng: np.random.Generator) -> None:
     from cratelm.activations.running import Moments
 
@@ -207,10 +198,11 @@ def _records(found: dict[str, Any]) -> Any:
 
 def test_ledger_prints_and_writes_what_adds_up(runs: Path, tmp_path: Path, command: Run) -> None:
     out, _ = command("ledger", runs / "crate", "--prompt", PROMPT, "--show", 3, "--out", tmp_path)
-    found = json.loads((tmp_path / "ledger.json").read_text())
+    found = written(tmp_path, "ledger")
     assert abs(found["remainder"]) < 1e-4
     assert f"sum {found['total']:.6f}" in out
-    with open(tmp_path / "ledger.csv", encoding="utf-8", newline="") as file:
+    (table,) = tmp_path.glob("ledger-7-a-crate-holds-rain-*.csv")
+    with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     total = sum(float(row["contribution"]) for row in rows if row["name"] != "logit")
     assert total == pytest.approx(float(rows[-1]["contribution"]), abs=1e-9) == found["logit"]
@@ -219,7 +211,7 @@ def test_ledger_prints_and_writes_what_adds_up(runs: Path, tmp_path: Path, comma
     assert f"neuron 1/{best['neuron']} " in out
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".svg", ".png"}
     out, _ = command("ledger", runs / "bare", "--prompt", PROMPT, "--token", "#5", "--versus", "#6", "--out", tmp_path)
-    assert json.loads((tmp_path / "ledger.json").read_text())["versus"] == 6
+    assert written(tmp_path, "ledger")["versus"] == 6
     assert " minus that of " in out
     for words, said in (
         (("--token", "the neuron"), "--token 'the neuron' is"), (("--token", "#9999"), "not in the vocabulary"),
@@ -298,7 +290,7 @@ def test_a_hugging_face_model_is_steered_ablated_and_accounted_for(
     model = build("gpt2", rng, vocab=data.vocab_size)
     folder = save(model, tmp_path / "gpt2", data.path / "tokenizer.json")
     command("steer", folder, "--neuron", "1/9=set:3", "--prompt", PROMPT, "--tokens", 4, "--out", tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "steer.json").read_text())
+    found = written(tmp_path / "out")
     assert found["prompts"]["rows"][0]["moved"] > 0
     out, _ = command("ledger", folder, "--prompt", PROMPT, "--out", tmp_path / "out")
     assert "residual stream" in out

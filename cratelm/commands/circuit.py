@@ -9,9 +9,7 @@ An edge is what one node does to another of the next layer. Printed with the sha
 nodes carry, and drawn: RUN/circuits gets a .json, an .svg and a .png.
 """
 
-import hashlib
 import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from cratelm.commands.naming import result_name
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, progress_bar, select_device
 
@@ -191,6 +190,4 @@ def _explanations(run: Path, chosen: Sequence[tuple[int, int, int]]) -> dict[tup
 def _name(options: Options, target: str) -> str:
     """A file name from the prompt's words and the token, unlike that of any other settings."""
     settings = (options.prompt, target, options.nodes, options.method, options.baseline, options.candidates)
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:6]
-    words = re.sub(r"[^A-Za-z0-9]+", "-", f"{options.prompt[-30:]} {target}").strip("-")
-    return f"{words or 'circuit'}-{digest}"
+    return result_name(f"{options.prompt[-30:]} {target}", settings)

@@ -6,8 +6,8 @@
 The logit of a token (left out: the most probable one) after the prompt is, under the final LayerNorm of that very
 position, a sum over the neurons of the last layer and a few named terms: CRATE has the bias of the final norm alone,
 GPT-2 the residual stream that goes round its neurons as well. The sum is printed with its remainder to the model's own
-logit. --versus gives the difference of two tokens. ledger.json, ledger.csv and a figure go to `report` in the run, or
-to --out.
+logit. --versus gives the difference of two tokens. A .json, a .csv and a figure, named by prompt and token, go to
+`report` in the run, or to --out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Options:
     show: int = 10
     """Neurons to list on either side."""
     out: Path | None = None
-    """Folder for ledger.json, ledger.csv and the figure."""
+    """Folder for numbers and the figure."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -127,6 +127,7 @@ def _write(
     console: "Console", chosen: "Chosen", found: "Ledger", rows: Sequence["LedgerRow"],
     explanations: Mapping[int, str], tokens: list[int], asked: Path | None,
 ) -> None:  # fmt: skip
+    from cratelm.commands.naming import result_name
     from cratelm.report.plots import write_figures
     from cratelm.report.steering_plots import ledger_figure
     from cratelm.rundir import origin, write_json, write_text
@@ -135,9 +136,11 @@ def _write(
     if (out := chosen.out(asked)) is None:
         return
     title = title_of(chosen, found)
-    write_figures({"ledger": ledger_figure(rows, f"{chosen.name}: {title}", found.total)}, out)
+    prompt = str(chosen.tokenizer.decode(tokens))
+    settings = (chosen.name, tokens, found.token, found.versus, found.position)
+    name = result_name(prompt[-30:], settings, kind="ledger")
+    write_figures({name: ledger_figure(rows, f"{chosen.name}: {title}", found.total)}, out)
     described = found.as_dict()
-    prompt = chosen.tokenizer.decode(tokens)
-    write_json(out / "ledger.json", {"run": chosen.name, "prompt": prompt, **described, "origin": origin()})
-    write_text(out / "ledger.csv", as_csv(described, explanations))
-    console.print(f"\n{out / 'ledger.svg'}, ledger.png, ledger.json, ledger.csv")
+    write_json(out / f"{name}.json", {"run": chosen.name, "prompt": prompt, **described, "origin": origin()})
+    write_text(out / f"{name}.csv", as_csv(described, explanations))
+    console.print(f"\n{out / name}.svg, .png, .json, .csv", soft_wrap=True)

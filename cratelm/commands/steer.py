@@ -8,10 +8,12 @@ A change is LAYER/NEURON=HOW:STRENGTH. HOW is set, add, scale, clamp (0..1) or s
 model's own units, or a multiple of the neuron's own maximum on real text (2x), for which the run needs records. The
 text is written twice with the same seed, without and with the changes. Beside the effect stand controls: the same done
 to a neuron that is like it, the opposite change, a random direction as long. With --sae latents of a sparse
-autoencoder are changed: sae:LAYER/LATENT=HOW:STRENGTH. steer.json and figures go to `report` in the run, or to --out.
+autoencoder are changed: sae:LAYER/LATENT=HOW:STRENGTH. A .json and figures, named by prompt and settings, go to
+`report` in the run, or to --out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cratelm.commands.subject import Chosen
+    from cratelm.steering.changes import Change
     from cratelm.steering.effects import Steered
     from cratelm.steering.measure import How
 
@@ -70,7 +73,7 @@ class Options:
     show: int = 8
     """Tokens to list whose probability rises, and as many that falls."""
     out: Path | None = None
-    """Folder for steer.json and the figures."""
+    """Folder for numbers and figures."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -126,7 +129,7 @@ def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[li
             {"prompt": start, "without": without, "with": turned}
             for start, (without, turned) in zip(starts, texts, strict=True)
         ],
-        **_exactness(console, chosen, prompts[0], changing.how),
+        **_exactness(console, chosen, prompts[0], changes, changing.how),
     }  # fmt: skip
     for name, steered in effects.items():
         _print_effect(console, name, steered, chosen, options.show)
@@ -134,13 +137,27 @@ def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[li
     console.print(
         f"\nmoved: the probability that went to other tokens. on its: what the {CONTROL_TOKENS} tokens gain that the "
         "changes raise most. KL: divergence from the model without changes"
+        + ("" if changing.how.keep_error else "; all but the last row against the autoencoder's reconstruction")
     )
     if (out := chosen.out(options.out)) is not None:
         title = f"{chosen.name}: {', '.join(found['changes'])}"
         drawn = {name: steered.effect for name, steered in effects.items()}
-        write_figures({"steer": effect_figure(drawn, chosen.strings, title)}, out)
-        write_json(out / "steer.json", found | {"origin": origin()})
-        console.print(f"\n{out / 'steer.svg'}, steer.png, steer.json")
+        name = named("steer", chosen, prompts, options)
+        write_figures({name: effect_figure(drawn, chosen.strings, title)}, out)
+        write_json(out / f"{name}.json", found | {"origin": origin()})
+        console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
+
+
+def named(kind: str, chosen: "Chosen", prompts: list[list[int]], options: Options) -> str:
+    """Name of the files: the end of the first prompt, and a digest of all that decides what is measured."""
+    from cratelm.commands.naming import result_name
+
+    settings = {
+        name: value for name, value in vars(options).items()
+        if name not in ("run", "prompt", "prompts", "show", "out", "device")
+    }  # fmt: skip
+    words = str(chosen.tokenizer.decode(prompts[0]))[-30:]
+    return result_name(words, (chosen.name, prompts, sorted(settings.items())), kind=kind)
 
 
 def _continue(chosen: "Chosen", prompt: list[int], changes: Any, how: "How", options: Options) -> str:
@@ -151,34 +168,47 @@ def _continue(chosen: "Chosen", prompt: list[int], changes: Any, how: "How", opt
     device = next(chosen.model.parameters()).device
     tokens = generate(
         chosen.model, torch.tensor([prompt], device=device), options.tokens, changes=changes,
-        positions=how.positions, coders=how.coders if changes else (), keep_error=how.keep_error or not changes,
+        positions=how.positions, coders=how.coders, keep_error=how.keep_error,
         temperature=options.temperature, top_k=options.top_k, seed=options.seed,
     )  # fmt: skip
     whole, start = tokens[0].tolist(), chosen.tokenizer.decode(prompt)
     return str(chosen.tokenizer.decode(whole))[len(start) :]
 
 
-def _exactness(console: "Console", chosen: "Chosen", prompt: list[int], how: "How") -> dict[str, Any]:
-    """What a change of nothing does to the prompt's logits, and an autoencoder's reconstruction to its loss."""
+def _exactness(
+    console: "Console", chosen: "Chosen", prompt: list[int], changes: Sequence["Change"], how: "How"
+) -> dict[str, Any]:
+    """What a change of nothing, to the very neurons or latents that are turned, does to the prompt's logits.
+
+    And what an autoencoder's reconstruction does to them, and to the prompt's loss.
+    """
     import torch
 
-    from cratelm.steering.changes import Change
     from cratelm.steering.generate import next_logits
-    from cratelm.steering.measure import How, text_loss
-    from cratelm.steering.place import neuron_places
+    from cratelm.steering.measure import PLAIN, text_loss
 
     tokens = torch.tensor([prompt], device=next(chosen.model.parameters()).device)
-    nothing = [Change(layer=layer, index=0, how="add") for layer in neuron_places(chosen.model)]
-    same = bool(torch.equal(next_logits(chosen.model, tokens), next_logits(chosen.model, tokens, changes=nothing)))
-    console.print(f"\nstrength 0: {'not one bit of the logits changes' if same else 'the logits change'}")
-    found: dict[str, Any] = {"strength_0_is_exact": same}
-    if how.coders and len(prompt) > 1:
-        plain = text_loss(chosen.model, tokens)
-        rebuilt = text_loss(chosen.model, tokens, how=How(coders=how.coders, keep_error=False))
-        console.print(
-            f"the autoencoder's reconstruction: loss of the prompt {plain:.4f} -> {rebuilt:.4f} nats per token"
+
+    def logits(how: "How", changes: Sequence["Change"] = ()) -> torch.Tensor:
+        return next_logits(
+            chosen.model, tokens, changes=changes, positions=how.positions, coders=how.coders, keep_error=how.keep_error
         )
-        found |= {"prompt_loss": plain, "prompt_loss_reconstructed": rebuilt}
+
+    nothing = [replace(one, how="add", value=0.0) for one in changes]
+    base, moved = logits(how), logits(how, nothing)
+    same, most = bool(torch.equal(base, moved)), float((moved - base).abs().max())
+    said = "not one bit of the logits changes" if same else "the logits change"
+    console.print(f"\nstrength 0: {said} (largest change {most:.2g})")
+    found: dict[str, Any] = {"strength_0_is_exact": same, "strength_0_logit_change": most}
+    if how.coders:
+        rebuilding = replace(how, keep_error=False)
+        rebuilt = float((logits(rebuilding) - logits(PLAIN)).abs().max())
+        console.print(f"the autoencoder's reconstruction: largest change of a logit {rebuilt:.2g}")
+        found["reconstruction_logit_change"] = rebuilt
+    if how.coders and len(prompt) > 1:
+        loss, with_it = text_loss(chosen.model, tokens), text_loss(chosen.model, tokens, how=rebuilding)
+        console.print(f"  loss of the prompt {loss:.4f} -> {with_it:.4f} nats per token")
+        found |= {"prompt_loss": loss, "prompt_loss_reconstructed": with_it}
     return found
 
 

@@ -50,6 +50,8 @@ class Steered:
     effect: Effect
     controls: tuple[tuple[str, Effect], ...]
     """Name of the control, and the same measurement with it in place of the changes."""
+    reconstruction: Effect | None = None
+    """What dropping the autoencoders' errors does by itself to the model as it is; None where they are kept."""
 
     def rows(self, count: int) -> list[dict[str, Any]]:
         """The changes and their controls as rows: what moved, and what of it reached the changes' own tokens.
@@ -57,12 +59,13 @@ class Steered:
         `on_tokens` is the summed change of probability of the `count` tokens that the changes raise most.
         """
         tokens = self.effect.largest(count)
+        alone = () if self.reconstruction is None else (("reconstruction alone", self.reconstruction),)
         return [
             {
                 "name": name, "divergence": one.divergence, "moved": one.moved,
                 "on_tokens": float(one.change[tokens].sum()),
             }
-            for name, one in (("steered", self.effect), *self.controls)
+            for name, one in (("steered", self.effect), *self.controls, *alone)
         ]  # fmt: skip
 
     def as_dict(self, strings: Sequence[str], count: int) -> dict[str, Any]:

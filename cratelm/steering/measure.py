@@ -1,7 +1,7 @@
 """Measure what turning neurons does: to the next token, to a text's loss, and beside it what controls do."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,14 +41,31 @@ def next_token_effect(
 ) -> Effect:  # fmt: skip
     """Probabilities of the token after each text, without and with the changes, averaged over the texts.
 
-    `texts` are token ids, none longer than the model's context. Both sides run in one and the same batches.
+    `texts` are token ids, none longer than the model's context. Both sides run in one and the same batches. Where an
+    autoencoder's error is dropped it is dropped on both sides, so that the effect is that of the changes alone.
     """
+    base = PLAIN if how.keep_error else how
+    return _effect(model, texts, base, how, changes, control)
+
+
+def reconstruction_effect(model: nn.Module, texts: Sequence[Sequence[int]], how: How) -> Effect:
+    """What putting the autoencoders' reconstructions in the place of activations does, nothing else being changed."""
+    return _effect(model, texts, PLAIN, replace(how, keep_error=False), (), None)
+
+
+def _effect(
+    model: nn.Module, texts: Sequence[Sequence[int]], base: How, how: How, changes: Sequence[Change],
+    control: Control | None,
+) -> Effect:  # fmt: skip
+    """The model with `changes` in one way of running it, against the model without changes in another (`base`)."""
     device = next(model.parameters()).device
     sums: list[Tensor] = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         tokens, mask = pad_left(texts[first : first + TEXTS_AT_ONCE], device=device)
         given = None if bool(mask.all()) else mask
-        before = next_logits(model, tokens, mask=given).double().log_softmax(-1)
+        before = next_logits(
+            model, tokens, coders=base.coders, keep_error=base.keep_error, mask=given
+        ).double().log_softmax(-1)  # fmt: skip
         after = next_logits(
             model, tokens, changes=changes, positions=how.positions, coders=how.coders, keep_error=how.keep_error,
             control=control, mask=given,
@@ -70,7 +87,8 @@ def steered_effect(
 ) -> Steered:  # fmt: skip
     """What changes do to the next token, with the same measured for each control beside it.
 
-    `matched` are the changes of the control neurons that `matched_neuron` found, if there are any.
+    `matched` are the changes of the control neurons that `matched_neuron` found, if there are any. Where an
+    autoencoder's error is dropped all are measured against its reconstruction, and what that alone does stands beside.
     """
     controls = [("opposite sign", next_token_effect(model, texts, changes, how, Control(kind="opposite")))]
     if matched:
@@ -81,6 +99,7 @@ def steered_effect(
     return Steered(
         changes=tuple(map(str, changes)), effect=next_token_effect(model, texts, changes, how),
         controls=tuple(controls),
+        reconstruction=None if how.keep_error or not how.coders else reconstruction_effect(model, texts, how),
     )  # fmt: skip
 
 

@@ -36,7 +36,11 @@ def subject_of(arch: Architecture, rng: np.random.Generator, *, baseline: bool =
 def by_hand(subject: Subject, layer: int, mask: Tensor, seen: str = "") -> tuple[float, Tensor | None]:
     """log p with the codes of one layer at the baseline where the mask says; and what passes at a tap."""
     model: nn.Module = subject.model
-    change = {subject.places[layer]: lambda code: torch.where(mask, subject.baselines[layer], code)}
+    change = {
+        subject.places[layer]: lambda code: torch.where(
+            mask, subject.baselines[layer], code.view(1, *mask.shape)
+        ).view_as(code)
+    }
     with torch.no_grad(), edit(model, change), capture(model, [seen] if seen else []) as found:
         logits = model(subject.prompt[None])
     logits = logits if isinstance(logits, Tensor) else logits.logits
@@ -121,14 +125,25 @@ def test_edges_are_changes_of_codes_and_shares_are_what_is_left(arch: Architectu
     assert shares["share_lost"] == pytest.approx((subject.full - shares["without"]) / whole)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_circuits_of_hugging_face_models(family: str, rng: np.random.Generator) -> None:
     model = build(family, rng).requires_grad_(False)
     subject = Subject(model, find_places(model, "neurons"), torch.from_numpy(rng.integers(60, size=6)), 7)
-    ranked = rank(subject, CircuitConfig(candidates=20), bar=hidden_bar())
-    node = next(iter(ranked))
-    expected = subject.full - by_hand(subject, node[0], one(subject, *node))[0]
-    assert ranked[node] == pytest.approx(expected, abs=1e-5)
+    config = CircuitConfig(candidates=20, nodes=2, batch=7)
+    ranked = rank(subject, config, bar=hidden_bar())
+    for node in list(ranked)[:3]:
+        expected = subject.full - by_hand(subject, node[0], one(subject, *node))[0]
+        assert ranked[node] == pytest.approx(expected, abs=1e-5)
+    chosen = choose(ranked, config)
+    edge = edges(subject, {node: ranked[node] for node in chosen}, config)[0]
+    _, position, neuron = edge["to"]
+    _, code = by_hand(subject, 0, one(subject, *edge["from"]), subject.places[1])
+    assert code is not None
+    change = float(subject.codes[1][0, position, neuron] - code.view(6, -1)[position, neuron])
+    assert edge["change"] == pytest.approx(change, abs=1e-5)
+    whole = rank(subject, CircuitConfig(method="integrated"), bar=hidden_bar())
+    shares = explained(subject, list(whole), chosen)
+    assert shares["curve"][-1]["log_probability"] == pytest.approx(subject.full, abs=1e-4)
 
 
 @pytest.fixture

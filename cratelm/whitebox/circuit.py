@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cratelm.activations.taps import capture, edit
+from cratelm.activations.taps import Edit, capture, edit
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
 
@@ -71,16 +71,23 @@ class Subject:
 
     def measured(self, rows: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Float[Tensor, " rows"]:
         """m of each copy, with the codes of some layers changed."""
-        with edit(self.model, {self.places[layer]: change for layer, change in changes.items()}):
+        with edit(self.model, self._edits(rows, changes)):
             return self.logits(rows).log_softmax(dim=-1)[:, self.target]
+
+    def _edits(self, rows: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> dict[str, Edit]:
+        """Changes of codes (rows, seq, neurons) as changes of what the taps give."""
+
+        def shaped(change: Callable[[Tensor], Tensor]) -> Edit:
+            return lambda value: change(_batched(rows, value)).view_as(value)
+
+        return {self.places[layer]: shaped(change) for layer, change in changes.items()}
 
     def _codes(
         self, rows: int, changes: Mapping[int, Callable[[Tensor], Tensor]]
     ) -> tuple[Codes, Float[Tensor, "rows vocab"]]:
-        changed = {self.places[layer]: change for layer, change in changes.items()}
-        with edit(self.model, changed), capture(self.model, self.places.values()) as seen:
+        with edit(self.model, self._edits(rows, changes)), capture(self.model, self.places.values()) as seen:
             logits = self.logits(rows)
-        return {layer: seen[place].detach() for layer, place in self.places.items()}, logits
+        return {layer: _batched(rows, seen[place].detach()) for layer, place in self.places.items()}, logits
 
     def ablating(self, nodes: Sequence[Node]) -> dict[int, Callable[[Tensor], Tensor]]:
         """Changes that ablate the i-th node in the i-th copy."""
@@ -107,6 +114,11 @@ class Subject:
                 kept[position, neuron] = True
             changes[layer] = _only(~kept if others else kept, self.baselines[layer])
         return changes
+
+
+def _batched(rows: int, code: Tensor) -> Float[Tensor, "rows seq neurons"]:
+    """A code with a row for each copy; OPT's layers lay the tokens of all rows behind each other."""
+    return code.unflatten(0, (rows, -1)) if code.ndim == 2 else code
 
 
 def _only(kept: Tensor, baseline: Tensor) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from tiny import random_model, tiny_config
 from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
 from cratelm.sae.loading import load_sae
-from cratelm.steering.ablation import Ablation, held_out, mean_change
+from cratelm.steering.ablation import Ablation, HeldOut, held_out, mean_change
 from cratelm.steering.generate import all_logits
 from cratelm.steering.place import Coder, neuron_places
 
@@ -130,8 +130,61 @@ def test_the_beginnings_of_the_first_documents_are_read(rng: np.random.Generator
     assert held_out(tokens, bounds, model, 9).tokens.tolist() == tokens[:9].tolist()
     assert held_out(tokens, bounds, model, 1000).documents.tolist() == [0, 9, 25, 39, 55]
     assert len(held_out(tokens, bounds, model, None).tokens) == 71
+    assert two.real.nonzero()[0].tolist() == [*range(24)]  # the end of the second document, which was cut
+    assert two.sizes.tolist() == [8, 15]
+    assert held_out(tokens, bounds, model, None).real.all()
     with pytest.raises(CrateError, match="1 tokens hold nothing to predict"):
         held_out(tokens[:1], np.array([0, 1]), model, None)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+def test_the_end_of_a_document_that_was_cut_is_not_scored(kind: Any, rng: np.random.Generator) -> None:
+    """Against the losses of the tokens that are there, in the documents as they are."""
+    model = random_model(tiny_config(), rng)
+    tokens, bounds = rng.integers(1, 272, size=71), np.array([0, 9, 30, 44, 71])  # the context is 16
+    tokens[bounds[1:] - 1] = 0
+    text = held_out(tokens, bounds, model, 1000)
+    scored = [*range(1, 24), *range(25, 39), *range(39, 54)]  # all but the first token and the two ends put in
+    found = Ablation(model, text, [0, 1])
+    plain, _ = mean_change(text.by_document(1, found.plain), text.sizes)
+    assert text.sizes.sum() == len(scored)
+    assert float(plain) == pytest.approx(found.plain[np.array(scored) - 1].mean(), rel=1e-9)
+    with torch.no_grad():
+        losses = []
+        for _, inputs, targets in text.batches(1):
+            losses += F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none").tolist()
+    assert float(plain) == pytest.approx(np.mean([losses[one - 1] for one in scored]), rel=1e-5)
+    whole = HeldOut(tokens=text.tokens, documents=text.documents, context=16, real=np.ones(55, dtype=np.bool_))
+    for layer in (0, 1):
+        neurons = rng.choice(64, 3, replace=False).tolist()
+        for alone in (False, True):
+            both = [Ablation(model, one, [0, 1]) for one in (text, whole)]
+            ours, every = (
+                one.each(layer, neurons, kind)[0] if alone else one.together([(layer, neurons[0])], kind)
+                for one in both
+            )
+            single = per_token(model, text, layer, neurons[0], kind, found.means[layer])
+            assert ours.sum() == pytest.approx(single[np.array(scored) - 1].sum(), rel=1e-3, abs=1e-4)
+            assert every.sum() == pytest.approx(single.sum(), rel=1e-3, abs=1e-4)
+
+
+def per_token(model: Any, text: Any, layer: int, neuron: int, kind: str, means: torch.Tensor) -> np.ndarray:
+    """Change of the loss of every predicted token with one neuron out."""
+    place, level = neuron_places(model)[layer], float(means[neuron]) if kind == "mean" else 0.0
+
+    def out(code: torch.Tensor) -> torch.Tensor:
+        code = code.clone()
+        code[..., neuron] = level
+        return code
+
+    change: list[float] = []
+    with torch.no_grad():
+        for _, inputs, targets in text.batches(1):
+            before = F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none")
+            with edit(model, {place.tap: out}):
+                after = F.cross_entropy(all_logits(model, inputs)[0], targets[0], reduction="none")
+            change += (after - before).tolist()
+    return np.array(change)
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean"])

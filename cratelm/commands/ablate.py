@@ -98,10 +98,10 @@ def run(options: Options) -> None:
     with claim(folder):
         layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})
         ablation = Ablation(chosen.model, text, layers, coders=coders)
-        plain, error = mean_change(_by_document(ablation), text.sizes)
+        plain, error = mean_change(text.by_document(1, ablation.plain), text.sizes)
         settings = {
             "model_hash": chosen.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
-            "read": options.tokens, "tokens": len(text.tokens), "documents": len(text.sizes),
+            "read": options.tokens, "tokens": int(text.real.sum()), "documents": len(text.sizes),
             "context": text.context, **own,
         }  # fmt: skip
         loss = {"nats_per_token": float(plain), "standard_error": _finite(float(error))}
@@ -189,13 +189,6 @@ def _check_vocabulary(data: "TokenDirectory", chosen: "Chosen", options: Options
             f"the tokens of {options.data} are of {data.vocab_size} kinds, the model of {options.run} knows {rows}. "
             "Tokenize with the model's own tokenizer"
         )
-
-
-def _by_document(ablation: "Ablation") -> Any:
-    import numpy as np
-
-    owner = ablation.text.owner(1, len(ablation.plain))
-    return np.bincount(owner, ablation.plain, len(ablation.text.sizes))
 
 
 def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) -> None:

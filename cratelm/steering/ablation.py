@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int, Integer
+from jaxtyping import Bool, Float, Float64, Int, Integer
 from torch import Tensor, nn
 
 from cratelm.activations.taps import Edit, capture, edit
@@ -52,13 +52,19 @@ class HeldOut:
     """Where each document starts, and where the last ends."""
     context: int
     """Tokens of a window."""
+    real: Bool[np.ndarray, " stream"]
+    """False for an end that was put where a document was cut: it is read, but no text has it there, so its loss does
+    not count."""
 
     @property
     def sizes(self) -> Float64[np.ndarray, " documents"]:
-        """Predicted tokens of each document; the first of the stream is predicted by nothing."""
-        sizes = np.diff(self.documents).astype(np.float64)
-        sizes[0] -= 1
-        return sizes
+        """Predicted tokens of each document that count; the first of the stream is predicted by nothing."""
+        return self.by_document(1, np.ones(len(self.tokens) - 1))
+
+    def by_document(self, first: int, values: Float64[np.ndarray, " predicted"]) -> Float64[np.ndarray, " documents"]:
+        """Sums over each document's tokens that count, of a number of every predicted token from index `first` on."""
+        counted = np.where(self.real[first : first + len(values)], values, 0.0)
+        return np.bincount(self.owner(first, len(values)), counted, len(self.documents) - 1)
 
     def owner(self, first: int, count: int) -> Int[np.ndarray, " predicted"]:
         """The document of each predicted token from index `first` on."""
@@ -82,9 +88,11 @@ def held_out(
     """All tokens, or with a `limit` the beginnings of documents that hold about so many: many documents, few of each.
 
     Of each document at most a context is read, with its last token (the end of the text) behind it, so that a standard
-    error over documents means something. At least two tokens are needed.
+    error over documents means something. Where that cuts a document short its end is read and not predicted. At least
+    two tokens are needed.
     """
     context = min(context_length(unwrapped(model)) or 1024, 1024)
+    real = np.ones(len(tokens), dtype=np.bool_)
     if limit is not None:
         lengths = np.minimum(np.diff(documents), context)
         count = min(int(np.searchsorted(lengths.cumsum(), limit)) + 1, len(lengths))
@@ -92,10 +100,13 @@ def held_out(
         for start, end, length in zip(documents[:count], documents[1 : count + 1], lengths[:count], strict=True):
             pieces += [tokens[start : start + length - 1], tokens[end - 1 : end]]
         tokens = np.concatenate(pieces)
+        cut = np.diff(documents)[:count] > context
         documents = np.concatenate([[0], lengths[:count].cumsum()])
+        real = np.ones(len(tokens), dtype=np.bool_)
+        real[documents[1:][cut] - 1] = False
     if len(tokens) < 2:
         raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Tokenize more text")
-    return HeldOut(tokens=tokens, documents=documents, context=context)
+    return HeldOut(tokens=tokens, documents=documents, context=context, real=real)
 
 
 @dataclass
@@ -191,9 +202,8 @@ class Ablation:
             else:
                 x = seen[block] if resumed else None
                 change = self._rerun(place, x, inputs, targets, delta, index, level)
-            owner = self.text.owner(first, targets.numel())
             for row, one in enumerate(change.reshape(len(index), -1).double().cpu().numpy()):
-                total[row, owner[0] : owner[-1] + 1] += np.bincount(owner - owner[0], one)
+                total[row] += self.text.by_document(first, one)
         return total
 
     def _features(self, inputs: Tensor) -> None:
@@ -290,8 +300,7 @@ class Ablation:
             with edit(self.model, edits):
                 losses = self._losses(inputs, targets).flatten().double().cpu().numpy()
             check_finite(torch.from_numpy(losses)[None], ())
-            owner = self.text.owner(first, len(losses))
-            total += np.bincount(owner, losses - self.plain[first - 1 : first - 1 + len(losses)], len(total))
+            total += self.text.by_document(first, losses - self.plain[first - 1 : first - 1 + len(losses)])
         return total
 
 

@@ -1,31 +1,25 @@
 """The white-box view: coding rates, sparse coding and dictionaries against hand-computed cases and brute force."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from synthetic import make_run
-from tiny import hidden_bar, make_tokens, random_model, short_training, tiny_config, train_quietly
+from tiny import hidden_bar, random_model, tiny_config
 from torch import Tensor
 
-from cratelm.cli import main
-from cratelm.commands.measurements import measurements
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.language_model import LanguageModel
-from cratelm.report.whitebox import open_views, whitebox_tables
-from cratelm.report.whitebox_plots import PANELS, whitebox_figures
-from cratelm.rundir import write_json
+from cratelm.report.whitebox import objective_share
 from cratelm.whitebox.coding_rate import (
     check_tokens,
     coding_rate,
     normalised_rate,
     orthonormal,
     projections,
+    sparse_objective,
     subspace_rate,
     tokens_needed,
 )
@@ -67,6 +61,23 @@ def test_coding_rates_of_orthogonal_tokens_by_hand() -> None:
     assert coding_rate(twice, epsilon=0.5).tolist() == pytest.approx([math.log(1 + 5 * 18 / (4 * 0.25))])
 
 
+def test_the_rate_reduction_and_the_sparse_objective_by_hand() -> None:
+    """Two tokens along the first two axes of four, each in a subspace of its own, or both in two that overlap."""
+    z, weight = 3.0 * torch.eye(2, 4).double()[None], 9 / (2 * 0.25)
+    rate = coding_rate(z, epsilon=0.5)
+    assert rate.tolist() == pytest.approx([math.log(1 + 4 * weight)])
+    apart = 7.0 * torch.eye(4).double()[[0, 2, 1, 3]].view(2, 2, 4)  # axes 0 and 2, axes 1 and 3
+    reduction = rate - subspace_rate(z, orthonormal(apart), epsilon=0.5)
+    by_hand = math.log(1 + 4 * weight) - math.log(1 + 2 * weight)
+    assert reduction.tolist() == pytest.approx([by_hand])
+    same = torch.eye(4).double()[[0, 1, 0, 1]].view(2, 2, 4)
+    assert float(rate - subspace_rate(z, orthonormal(same), epsilon=0.5)) < 0  # counted twice
+    code = torch.tensor([[[0.0, 2, 0], [1, 0, 3]]])
+    assert sparse_objective(reduction, code, torch.tensor([0.1])).tolist() == pytest.approx([by_hand - 0.3])
+    own = torch.tensor([0.1, 0.2, 0.4])
+    assert sparse_objective(reduction, code, own).tolist() == pytest.approx([by_hand - 0.7])
+
+
 @pytest.mark.parametrize("tokens", [3, 8, 20])
 def test_rates_are_the_formulas_by_brute_force_with_either_gram_matrix(tokens: int, rng: np.random.Generator) -> None:
     z = torch.from_numpy(rng.normal(size=(4, tokens, 8)))
@@ -90,6 +101,13 @@ def test_rates_are_the_formulas_by_brute_force_with_either_gram_matrix(tokens: i
     small, large = 0.3 * heads, 7.0 * heads
     assert torch.allclose(subspace_rate(z, orthonormal(small)), subspace_rate(z, orthonormal(large)))
     assert torch.allclose(normalised_rate(projections(z, small)), normalised_rate(projections(z, large)))
+
+
+def test_activations_without_a_rate_are_refused(rng: np.random.Generator) -> None:
+    z = torch.from_numpy(rng.normal(size=(2, 9, 5)))
+    for wrong in (torch.full_like(z, torch.nan), 1e200 * z):
+        with pytest.raises(CrateError, match="a coding rate has no number"):
+            coding_rate(wrong)
 
 
 def test_a_rate_in_float32_would_not_have_the_digits(rng: np.random.Generator) -> None:
@@ -212,6 +230,19 @@ def test_a_layers_measurements_are_what_its_modules_give(
         heads = weight.unflatten(0, (2, 8))
         expected = subspace_rate(seen["normed"] + seen["attended"], heads)
         assert layer["subspace_rate"]["after"][name]["mean"] == pytest.approx(float(expected.mean()))
+        reductions = [
+            coding_rate(z) - subspace_rate(z, orthonormal(heads))
+            for z in (seen["normed"], seen["normed"] + seen["attended"])
+        ]
+        change = reductions[1] - reductions[0]
+        for when, values in (("before", reductions[0]), ("after", reductions[1]), ("change", change)):
+            expected = {"mean": float(values.mean()), "deviation": float(values.std())}
+            assert layer["rate_reduction"][when][name] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        active = layer["active"][max(layer["active"], key=int)]["mean"] * 16 * model.config.num_neurons
+        penalty = layer.get("penalty", 0.1)
+        if "learned_penalty" not in changes:
+            wanted = float(reductions[1].mean()) - penalty * active
+            assert layer["sparse_objective"][name]["mean"] == pytest.approx(wanted, rel=1e-5)
         unit = normalised_rate(projections(seen["normed"], heads))
         assert layer["normalised_rate"]["before"][name]["mean"] == pytest.approx(float(unit.mean()), rel=1e-5)
     if arch == "crate":
@@ -219,6 +250,11 @@ def test_a_layers_measurements_are_what_its_modules_give(
             codes = codes_by_step(block.ista, seen["coded"].flatten(0, 1))
         values = objective(seen["coded"].flatten(0, 1), block.ista.atoms, penalties(block.ista), codes[-1])
         last = str(len(codes) - 1)
+        zero = 0.5 * float(seen["coded"].double().square().sum(-1).mean())
+        assert layer["objective_at_zero"]["mean"] == pytest.approx(zero, rel=1e-5)
+        assert (layer["objective"]["0"] == layer["objective_at_zero"]) == (changes.get("dictionary") != "complete")
+        shares = dict(summary(layer))["objective"], objective_share(layer, last)
+        assert shares == pytest.approx((float(values.mean()) / zero, 100 * float(values.mean()) / zero), rel=1e-4)
         assert layer["objective"][last]["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
         assert layer["active"][last]["mean"] == pytest.approx(float((codes[-1] != 0).float().mean()), abs=1e-3)
         assert layer["dead"] == pytest.approx(float((codes[-1] == 0).all(0).float().mean()), abs=0.02)
@@ -238,100 +274,3 @@ def test_steps_of_a_stable_size_lower_the_objective_and_come_nearer_with_each(rn
     values = [layer["objective"][str(step)]["mean"] for step in range(5)]
     assert values == sorted(values, reverse=True)
     assert 0 < layer["converged"] < 1
-
-
-@pytest.fixture
-def runs(tmp_path: Path, rng: np.random.Generator) -> tuple[list[Path], Path]:
-    """A trained CRATE with measurements along the way, its control, and a GPT-2."""
-    data = make_tokens(tmp_path / "tokens", rng, documents=300)
-    made = []
-    for arch in get_args(Architecture):
-        run = tmp_path / f"{arch}-2l"
-        config = tiny_config(arch, vocab_size=data.vocab_size)
-        training = short_training(measure_every=6)
-        train_quietly(training, config, data, run, measurements=measurements(("whitebox",), data, run))
-        made.append(run)
-    from cratelm.training.train import write_control
-
-    write_control(made[0], tmp_path / "crate-2l-random")
-    return [*made, tmp_path / "crate-2l-random"], data.path
-
-
-def test_the_command_writes_measurements_tables_and_figures(
-    runs: tuple[list[Path], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, data = runs
-    monkeypatch.setenv("COLUMNS", "80")
-    arguments = [*map(str, found), "--data", str(data), "--device", "cpu", "--tokens", "256"]
-    assert main(["whitebox", *arguments]) == 0
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines()[:-1])) <= 80
-    assert "CRATE-2L" in out
-    report = found[0].parent / "report"
-    names = {path.name for path in report.iterdir()}
-    tables = ("compression", "sparsification", "dictionary")
-    assert names == {
-        *(f"whitebox_{table}.{suffix}" for table in tables for suffix in ("md", "csv", "tex")),
-        *(f"{figure}.{suffix}" for figure in ("whitebox", "whitebox_training") for suffix in ("svg", "png")),
-    }
-    written = json.loads((found[0] / "whitebox.json").read_text())
-    assert (written["tokens"], written["tokens_per_set"], written["split"]) == (256, 16, "val")
-    assert written["origin"]["command"]
-    assert written["data_hash"] == json.loads((data / "tokens.json").read_text())["splits"]["val"]["sha256"]
-    views = open_views(found)
-    assert [view.of for view in views] == [None, None, "crate-2l"]
-    # Along the training: step 0, 6 and 12, of both layers, and the first point is the control's own measurement.
-    tokens, values = views[0].curves["layer_1.active"]
-    assert tokens == (0, 384, 768)
-    assert "layer_1.stability" not in views[1].curves
-    assert values[0] == pytest.approx(dict(summary(views[2].layers[1]))["active"], abs=0.05)
-    compression, _, dictionary = whitebox_tables(views)
-    assert len(compression.rows) == 6
-    assert len(dictionary.rows) == 4
-    figure = whitebox_figures(views)["whitebox"]
-    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    assert list(panels) == [panel.title for panel in PANELS]
-    drawn = np.array([line.get_ydata() for line in panels["Active neurons"].lines])
-    expected = [[100 * dict(summary(layer))["active"] for layer in view.layers] for view in views]
-    assert np.allclose(drawn, expected)
-
-
-def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.random.Generator) -> None:
-    run = make_run(tmp_path / "crate-2l", rng)
-    assert main(["interpret", str(run)]) == 0
-    model = random_model(tiny_config(), rng)
-    found = measure(model, rng.integers(272, size=64).astype(np.uint16), MeasureConfig(), bar=hidden_bar())
-    write_json(run / "whitebox.json", found)
-    assert main(["report", str(run)]) == 0
-    page = (run / "report" / "report.html").read_text()
-    assert "White-box view: compression by attention" in page
-    assert 'class="figure-whitebox"' in page
-    assert (run / "report" / "whitebox_dictionary.tex").exists()
-    assert (run / "report" / "whitebox.svg").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--tokens", "15"], "15 tokens are too few for a coding rate: the model is 16 wide, so a set needs 16 tokens"),
-        (["--tokens", "0"], "--tokens is '0'"),
-        (["--epsilon", "0"], "--epsilon must be above 0"),
-        (["--split", "nothing"], "nothing"),
-    ],
-)
-def test_mistakes_get_one_line_and_leave_nothing(
-    arguments: list[str], said: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cratelm.data.tokenizer import load_tokenizer
-    from cratelm.model.weights import save_model
-
-    data = make_tokens(tmp_path / "tokens", rng)
-    run = tmp_path / "run"
-    model = random_model(tiny_config(vocab_size=data.vocab_size), rng)
-    save_model(model, run / "model", load_tokenizer(data.path))
-    capsys.readouterr()
-    assert main(["whitebox", str(run), "--data", str(data.path), "--device", "cpu", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert said in err
-    assert not (run / "whitebox.json").exists()

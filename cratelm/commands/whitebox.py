@@ -9,10 +9,11 @@ GPT-2 has the first two. Written to whitebox.json in each run, with tables and f
 `cratelm report` shows them too; along a training with `cratelm train --measure whitebox`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -57,11 +58,15 @@ def run(options: Options) -> None:
     from cratelm.report.tables import write_tables
     from cratelm.report.whitebox import open_views, whitebox_tables
     from cratelm.report.whitebox_plots import whitebox_figures
+    from cratelm.whitebox.coding_rate import EPSILON_RANGE
 
     if not options.runs:
         raise CrateError("no run directory was named. Run: cratelm whitebox RUN --data DIR")
-    if options.epsilon <= 0 or options.tolerance < 0:
-        raise CrateError("--epsilon must be above 0, --tolerance 0 or more")
+    least, most = EPSILON_RANGE
+    if not least <= options.epsilon <= most:
+        raise CrateError(f"--epsilon is {options.epsilon:g}, it must be between {least:g} and {most:g}")
+    if not 0 <= options.tolerance < math.inf:
+        raise CrateError(f"--tolerance is {options.tolerance:g}, it must be a number, 0 or more")
     count = read_count(options.tokens)
     for one in options.runs:
         whitebox_run(one, options, count)
@@ -114,24 +119,41 @@ def show(tables: "tuple[Table, ...]") -> None:
         console.print(Text(table.caption.removeprefix("White-box view: ").capitalize(), style="bold"))
         shown = [column for column in table.columns if column.title not in ("Tokens per set", "Sets")]
         rows = [[written(cell, column.style) for cell, column in zip(row, shown, strict=False)] for row in table.rows]
-        needed = sum(
-            1 + max(map(len, [*column.heading.split(), *(row[i] for row in rows)]))
-            for i, column in enumerate(shown[1:], 1)
-        )
-        if needed + 10 > console.width:
+        widths = _column_widths([column.heading for column in shown], rows, console.width)
+        if widths is None:
             _show_lines(console, [column.heading for column in shown], rows)
             continue
         grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-        for i, column in enumerate(shown):
-            text = column.style == "text"
-            grid.add_column(
-                Text(column.heading), justify="left" if text else "right", overflow="fold",
-                min_width=None if i == 0 else max(len(row[i]) for row in rows),
-            )  # fmt: skip
+        for column, width in zip(shown, widths, strict=True):
+            side: Literal["left", "right"] = "left" if column.style == "text" else "right"
+            grid.add_column(Text(column.heading), justify=side, width=width)
         for row, before in zip(rows, [None, *rows], strict=False):
             grid.add_row(*map(Text, ["" if before and before[0] == row[0] else row[0], *row[1:]]))
         console.print(grid)
         console.print()
+
+
+def _column_widths(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """Widths at which no word of a heading or a name breaks, and no number; None where there is no room for that.
+
+    What is left goes to the names first, then to the headings that wrap most.
+    """
+    columns = list(zip(*rows, strict=True)) or [()] * len(headings)
+    words = [[*heading.split(), *cells] for heading, cells in zip(headings, columns, strict=True)]
+    words[0] = [word for text in words[0] for word in text.split()]
+    found = [max(map(len, one)) for one in words]
+    free = width - sum(found) - (len(found) - 1)
+    if free < 0:
+        return None
+    longest = max(map(len, (headings[0], *columns[0])))
+    wider = min(free, longest - found[0])
+    found[0] += wider
+    for _ in range(free - wider):
+        needs = [len(heading) / size for heading, size in zip(headings, found, strict=True)]
+        if max(needs) <= 1:
+            break
+        found[needs.index(max(needs))] += 1
+    return found
 
 
 def _show_lines(console: "Console", headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

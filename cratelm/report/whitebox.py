@@ -86,6 +86,23 @@ def shown_rate(layer: Mapping[str, Any], kind: str, when: str) -> float:
     return float(next(rates[name] for name in SHOWN if name in rates)["mean"])
 
 
+def maybe_rate(layer: Mapping[str, Any], *path: str) -> float | None:
+    """The mean of a number of the heads at such a path, by the projection that is shown; None in files without it."""
+    rates: Any = layer
+    for step in path:
+        rates = rates.get(step, {})
+    return next((float(rates[name]["mean"]) for name in SHOWN if name in rates), None)
+
+
+def objective_share(layer: Mapping[str, Any], step: str) -> float | None:
+    """The LASSO objective after a step over that of a code of zeros, in %; of what it begins from in older files."""
+    found = layer.get("objective", {})
+    if step not in found:
+        return None
+    zero = layer.get("objective_at_zero", found["0"])["mean"]
+    return 100 * float(found[step]["mean"]) / float(zero) if zero else None
+
+
 def whitebox_tables(views: Sequence[View]) -> tuple[Table, ...]:
     """Compression, sparsification and dictionary: a row per model and layer."""
     measured = [view for view in views if view.found]
@@ -99,6 +116,8 @@ def _compression(views: Sequence[View]) -> Table:
     columns = (
         Column("Model"), Column("Layer", "count"), Column("R before", "0.1", "nats"), Column("R after", "0.1", "nats"),
         Column("Rᶜ before", "0.1", "nats"), Column("Rᶜ after", "0.1", "nats"),
+        Column("ΔR before", "0.1", "nats"), Column("ΔR after", "0.1", "nats"), Column("ΔR change", "0.1", "nats"),
+        Column("Sparse objective", "0.1", "nats"),
         Column("Unit Rᶜ before", "0.1", "nats"), Column("Unit Rᶜ after", "0.1", "nats"),
         Column("Tokens per set", "count"), Column("Sets", "count"),
     )  # fmt: skip
@@ -106,6 +125,8 @@ def _compression(views: Sequence[View]) -> Table:
         (
             view.title, layer["layer"], layer["rate"]["before"]["mean"], layer["rate"]["after"]["mean"],
             shown_rate(layer, "orthonormal_rate", "before"), shown_rate(layer, "orthonormal_rate", "after"),
+            *(maybe_rate(layer, "rate_reduction", when) for when in ("before", "after", "change")),
+            maybe_rate(layer, "sparse_objective"),
             shown_rate(layer, "normalised_rate", "before"), shown_rate(layer, "normalised_rate", "after"),
             view.found["tokens_per_set"], view.found["sets"],
         )
@@ -116,8 +137,11 @@ def _compression(views: Sequence[View]) -> Table:
         rows=tuple(rows), notes=(
             "Coding rates of sets of tokens before attention (the normalised input of a layer) and after it (the same "
             "plus what attention adds), so that both are on one scale. R is of the whole, Rᶜ summed over the heads' "
-            "subspaces with orthonormal bases; unit Rᶜ has each token's projection to each head at unit length, as in "
-            "the released code for CRATE's figures. Of GPT-2 the subspaces are those of the values.",
+            "subspaces with orthonormal bases; ΔR = R - Rᶜ is the rate reduction, below 0 where subspaces overlap and "
+            "Rᶜ counts what they share more than once. The sparse objective is ΔR after attention - lambda ||A||_0, "
+            "with A the codes of all tokens of a set, lambda the model's penalty, or 0.1 for GPT-2. Unit Rᶜ has each "
+            "token's projection to each head at unit length, as in the released code for CRATE's figures. Of GPT-2 the "
+            "subspaces are those of the values.",
         ),
     )  # fmt: skip
 
@@ -128,7 +152,7 @@ def _sparsification(views: Sequence[View]) -> Table:
     columns = (
         Column("Model"), Column("Layer", "count"), *(Column(f"Active {name}".strip(), "0.1", "%") for name in named),
         Column("Hoyer", "0.01"), Column("Dead", "0.1", "%"),
-        *(Column(f"Objective {name}".strip(), "0.1", "% of start") for name in named),
+        *(Column(f"Objective {name}".strip(), "0.1", "% of a = 0") for name in named),
         Column("Of possible decrease", "0.1", "%"), Column("Error", "0.01"),
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
@@ -137,10 +161,9 @@ def _sparsification(views: Sequence[View]) -> Table:
         if len(layer["active"]) == 1:  # of GPT-2 the one there is stands in the last column
             active = [None] * (steps - 1) + active[:1]
         last = max(layer["hoyer"], key=int)
-        objective = [layer.get("objective", {}).get(str(step), {}).get("mean") for step in range(steps + 1)]
         rows.append((
             view.title, layer["layer"], *(_percent(value) for value in active), layer["hoyer"][last]["mean"],
-            _percent(layer["dead"]), *(_ratio(value, objective[0]) for value in objective[1:]),
+            _percent(layer["dead"]), *(objective_share(layer, str(step)) for step in range(1, steps + 1)),
             _percent(layer.get("converged")), layer.get("reconstruction_error", {}).get(last, {}).get("mean"),
         ))  # fmt: skip
     return Table(
@@ -148,7 +171,8 @@ def _sparsification(views: Sequence[View]) -> Table:
         notes=(
             "Active is the share of neurons that are not exactly 0, a mean over tokens; dead are those never active on "
             "the tokens measured. The objective is 1/2 ||x - D a||^2 + lambda ||a||_1 after each ISTA step, relative "
-            "to its value before the first; the possible decrease is what an unlimited number of steps comes to. "
+            "to its value at a = 0 (where all but complete dictionaries begin); the possible decrease is what an "
+            "unlimited number of steps comes to. "
             "Error is ||x - D a|| / ||x||.",
         ),
     )  # fmt: skip
@@ -186,7 +210,3 @@ def _layers(views: Sequence[View]) -> Iterator[tuple[View, Mapping[str, Any]]]:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-def _ratio(value: float | None, of: float | None) -> float | None:
-    return None if value is None or not of else 100 * value / of

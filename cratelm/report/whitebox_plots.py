@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from cratelm.report.plots import FAINT, INK, RANDOM_INIT, STYLE, Look, handle, looks
-from cratelm.report.whitebox import View, shown_rate
+from cratelm.report.whitebox import View, maybe_rate, objective_share
 from cratelm.runtime import human
 
 Quantity = Callable[[Mapping[str, Any]], float | None]
@@ -48,12 +48,14 @@ def _of_dictionary(name: str) -> Quantity:
 
 def _objective(step: int | None) -> Quantity:
     def read(layer: Mapping[str, Any]) -> float | None:
-        if "objective" not in layer:
-            return None
-        found = layer["objective"]
-        return 100 * float(found[str(step) if step else max(found, key=int)]["mean"] / found["0"]["mean"])
+        steps = layer.get("objective")
+        return None if steps is None else objective_share(layer, str(step) if step else max(steps, key=int))
 
     return read
+
+
+def _rate(*path: str) -> Quantity:
+    return lambda layer: maybe_rate(layer, *path)
 
 
 def _share(name: str) -> Quantity:
@@ -67,13 +69,18 @@ def _share(name: str) -> Quantity:
 PANELS = (
     Panel(title="R, all tokens", unit="nats", first=lambda layer: float(layer["rate"]["before"]["mean"]),
           second=lambda layer: float(layer["rate"]["after"]["mean"]), curve="rate"),
-    Panel(title="Rᶜ, normalised", unit="nats", first=lambda layer: shown_rate(layer, "normalised_rate", "before"),
-          second=lambda layer: shown_rate(layer, "normalised_rate", "after"), curve="subspace_rate_before",
-          second_curve="subspace_rate_after"),
+    Panel(title="Rᶜ, orthonormal bases", unit="nats", first=_rate("orthonormal_rate", "before"),
+          second=_rate("orthonormal_rate", "after"), curve="orthonormal_rate_before",
+          second_curve="orthonormal_rate_after"),
+    Panel(title="Rate reduction ΔR = R - Rᶜ", unit="nats", first=_rate("rate_reduction", "before"),
+          second=_rate("rate_reduction", "after"), curve="rate_reduction_before", second_curve="rate_reduction_after"),
+    Panel(title="Unit Rᶜ", unit="nats, not those of R", first=_rate("normalised_rate", "before"),
+          second=_rate("normalised_rate", "after"), curve="subspace_rate_before", second_curve="subspace_rate_after"),
+    Panel(title="Objective ΔR - λ‖A‖₀", unit="nats", first=_rate("sparse_objective"), curve="sparse_objective"),
     Panel(title="Active neurons", unit="%", first=_share("active"), curve="active"),
     Panel(title="Hoyer sparseness", unit="0 flat, 1 one neuron", first=lambda layer: _last(layer, "hoyer"),
           curve="hoyer"),
-    Panel(title="LASSO objective", unit="% of start", first=_objective(None), second=_objective(1), curve="objective"),
+    Panel(title="LASSO objective", unit="% of a = 0", first=_objective(None), second=_objective(1), curve="objective"),
     Panel(title="Reconstruction error", unit="of the input's length",
           first=lambda layer: _last(layer, "reconstruction_error"), curve="reconstruction_error"),
     Panel(title="Step size × ‖D‖²", unit="unstable above 2", first=_of_dictionary("stability"), line=2.0,
@@ -133,9 +140,9 @@ def over_training(views: Sequence[View]) -> Figure:
 
 
 def _grid() -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(9.4, 8.2), layout="constrained")
+    figure = Figure(figsize=(9.4, 10.8), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(3, 3).flat)
+    return figure, list(figure.subplots(4, 3).flat)
 
 
 def _dress(axes: Axes, panel: Panel) -> None:

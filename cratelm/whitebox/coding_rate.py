@@ -4,8 +4,10 @@
     R^c(Z; U) = sum_k 1/2 logdet( I + p / (N eps^2) (U_k Z)^T (U_k Z) )          U_k: projection of head k to width p
 
 Sparse rate reduction is max R - R^c - lambda ||Z||_0 (arXiv 2306.01129): MSSA is derived as a step that makes R^c
-smaller. The Gram matrix is the smaller of the two, which has the same determinant; everything is float64 and by
-Cholesky, since in float32 the determinant of a thousand dimensions loses its digits.
+smaller. R - R^c needs orthonormal bases in the place of U, for both to be in the same units; it is still below 0 where
+subspaces overlap, since R^c counts what lies in several of them once for each. The Gram matrix is the smaller of the
+two, which has the same determinant; everything is float64 and by Cholesky, since in float32 the determinant of a
+thousand dimensions loses its digits.
 """
 
 import torch
@@ -18,6 +20,8 @@ Rates = Float[Tensor, " sets"]
 
 EPSILON = 0.1
 """Precision; its square is the 0.01 of the released code for CRATE's figures."""
+EPSILON_RANGE = (1e-6, 1e6)
+"""Beyond, the identity in the determinant is lost to rounding, or nothing else is left of it."""
 
 
 def coding_rate(z: Float[Tensor, "sets tokens width"], *, epsilon: float = EPSILON) -> Rates:
@@ -54,6 +58,13 @@ def orthonormal(subspaces: Float[Tensor, "heads p d_model"]) -> Float[Tensor, "h
     return torch.linalg.qr(subspaces.double().mT).Q.mT
 
 
+def sparse_objective(
+    reduction: Rates, code: Float[Tensor, "sets tokens neurons"], penalty: Float[Tensor, " #neurons"]
+) -> Rates:
+    """R - R^c - lambda ||A||_0 of each set, in nats, from its rate reduction and the codes of its tokens."""
+    return reduction - ((code != 0) * penalty.double().to(code.device)).sum(dim=(1, 2)).to(reduction)
+
+
 def tokens_needed(width: int, context: int) -> int:
     """Tokens of a set: whole contexts, at least as many tokens as the model is wide.
 
@@ -81,5 +92,10 @@ def _half_log_det(z: Float[Tensor, "sets tokens width"], weight: float) -> Rates
     wide = z.double()
     gram = wide @ wide.mT if z.shape[1] < z.shape[2] else wide.mT @ wide
     identity = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
-    factor = torch.linalg.cholesky(identity + weight * gram)
+    factor, failed = torch.linalg.cholesky_ex(identity + weight * gram)
+    if bool(failed.any()) or not bool(factor.isfinite().all()):
+        raise CrateError(
+            "a coding rate has no number: activations are not finite, or so large that the precision is lost in them. "
+            "Give a larger --epsilon, or train anew if the loss is not finite either"
+        )
     return factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)

@@ -22,6 +22,7 @@ from cratelm.whitebox.coding_rate import (
     normalised_rate,
     orthonormal,
     projections,
+    sparse_objective,
     subspace_rate,
     tokens_needed,
 )
@@ -38,6 +39,8 @@ from cratelm.whitebox.sparse_coding import (
 from cratelm.whitebox.wiring import own_subspaces
 
 _PASS_TOKENS = 4096  # of a forward pass, or one set if that is more
+PENALTY = 0.1
+"""lambda of the sparse objective for a model that has none: CRATE's own, so that both can be compared."""
 CONVERGED_TOKENS = 256
 """Tokens on which the objective is followed until it converges."""
 
@@ -112,27 +115,38 @@ class _Layer:
     def see(self, seen: Mapping[str, Float[Tensor, "tokens width"]], sets: int) -> None:
         """Take in some sets, one after the other."""
         self.sets = sets
-        before = seen[self.normed]
-        self._see_rates("before", before)
-        self._see_rates("after", before + seen[self.attended])
-        code = seen[self.neurons]
+        normed, code = seen[self.normed], seen[self.neurons]
+        before = self._see_rates("before", normed)
+        after = self._see_rates("after", normed + seen[self.attended])
+        penalty = torch.tensor([PENALTY]) if self.ista is None else penalties(self.ista)
+        for name in after:
+            self._note(self.rates, f"rate_reduction.change.{name}", after[name] - before[name])
+            whole = sparse_objective(after[name], code.unflatten(0, (sets, -1)), penalty)
+            self._note(self.rates, f"sparse_objective.{name}", whole)
         self.fired |= (code != 0).any(dim=0)
         if self.ista is None:
             self._see_code(1, code)
         else:
             self._see_steps(self.ista, seen[self.coded])
 
-    def _see_rates(self, when: str, z: Float[Tensor, "tokens d_model"]) -> None:
-        """Rates of the tokens, always by the normalisation that stands before the attention."""
+    def _see_rates(self, when: str, z: Float[Tensor, "tokens d_model"]) -> dict[str, Float[Tensor, " sets"]]:
+        """Rates of the tokens, always by the normalisation that stands before the attention.
+
+        Gives the rate reduction of each set, by the projection of the heads.
+        """
         one, epsilon = z.unflatten(0, (self.sets, -1)).cpu(), self.config.epsilon
-        self._note(self.rates, f"rate.{when}", coding_rate(one, epsilon=epsilon))
+        rate, reductions = coding_rate(one, epsilon=epsilon), {}
+        self._note(self.rates, f"rate.{when}", rate)
         for name, heads in self.subspaces.items():
             heads = heads.cpu()
             self._note(self.rates, f"subspace_rate.{when}.{name}", subspace_rate(one, heads, epsilon=epsilon))
             turned = subspace_rate(one, orthonormal(heads), epsilon=epsilon)
             self._note(self.rates, f"orthonormal_rate.{when}.{name}", turned)
+            reductions[name] = rate - turned
+            self._note(self.rates, f"rate_reduction.{when}.{name}", reductions[name])
             unit = normalised_rate(projections(one, heads), epsilon=epsilon)
             self._note(self.rates, f"normalised_rate.{when}.{name}", unit)
+        return reductions
 
     def _see_code(self, step: int, code: Float[Tensor, "tokens neurons"]) -> None:
         self._note(self.values, f"active.{step}", (code != 0).double().mean(dim=1))
@@ -143,6 +157,8 @@ class _Layer:
 
     def _see_steps(self, ista: Any, x: Float[Tensor, "tokens d_model"]) -> None:
         codes, penalty = codes_by_step(ista, x), penalties(ista)
+        zero = objective(x, ista.atoms, penalty, torch.zeros_like(codes[-1]))
+        self._note(self.values, "objective_at_zero", zero)
         for step, code in enumerate(codes):
             self._note(self.values, f"objective.{step}", objective(x, ista.atoms, penalty, code))
             self._note(self.values, f"reconstruction_error.{step}", reconstruction_error(x, ista.atoms, code))
@@ -153,10 +169,8 @@ class _Layer:
         if self.config.converged and self.converged is None:
             some = x[:CONVERGED_TOKENS]
             least = least_objective(some, ista.atoms, penalty).sum()
-            zero, last = (
-                objective(some, ista.atoms, penalty, code[: len(some)]).sum() for code in (codes[0], codes[-1])
-            )
-            self.converged = float((zero - last) / (zero - least).clamp(min=1e-12))
+            start, last = zero[: len(some)].sum(), objective(some, ista.atoms, penalty, codes[-1][: len(some)]).sum()
+            self.converged = float((start - last) / (start - least).clamp(min=1e-12))
 
     def _note(self, where: dict[str, list[float]], name: str, values: Tensor) -> None:
         """Keep the mean over each set."""
@@ -170,8 +184,11 @@ class _Layer:
             place = nested.setdefault(kind, {}).setdefault(when, {}) if projection else nested.setdefault(kind, {})
             place[projection[0] if projection else when] = _estimate(values)
         for name, values in self.values.items():
-            kind, step = name.split(".")
-            nested.setdefault(kind, {})[step] = _estimate(values)
+            kind, _, step = name.partition(".")
+            if step:
+                nested.setdefault(kind, {})[step] = _estimate(values)
+            else:
+                nested[kind] = _estimate(values)
         nested["dead"] = float((~self.fired).double().mean())
         if self.ista is not None:
             nested |= {"converged": self.converged, "penalty": float(penalties(self.ista).mean())}
@@ -191,6 +208,10 @@ def summary(layer: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     name = next(iter(layer["normalised_rate"]["before"]))
     name = "value" if "value" in layer["normalised_rate"]["before"] else name
     yield "rate", layer["rate"]["before"]["mean"]
+    for when in ("before", "after"):
+        yield f"orthonormal_rate_{when}", layer["orthonormal_rate"][when][name]["mean"]
+        yield f"rate_reduction_{when}", layer["rate_reduction"][when][name]["mean"]
+    yield "sparse_objective", layer["sparse_objective"][name]["mean"]
     yield "subspace_rate_before", layer["normalised_rate"]["before"][name]["mean"]
     yield "subspace_rate_after", layer["normalised_rate"]["after"][name]["mean"]
     last = max(layer["active"], key=int)
@@ -198,7 +219,7 @@ def summary(layer: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     yield "hoyer", layer["hoyer"][last]["mean"]
     yield "dead", layer["dead"]
     if "dictionary" in layer:
-        yield "objective", layer["objective"][last]["mean"] / layer["objective"]["0"]["mean"]
+        yield "objective", layer["objective"][last]["mean"] / layer["objective_at_zero"]["mean"]
         yield "reconstruction_error", layer["reconstruction_error"][last]["mean"]
         yield "stability", max(layer["dictionary"]["stability"])
         yield "coherence", layer["dictionary"]["coherence"]

@@ -143,6 +143,8 @@ def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
     """The command's `Options` from its flags. What tyro says about a mistake in a box becomes one line."""
     import tyro
 
+    from cratelm.commands.counts import registry
+
     if {"-h", "--help"} & set(arguments):
         print(wrapped(module.__doc__ or "", shutil.get_terminal_size().columns), end="\n\n")
         arguments = ["--help"]
@@ -155,6 +157,7 @@ def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
                 description="",
                 args=arguments,
                 config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff),
+                registry=registry(),
             )
     except SystemExit as stop:
         if stop.code == 2 and (line := first_paragraph(said.getvalue())):

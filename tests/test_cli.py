@@ -52,6 +52,38 @@ def test_a_command_gets_its_options_from_the_flags(report_runs: Any) -> None:
     assert got == [Options(steps=7, arch="gpt2")]
 
 
+@pytest.mark.parametrize(
+    ("typed", "count"),
+    [("100k", 100_000), ("8.2M", 8_200_000), ("1_228_800", 1_228_800), ("-3", -3), ("2G", 2 * 10**9)],
+)
+def test_every_whole_number_is_read_as_people_write_it(typed: str, count: int, report_runs: Any) -> None:
+    got: list[Options] = []
+    report_runs(got.append)
+    assert cli.main(["report", "--steps", typed]) == 0
+    assert got == [Options(steps=count)]
+
+
+@pytest.mark.parametrize("typed", ["many", "1e6", "0.2", "5 M", "all", ""])
+def test_what_is_no_whole_number_is_one_line_that_says_how_to_write_one(
+    typed: str, report_runs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_runs(print)
+    assert cli.main(["report", "--steps", typed]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "Write one such as 200000, 200k, 8.2M or 1G" in err
+
+
+def test_tokens_of_a_training_are_counted_with_letters() -> None:
+    train, study, demo = (importlib.import_module(f"cratelm.commands.{name}") for name in ("train", "study", "demo"))
+    options = cli._parse(train, "train", ["--out", "run", "--tokens", "100k", "--batch-tokens", "1_024"])
+    assert (options.training.tokens, options.training.batch_tokens) == (100_000, 1024)
+    arguments = ["--out", "s", "--data", "t", "--collect-tokens", "20k", "--tokens", "2M"]
+    options = cli._parse(study, "study", arguments)
+    assert (options.collect_tokens, options.training.tokens) == (20_000, 2_000_000)
+    assert cli._parse(demo, "demo", ["--tokens", "1.5M"]).tokens == 1_500_000
+
+
 def test_help_of_a_command_teaches_its_flags(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     report_runs(print)
     with pytest.raises(SystemExit) as stop:

@@ -204,6 +204,11 @@ def test_the_schedules_are_those_that_are_described() -> None:
         ({"batch_tokens": 100, "buffer_tokens": 99}, "less than one batch of 100"),
         ({"kind": "topk", "l1": 1.0}, "topk is told its sparsity by --k"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0"),
+        ({"learning_rate": float("inf")}, "--learning-rate is inf, it must be a number above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"l1": -5.0}, "--l1 is -5.0, it must be a number, 0 or more"),
+        ({"l1": float("nan")}, "--l1 is nan"),
+        ({"kind": "paper", "l1": float("inf")}, "--l1 is inf"),
         ({"warmup_steps": -1}, "--warmup-steps"),
     ],
 )

@@ -11,7 +11,6 @@ directory of its own, `--out`. `--tap` records another place than the neurons (d
 
 import contextlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +20,7 @@ import tyro
 from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
 from cratelm.activations.repairs import Repair
+from cratelm.commands.counts import whole_number
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, claim, read_json
 from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
@@ -188,8 +188,10 @@ def read_count(text: str) -> int | None:
     """`8.2M` -> 8200000, `all` -> None."""
     if text == "all":
         return None
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kKMG]?)", text)
-    count = round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2].replace("K", "k")]) if match else 0
+    try:
+        count = whole_number(text)
+    except ValueError:
+        count = 0
     if count < 1:
         raise CrateError(f"--tokens is {text!r}. Write a number such as 200000, 200k, 8.2M or 1G, or all")
     return count

@@ -55,8 +55,10 @@ class SaeConfig:
         for name in ("expansion", "batch_tokens", "k", "log_every", "resample_window", "resample_rows"):
             if (value := getattr(self, name)) < 1:
                 raise CrateError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise CrateError(f"--learning-rate is {self.learning_rate}, it must be above 0")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise CrateError(f"--learning-rate is {self.learning_rate}, it must be a number above 0")
+        if self.l1 is not None and not 0 <= self.l1 < math.inf:
+            raise CrateError(f"--l1 is {self.l1}, it must be a number, 0 or more")
         if self.warmup_steps < 0 or (self.dead_after is not None and self.dead_after < 1):
             raise CrateError("--warmup-steps must be at least 0 and --dead-after at least 1")
         if self.buffer_tokens < self.batch_tokens:

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hugging_face import build
+from hugging_face import build, save
 from tiny import hidden_bar, make_tokens, random_model, tiny_config
 from torch import Tensor, nn
 
@@ -206,3 +206,15 @@ def test_a_model_whose_logits_are_not_finite_has_no_circuit(run: Path, capsys: p
     assert main(["circuit", str(run), "--device", "cpu", "--prompt", "a crate"]) == 2
     assert "there are no shares of it" in capsys.readouterr().err
     assert not (run / "circuits").exists()
+
+
+@pytest.mark.parametrize("words", [["circuit", "--prompt", "a crate"], ["directions"]], ids=lambda words: words[0])
+def test_a_hugging_face_model_by_its_path_is_told_the_way(
+    words: list[str], tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(build("llama", rng), tmp_path / "hf-llama")
+    capsys.readouterr()
+    assert main([words[0], str(folder), *words[1:]]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"Make one with cratelm collect {folder} --data DIR --out RUN, then give it that RUN" in err

@@ -76,8 +76,8 @@ def test_what_is_no_whole_number_is_one_line_that_says_how_to_write_one(
 
 def test_tokens_of_a_training_are_counted_with_letters() -> None:
     train, study, demo = (importlib.import_module(f"cratelm.commands.{name}") for name in ("train", "study", "demo"))
-    options = cli._parse(train, "train", ["--out", "run", "--tokens", "100k", "--batch-tokens", "1_024"])
-    assert (options.training.tokens, options.training.batch_tokens) == (100_000, 1024)
+    options = cli._parse(train, "train", ["--out", "run", "--tokens", "100k", "--batch-tokens", "65_536"])
+    assert (options.training.tokens, options.training.batch_tokens) == (100_000, 65_536)
     arguments = ["--out", "s", "--data", "t", "--collect-tokens", "20k", "--tokens", "2M"]
     options = cli._parse(study, "study", arguments)
     assert (options.collect_tokens, options.training.tokens) == (20_000, 2_000_000)

@@ -17,7 +17,7 @@ from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.weights import save_model
-from cratelm.report.dial import dial_figures, dial_table, is_own, open_dials, share_active
+from cratelm.report.dial import dial_figures, dial_table, is_own, open_dials, points_of, share_active
 from cratelm.rundir import write_json
 from cratelm.whitebox.dial import Setting, activation_scales, active_neurons, dialled
 
@@ -169,6 +169,62 @@ def test_the_command_measures_point_by_point_and_goes_on(
     axes = dial_figures(dials)["dial"].axes
     lines = {tuple(np.asarray(line.get_ydata()).tolist()) for line in axes[0].lines}
     assert tuple(point["loss"] for point in sparser) in lines
+
+
+def test_points_of_other_calls_stay(
+    runs: tuple[list[Path], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run, _), data = runs
+    monkeypatch.setattr("cratelm.commands.measurements.lookup", lambda _: lambda *_: {"points": 5.0})
+    calls: list[Any] = []
+    real = command._point
+    monkeypatch.setattr(command, "_point", lambda *given: calls.append(given[2]) or real(*given))  # type: ignore[func-returns-value]
+    base = ["dial", str(run), "--data", str(data), "--device", "cpu", "--step-size", "--steps", "--threshold"]
+
+    def dial(*more: str) -> list[tuple[float, int, bool]]:
+        """What there is after another call: penalty, tokens of the loss, whether lookup was measured."""
+        assert main([*base, *more]) == 0
+        points = points_of(json.loads((run / "dial.json").read_text()))
+        assert all(point["with_lookup"] == (point["lookup"] == {"points": 5.0}) for point in points)
+        return sorted((point["penalty"], point["tokens"], point["with_lookup"]) for point in points)
+
+    whole = [(1.0, 300, True), (4.0, 300, True)]
+    assert dial("--tokens", "300", "--penalty", "1", "4") == whole
+    assert dial("--tokens", "300", "--penalty", "1", "--loss-only") == whole  # has its loss already
+    assert len(calls) == 2
+    more = dial("--tokens", "200", "--penalty", "1", "--loss-only")
+    assert more == sorted([*whole, (1.0, 200, False)])
+    assert dial("--tokens", "200", "--penalty", "1") == sorted([*whole, (1.0, 200, True)])
+    assert len(calls) == 4
+    dials = open_dials([run])
+    assert [row[-1] for row in dial_table(dials).rows] == [200, 300, 300]
+    axes = dial_figures(dials)["dial"].axes
+    assert len(axes) == 4
+    lines = [len(line.get_xdata()) for line in axes[1].lines]  # type: ignore[arg-type]
+    assert sorted(lines) == [1, 2]  # one for each number of tokens
+    found = json.loads((run / "dial.json").read_text())
+    old = {name: found[name] for name in ("model_hash", "data_hash", "width")} | {"tokens": 300, "lookup": True}
+    kept = [{n: v for n, v in one.items() if n not in ("tokens", "with_lookup")} for one in found["points"]][:2]
+    (run / "dial.json").write_text(json.dumps(old | {"points": kept}))  # as it was written before
+    assert dial("--tokens", "300", "--penalty", "1", "4", "--loss-only") == whole
+    assert len(calls) == 4
+    (run / "dial.json").write_text(json.dumps(found | {"model_hash": "another"}))
+    before = (run / "dial.json").read_bytes()
+    capsys.readouterr()
+    assert main([*base, "--penalty", "1", "--loss-only"]) == 2
+    err = capsys.readouterr().err
+    assert "is of another model or text (model_hash" in err
+    assert err.count("\n") == 1
+    assert (run / "dial.json").read_bytes() == before
+
+
+def test_only_what_was_measured_is_drawn(runs: tuple[list[Path], Path]) -> None:
+    (run, _), data = runs
+    assert main(["dial", str(run), "--data", str(data), "--device", "cpu", "--tokens", "300", "--loss-only",
+                 "--penalty", "1", "2", "--step-size", "--steps", "--threshold"]) == 0  # fmt: skip
+    axes = dial_figures(open_dials([run]))["dial"].axes
+    assert [one.get_title(loc="left") for one in axes] == ["Held-out loss", "Held-out loss"]
+    assert all(one.lines for one in axes)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
 Penalty and step size are multiples of the model's own, so 1 is the model as it is; a threshold, which GPT-2 has too,
 sets activations to 0 that are below so many times the root mean square of their layer's. At every point: active neurons
 per token, held-out loss, and how well lookup explains some neurons of every layer. Points go to dial.json in each run,
-one by one, so a call that was stopped goes on; figures go to the report's folder.
+one by one, so a call that was stopped goes on, and those of earlier calls stay; figures go to the report's folder.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ class Options:
     threshold: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
     """Thresholds on the activations, in units of their root mean square."""
     tokens: str = "64k"
-    """Held-out tokens for the loss."""
+    """Held-out tokens for the loss; points on other numbers of tokens stay beside."""
     loss_only: bool = False
     """Leave out the lookup scores, which take most of the time."""
     out: Path | None = None
@@ -101,16 +101,18 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
         raise CrateError(f"{folder} has no ISTA block: of a GPT-2 only --threshold can be turned")
     held_out = data.tokens("val")
     count = min(read_count(options.tokens) or len(held_out), len(held_out))
-    identity = {
-        "model_hash": weights_hash(model), "data_hash": data.splits["val"].sha256, "tokens": count,
-        "lookup": not options.loss_only,
-    }  # fmt: skip
+    identity = {"model_hash": weights_hash(model), "data_hash": data.splits["val"].sha256}
     points = _measured(folder, identity)
     measure = None if options.loss_only else lookup(data)
     with claim(folder), progress_bar(f"dial {folder.name}", total=len(settings), unit="points") as bar:
         for dial, setting in settings:
-            if not any(_same(point, dial, setting) for point in points):
-                points.append({"dial": dial, **asdict(setting), **_point(model, data, setting, count, measure)})
+            same = [point for point in points if _same(point, dial, setting, count)]
+            if not any(point["with_lookup"] or options.loss_only for point in same):
+                points = [point for point in points if point not in same]  # those have the loss alone
+                points.append({
+                    "dial": dial, **asdict(setting), "tokens": count, "with_lookup": not options.loss_only,
+                    **_point(model, data, setting, count, measure),
+                })  # fmt: skip
                 write_json(folder / FILE, {**identity, "width": model.config.num_neurons,
                                            "points": points, "origin": origin()})  # fmt: skip
             bar.advance(1, dial)
@@ -118,18 +120,26 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
         read_json(folder / FILE, made_by=f"cratelm dial {folder} --data {options.data}")
 
 
-def _same(point: Mapping[str, Any], dial: str, setting: "Setting") -> bool:
-    return point["dial"] == dial and all(point[name] == value for name, value in asdict(setting).items())
+def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) -> bool:
+    """Whether a point is of this setting, its loss on so many tokens."""
+    turned = {"dial": dial, "tokens": tokens, **asdict(setting)}
+    return all(point[name] == value for name, value in turned.items())
 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points of an earlier call with this model, data and measurements; others are measured anew."""
+    """The points of earlier calls; refused where they are of another model or text, so that none is thrown away."""
+    from cratelm.report.dial import points_of
     from cratelm.rundir import read_json
 
     if not (folder / FILE).exists():
         return []
     found = read_json(folder / FILE, made_by=f"cratelm dial {folder} --data DIR")
-    return list(found["points"]) if all(found.get(name) == value for name, value in identity.items()) else []
+    if different := [name for name, value in identity.items() if found.get(name) != value]:
+        raise CrateError(
+            f"{folder / FILE} is of another model or text ({', '.join(different)} differ). Move or remove it, then run "
+            "the same command"
+        )
+    return points_of(found)
 
 
 def _point(

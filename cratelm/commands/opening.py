@@ -41,6 +41,7 @@ def open_run(run: Path) -> OpenedRun:
         foreign = load_foreign(source)
         model, tokenizer, model_hash = foreign.model, foreign.tokenizer, foreign.model_hash
     else:
+        _check_own(run)
         own, tokenizer = load(run)
         model, model_hash = own, weights_hash(own)
     kept = sorted(run.glob("records/*/tokenizer.json"))
@@ -49,6 +50,21 @@ def open_run(run: Path) -> OpenedRun:
     if tokenizer is None:
         raise CrateError(f"{run} holds no tokenizer.json. Put the model's tokenizer beside its weights")
     return OpenedRun(run=run, model=model, tokenizer=tokenizer, model_hash=model_hash, description=description)
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse the directory of a Hugging Face model of another architecture, naming the way to a run of it."""
+    from cratelm.rundir import read_json
+
+    path = folder / "config.json"
+    if (folder / "model" / "config.json").is_file() or not path.is_file():
+        return
+    kind = read_json(path, made_by="cratelm train").get("model_type")
+    if kind not in ("crate", "gpt2", None):
+        raise CrateError(
+            f"{folder} is a Hugging Face model ({kind}) and no run, and this command works on runs. Make one with "
+            f"cratelm collect {folder} --data DIR --out RUN, then give it that RUN"
+        )
 
 
 def open_own(run: Path) -> "tuple[LanguageModel, Tokenizer | None]":

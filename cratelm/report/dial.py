@@ -1,5 +1,6 @@
 """The sparsity dial in a table and a figure: active neurons, loss and lookup score at every setting."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cratelm.report.plots import INK, STYLE, handle, looks
+from cratelm.report.plots import FAINT, INK, STYLE, handle, looks
 from cratelm.report.results import run_titles
 from cratelm.report.tables import Cell, Column, Table
 from cratelm.rundir import read_json
@@ -34,8 +35,15 @@ class Dial:
     points: Sequence[Mapping[str, Any]] = field(repr=False)
 
     def turned(self, dial: str) -> list[Mapping[str, Any]]:
-        """The points of one dial, from its lowest setting up."""
-        return sorted((point for point in self.points if point["dial"] == dial), key=lambda point: point[dial])
+        """The points of one dial, from its lowest setting up; those on fewer tokens first."""
+        found = [point for point in self.points if point["dial"] == dial]
+        return sorted(found, key=lambda point: (point["tokens"] or 0, point[dial]))
+
+
+def points_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points of a dial.json; in older files all have the tokens, and lookup or not, that the file says."""
+    old = {"tokens": found.get("tokens"), "with_lookup": bool(found.get("lookup"))}
+    return [old | point for point in found["points"]]
 
 
 def open_dials(runs: Sequence[Path]) -> list[Dial]:
@@ -43,7 +51,7 @@ def open_dials(runs: Sequence[Path]) -> list[Dial]:
     descriptions = [read_json(run / "run.json", made_by=f"cratelm train --out {run} --data DIR") for run in runs]
     found = [read_json(run / "dial.json", made_by=f"cratelm dial {run} --data DIR") for run in runs]
     return [
-        Dial(title=title, arch=str(description["arch"]), width=one["width"], points=one["points"])
+        Dial(title=title, arch=str(description["arch"]), width=one["width"], points=points_of(one))
         for title, description, one in zip(run_titles(runs, descriptions), descriptions, found, strict=True)
     ]
 
@@ -58,7 +66,7 @@ def dial_table(dials: Sequence[Dial]) -> Table:
     columns = (
         Column("Model"), Column("Dial"), Column("Setting", "0.01"), Column("L0", "0.1", "neurons per token"),
         Column("Active", "0.1", "%"), Column("Loss", "0.001", "nats/token"), Column("Lookup", "0.1", "points"),
-        Column("Scored", "0.1", "% of neurons"),
+        Column("Scored", "0.1", "% of neurons"), Column("Tokens", "human", "of the loss"),
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for dial in dials:
@@ -70,6 +78,7 @@ def dial_table(dials: Sequence[Dial]) -> Table:
                     dial.title, name.replace("_", " "), point[name], None if active is None else float(np.mean(active)),
                     share_active(dial, point), point["loss"] if point["loss"] is not None else "not finite",
                     lookup.get("points"), None if scored is None else 100 * scored,
+                    point["tokens"],
                 ))  # fmt: skip
     return Table(
         name="dial", caption="Sparsity dial", columns=columns, rows=tuple(rows),
@@ -83,13 +92,18 @@ def dial_table(dials: Sequence[Dial]) -> Table:
 
 
 def dial_figures(dials: Sequence[Dial]) -> dict[str, Figure]:
-    """Loss and lookup score against active neurons, a line for each model and dial; a ring is the model as it is."""
+    """Loss and lookup score against active neurons, a line for each model and dial; a ring is the model as it is.
+
+    A row of panels for each of the two that was measured; points on other numbers of tokens are other lines.
+    """
     look = looks(dials)
+    values = [_value(point, "lookup") for dial in dials for point in dial.points]
+    rows = [("loss", "nats per token"), *([("lookup", "points")] if any(one is not None for one in values) else [])]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 7.6), layout="constrained")
+        figure = Figure(figsize=(9.4, 0.8 + 3.4 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(2, 2)
-        for row, (quantity, unit) in zip(panels, (("loss", "nats per token"), ("lookup", "points")), strict=True):
+        panels = figure.subplots(len(rows), 2, squeeze=False)
+        for row, (quantity, unit) in zip(panels, rows, strict=True):
             _draw(row[0], dials, look, quantity, by_activity=True)
             row[0].set_xlabel("active neurons (%)")
             _draw(row[1], dials, look, quantity, by_activity=False)
@@ -101,6 +115,8 @@ def dial_figures(dials: Sequence[Dial]) -> dict[str, Figure]:
             for axes in row:
                 axes.set_title("Held-out loss" if quantity == "loss" else "Lookup score")
                 axes.set_ylabel(unit)
+                if not axes.lines:
+                    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=FAINT)
         shown = [name for name in DIALS if any(dial.turned(name) for dial in dials)]
         handles = [handle(look[dial.title].color, look[dial.title].marker, label=dial.title) for dial in dials]
         handles += [handle(INK, "", label=DIALS[name], linestyle=DASHES[name]) for name in shown]
@@ -108,25 +124,31 @@ def dial_figures(dials: Sequence[Dial]) -> dict[str, Figure]:
     return {"dial": figure}
 
 
+def _value(point: Mapping[str, Any], quantity: str) -> float | None:
+    found = point["loss"] if quantity == "loss" else point["lookup"].get("points")
+    return None if found is None else float(found)
+
+
 def _draw(axes: Axes, dials: Sequence[Dial], look: Mapping[str, Any], quantity: str, *, by_activity: bool) -> None:
     heights: list[float] = []
     for dial in dials:
-        for name in DIALS if by_activity else ("penalty", "threshold"):
+        of_loss = {point["tokens"] for point in dial.points}
+        for name, tokens in itertools.product(DIALS if by_activity else ("penalty", "threshold"), of_loss):
             points = [
                 (share_active(dial, point) if by_activity else float(point[name]), value)
                 for point in dial.turned(name)
-                if (value := point["loss"] if quantity == "loss" else point["lookup"].get("points")) is not None
+                if point["tokens"] == tokens and (value := _value(point, quantity)) is not None
             ]
             if points:
                 x, y = zip(*points, strict=True)
                 heights += y
                 axes.plot(x, y, color=look[dial.title].color, linestyle=DASHES[name], linewidth=1.5,
                           marker=look[dial.title].marker, markersize=4, markeredgecolor="white")  # fmt: skip
-        own = [point for point in dial.points if is_own(point)]
-        value = (own[0]["loss"] if quantity == "loss" else own[0]["lookup"].get("points")) if own else None
-        if by_activity and value is not None:
-            axes.plot(share_active(dial, own[0]) or 0.0, value, color=look[dial.title].color, markersize=10, zorder=4,
-                      marker=look[dial.title].marker, markerfacecolor="none", markeredgewidth=1.5)  # fmt: skip
+        own = [point for point in dial.points if is_own(point) and _value(point, quantity) is not None]
+        for point in {point["tokens"]: point for point in own}.values() if by_activity else ():
+            axes.plot(share_active(dial, point) or 0.0, _value(point, quantity), color=look[dial.title].color,
+                      markersize=10, zorder=4, marker=look[dial.title].marker, markerfacecolor="none",
+                      markeredgewidth=1.5)  # fmt: skip
     if quantity == "loss" and heights:  # a setting that breaks the model would flatten all others
         axes.set_ylim(min(heights) - 0.1, min(max(heights), min(heights) + 4) + 0.1)
 

@@ -38,13 +38,17 @@ def align(tokens: Sequence[Sequence[str]], text: str) -> list[Place] | None:
     where the tokens do not spell the text.
     """
     first = None
-    for spaceless, decoded in ((False, False), (False, True), (True, False)):
-        spelt = [[_decoded(token) for token in options] for options in tokens] if decoded else tokens
-        found = _laid(spelt, text, spaceless=spaceless)
-        # A first token whose text was not told can stand for a whole short text; better is a way that needs them all.
-        if found is not None and len(found) == len(tokens):
-            return found
-        first = first or found
+    # The likeliest texts alone, however they are spelt, before any others: of tables of candidates, some nothing but a
+    # byte, a wrong spelling can be put together that needs every token.
+    for likeliest in (True, False):
+        told = [options[:1] for options in tokens] if likeliest else tokens
+        for spaceless, decoded in ((False, False), (False, True), (True, False)):
+            spelt = [[_decoded(token) for token in options] for options in told] if decoded else told
+            found = _laid(spelt, text, spaceless=spaceless)
+            # A first token whose text was not told can stand for a whole short text; better is one that needs them all.
+            if found is not None and len(found) == len(tokens):
+                return found
+            first = first or found
     return first
 
 

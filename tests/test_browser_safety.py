@@ -99,7 +99,8 @@ UNSEEN = """() => {
     const unseen = /[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Co}\\p{Cn}\\p{Zl}\\p{Zp}]/u;
     const texts = [document.title], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (walk.nextNode()) texts.push(walk.currentNode.data);
-    for (const one of document.querySelectorAll("[title], [aria-label]")) texts.push(one.title, one.getAttribute("aria-label"));
+    for (const one of document.querySelectorAll("[title]")) texts.push(one.title);
+    for (const one of document.querySelectorAll("[aria-label]")) texts.push(one.getAttribute("aria-label"));
     return texts.filter((text) => text && text.trim() && unseen.test(text.replaceAll("\\n", "")));
 }"""
 SURVIVED = "() => ({}).x === undefined && Object.getPrototypeOf({}) === Object.prototype"

@@ -1,7 +1,6 @@
-"""Trying a text in a real Chromium: answers that come late, texts under way when one turns away, any neuron along it."""
+"""Trying a text in a real Chromium: late answers, texts under way when one turns away, any neuron along a text."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

@@ -65,7 +65,7 @@ FORMAT = 1
 """Of the chunks of a layer; folders of another are written anew."""
 MADE = "made.json"
 MARKER = "cratelm-site.json"
-"""Written first into a folder that is new or empty. What has none, and was not made before there was one, is not ours."""
+"""Written first into a new or empty folder. What has none, and was not made before there was one, is not ours."""
 GENERATOR = '<meta name="generator" content="cratelm">'
 """In the page of every site, those of versions without the marker too."""
 

@@ -1,4 +1,4 @@
-"""Letters that nobody sees, or that reorder what stands beside them, written out: as `viewer/text.js` does on a page."""
+"""Letters that nobody sees, or that reorder what stands beside them, written out as `viewer/text.js` does it."""
 
 import unicodedata
 

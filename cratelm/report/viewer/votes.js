@@ -139,7 +139,8 @@
       excerpts: neuron.excerpts.map((group) => ({
         ...group, items: group.items.map((item) => ({ ...item, values: Array.from(item.values, share), predicted: null })),
       })),
-      said: (text) => rescaled(text, (strength) => ofLargest(strength / most)),
+      // A strength is written with two digits, so it can be a little more than the largest.
+      said: (text) => rescaled(text, (strength) => ofLargest(Math.min(1, strength / most))),
     };
   }
 

@@ -146,10 +146,10 @@ class TrainConfig:
         return range(rank * own, (rank + 1) * own)
 
 
-_FINITE: tuple[str, Callable[[float], bool]] = ("finite and at least 0", lambda value: 0 <= value < math.inf)
+_FINITE: tuple[str, Callable[[float], bool]] = ("at least 0 and finite", lambda value: 0 <= value < math.inf)
 _SHARE: tuple[str, Callable[[float], bool]] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "learning_rate": ("finite and above 0", lambda value: 0 < value < math.inf),
+    "learning_rate": ("above 0 and finite", lambda value: 0 < value < math.inf),
     "final_learning_rate": _FINITE, "warmup_steps": _FINITE, "weight_decay": _FINITE, "beta1": _SHARE, "beta2": _SHARE,
     "clip": ("above 0", lambda value: value > 0), "seed": ("of 64 bits", lambda value: -(2**63) <= value < 2**64),
 }  # fmt: skip

@@ -31,8 +31,8 @@ def choose_explainer(runs: Sequence[Path], mode: Mode, explainer: str = "", simu
     if not explainer:
         nothing = set[tuple[str, str, int]]()
         whole = [kind for kind in shared if all(kinds[kind] >= kinds.get((EXPLAINER, ""), nothing) for kinds in found)]
-        if asked := [kind for kind in whole if kind not in by_lookup]:
-            return asked[0]
+        if by_model := [kind for kind in whole if kind not in by_lookup]:
+            return by_model[0]
     return (by_lookup or shared or fitting)[0]
 
 

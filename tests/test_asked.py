@@ -1,6 +1,5 @@
 """The commands with a language model behind a server or in the process, from the command line to the tables."""
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -131,33 +130,6 @@ def test_lookup_explanations_can_be_simulated_by_a_language_model(run: Path, ser
     command = ["interpret", str(run), *TAR, "--explainer", "lookup", "--llm", server.url]
     assert main([*command, "--skip-lookup"]) == 0
     assert [key.simulator for key in Store.open(run).sets("simulate")] == ["all-at-once:rules"]
-
-
-def test_lookup_and_its_control_stand_beside_the_model_on_the_same_neurons(
-    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3"]
-    assert main([*command, "--skip-lookup"]) == 0
-    assert Store.open(run).scored() == by_model(run)
-    assert main(["report", str(run), "--out", str(run / "without")]) == 0
-    assert "A dash under lookup: not made" in (run / "without" / "explainers.md").read_text()
-    asked = len(questions(server))
-    assert main(command) == 0
-    assert len(questions(server)) == asked
-    others = [key for key in Store.open(run).scored() if not key.simulator]
-    assert [(key.protocol, key.control) for key in others] == [("random-only", ""), ("random-only", "shuffled")]
-    capsys.readouterr()
-    assert main(command) == 0, "a second time it is all there"
-    assert "there already" not in capsys.readouterr().err
-    assert main(["report", str(run), "--out", str(run / "with")]) == 0
-    rows = list(csv.DictReader((run / "with" / "explainers.csv").read_text().splitlines()))
-    assert [row["Explained by"] for row in rows] == ["lookup", "rules"]
-    same = [1, 3, 5]
-    lookup = 100 * float(np.nanmean(Store.open(run).read_scores(0, "random-only").correlation[same]))
-    assert float(rows[1]["Lookup, same neurons (points)"]) == pytest.approx(lookup, abs=0.06)
-    assert rows[0]["Shuffled (points)"]
-    assert rows[1]["Failed"] == "0"
-    assert "explained by rules" in (run / "with" / "report.html").read_text(), "the page is about the model"
 
 
 def test_several_explanations_of_each_neuron_are_sets_of_their_own(

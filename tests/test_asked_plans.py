@@ -1,5 +1,6 @@
-"""Plans of the commands that ask a language model, and models that differ from what is usual, end to end."""
+"""Commands that ask a language model: their plans, lookup beside them, and models that are not as usual, end to end."""
 
+import csv
 import json
 import re
 import shutil
@@ -178,3 +179,30 @@ def test_each_flaw_of_the_released_read_out_can_be_left_out_alone(
         "": (5, False, False), "spaced-numbers": (5, True, False),
         "fifteen-candidates escaped-tokens": (15, False, True),
     }  # fmt: skip
+
+
+def test_lookup_and_its_control_stand_beside_the_model_on_the_same_neurons(
+    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3"]
+    assert main([*command, "--skip-lookup"]) == 0
+    assert Store.open(run).scored() == by_model(Store.open(run).scored())
+    assert main(["report", str(run), "--out", str(run / "without")]) == 0
+    assert "A dash under lookup: not made" in (run / "without" / "explainers.md").read_text()
+    asked = len(questions(server))
+    assert main(command) == 0
+    assert len(questions(server)) == asked
+    others = [key for key in Store.open(run).scored() if not key.simulator]
+    assert [(key.protocol, key.control) for key in others] == [("random-only", ""), ("random-only", "shuffled")]
+    capsys.readouterr()
+    assert main(command) == 0, "a second time it is all there"
+    assert "there already" not in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(run / "with")]) == 0
+    rows = list(csv.DictReader((run / "with" / "explainers.csv").read_text().splitlines()))
+    assert [row["Explained by"] for row in rows] == ["lookup", "rules"]
+    same = [1, 3, 5]
+    lookup = 100 * float(np.nanmean(Store.open(run).read_scores(0, "random-only").correlation[same]))
+    assert float(rows[1]["Lookup, same neurons (points)"]) == pytest.approx(lookup, abs=0.06)
+    assert rows[0]["Shuffled (points)"]
+    assert rows[1]["Failed"] == "0"
+    assert "explained by rules" in (run / "with" / "report.html").read_text(), "the page is about the model"

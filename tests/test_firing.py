@@ -193,7 +193,8 @@ def test_means_and_intervals_are_those_of_brute_force(rng: np.random.Generator) 
         np.testing.assert_allclose(mean.values[:, :4], expected)
         slow = brute(layer, rng, 400)
         for place, name in enumerate(("consistency", "distinctiveness")):
-            samples = mean.samples[:, STATED, ALL.index(name)]
+            assert mean.samples.shape == (1500, len(ALL))
+            samples = mean.samples[:, ALL.index(name)]
             assert samples.std() == pytest.approx(slow[:, place].std(), rel=0.2)
             ends = mean.interval(name)
             value = mean.of(name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
-from cratelm.interpretation.firing import KINDS, MEASURES, STATED, THRESHOLDS, Counts, LayerFiring, measured
+from cratelm.interpretation.firing import KINDS, MEASURES, STATED, Counts, LayerFiring, measured
 from cratelm.interpretation.statistics import generator, interval, sets_each, shown_layers
 
 EXCERPT_RESAMPLES = 64
@@ -25,8 +25,8 @@ class Mean:
 
     values: Float64[np.ndarray, "thresholds 6"]
     """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
-    samples: Float32[np.ndarray, "resamples thresholds 6"] = field(repr=False)
-    """The same of resampled neurons and excerpts, moved to have the observed mean as theirs."""
+    samples: Float32[np.ndarray, "resamples 6"] = field(repr=False)
+    """The same at the stated threshold, of resampled neurons and excerpts, moved to have the observed mean as theirs."""
     neurons: int
     """Neurons counted."""
     unpredicted: int
@@ -39,13 +39,13 @@ class Mean:
         value = float(self.values[threshold, ALL.index(name)])
         return None if np.isnan(value) else value
 
-    def column(self, name: str, threshold: int = STATED) -> Float64[np.ndarray, " resamples"]:
-        """Its resampled values."""
-        return self.samples[:, threshold, ALL.index(name)].astype(np.float64)
+    def column(self, name: str) -> Float64[np.ndarray, " resamples"]:
+        """Its resampled values, at the stated threshold."""
+        return self.samples[:, ALL.index(name)].astype(np.float64)
 
-    def interval(self, name: str, threshold: int = STATED) -> tuple[float, float] | None:
-        """Its 95 % interval."""
-        return None if self.of(name, threshold) is None else interval(self.column(name, threshold))
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Its 95 % interval, at the stated threshold."""
+        return None if self.of(name) is None else interval(self.column(name))
 
     def curve(self, name: str) -> Float64[np.ndarray, " thresholds"]:
         """The means at every threshold."""
@@ -87,10 +87,10 @@ def mean_firing(
 def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
     observed = _all_measures(counts.base.sum(axis=1), counts.relevant.sum(axis=1), counts.maximum)
     values = _nanmean(observed)
-    samples = _resampled(counts, rng, resamples) if len(observed) else np.full((resamples, *values.shape), np.nan)
-    centre = _nanmean(samples)
+    samples = _resampled(counts, rng, resamples) if len(observed) else np.full((resamples, len(ALL)), np.nan)
+    moved = 100 * (samples - _nanmean(samples) + values[STATED])
     return Mean(
-        values=100 * values, samples=(100 * (samples - centre + values)).astype(np.float32), neurons=len(observed),
+        values=100 * values, samples=moved.astype(np.float32), neurons=len(observed),
         unpredicted=int(np.isnan(observed[:, STATED, 0]).sum()), silent=int(np.isnan(observed[:, STATED, 2]).sum()),
     )  # fmt: skip
 
@@ -116,28 +116,28 @@ def _all_measures(
     return np.concatenate([measured(base, relevant, maximum), chance], axis=-1)
 
 
-def _resampled(
-    counts: Counts, rng: np.random.Generator, resamples: int
-) -> Float64[np.ndarray, "resamples thresholds 6"]:
-    """Means over neurons drawn anew, and for each one of its resampled sets of excerpts."""
+def _resampled(counts: Counts, rng: np.random.Generator, resamples: int) -> Float64[np.ndarray, "resamples 6"]:
+    """Means over neurons drawn anew, and for each one of its resampled sets of excerpts, at the stated threshold.
+
+    Nothing shows an interval at another one, and all ten would take ten times as long.
+    """
     sets = sets_each(len(counts.base), resamples, EXCERPT_RESAMPLES)
     table = np.concatenate(list(_excerpts_drawn_anew(counts, rng, sets)))
-    neurons, times, *shape = table.shape
-    flat = table.reshape(neurons * times, -1)
+    neurons = len(table)
+    flat = table.reshape(neurons * sets, len(ALL))
     known = ~np.isnan(flat)
     flat = np.where(known, flat, 0)
     found = np.empty((resamples, flat.shape[1]))
     for start in range(0, resamples, CHUNK):
         drawn = rng.integers(len(flat), size=(min(CHUNK, resamples - start), neurons))
         found[start : start + CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
-    return found.reshape(resamples, *shape)
+    return found
 
 
 def _excerpts_drawn_anew(
     counts: Counts, rng: np.random.Generator, sets: int
-) -> Iterator[Float32[np.ndarray, "chunk times thresholds 6"]]:
+) -> Iterator[Float32[np.ndarray, "chunk times 6"]]:
     """`ALL` of every neuron over excerpts drawn with replacement from its own, `sets` times."""
-    thresholds = len(THRESHOLDS)
     for start in range(0, len(counts.base), CHUNK):
         rows = slice(start, start + CHUNK)
         there = _there(counts.base[rows])
@@ -147,10 +147,9 @@ def _excerpts_drawn_anew(
             number[:, None], chances[:, None], size=(len(number), sets)
         ).astype(np.float64)  # fmt: skip
         base = drawn @ counts.base[rows]
-        relevant = drawn @ counts.relevant[rows].reshape(len(number), there.shape[1], thresholds * 3)
-        shaped = relevant.reshape(len(number), sets, thresholds, 3)
+        relevant = drawn @ counts.relevant[rows, :, STATED]
         maximum = np.broadcast_to(counts.maximum[rows, None], base.shape[:2])
-        yield _all_measures(base, shaped, maximum).astype(np.float32)
+        yield _all_measures(base, relevant[:, :, None], maximum)[:, :, 0].astype(np.float32)
 
 
 def _there(base: Float64[np.ndarray, "chunk excerpts 3"]) -> Bool[np.ndarray, "chunk excerpts"]:

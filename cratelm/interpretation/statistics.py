@@ -55,11 +55,11 @@ def bootstrap_means(
     """
     correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
     known = ~np.isnan(correlations)
-    values = np.where(known, correlations, 0)
+    values, all_known = np.where(known, correlations, 0), bool(known.all())
     means = np.empty(resamples)
     for start in range(0, resamples, CHUNK):
         drawn = rng.integers(len(values), size=(min(CHUNK, resamples - start), len(sums)))
-        counts = np.maximum(known[drawn].sum(axis=1), 1)
+        counts = len(sums) if all_known else np.maximum(known[drawn].sum(axis=1), 1)
         means[start : start + CHUNK] = values[drawn].sum(axis=1) / counts
     return means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1)))
 

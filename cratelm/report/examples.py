@@ -52,16 +52,17 @@ def examples_of(path: Path, layers: Sequence[LayerScores], key: SetKey) -> Itera
             continue
         records = read_records(path, scores.layer, mode=key.mode, tap=key.tap)
         texts = store.texts(replace(key, layer=scores.layer))
-        explained, scored = draw(records, asked.explain, "explain"), draw(records, asked.score, "score")
         for rank, row in chosen:
             index = int(scores.neuron[row])
+            own = records.rows(slice(index, index + 1))  # the excerpts of a whole layer take a while to draw
+            explained, scored = draw(own, asked.explain, "explain"), draw(own, asked.score, "score")
             yield NeuronExample(
                 rank=rank, layer=scores.layer, index=index, correlation=float(scores.correlation[row]),
                 tokens=int(scores.tokens[row]), explanation=texts.get(index, ""),
                 density=float(records.statistics["density"][index]),
                 maximum=float(records.statistics["maximum"][index]),
-                explained=tuple(_strongest_first(explained.of(index))[:2]),
-                scored=tuple(_first_and_last(_strongest_first(scored.of(index)), 3)),
+                explained=tuple(_strongest_first(explained.of(0))[:2]),
+                scored=tuple(_first_and_last(_strongest_first(scored.of(0)), 3)),
             )  # fmt: skip
 
 

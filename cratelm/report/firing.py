@@ -141,7 +141,8 @@ def _example(run: RunResult, key: SetKey, layer: LayerFiring, row: int, score: f
     """One neuron with the excerpts in which it fires most, those cut out of their context left out."""
     store, index = Store.open(run.path), int(layer.neuron[row])
     records = read_records(run.path, key.layer, mode=key.mode, tap=key.tap)
-    excerpts = list(draw(records, protocol(key.protocol, key.mode).score, "score").of(index))
+    own = records.rows(slice(index, index + 1))  # the excerpts of a whole layer take a while to draw
+    excerpts = list(draw(own, protocol(key.protocol, key.mode).score, "score").of(0))
     parts = np.split(store.simulations(key).of(row), np.cumsum([len(one.tokens) for one in excerpts])[:-1])
     largest = max(float(part.max(initial=0)) for part in parts)
     whole = [place for place, one in enumerate(excerpts) if len(one.tokens) > OUT_OF_CONTEXT]

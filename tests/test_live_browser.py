@@ -12,7 +12,7 @@ from live_runs import NEURONS, live_runs
 from serving import Served, serve
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 pytest.importorskip("starlette", reason="starlette is not installed (extra serve)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
@@ -68,6 +68,27 @@ def test_a_text_is_looked_at_and_a_neuron_followed_along_it(tab: Visit) -> None:
     page.get_by_role("button", name="Turn it").click()
     page.wait_for_selector(".turn input[type=range]")
     page.wait_for_selector(".effect table")
+
+
+def test_a_report_that_is_being_made_comes_by_itself(tab: Visit) -> None:
+    asked = list[str]()
+
+    def answer(route: "Route") -> None:
+        asked.append(route.request.url)
+        empty = {"format_version": 1, "sentences": [], "tables": [], "figures": [], "missing": []}
+        if len(asked) < 3:
+            route.fulfill(json=empty | {"making": "The report is being made."})
+        else:
+            route.continue_()
+
+    tab.page.route("**/data/overview.json", answer)
+    page = open_(tab, "")
+    assert page.locator(".said [role=status]").inner_text() == "The report is being made."
+    assert page.get_by_role("link", name="layer 1").count() > 0
+    page.wait_for_selector("#numbers")
+    page.wait_for_function("() => !document.querySelector('.said [role=status]')")
+    assert len(asked) >= 3
+    assert page.locator("table").count() > 1
 
 
 def test_a_slider_changes_the_next_token_and_the_address(tab: Visit) -> None:

@@ -27,3 +27,13 @@ def stamps_of(store: Store, *, mode: Mode, tap: str, layer: int) -> list[list]:
     )
     with store.transaction() as connection:
         return [list(row) for row in connection.execute(query, [mode, tap, layer])]
+
+
+def stamps_of_all(store: Store, mode: Mode) -> list[list]:
+    """The same of all layers and taps."""
+    query = (
+        f"SELECT {KEY_COLUMNS}, stage, records, origin FROM sets JOIN stages ON set_id = id "
+        "WHERE mode = ? ORDER BY id, stage"
+    )
+    with store.transaction() as connection:
+        return [list(row) for row in connection.execute(query, [mode])]

@@ -1,13 +1,15 @@
 """The chunks of the browser, made when they are asked for: the same values that a folder holds as files.
 
 A layer that was opened is kept, and so are chunks as they were sent, each up to a bound; both are made anew when what
-they come from has changed. The search index is made in the background from the moment the server starts.
+they come from has changed, once for all who wait. The overview and the search index are made in the background from the
+moment the server starts.
 """
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.store import Store
 from cratelm.report.catalogue import Layer, catalogue
 from cratelm.report.chunks import as_json, unpack
-from cratelm.report.overview import manifest, overview
+from cratelm.report.kept_overview import KeptOverview, LiveOverview
+from cratelm.report.overview import manifest
 from cratelm.report.search_index import SearchIndex
 from cratelm.report.site import chunk_value, layer_stamp
 from cratelm.report.views import TEXTS_EACH, LayerView, layer_value, open_layer, texts_value
@@ -60,6 +63,31 @@ class Kept:
                 self._bytes -= self._values.popitem(last=False)[1][1]
 
 
+class OneByOne:
+    """A lock for each name, there for as long as somebody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Alone under this name."""
+        with self._lock:
+            lock, users = self._held.get(name, (threading.Lock(), 0))
+            self._held[name] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                users = self._held[name][1] - 1
+                if users:
+                    self._held[name] = (lock, users)
+                else:
+                    del self._held[name]
+
+
 class Chunks:
     """What the page asks for under `data/`, by name. All methods may be called from several threads at once."""
 
@@ -69,6 +97,8 @@ class Chunks:
         self.layers = {layer.folder: layer for layer in layers}
         self._views, self._sent = Kept(LAYER_BYTES), Kept(CHUNK_BYTES)
         self._opening = {folder: threading.Lock() for folder in self.layers}
+        self._alone = OneByOne()
+        self.overview = LiveOverview(KeptOverview(models=self.models, mode=self.mode))
         self._stamps: dict[str, tuple[float, str]] = {}
         self._search: list[bytes] | None = None
         self._indexed = 0
@@ -86,7 +116,7 @@ class Chunks:
         if name == "site":
             return _encoded(manifest(self.models, self.mode) | {"capabilities": self.capabilities})
         if name == "overview":
-            return self._cached(name, lambda: overview(self.models, self.mode), self._all_stamps())
+            return self.overview.chunk()
         folder, _, last = name.rpartition("/")
         if folder == "search":
             return self._search_chunk(last)
@@ -131,8 +161,9 @@ class Chunks:
             found += list(merged.values())[:each]
         return found
 
-    def index_in_background(self) -> threading.Thread:
-        """Begin to make the search index."""
+    def begin(self) -> threading.Thread:
+        """Begin to make the overview, where it is out of date, and the search index, in the thread returned."""
+        self.overview.chunk()
         thread = threading.Thread(target=self._index, name="search index", daemon=True)
         thread.start()
         return thread
@@ -168,12 +199,15 @@ class Chunks:
     def _cached(self, name: str, make: Callable[[], Mapping[str, Any] | None], stamp: str) -> bytes | None:
         kept = self._sent.get(name)
         if kept is None or kept[0] != stamp:
-            value = make()
-            if value is None:
-                return None
-            content = _encoded(value)
-            kept = (stamp, content)
-            self._sent.put(name, kept, len(content))
+            with self._alone(name):
+                kept = self._sent.get(name)  # whoever was there before may have made it
+                if kept is None or kept[0] != stamp:
+                    value = make()
+                    if value is None:
+                        return None
+                    content = _encoded(value)
+                    kept = (stamp, content)
+                    self._sent.put(name, kept, len(content))
         found: bytes = kept[1]
         return found
 
@@ -184,9 +218,6 @@ class Chunks:
             stamp = layer_stamp(layer)
             self._stamps[layer.folder] = (time.monotonic(), stamp)
         return stamp
-
-    def _all_stamps(self) -> str:
-        return "".join(map(self._stamp, self.layers.values()))
 
 
 def _encoded(value: Mapping[str, Any]) -> bytes:

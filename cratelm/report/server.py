@@ -72,7 +72,7 @@ def application(parts: Parts) -> Guard:
         requests=parts.limits.requests, body_bytes=parts.limits.body_bytes, body_seconds=parts.limits.body_seconds,
     )  # fmt: skip
     app.state.page_token = guard.page_token
-    server.chunks.index_in_background()
+    server.chunks.begin()
     return guard
 
 

@@ -30,7 +30,8 @@ from cratelm.interpretation.listing import stamps_of
 from cratelm.interpretation.store import Store, identity
 from cratelm.report.catalogue import Layer, Model, catalogue
 from cratelm.report.chunks import as_script, read_script, unpack
-from cratelm.report.overview import manifest, overview
+from cratelm.report.kept_overview import KeptOverview
+from cratelm.report.overview import manifest
 from cratelm.report.search_index import SearchIndex
 from cratelm.report.unseen import visible
 from cratelm.report.views import (
@@ -78,7 +79,7 @@ def write_site(runs: Sequence[Path], out: Path, *, mode: Mode = "fixed") -> Path
     data = out / "data"
     with progress_bar("site", total=len(layers) + 2, unit="layers") as bar:
         _write_layers(models, data, bar)
-        _write_chunk(data, "overview", overview(models, mode))
+        _write_chunk(data, "overview", KeptOverview(models=models, mode=mode).value())
         bar.advance(1, note="overview")
         _write_search(layers, data)
         bar.advance(1, note="search")

@@ -15,15 +15,31 @@
       h("section", { "aria-labelledby": "models" }, h("h2", { id: "models" }, "Neurons to look at"), models(site)),
       report);
     try {
+      const show = (found) => {
+        page.querySelector("[data-part=sentences]").replaceChildren(
+          ...found.sentences.map((text, i) => h("p", { class: i ? "" : "lead" }, text)),
+          ...[found.making, found.problem].filter(Boolean).map((text) => h("p", { class: "loading", role: "status" }, text)));
+        report.replaceChildren(...reported(found, site));
+      };
       const found = await cratelm.data.overview();
-      page.querySelector("[data-part=sentences]").append(
-        ...found.sentences.map((text, i) => h("p", { class: i ? "" : "lead" }, text)));
-      report.replaceChildren(...reported(found, site));
+      show(found);
+      if (found.making) renew(page, show, found);
     } catch (error) {
       report.replaceChildren(troubleBox(error));
     }
     return { title: "Overview", page };
   };
+
+  /** Ask a server that is making the report anew, less and less often, until that is done or the page is left. */
+  async function renew(page, show, before) {
+    for (let wait = 1; before.making; wait = Math.min(2 * wait, 60)) {
+      await new Promise((done) => setTimeout(done, 1000 * wait));
+      if (!page.isConnected) return;
+      const found = await cratelm.api.get("data/overview.json").catch(() => before); // told elsewhere, tried again here
+      if (page.isConnected && JSON.stringify(found) !== JSON.stringify(before)) show(found);
+      before = found;
+    }
+  }
 
   function listed(names) {
     return names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;

@@ -21,6 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 COOKIE = "cratelm_access"
+"""Begins the name of the cookie; the address's port follows, since a browser keeps one jar for all ports of a host."""
 TOKEN_HEADER = b"x-cratelm-token"
 RETRY_SECONDS = 2
 HEADERS = (
@@ -73,9 +74,13 @@ class Guard:
         """Whether the request was refused, or sent on its way, here."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self.hosts is not None and host not in self.hosts:
-            await refuse(send, 421, "this server answers to its own address only. Open the address it printed")
+            why = "this server answers to its own address only. Open the address it printed"
+            await refuse(send, 421, why, close=True)
+        elif self.access is not None and (token := _token(scope)) is not None and self._may_enter(headers, token):
+            await self._admit(headers, send)
         elif self.access is not None and not self._has_access(headers):
-            return await self._admit(scope, send)
+            why = "this server asks for a token. Open the whole address that it printed"
+            await refuse(send, 401, why, close=True)
         elif scope["method"] not in ("GET", "HEAD", "POST"):
             await refuse(send, 405, "only GET and POST are answered")
         elif scope["method"] == "POST" and not self._is_our_page(headers):
@@ -89,23 +94,21 @@ class Guard:
     def _has_access(self, headers: dict[bytes, bytes]) -> bool:
         assert self.access is not None
         try:
-            cookie = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1")).get(COOKIE)
+            cookie = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1")).get(_cookie_name(headers))
         except CookieError:
             return False
         return cookie is not None and hmac.compare_digest(cookie.value.encode(), self.access.encode())
 
-    async def _admit(self, scope: Scope, send: Send) -> bool:
-        """Change the token in an address for a cookie, so that it does not stay in the address."""
-        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
+    def _may_enter(self, headers: dict[bytes, bytes], token: str) -> bool:
         assert self.access is not None
-        if scope["method"] == "GET" and hmac.compare_digest(given.encode(), self.access.encode()):
-            cookie = f"{COOKIE}={self.access}; HttpOnly; SameSite=Strict; Path=/"
-            head = [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"content-length", b"0")]
-            await send({"type": "http.response.start", "status": 303, "headers": head})
-            await send({"type": "http.response.body", "body": b""})
-        else:
-            await refuse(send, 401, "this server asks for a token. Open the whole address that it printed")
-        return True
+        return hmac.compare_digest(token.encode(), self.access.encode()) or self._has_access(headers)
+
+    async def _admit(self, headers: dict[bytes, bytes], send: Send) -> None:
+        """Change the token in an address for a cookie, so that it does not stay in the address."""
+        cookie = f"{_cookie_name(headers)}={self.access}; HttpOnly; SameSite=Strict; Path=/"
+        head = [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 303, "headers": head})
+        await send({"type": "http.response.body", "body": b""})
 
     def _is_our_page(self, headers: dict[bytes, bytes]) -> bool:
         site = headers.get(b"sec-fetch-site", b"same-origin")
@@ -172,14 +175,27 @@ class Slots:
         self.taken -= 1
 
 
-async def refuse(send: Send, status: int, why: str, *, retry: int | None = None) -> None:
-    """Answer with one line as JSON, and when to come again."""
+async def refuse(send: Send, status: int, why: str, *, retry: int | None = None, close: bool = False) -> None:
+    """Answer with one line as JSON, and when to come again; `close` ends the connection of whom is not let in."""
     body = json.dumps({"error": why}).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry is not None:
         head.append((b"retry-after", str(retry).encode()))
+    if close:
+        head.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
+
+
+def _token(scope: Scope) -> str | None:
+    """The token in the address that is to be shown; None where there is none."""
+    given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token")
+    return given[0] if given and scope["method"] == "GET" else None
+
+
+def _cookie_name(headers: dict[bytes, bytes]) -> str:
+    port = headers.get(b"host", b"").decode("latin-1").rpartition(":")[2]
+    return f"{COOKIE}_{port}" if port.isascii() and port.isdigit() else COOKIE
 
 
 def _length(headers: dict[bytes, bytes]) -> int:

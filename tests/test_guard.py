@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cratelm.commands.serve import own_hosts
 from cratelm.errors import CrateError
 from cratelm.report.guard import COOKIE, Guard
 from cratelm.report.live import Limits, read_steer_request, read_text_request
@@ -130,12 +131,50 @@ def test_access_by_token_only_and_the_token_leaves_the_address() -> None:
     assert one(app, query="token=wrong")[0] == 401
     status, head, _ = one(app, query="token=s3cret")
     assert (status, head["location"]) == (303, "/")
+    own = f"{COOKIE}_8080"
+    assert head["set-cookie"].startswith(f"{own}=s3cret;")
     assert "HttpOnly" in head["set-cookie"]
     assert "SameSite=Strict" in head["set-cookie"]
-    assert one(app, cookie=f"{COOKIE}=s3cret")[0] == 200
-    assert one(app, cookie=f"{COOKIE}=other")[0] == 401
+    assert one(app, cookie=f"{own}=s3cret")[0] == 200
+    assert one(app, cookie=f"{own}=other")[0] == 401
     assert one(app, cookie="=;;=\x00broken")[0] == 401
     assert one(app, "POST", query="token=s3cret", **ours(app))[0] == 401
+
+
+def test_the_token_leaves_the_address_of_who_is_let_in_already_too() -> None:
+    app = guard(hosts=None, access="s3cret")
+    for token in ("s3cret", "of+another+start"):
+        status, head, _ = one(app, query=f"token={token}", cookie=f"{COOKIE}_8080=s3cret")
+        assert (status, head["location"]) == (303, "/")
+    assert one(app, path="/api/search", query="q=token", cookie=f"{COOKIE}_8080=s3cret")[0] == 200
+
+
+def test_two_servers_on_one_host_let_the_same_browser_in() -> None:
+    servers, jar = {"host:8080": "first", "host:8081": "second", "host": "third"}, dict[str, str]()
+    for host, access in servers.items():
+        head = one(guard(hosts=None, access=access), query=f"token={access}", host=host)[1]
+        name, _, value = head["set-cookie"].partition(";")[0].partition("=")
+        jar[name] = value
+    cookie = "; ".join(f"{name}={value}" for name, value in jar.items())
+    for host, access in servers.items():
+        assert one(guard(hosts=None, access=access), host=host, cookie=cookie)[0] == 200
+
+
+def test_who_is_not_let_in_is_not_kept_connected() -> None:
+    assert one(guard(hosts=None, access="s3cret"))[1]["connection"] == "close"
+    assert one(guard(), host="evil.example")[1]["connection"] == "close"
+    assert "connection" not in one(guard())[1]
+
+
+@pytest.mark.parametrize(
+    ("port", "hosts"), [(80, ["127.0.0.1", "localhost:80", "[::1]"]), (8080, [HOST, "[::1]:8080"])]
+)
+def test_this_machine_is_answered_at_every_port(port: int, hosts: list[str]) -> None:
+    for host in hosts:
+        assert one(guard(hosts=own_hosts(port)), host=host)[0] == 200
+    for host in ("evil.example", "evil.example:80", "127.0.0.1:81"):
+        assert one(guard(hosts=own_hosts(port)), host=host)[0] == 421
+    assert one(guard(hosts=own_hosts(8080)), host="127.0.0.1")[0] == 421
 
 
 def test_more_requests_than_allowed_are_told_to_come_again() -> None:
@@ -190,17 +229,48 @@ def test_requests_are_read() -> None:
 
 def test_votes_are_kept_and_what_is_none_is_refused(tmp_path: Any) -> None:
     votes = Votes(tmp_path / "new" / "votes.sqlite")
-    assert votes.all() == []
+    assert votes.page() == ([], None)
     vote = {"date": "2026", "a": "m/layer/0/neuron/1", "b": "n", "explanations": ["<b>", "y"], "explainers": ["lookup"],
             "choice": "a", "more": "left out"}  # fmt: skip
-    votes.add(vote)
-    votes.add(vote | {"choice": "same"})
-    assert [one["choice"] for one in votes.all()] == ["a", "same"]
-    assert "more" not in votes.all()[0]
+    assert votes.add(vote) == 1
+    assert votes.add(vote | {"choice": "same"}) == 2
+    assert [one["choice"] for one in votes.page()[0]] == ["a", "same"]
+    assert "more" not in votes.page()[0][0]
     for wrong in ({"choice": "c"}, {"a": 3}, {"explanations": [3]}, {"a": "x" * 5000}):
         with pytest.raises(CrateError, match="vote"):
             votes.add(vote | wrong)
-    assert len(votes.all()) == 2
+    assert len(votes.page()[0]) == 2
     votes.path.write_text("no database")
     with pytest.raises(CrateError, match="cannot hold votes"):
-        votes.all()
+        votes.page()
+
+
+def test_votes_are_read_in_pages_and_a_full_file_takes_none(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cratelm.report.votes.PAGE", 3)
+    votes, found = Votes(tmp_path / "votes.sqlite"), list[Any]()
+    after: int | None = 0
+    vote = {"date": "", "a": "a", "b": "b", "explanations": ["x" * 3000], "explainers": [], "choice": "a"}
+    for number in range(7):
+        assert votes.add(vote | {"date": str(number)}) == number + 1
+    while after is not None:
+        page, after = votes.page(after)
+        assert len(page) <= 3
+        found += page
+    assert [one["date"] for one in found] == list("0123456")
+    assert votes.page(7) == ([], None)
+    size = votes.path.stat().st_size
+    monkeypatch.setattr("cratelm.report.votes.MOST_BYTES", size)
+    with pytest.raises(CrateError, match="all it may"):
+        votes.add(vote)
+    assert votes.path.stat().st_size == size
+
+
+def test_a_file_for_votes_that_cannot_be_is_told_at_once(tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "votes.sqlite", tmp_path, tmp_path / "file" / "deeper" / "votes.sqlite"):
+        with pytest.raises(CrateError, match="--votes FILE"):
+            Votes(path).open()
+    votes = Votes(tmp_path / "new" / "votes.sqlite")
+    votes.open()
+    votes.open()
+    assert votes.page() == ([], None)

@@ -1,12 +1,11 @@
 """The live browser as a process on loopback: what it answers, refuses and survives."""
 
+import contextlib
 import http.client
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,10 @@ def test_votes_are_kept_in_the_run(server: Served, runs: list[Path]) -> None:
     vote = {"date": "2026-01-01", "a": "x", "b": "y", "explanations": ["<img src=x>", ""], "explainers": ["l", "l"],
             "choice": "same"}  # fmt: skip
     before = len(server.ask("/api/votes").json["votes"])
-    assert len(server.post("/api/votes", vote).json["votes"]) == before + 1
+    assert server.post("/api/votes", vote).json == {"count": before + 1}
+    assert len(server.ask("/api/votes").json["votes"]) == before + 1
+    assert server.ask(f"/api/votes?after={before}").json["next"] is None
+    assert server.ask("/api/votes?after=-1").status == 400
     assert (runs[0] / "votes.sqlite").exists()
     half = server.post("/api/votes", vote | {"explanations": ["half a pair: \ud800", ""]})
     assert half.status == 200
@@ -225,42 +227,32 @@ def test_search_shows_an_explanation_once_and_every_model(server: Served) -> Non
     assert any("," in one["protocol"] for one in found)
 
 
-def test_beyond_the_limit_a_request_is_told_to_come_again_and_an_abandoned_one_makes_room(server: Served) -> None:
-    server.page_token()
-    began = threading.Event()
+@contextlib.contextmanager
+def writing(server: Served) -> Iterator[http.client.HTTPResponse]:
+    """A long continuation whose first line has come."""
+    own = {"content-type": "application/json", "x-cratelm-token": server.page_token()}
+    with contextlib.closing(http.client.HTTPConnection(server.place, timeout=60)) as connection:
+        connection.request("POST", "/api/continue", json.dumps(steering(tokens=2000)).encode(), own)
+        answer = connection.getresponse()
+        assert answer.status == 200
+        assert answer.readline()
+        yield answer
+        answer.close()
 
-    def long() -> int:
-        began.set()
-        return server.post("/api/continue", steering(tokens=2000)).status
 
-    with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(long) for _ in range(2)]
-        began.wait()
-        deadline, refused = time.monotonic() + 30, None
-        while time.monotonic() < deadline and not all(one.done() for one in running):
-            refused = server.post("/api/look", {"model": "crate-2l", "text": "t"})
-            if refused.status == 429:
-                break
-        assert refused is not None
+def test_beyond_the_limit_a_request_is_told_to_come_again(server: Served) -> None:
+    with writing(server) as first, writing(server) as second:
+        refused = server.post("/api/look", {"model": "crate-2l", "text": "t"})
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) > 0
-        assert [one.result() for one in running] == [200, 200]
+        assert [json.loads(one.readlines()[-1]) for one in (first, second)] == [{"done": True}] * 2
     assert server.post("/api/look", {"model": "crate-2l", "text": "t"}).status == 200
 
 
 def test_a_text_that_nobody_waits_for_any_more_is_not_written_on(server: Served) -> None:
-    token = server.page_token()
-    body = json.dumps(steering(tokens=2000)).encode()
     for _ in range(2):
-        connection = http.client.HTTPConnection(server.place, timeout=60)
-        connection.request(
-            "POST", "/api/continue", body, {"content-type": "application/json", "x-cratelm-token": token}
-        )
-        answer = connection.getresponse()
-        assert answer.status == 200
-        assert answer.readline()
-        answer.close()
-        connection.close()
+        with writing(server):
+            pass
     until = time.monotonic() + 30
     while (found := server.post("/api/look", {"model": "crate-2l", "text": "t"}).status) == 429:
         assert time.monotonic() < until
@@ -274,6 +266,7 @@ def test_bad_options_get_one_line(runs: list[Path], tmp_path: Path, capsys: pyte
         (["serve", str(tmp_path / "none")], "run.json is not there"),
         (["serve", str(runs[0]), "--port", "70000"], "0 to 65535"),
         (["serve", str(runs[0]), "--new-tokens", "0"], "at least 1"),
+        (["serve", str(runs[0]), "--port", "0", "--votes", str(tmp_path)], "give --votes FILE"),
         (["serve", str(runs[0]), "--host", "203.0.113.1"], "cannot listen"),
     ):
         assert main(arguments) == 2

@@ -105,13 +105,21 @@ def parts_of(options: Options, port: int) -> "Parts":
 
         asked = Explaining(llm=options.llm, model=options.model, llm_key=options.llm_key, device=options.device)
         explain = LiveExplainer(asked)
+    live = live_models(options, limits)
+    votes = Votes(options.votes or options.runs[0] / "votes.sqlite")
+    votes.open()
     return Parts(
-        runs=options.runs, mode=options.mode, limits=limits, live=live_models(options, limits),
+        runs=options.runs, mode=options.mode, limits=limits, live=live,
         explain=explain, explainer="" if explain is None else explain.name,
-        votes=Votes(options.votes or options.runs[0] / "votes.sqlite"),
-        hosts=None if exposed else tuple(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")),
+        votes=votes, hosts=None if exposed else own_hosts(port),
         access=secrets.token_urlsafe(24) if exposed else None,
     )  # fmt: skip
+
+
+def own_hosts(port: int) -> tuple[str, ...]:
+    """The values of `Host` with which a browser on this machine asks for this port. It leaves out http's own, 80."""
+    names = ("127.0.0.1", "localhost", "[::1]")
+    return (*(f"{name}:{port}" for name in names), *(names if port == 80 else ()))
 
 
 def live_models(options: Options, limits: "Limits") -> "LiveModels | None":

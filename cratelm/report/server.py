@@ -149,10 +149,14 @@ class _Server:
         return Answer({"found": await anyio.to_thread.run_sync(self.chunks.full_text, words)})
 
     async def votes(self, request: Request) -> Response:
-        """All votes, or one more."""
+        """Some votes from one on, or one more."""
         if request.method == "POST":
-            await anyio.to_thread.run_sync(self.parts.votes.add, await _body(request))
-        return Answer({"format_version": 1, "votes": await anyio.to_thread.run_sync(self.parts.votes.all)})
+            return Answer({"count": await anyio.to_thread.run_sync(self.parts.votes.add, await _body(request))})
+        after = request.query_params.get("after", "0")
+        if not (after.isascii() and after.isdigit() and len(after) < 16):
+            raise CrateError("after is the number of a vote")
+        votes, last = await anyio.to_thread.run_sync(self.parts.votes.page, int(after))
+        return Answer({"format_version": 1, "votes": votes, "next": last})
 
     async def look(self, request: Request) -> Response:
         """Neurons at the tokens of a text."""

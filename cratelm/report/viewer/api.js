@@ -50,10 +50,21 @@
     }
   }
 
+  /** All votes, some with each answer. */
+  async function votes() {
+    const found = [];
+    for (let after = 0; after !== null;) {
+      const page = await get(`api/votes?after=${after}`);
+      found.push(...page.votes);
+      after = page.next;
+    }
+    return found;
+  }
+
   // Votes go to the server, so that all who use it vote together.
   cratelm.votes = {
     shared: true,
-    all: async () => (await get("api/votes")).votes,
+    all: votes,
     add: async (vote) => { await post("votes", vote); },
     clear: null,
   };

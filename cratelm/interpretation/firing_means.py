@@ -26,7 +26,7 @@ class Mean:
     values: Float64[np.ndarray, "thresholds 6"]
     """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
     samples: Float32[np.ndarray, "resamples 6"] = field(repr=False)
-    """The same at the stated threshold, of resampled neurons and excerpts, moved to have the observed mean as theirs."""
+    """The same at the stated threshold, of resampled neurons and excerpts, moved to have the observed mean."""
     neurons: int
     """Neurons counted."""
     unpredicted: int

@@ -97,11 +97,14 @@ def test_probabilities_that_are_made_up_are_noticed(fault: str, rng: np.random.G
     llm = make_llm(rng)
 
     class Liar(ModelServer):
+        shift = 3.0
+
         def logprobs(self, ids: list[int]) -> np.ndarray:
             right = super().logprobs(ids)
             if fault == "constant":
                 return np.full_like(right, -np.log(right.shape[1]))
-            return right + rng.normal(size=1) - 3 if fault == "shifting" else right
+            self.shift += rng.uniform(0.1, 1)  # by more than 16 bits explain, each time
+            return right - self.shift if fault == "shifting" else right
 
         def encode(self, text: str) -> list[int]:
             return super().encode(text.upper() if fault == "other prompt" else text)

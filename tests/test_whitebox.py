@@ -236,13 +236,13 @@ def test_a_layers_measurements_are_what_its_modules_give(
         ]
         change = reductions[1] - reductions[0]
         for when, values in (("before", reductions[0]), ("after", reductions[1]), ("change", change)):
-            expected = {"mean": float(values.mean()), "deviation": float(values.std())}
-            assert layer["rate_reduction"][when][name] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            wanted = {"mean": float(values.mean()), "deviation": float(values.std())}
+            assert layer["rate_reduction"][when][name] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
         active = layer["active"][max(layer["active"], key=int)]["mean"] * 16 * model.config.num_neurons
         penalty = layer.get("penalty", 0.1)
         if "learned_penalty" not in changes:
-            wanted = float(reductions[1].mean()) - penalty * active
-            assert layer["sparse_objective"][name]["mean"] == pytest.approx(wanted, rel=1e-5)
+            whole = float(reductions[1].mean()) - penalty * active
+            assert layer["sparse_objective"][name]["mean"] == pytest.approx(whole, rel=1e-5)
         unit = normalised_rate(projections(seen["normed"], heads))
         assert layer["normalised_rate"]["before"][name]["mean"] == pytest.approx(float(unit.mean()), rel=1e-5)
     if arch == "crate":
@@ -253,8 +253,8 @@ def test_a_layers_measurements_are_what_its_modules_give(
         zero = 0.5 * float(seen["coded"].double().square().sum(-1).mean())
         assert layer["objective_at_zero"]["mean"] == pytest.approx(zero, rel=1e-5)
         assert (layer["objective"]["0"] == layer["objective_at_zero"]) == (changes.get("dictionary") != "complete")
-        shares = dict(summary(layer))["objective"], objective_share(layer, last)
-        assert shares == pytest.approx((float(values.mean()) / zero, 100 * float(values.mean()) / zero), rel=1e-4)
+        relative = dict(summary(layer))["objective"], objective_share(layer, last)
+        assert relative == pytest.approx((float(values.mean()) / zero, 100 * float(values.mean()) / zero), rel=1e-4)
         assert layer["objective"][last]["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
         assert layer["active"][last]["mean"] == pytest.approx(float((codes[-1] != 0).float().mean()), abs=1e-3)
         assert layer["dead"] == pytest.approx(float((codes[-1] == 0).all(0).float().mean()), abs=0.02)

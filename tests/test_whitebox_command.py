@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -68,7 +68,8 @@ def test_the_command_writes_measurements_tables_and_figures(
     compression, _, dictionary = whitebox_tables(views)
     assert len(compression.rows) == 6
     assert len(dictionary.rows) == 4
-    of_layer = dict(zip([column.title for column in compression.columns], compression.rows[0], strict=True))
+    titles = [column.title for column in compression.columns]
+    of_layer: dict[str, Any] = dict(zip(titles, compression.rows[0], strict=True))
     assert of_layer["ΔR after"] == pytest.approx(of_layer["R after"] - of_layer["Rᶜ after"])
     assert of_layer["ΔR change"] == pytest.approx(of_layer["ΔR after"] - of_layer["ΔR before"])
     assert of_layer["Sparse objective"] == views[0].layers[0]["sparse_objective"]["shared"]["mean"]

@@ -144,11 +144,12 @@ def _draw(axes: Axes, dials: Sequence[Dial], look: Mapping[str, Any], quantity: 
                 heights += y
                 axes.plot(x, y, color=look[dial.title].color, linestyle=DASHES[name], linewidth=1.5,
                           marker=look[dial.title].marker, markersize=4, markeredgecolor="white")  # fmt: skip
-        own = [point for point in dial.points if is_own(point) and _value(point, quantity) is not None]
-        for point in {point["tokens"]: point for point in own}.values() if by_activity else ():
-            axes.plot(share_active(dial, point) or 0.0, _value(point, quantity), color=look[dial.title].color,
-                      markersize=10, zorder=4, marker=look[dial.title].marker, markerfacecolor="none",
-                      markeredgewidth=1.5)  # fmt: skip
+        own = [
+            (point, value) for point in dial.points if is_own(point) and (value := _value(point, quantity)) is not None
+        ]
+        for point, value in {point["tokens"]: (point, value) for point, value in own}.values() if by_activity else ():
+            axes.plot(share_active(dial, point) or 0.0, value, color=look[dial.title].color, markersize=10, zorder=4,
+                      marker=look[dial.title].marker, markerfacecolor="none", markeredgewidth=1.5)  # fmt: skip
     if quantity == "loss" and heights:  # a setting that breaks the model would flatten all others
         axes.set_ylim(min(heights) - 0.1, min(max(heights), min(heights) + 4) + 0.1)
 

@@ -103,6 +103,7 @@ def run(options: Options) -> None:
 
 
 def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[list[int]], options: Options) -> None:
+    from cratelm.commands.naming import steering_name
     from cratelm.report.plots import write_figures
     from cratelm.report.steering_plots import effect_figure
     from cratelm.rundir import origin, write_json
@@ -142,22 +143,10 @@ def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[li
     if (out := chosen.out(options.out)) is not None:
         title = f"{chosen.name}: {', '.join(found['changes'])}"
         drawn = {name: steered.effect for name, steered in effects.items()}
-        name = named("steer", chosen, prompts, options)
+        name = steering_name("steer", chosen, prompts, options)
         write_figures({name: effect_figure(drawn, chosen.strings, title)}, out)
         write_json(out / f"{name}.json", found | {"origin": origin()})
         console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
-
-
-def named(kind: str, chosen: "Chosen", prompts: list[list[int]], options: Options) -> str:
-    """Name of the files: the end of the first prompt, and a digest of all that decides what is measured."""
-    from cratelm.commands.naming import result_name
-
-    settings = {
-        name: value for name, value in vars(options).items()
-        if name not in ("run", "prompt", "prompts", "show", "out", "device")
-    }  # fmt: skip
-    words = str(chosen.tokenizer.decode(prompts[0]))[-30:]
-    return result_name(words, (chosen.name, prompts, sorted(settings.items())), kind=kind)
 
 
 def _continue(chosen: "Chosen", prompt: list[int], changes: Any, how: "How", options: Options) -> str:

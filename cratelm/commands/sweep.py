@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def sweep(console: "Console", chosen: "Chosen", changing: "Changing", prompts: list[list[int]], options: Any) -> None:
     """Try every strength that the options of `cratelm steer` name; the text is of the first prompt."""
-    from cratelm.commands.steer import named
+    from cratelm.commands.naming import steering_name
     from cratelm.report.plots import write_figures
     from cratelm.report.steering_plots import sweep_figure
     from cratelm.rundir import origin, write_json
@@ -42,7 +42,7 @@ def sweep(console: "Console", chosen: "Chosen", changing: "Changing", prompts: l
     unit = "multiples of the neuron's maximum" if strengths[0].of_maximum else "the model's own units"
     unit = "factor" if changing.requests[0].how == "scale" else unit
     figure = sweep_figure(points, chosen.strings, f"{chosen.name}: {names}", unit)
-    name = named("sweep", chosen, prompts, options)
+    name = steering_name("sweep", chosen, prompts, options)
     write_figures({name: figure}, out)
     found = [
         {"strength": point.strength, "text": point.text, "nats_per_token": point.nats_per_token, **row}

@@ -22,7 +22,7 @@ QUESTIONS = Questions(seed=1)
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
-def exact(positives: list[list[float]], negatives: int) -> tuple[Contrast, list[str]]:
+def exact(positives: list[list[float]], negatives: int) -> tuple[Contrast, list[bytes]]:
     """Windows of tokens that are all different: token `i` is written ` wi`."""
     width = len(positives[0])
     numbers = iter(range(width * (len(positives) + negatives)))
@@ -37,7 +37,7 @@ def exact(positives: list[list[float]], negatives: int) -> tuple[Contrast, list[
         neuron=neuron, positives=tuple(map(window, positives)), active=len(positives), silent=negatives,
         negatives=tuple(window([0.0] * width) for _ in range(negatives)),
     )  # fmt: skip
-    return made, [f" w{i}" for i in range(width * (len(positives) + negatives))]
+    return made, [f" w{i}".encode() for i in range(width * (len(positives) + negatives))]
 
 
 @pytest.fixture
@@ -48,23 +48,23 @@ def windows(rng: np.random.Generator) -> Contrast:
 
 
 @pytest.fixture
-def strings() -> list[str]:
-    return [f" w{i}" for i in range(40 * 8)]
+def pieces() -> list[bytes]:
+    return [f" w{i}".encode() for i in range(40 * 8)]
 
 
-def texts_of(windows: Contrast, strings: Sequence[str]) -> dict[str, int]:
+def texts_of(windows: Contrast, pieces: Sequence[bytes]) -> dict[str, int]:
     """The right answer for each text."""
     both = ((1, windows.positives), (0, windows.negatives))
-    return {plain(window, strings): truth for truth, group in both for window in group}
+    return {plain(window, pieces): truth for truth, group in both for window in group}
 
 
-def detect(windows: Contrast, strings: Sequence[str], answer: Answer, questions: Questions = QUESTIONS) -> Judged:
-    return asyncio.run(detection("some words", windows, strings, Judge(answer), questions))
+def detect(windows: Contrast, pieces: Sequence[bytes], answer: Answer, questions: Questions = QUESTIONS) -> Judged:
+    return asyncio.run(detection("some words", windows, pieces, Judge(answer), questions))
 
 
-def test_a_judge_that_is_always_right_or_always_wrong(windows: Contrast, strings: Sequence[str]) -> None:
-    truth = texts_of(windows, strings)
-    right, wrong = (detect(windows, strings, by_truth(truth, lie=lie)) for lie in (False, True))
+def test_a_judge_that_is_always_right_or_always_wrong(windows: Contrast, pieces: Sequence[bytes]) -> None:
+    truth = texts_of(windows, pieces)
+    right, wrong = (detect(windows, pieces, by_truth(truth, lie=lie)) for lie in (False, True))
     assert right.numbers() == {"balanced_accuracy": 1, "precision": 1, "recall": 1, "f1": 1}
     assert wrong.numbers() == {"balanced_accuracy": 0, "precision": 0, "recall": 0, "f1": 0}
     assert right.failed == wrong.failed == 0
@@ -72,23 +72,23 @@ def test_a_judge_that_is_always_right_or_always_wrong(windows: Contrast, strings
     assert sorted(right.position) == sorted(w.position for w in (*windows.positives, *windows.negatives))
 
 
-def test_saying_yes_to_everything_is_worth_nothing(windows: Contrast, strings: Sequence[str]) -> None:
-    found = detect(windows, strings, lambda pieces, _: answers([1] * len(pieces))).numbers()
+def test_saying_yes_to_everything_is_worth_nothing(windows: Contrast, pieces: Sequence[bytes]) -> None:
+    found = detect(windows, pieces, lambda pieces, _: answers([1] * len(pieces))).numbers()
     positives, negatives = len(windows.positives), len(windows.negatives)
     assert found["balanced_accuracy"] == 0.5
     assert found["precision"] == positives / (positives + negatives)
 
 
-def test_every_window_is_asked_about_once_and_kinds_are_mixed(windows: Contrast, strings: Sequence[str]) -> None:
+def test_every_window_is_asked_about_once_and_kinds_are_mixed(windows: Contrast, pieces: Sequence[bytes]) -> None:
     judge = Judge(lambda pieces, _: answers([0] * len(pieces)))
-    found = asyncio.run(detection("some words", windows, strings, judge, QUESTIONS))
+    found = asyncio.run(detection("some words", windows, pieces, judge, QUESTIONS))
     asked = [pieces_of(chat[-1].text) for chat in judge.chats]
     assert max(map(len, asked)) == QUESTIONS.per_prompt
     assert max(map(len, asked)) - min(map(len, asked)) <= 1
     shown = [piece for pieces in asked for piece in pieces]
-    assert sorted(shown) == sorted(plain(w, strings) for w in (*windows.positives, *windows.negatives))
+    assert sorted(shown) == sorted(plain(w, pieces) for w in (*windows.positives, *windows.negatives))
     assert found.truth != tuple(sorted(found.truth, reverse=True))
-    assert tuple(texts_of(windows, strings)[piece] for piece in shown) == found.truth
+    assert tuple(texts_of(windows, pieces)[piece] for piece in shown) == found.truth
     assert len({tuple(map(str, chat[:-1])) for chat in judge.chats}) == 1, "all prompts begin alike"
 
 
@@ -109,15 +109,15 @@ NONSENSE = {
 
 @pytest.mark.parametrize("kind", NONSENSE)
 def test_an_answer_of_another_form_is_a_failure_with_its_text(
-    kind: str, windows: Contrast, strings: Sequence[str]
+    kind: str, windows: Contrast, pieces: Sequence[bytes]
 ) -> None:
     """Every second prompt is answered well: those items count, the others are failures, none is gone."""
-    truth, turn = texts_of(windows, strings), iter(range(1000))
+    truth, turn = texts_of(windows, pieces), iter(range(1000))
 
     def answer(pieces: list[str], _: Sampling) -> str:
         return NONSENSE[kind](len(pieces)) if next(turn) % 2 else answers([truth[piece] for piece in pieces])
 
-    found = detect(windows, strings, answer)
+    found = detect(windows, pieces, answer)
     assert found.numbers()["balanced_accuracy"] == 1
     assert 0 < found.failed < len(found.truth)
     assert found.failed + sum(one is not None for one in found.answer) == len(found.truth)
@@ -125,24 +125,24 @@ def test_an_answer_of_another_form_is_a_failure_with_its_text(
         assert failure.said == NONSENSE[kind](len(failure.items))
         assert all(found.answer[item] is None for item in failure.items)
     with pytest.raises(LLMError, match="none of its 8 answers can be read"):
-        detect(windows, strings, lambda pieces, _: NONSENSE[kind](len(pieces)))
+        detect(windows, pieces, lambda pieces, _: NONSENSE[kind](len(pieces)))
 
 
-def test_prose_thoughts_and_fences_around_an_answer_are_passed_over(windows: Contrast, strings: Sequence[str]) -> None:
-    truth = texts_of(windows, strings)
+def test_prose_thoughts_and_fences_around_an_answer_are_passed_over(windows: Contrast, pieces: Sequence[bytes]) -> None:
+    truth = texts_of(windows, pieces)
     around = '<think>maybe {"answers": [0]}?</think> Here you are:\n```json\n%s\n```\nAnything else?'
-    found = detect(windows, strings, lambda pieces, _: around % answers([truth[piece] for piece in pieces]))
+    found = detect(windows, pieces, lambda pieces, _: around % answers([truth[piece] for piece in pieces]))
     assert (found.numbers()["f1"], found.failed) == (1, 0)
 
 
-def test_too_few_readable_answers_are_a_reason_and_no_number(windows: Contrast, strings: Sequence[str]) -> None:
+def test_too_few_readable_answers_are_a_reason_and_no_number(windows: Contrast, pieces: Sequence[bytes]) -> None:
     turn = iter(range(1000))
-    found = detect(windows, strings, lambda pieces, _: answers([1] * len(pieces)) if next(turn) == 0 else REFUSAL)
+    found = detect(windows, pieces, lambda pieces, _: answers([1] * len(pieces)) if next(turn) == 0 else REFUSAL)
     assert (found.reason, found.numbers()) == (UNREADABLE, {})
     assert found.failures[0].said == REFUSAL
 
 
-def test_a_server_that_gives_up_is_a_failure_too(windows: Contrast, strings: Sequence[str]) -> None:
+def test_a_server_that_gives_up_is_a_failure_too(windows: Contrast, pieces: Sequence[bytes]) -> None:
     turn = iter(range(1000))
 
     def answer(pieces: list[str], _: Sampling) -> str:
@@ -150,19 +150,19 @@ def test_a_server_that_gives_up_is_a_failure_too(windows: Contrast, strings: Seq
             raise LLMError("the server answered 500 four times")
         return answers([1] * len(pieces))
 
-    (failure,) = detect(windows, strings, answer).failures
+    (failure,) = detect(windows, pieces, answer).failures
     assert failure.said == "the server answered 500 four times"
 
 
 @pytest.mark.parametrize("index", [DEAD, CONSTANT])
 def test_a_neuron_without_enough_windows_is_counted_and_nobody_is_asked(
-    index: int, tmp_path: Path, rng: np.random.Generator, strings: Sequence[str]
+    index: int, tmp_path: Path, rng: np.random.Generator, pieces: Sequence[bytes]
 ) -> None:
     records = read_records(make_run(tmp_path / "run", rng, layers=1), 0)
     none, judge = contrast(records[index], QUESTIONS), Judge(lambda *_: REFUSAL)
     for asked in (
-        detection("x", none, strings, judge, QUESTIONS), fuzzing("x", none, strings, judge, QUESTIONS),
-        intruder(none, strings, judge, QUESTIONS),
+        detection("x", none, pieces, judge, QUESTIONS), fuzzing("x", none, pieces, judge, QUESTIONS),
+        intruder(none, pieces, judge, QUESTIONS),
     ):  # fmt: skip
         found = asyncio.run(asked)
         assert (found.reason, found.active, found.silent) == (TOO_FEW, none.active, none.silent)
@@ -170,20 +170,20 @@ def test_a_neuron_without_enough_windows_is_counted_and_nobody_is_asked(
     assert judge.chats == []
 
 
-def test_a_row_of_the_store_comes_back(windows: Contrast, strings: Sequence[str]) -> None:
+def test_a_row_of_the_store_comes_back(windows: Contrast, pieces: Sequence[bytes]) -> None:
     turn = iter(range(1000))
-    found = detect(windows, strings, lambda pieces, _: answers([1] * len(pieces)) if next(turn) % 3 else REFUSAL)
+    found = detect(windows, pieces, lambda pieces, _: answers([1] * len(pieces)) if next(turn) % 3 else REFUSAL)
     row = json.loads(json.dumps(found.row()))
     assert Judged.of_row(row) == found
     assert Judged.of_row(row | {"of a later version": 1}) == found
 
 
 def test_fuzzing_marks_strong_tokens_right_and_as_many_anywhere_wrong() -> None:
-    windows, strings = exact([[9, 0, 2.6, 4], [0, 5, 1, 0], [3, 0, 0, 0]], 3)
+    windows, pieces = exact([[9, 0, 2.6, 4], [0, 5, 1, 0], [3, 0, 0, 0]], 3)
     right = {" <<w0>> w1 w2 <<w3>>", " w4 <<w5>> w6 w7", " <<w8>> w9 w10 w11"}
     questions = Questions(width=4, least=3, positives=3, negatives=3)
     judge = Judge(lambda pieces, _: answers([int(piece in right) for piece in pieces]))
-    found = asyncio.run(fuzzing("some words", windows, strings, judge, questions))
+    found = asyncio.run(fuzzing("some words", windows, pieces, judge, questions))
     assert found.numbers()["balanced_accuracy"] == 1
     shown = [piece for chat in judge.chats for piece in pieces_of(chat[-1].text)]
     wrong = [piece for piece in shown if piece not in right]
@@ -196,10 +196,10 @@ def test_fuzzing_marks_strong_tokens_right_and_as_many_anywhere_wrong() -> None:
 
 
 def test_fuzzing_of_the_active_kind_marks_weak_tokens_of_the_same_windows() -> None:
-    windows, strings = exact([[9, 0, 2.6, 4], [0, 5, 1, 0], [3, 0, 0, 0], [1, 1, 1, 1]], 0)
+    windows, pieces = exact([[9, 0, 2.6, 4], [0, 5, 1, 0], [3, 0, 0, 0], [1, 1, 1, 1]], 0)
     questions = Questions(width=4, least=3, positives=4, negatives=3)
     judge = Judge(lambda pieces, _: answers([0] * len(pieces)))
-    found = asyncio.run(fuzzing("some words", windows, strings, judge, questions, active=True))
+    found = asyncio.run(fuzzing("some words", windows, pieces, judge, questions, active=True))
     assert sorted(found.truth) == [0, 0, 0, 1, 1, 1, 1]  # the window without a weak token has no wrong marks
     shown = [piece for chat in judge.chats for piece in pieces_of(chat[-1].text)]
     for truth, piece in zip(found.truth, shown, strict=True):
@@ -210,9 +210,9 @@ def test_fuzzing_of_the_active_kind_marks_weak_tokens_of_the_same_windows() -> N
         assert truth or len(marked) == min(2, (~strong(window)).sum())
 
 
-def test_code_that_holds_the_signs_is_marked_with_others(windows: Contrast, strings: Sequence[str]) -> None:
+def test_code_that_holds_the_signs_is_marked_with_others(windows: Contrast, pieces: Sequence[bytes]) -> None:
     judge = Judge(lambda pieces, _: answers([1] * len(pieces)))
-    code = [text if i % 7 else "<<" for i, text in enumerate(strings)]
+    code = [piece if i % 7 else b"<<" for i, piece in enumerate(pieces)]
     asyncio.run(fuzzing("some words", windows, code, judge, QUESTIONS))
     system, *_, question = judge.chats[0]
     assert "between [[ and ]]" in system.text
@@ -220,32 +220,32 @@ def test_code_that_holds_the_signs_is_marked_with_others(windows: Contrast, stri
     assert "{open}" not in "".join(message.text for message in judge.chats[0])
 
 
-def test_a_judge_that_finds_every_intruder_or_guesses(windows: Contrast, strings: Sequence[str]) -> None:
-    silent = {plain(w, strings) for w in windows.negatives}
+def test_a_judge_that_finds_every_intruder_or_guesses(windows: Contrast, pieces: Sequence[bytes]) -> None:
+    silent = {plain(w, pieces) for w in windows.negatives}
 
     def find(pieces: list[str], _: Sampling) -> str:
         bare = [piece.replace("<<", "").replace(">>", "") for piece in pieces]
         return json.dumps({"intruder": 1 + next(i for i, piece in enumerate(bare) if piece in silent)})
 
-    found = asyncio.run(intruder(windows, strings, Judge(find), QUESTIONS))
+    found = asyncio.run(intruder(windows, pieces, Judge(find), QUESTIONS))
     numbers = found.numbers()
     assert (numbers["accuracy"], numbers["high"], numbers["chance"]) == (1, 1, 0.2)
     assert len(found.truth) == len(windows.negatives)
     assert 0.8 < numbers["low"] < 0.9  # 20 of 20: Wilson's lower end is 1 / (1 + 1.96^2 / 20)
-    first = asyncio.run(intruder(windows, strings, Judge(lambda *_: '{"intruder": 1}'), QUESTIONS))
+    first = asyncio.run(intruder(windows, pieces, Judge(lambda *_: '{"intruder": 1}'), QUESTIONS))
     assert first.numbers()["accuracy"] == np.mean([seat == 1 for seat in found.truth])
     assert set(found.truth) == {1, 2, 3, 4, 5}
     judge = Judge(lambda *_: '{"intruder": 6}')
     with pytest.raises(LLMError, match="intruder"):
-        asyncio.run(intruder(windows, strings, judge, QUESTIONS))
+        asyncio.run(intruder(windows, pieces, judge, QUESTIONS))
     assert all(len(pieces_of(chat[-1].text)) == 5 for chat in judge.chats)
 
 
 def test_the_company_of_an_intruder_is_of_one_strength_and_the_strengths_take_turns() -> None:
-    windows, strings = exact([[10.0 - i, 0, 0, 0] for i in range(8)], 6)
+    windows, pieces = exact([[10.0 - i, 0, 0, 0] for i in range(8)], 6)
     judge = Judge(lambda *_: '{"intruder": 1}')
     questions = Questions(width=4, options=3, strengths=4, least=2)
-    asyncio.run(intruder(windows, strings, judge, questions))
+    asyncio.run(intruder(windows, pieces, judge, questions))
     first_tokens = [
         sorted(int(piece.split()[0].strip("<>w")) // 4 for piece in pieces_of(chat[-1].text)) for chat in judge.chats
     ]
@@ -254,10 +254,10 @@ def test_the_company_of_an_intruder_is_of_one_strength_and_the_strengths_take_tu
 
 
 def test_the_whole_text_of_a_question() -> None:
-    windows, strings = exact([[0, 5, 1, 0]], 1)
+    windows, pieces = exact([[0, 5, 1, 0]], 1)
     judge = Judge(lambda pieces, _: answers([1] * len(pieces)))
     questions = Questions(width=4, least=1, positives=1, negatives=1)
-    asyncio.run(detection("braces {pieces} of code", windows, strings, judge, questions))
+    asyncio.run(detection("braces {pieces} of code", windows, pieces, judge, questions))
     (chat,) = judge.chats
     assert [message.role for message in chat] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert chat[0].text.startswith("You check a description of a pattern in text against short pieces of text.")
@@ -268,54 +268,54 @@ def test_the_whole_text_of_a_question() -> None:
     )
 
 
-def test_the_schema_asks_for_exactly_what_is_read(windows: Contrast, strings: Sequence[str]) -> None:
+def test_the_schema_asks_for_exactly_what_is_read(windows: Contrast, pieces: Sequence[bytes]) -> None:
     schemas = []
 
     def answer(pieces: list[str], sampling: Sampling) -> str:
         schemas.append((len(pieces), sampling.schema))
         return answers([1] * len(pieces))
 
-    detect(windows, strings, answer)
+    detect(windows, pieces, answer)
     for count, schema in schemas:
         assert schema is not None
         numbers = schema["properties"]["answers"]  # type: ignore[index]
         assert (numbers["minItems"], numbers["maxItems"], numbers["items"]["enum"]) == (count, count, [0, 1])
 
 
-def probabilities(windows: Contrast, strings: Sequence[str], llm: LLM) -> Judged:
+def probabilities(windows: Contrast, pieces: Sequence[bytes], llm: LLM) -> Judged:
     questions = replace(QUESTIONS, answers="probabilities")
-    return asyncio.run(detection("some words", windows, strings, llm, questions))
+    return asyncio.run(detection("some words", windows, pieces, llm, questions))
 
 
-def test_probabilities_rank_the_windows_and_a_half_decides(windows: Contrast, strings: Sequence[str]) -> None:
-    truth = texts_of(windows, strings)
+def test_probabilities_rank_the_windows_and_a_half_decides(windows: Contrast, pieces: Sequence[bytes]) -> None:
+    truth = texts_of(windows, pieces)
 
     def candidates(prompt: Prompt) -> dict[str, float]:
         piece = prompt.rest.split("\nShows the pattern")[0]
         return {"1": np.log(0.02 if truth[piece] else 0.01), "0": np.log(0.03), " 1": np.log(0.9)}
 
     reader = Reader(lambda _: -1.0, candidates=candidates)
-    numbers = probabilities(windows, strings, reader).numbers()
+    numbers = probabilities(windows, pieces, reader).numbers()
     assert numbers["auc"] == 1  # the order is right
     assert numbers["balanced_accuracy"] == 0.5  # but nothing reaches a half
     assert len({prompt.prefix for prompt in reader.prompts}) == 1
     assert all(prompt.rest.endswith("(0):\t0") and prompt.at == (len(prompt.rest) - 1,) for prompt in reader.prompts)
-    found = probabilities(windows, strings, reader)
+    found = probabilities(windows, pieces, reader)
     assert {round(one, 9) for one in found.score if one is not None} == {0.4, 0.25}
 
 
 def test_a_place_where_no_number_is_expected_is_a_failure_with_what_was(
-    windows: Contrast, strings: Sequence[str]
+    windows: Contrast, pieces: Sequence[bytes]
 ) -> None:
     turn = iter(range(1000))
     reader = Reader(lambda _: -1.0, candidates=lambda _: {"1": -1.0} if next(turn) else {"The": -0.1, "A": -2.0})
-    found = probabilities(windows, strings, reader)
+    found = probabilities(windows, pieces, reader)
     (failure,) = found.failures
     assert failure.said == "neither 0 nor 1 was expected, but: The, A"
     assert found.score.count(None) == found.answer.count(None) == 1
     assert {one for one in found.score if one is not None} == {1.0}
     with pytest.raises(LLMError, match="neither 0 nor 1"):
-        probabilities(windows, strings, Reader(lambda _: -1.0, candidates=lambda _: {}))
+        probabilities(windows, pieces, Reader(lambda _: -1.0, candidates=lambda _: {}))
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

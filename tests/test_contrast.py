@@ -131,9 +131,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 def test_marks_of_a_known_window() -> None:
     one = window([5, 6, 7, 8, 9], [0, 1, 0.29, 0.3, 0.9])
     assert strong(one).tolist() == [False, True, False, True, True]
-    strings = {5: "if", 6: " a", 7: " <", 8: " b", 9: ":"}
-    texts = [strings[i] for i in range(5, 10)]
-    table = ["?"] * 5 + texts
+    table = [b"?"] * 5 + [b"if", b" a", b" <", b" b", b":"]
     assert marked(one, strong(one), table, ("<<", ">>")) == "if <<a>> < <<b:>>"
     assert marks_of_strangers([one, window([1, 2], [0, 3])]) == 2
     silent = window([5, 6], [-1, -2])

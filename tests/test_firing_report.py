@@ -220,7 +220,7 @@ def test_scorers_stand_in_a_table_of_their_own(results: Results) -> None:
                 store=Store.open(run), key=key, records=read_records(run, layer), protocol=protocol("top-and-random"),
                 chosen=chosen("all"),
             )  # fmt: skip
-            asyncio.run(judge_set(task, scorer, Jury(strings=["?"] * 400, questions=Questions(), llm=judge)))
+            asyncio.run(judge_set(task, scorer, Jury(pieces=[b"?"] * 400, questions=Questions(), llm=judge)))
     (table,) = judged_tables(results)
     assert cells(table, "Scorer") == ["detection"] * 3 + ["intruder"] * 3
     assert cells(table, "Layer") == ["0", "1", "mean"] * 2

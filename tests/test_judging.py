@@ -12,7 +12,7 @@ from synthetic import CONSTANT, DEAD, FIRST_TOKEN_NEURON, RARE, make_run
 
 from cratelm import CrateError, read_records
 from cratelm.activations.records import records_tokenizer
-from cratelm.data.tokenizer import load_tokenizer
+from cratelm.data.tokenizer import load_tokenizer, token_bytes
 from cratelm.interpretation.classify import Questions
 from cratelm.interpretation.contrast import TOO_FEW
 from cratelm.interpretation.escape import prompt_strings
@@ -47,6 +47,10 @@ def strings(run: Path) -> list[str]:
     return prompt_strings(load_tokenizer(records_tokenizer(run, "fixed")))
 
 
+def pieces(run: Path) -> list[bytes]:
+    return token_bytes(load_tokenizer(records_tokenizer(run, "fixed")))
+
+
 def apply(
     run: Path, scorer: str, judge: Judge, *, control: str = "", neurons: str = "all", questions: Questions | None = None
 ) -> Tally:
@@ -55,7 +59,7 @@ def apply(
         store=Store.create(run), key=key, records=read_records(run, 0), protocol=protocol(KEY.protocol),
         chosen=chosen(neurons), in_flight=3,
     )  # fmt: skip
-    jury = Jury(strings=strings(run), questions=questions or Questions(), llm=judge)
+    jury = Jury(pieces=pieces(run), questions=questions or Questions(), llm=judge)
     return asyncio.run(judge_set(task, scorer, jury))
 
 
@@ -195,7 +199,7 @@ def test_parts_judge_what_they_explained_and_merged_that_is_all(run: Path) -> No
             if one is key:
                 explained = task.begin("explain", task.explainable, {})
                 explained.add({neuron: f"words {neuron}" for neuron in task.share})
-            jury = Jury(strings=strings(run), questions=Questions(seed=0), llm=judge)
+            jury = Jury(pieces=pieces(run), questions=Questions(seed=0), llm=judge)
             asyncio.run(judge_set(replace(task, key=judged_key(one, "detection", "judge")), "detection", jury))
     merged = merge(run)
     assert (merged.whole, merged.missing) == (3, 0)

@@ -53,19 +53,19 @@ def test_a_binomial_interval_covers_the_share_it_should(rng: np.random.Generator
         assert np.mean([low <= share <= high for low, high in ends]) > 0.91
 
 
-def fifty_fifty() -> tuple[Contrast, list[str]]:
+def fifty_fifty() -> tuple[Contrast, list[bytes]]:
     return exact([[float(20 - i), 0, 0, 1] for i in range(20)], 20)
 
 
 def test_surprisal_gains_where_the_description_helps() -> None:
-    windows, strings = fifty_fifty()
-    truth = texts_of(windows, strings)
+    windows, pieces = fifty_fifty()
+    truth = texts_of(windows, pieces)
 
     def logprob(prompt: Prompt) -> float:
         return -2.0 + 0.5 * truth[prompt.rest] * prompt.prefix.endswith("Description: some words\nPiece:")
 
     reader = Reader(logprob, candidates=lambda _: {})
-    found = asyncio.run(surprisal("some words", windows, strings, reader, QUESTIONS))
+    found = asyncio.run(surprisal("some words", windows, pieces, reader, QUESTIONS))
     assert found.numbers() == {"auc": 1}
     assert set(found.score) == {0.5, 0.0}
     prefixes = {prompt.prefix for prompt in reader.prompts}
@@ -76,14 +76,14 @@ def test_surprisal_gains_where_the_description_helps() -> None:
 
 
 def test_surprisal_counts_windows_whose_probabilities_are_missing() -> None:
-    windows, strings = fifty_fifty()
-    gone = plain(windows.positives[0], strings)
+    windows, pieces = fifty_fifty()
+    gone = plain(windows.positives[0], pieces)
     reader = Reader(lambda prompt: np.nan if prompt.rest == gone else -1.0, candidates=lambda _: {})
-    found = asyncio.run(surprisal("some words", windows, strings, reader, QUESTIONS))
+    found = asyncio.run(surprisal("some words", windows, pieces, reader, QUESTIONS))
     assert (found.failed, found.score.count(None)) == (1, 1)
     assert found.numbers() == {"auc": 0.5}
     with pytest.raises(LLMError, match="none of the probabilities"):
-        asyncio.run(surprisal("x", windows, strings, Reader(lambda _: np.nan, candidates=lambda _: {}), QUESTIONS))
+        asyncio.run(surprisal("x", windows, pieces, Reader(lambda _: np.nan, candidates=lambda _: {}), QUESTIONS))
 
 
 def test_a_model_that_tells_no_probabilities_is_refused_with_what_to_use() -> None:
@@ -112,41 +112,41 @@ class Letters:
         return np.array([[text.count(letter) + 0.01 for letter in "abcdef"] for text in texts])
 
 
-def lettered(positives: list[str], negatives: list[str]) -> tuple[Contrast, list[str]]:
-    strings = [*positives, *negatives]
+def lettered(positives: list[str], negatives: list[str]) -> tuple[Contrast, list[bytes]]:
+    pieces = [*positives, *negatives]
     windows = [
         Excerpt(tokens=np.array([i]), activations=np.array([1.0], dtype=np.float32), position=i, document=0)
-        for i in range(len(strings))
+        for i in range(len(pieces))
     ]
     made = Contrast(
         neuron=NeuronId(tap="neurons", layer=0, index=0), positives=tuple(windows[: len(positives)]),
         negatives=tuple(windows[len(positives) :]), active=len(positives), silent=len(negatives),
     )  # fmt: skip
-    return made, strings
+    return made, [piece.encode() for piece in pieces]
 
 
 def test_the_explanation_is_nearer_to_what_it_describes() -> None:
-    windows, strings = lettered(["aab", "aba", "baa", "aaa", "ab"], ["cde", "dcf", "fe", "ddd", "ccf"])
+    windows, pieces = lettered(["aab", "aba", "baa", "aaa", "ab"], ["cde", "dcf", "fe", "ddd", "ccf"])
     right, wrong, of_nothing = (
-        embedding(said, windows, strings, Letters(), QUESTIONS).numbers() for said in ("aabb", "cdef", "xyz")
+        embedding(said, windows, pieces, Letters(), QUESTIONS).numbers() for said in ("aabb", "cdef", "xyz")
     )
     assert (right, wrong) == ({"auc": 1}, {"auc": 0})
     assert 0 <= of_nothing["auc"] <= 1
-    found = embedding("aabb", windows, strings, Letters(), QUESTIONS)
-    vectors = Letters().encode(["aabb", *strings])
+    found = embedding("aabb", windows, pieces, Letters(), QUESTIONS)
+    vectors = Letters().encode(["aabb", *(piece.decode() for piece in pieces)])
     cosines = vectors[1:] @ vectors[0] / np.linalg.norm(vectors[1:], axis=1) / np.linalg.norm(vectors[0])
     np.testing.assert_allclose(np.array(found.score, dtype=float), cosines, atol=1e-12)
     assert embedding("aabb", *lettered(["a"] * 4, ["c"] * 9), Letters(), QUESTIONS).reason == TOO_FEW
 
 
 def test_windows_that_are_alike_know_each_other_and_any_windows_do_not(rng: np.random.Generator) -> None:
-    windows, strings = lettered(["aab", "aba", "baa", "aaa", "ab"] * 2, ["cd", "ef", "fb", "dc", "ce", "ff"])
-    assert example_embedding(windows, strings, Letters(), QUESTIONS).numbers()["auc"] == 1
+    windows, pieces = lettered(["aab", "aba", "baa", "aaa", "ab"] * 2, ["cd", "ef", "fb", "dc", "ce", "ff"])
+    assert example_embedding(windows, pieces, Letters(), QUESTIONS).numbers()["auc"] == 1
     chance = []
     for _ in range(30):
         anything = ["".join(rng.choice(list("abcdef"), 6)) for _ in range(40)]
-        windows, strings = lettered(anything[:20], anything[20:])
-        chance.append(example_embedding(windows, strings, Letters(), QUESTIONS).numbers()["auc"])
+        windows, pieces = lettered(anything[:20], anything[20:])
+        chance.append(example_embedding(windows, pieces, Letters(), QUESTIONS).numbers()["auc"])
     assert np.mean(chance) == pytest.approx(0.5, abs=0.1)
 
 
@@ -224,12 +224,12 @@ def test_a_real_encoder_finds_what_an_explanation_means(tmp_path: Path) -> None:
     encoder = SentenceEncoder.open(get_model_path())
     weather = ["heavy rain fell", "snow in the hills", "hail and thunder", "a cold wet wind", "storms at night"]
     money = ["the bank raised rates", "shares and bonds fell", "a loan of ten pounds", "paid in cash", "tax on wages"]
-    windows, strings = lettered(weather, money)
-    right = embedding("words for bad weather", windows, strings, encoder, QUESTIONS)
-    wrong = embedding("words for money and banking", windows, strings, encoder, QUESTIONS)
+    windows, pieces = lettered(weather, money)
+    right = embedding("words for bad weather", windows, pieces, encoder, QUESTIONS)
+    wrong = embedding("words for money and banking", windows, pieces, encoder, QUESTIONS)
     assert right.numbers()["auc"] == 1
     assert wrong.numbers()["auc"] == 0
-    assert example_embedding(windows, strings, encoder, QUESTIONS).numbers()["auc"] > 0.9
+    assert example_embedding(windows, pieces, encoder, QUESTIONS).numbers()["auc"] > 0.9
     assert encoder.name == "model"
     with pytest.raises(CrateError, match="there is no directory /nowhere/at/all"):
         SentenceEncoder.open("/nowhere/at/all")

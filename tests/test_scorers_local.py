@@ -30,9 +30,9 @@ def logprobs(llm: Any, text: str) -> tuple[list[int], np.ndarray]:
 
 def test_surprisal_is_the_difference_of_what_two_texts_cost(rng: np.random.Generator) -> None:
     llm = make_llm(rng)
-    windows, strings = exact([[float(5 - i), 0, 0, 1] for i in range(5)], 5)
+    windows, pieces = exact([[float(5 - i), 0, 0, 1] for i in range(5)], 5)
     asyncio.run(check_llm(["surprisal"], llm, QUESTIONS))
-    found = asyncio.run(surprisal("words for rain", windows, strings, llm, QUESTIONS))
+    found = asyncio.run(surprisal("words for rain", windows, pieces, llm, QUESTIONS))
     assert found.failed == 0
     at = {window.position: window for window in (*windows.positives, *windows.negatives)}
 
@@ -44,13 +44,13 @@ def test_surprisal_is_the_difference_of_what_two_texts_cost(rng: np.random.Gener
 
     generic = "text of any kind, with nothing particular in it"
     for position, gain in zip(found.position, found.score, strict=True):
-        text = plain(at[position], strings)
+        text = plain(at[position], pieces)
         assert gain == pytest.approx(cost("words for rain", text) - cost(generic, text), abs=1e-6)
 
 
 def test_an_answer_by_probability_is_the_models_own(rng: np.random.Generator) -> None:
     llm = make_llm(rng, kind="digits")
-    windows, strings = exact([[float(5 - i), 0, 0, 1] for i in range(5)], 5)
+    windows, pieces = exact([[float(5 - i), 0, 0, 1] for i in range(5)], 5)
     asked: list[Any] = []
     echo = llm.echo
 
@@ -60,7 +60,7 @@ def test_an_answer_by_probability_is_the_models_own(rng: np.random.Generator) ->
 
     llm.echo = kept
     found = asyncio.run(
-        detection("words for rain", windows, strings, llm, Questions(**{**_given(), "answers": "probabilities"}))
+        detection("words for rain", windows, pieces, llm, Questions(**{**_given(), "answers": "probabilities"}))
     )
     vocabulary = llm.tokenizer.backend_tokenizer.get_vocab()
     for prompt, score in zip(asked, found.score, strict=True):

@@ -246,6 +246,30 @@ def test_a_structured_answer_may_be_fenced(answer: str) -> None:
     assert structured_activations(answer, ["a", " b"]).tolist() == [3.0, 0.0]
 
 
+def test_a_structured_answer_may_spell_a_token_without_its_escapes() -> None:
+    tokens = [r"\n", r" \xc3", r"a\t\u200b", "<endoftext>", "a"]
+    for said in (tokens, ["\n", " \xc3", "a\t\u200b", "<|endoftext|>", "a"]):
+        rows = [{"token": token, "activation": number} for number, token in enumerate(said)]
+        answer = json.dumps({"activations": rows}, ensure_ascii=False)
+        assert structured_activations(answer, tokens).tolist() == [0, 1, 2, 3, 4]
+        as_it_is = answer.replace(r'"\n"', '"\n"')
+        assert structured_activations(as_it_is, tokens).tolist() == [0, 1, 2, 3, 4]
+    for said in ("\n\n", "n", r"\\n", "", None):
+        with pytest.raises(LLMError, match="token 1 is"):
+            structured_activations(json.dumps({"activations": [{"token": said, "activation": 0}]}), [r"\n"])
+
+
+def test_a_prompt_tells_of_escapes_where_there_are_any() -> None:
+    few = few_shot_neurons()
+    for escaped in (True, False):
+        for text in (
+            all_at_once_prefix("x", few, top=10, unknown="unknown", escaped=escaped),
+            token_by_token_prefix("x", few, top=10, escaped=escaped),
+            structured_chat("x", ["a"], few, escaped=escaped)[0].text,
+        ):
+            assert (r"\xc3 for one byte" in text) == escaped
+
+
 def test_a_structured_question_says_what_form_its_answer_has() -> None:
     llm = RuleFollower()
     simulated(Structured(llm=llm), "brackets", TOKENS)

@@ -44,7 +44,7 @@ class Judges:
 
 
 async def find_judges(
-    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str, strings: Sequence[str]
+    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str, pieces: Sequence[bytes]
 ) -> Judges | None:
     """Open who is needed; None where nothing but simulation was asked for. Refused where one is missing."""
     asked = tuple(name for name in scorers if name != SIMULATION)
@@ -61,7 +61,7 @@ async def find_judges(
         from cratelm.encoder import DEFAULT, SentenceEncoder
 
         opened = SentenceEncoder.open(encoder or DEFAULT)
-    jury = Jury(strings=strings, questions=Questions(), llm=chat, encoder=opened)
+    jury = Jury(pieces=pieces, questions=Questions(), llm=chat, encoder=opened)
     return Judges(scorers=asked, jury=jury, reader=reader)
 
 

@@ -136,7 +136,7 @@ async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury) -> None:
     missing = _missing(line, task, SCORERS[scorer].stage, asked)
 
     async def ask(llm: LLM, neuron: int) -> None:
-        await judge(scorer, task.records[neuron], _usual(), jury.strings, jury.questions, llm=llm)
+        await judge(scorer, task.records[neuron], _usual(), jury.pieces, jury.questions, llm=llm)
 
     if jury.llm is not None and SCORERS[scorer].asks != "encoder":
         await _add(line, task, jury.llm, missing, ask)

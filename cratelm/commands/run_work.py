@@ -21,7 +21,7 @@ from cratelm.commands.language_models import (
 from cratelm.commands.order import Order, records_for
 from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate, tried
 from cratelm.commands.selection import chosen_layers, chosen_protocols
-from cratelm.data.tokenizer import load_tokenizer
+from cratelm.data.tokenizer import load_tokenizer, token_bytes
 from cratelm.interpretation import llm_stages
 from cratelm.interpretation.calls import spent
 from cratelm.interpretation.escape import prompt_strings
@@ -82,7 +82,7 @@ class Work:
             if not order.spending.dry_run:
                 await examine(simulator, skip=order.simulating.skip_self_test)
         judges = await find_judges(
-            order.scorers, chat=self._kept(self.cast.judge), encoder=order.encoder, strings=self.text("fixed"),
+            order.scorers, chat=self._kept(self.cast.judge), encoder=order.encoder, pieces=self.pieces,
             reader=self._kept(self.cast.simulator or self.cast.judge),
         )  # fmt: skip
         pace = await tried(simulator, self.store) if simulator is not None and order.spending.dry_run else ""
@@ -221,6 +221,11 @@ class Work:
             tokenizer = load_tokenizer(records_tokenizer(self.run, self.order.selection.mode))
             self.strings[mode] = prompt_strings(tokenizer, mode)
         return self.strings[mode]
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each token id."""
+        return token_bytes(load_tokenizer(records_tokenizer(self.run, self.order.selection.mode)))
 
     def _kept(self, llm: Any) -> Any:
         """The model through the cache, always the same one: what it is asked twice at once it is asked once."""

@@ -72,18 +72,18 @@ class _Item:
 
 
 async def detection(
-    explanation: str, contrast: Contrast, strings: Sequence[str], llm: LLM, questions: Questions
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions
 ) -> Judged:
     """Whether the explanation tells windows on which the neuron fires from those on which it is silent."""
     if not enough_windows("detection", contrast, questions):
         return _too_few(contrast)
-    items = [_Item(1, plain(window, strings), window.position) for window in contrast.positives]
-    items += [_Item(0, plain(window, strings), window.position) for window in contrast.negatives]
+    items = [_Item(1, plain(window, pieces), window.position) for window in contrast.positives]
+    items += [_Item(0, plain(window, pieces), window.position) for window in contrast.negatives]
     return await _classify("detection", explanation, items, ("", ""), contrast, llm, questions)
 
 
 async def fuzzing(
-    explanation: str, contrast: Contrast, strings: Sequence[str], llm: LLM, questions: Questions, *,
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions, *,
     active: bool = False,
 ) -> Judged:  # fmt: skip
     """Whether the explanation tells tokens on which the neuron fires from others.
@@ -102,16 +102,16 @@ async def fuzzing(
         everywhere = np.ones(questions.width, dtype=bool)
         wrong = [(window, drawn_marks(everywhere, count, rng)) for window in contrast.negatives]
     right = [(window, strong(window)) for window in contrast.positives]
-    signs = signs_for(plain(window, strings) for window, _ in (*right, *wrong))
+    signs = signs_for(plain(window, pieces) for window, _ in (*right, *wrong))
     items = [
-        _Item(truth, marked(window, marks, strings, signs), window.position)
+        _Item(truth, marked(window, marks, pieces, signs), window.position)
         for truth, group in ((1, right), (0, wrong))
         for window, marks in group
     ]
     return await _classify("fuzzing", explanation, items, signs, contrast, llm, questions)
 
 
-async def intruder(contrast: Contrast, strings: Sequence[str], llm: LLM, questions: Questions) -> Judged:
+async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions) -> Judged:
     """Whether a window on which the neuron is silent stands out among windows on which it fires. One for each negative.
 
     The others of a question are of one strength; the strengths take turns.
@@ -130,8 +130,8 @@ async def intruder(contrast: Contrast, strings: Sequence[str], llm: LLM, questio
         shown = [(contrast.positives[i], strong(contrast.positives[i])) for i in chosen]
         seat = int(rng.integers(questions.options))
         shown.insert(seat, (negative, drawn_marks(everywhere, count, rng)))
-        signs = signs_for(plain(window, strings) for window, _ in shown)
-        texts = [marked(window, marks, strings, signs) for window, marks in shown]
+        signs = signs_for(plain(window, pieces) for window, _ in shown)
+        texts = [marked(window, marks, pieces, signs) for window, marks in shown]
         said = await _said(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
         found = _read(said.text, "intruder", questions.options) if isinstance(said, _Answer) else None
         truth.append(seat + 1)
@@ -303,7 +303,7 @@ async def _probabilities(
         for one in words()[kind]["examples"]
         for piece, number in zip(one["pieces"], one["answers"], strict=True)
     )
-    prefix = examples + filled(before, explanation=explanation)
+    prefix = words()["single"]["head"] + examples + filled(before, explanation=explanation)
     prompts = []
     for item in items:
         rest = item.text + after

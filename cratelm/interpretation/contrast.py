@@ -14,6 +14,7 @@ from jaxtyping import Bool
 
 from cratelm.activations.records import Excerpt, Kind, NeuronId, NeuronRecord
 from cratelm.errors import CrateError
+from cratelm.interpretation.escape import Character, characters, shown_letter, text_of
 
 TOO_FEW = "too few excerpts"
 """Reason: the scoring half holds fewer windows than asked on which the neuron fires, or on which it is silent."""
@@ -190,20 +191,34 @@ def signs_for(texts: Iterable[str]) -> tuple[str, str]:
     return free[0] if free else SIGNS[-1]
 
 
-def plain(window: Excerpt, strings: Sequence[str]) -> str:
-    """The text of a window. `strings` is the text of each token id."""
-    return "".join(strings[token] for token in window.tokens.tolist())
+def raw(window: Excerpt, pieces: Sequence[bytes]) -> str:
+    """The text of a window as it was written, line breaks and all. `pieces` is the bytes of each token id."""
+    return text_of([pieces[token] for token in window.tokens.tolist()])
 
 
-def marked(window: Excerpt, marks: Bool[np.ndarray, " width"], strings: Sequence[str], signs: tuple[str, str]) -> str:
-    """The text of a window with the marked tokens between signs, neighbours together, spaces outside."""
-    text, inside = "", False
-    for token, mark in zip(window.tokens.tolist(), marks.tolist(), strict=True):
-        piece = strings[token]
-        if mark and not inside:
-            bare = piece.lstrip(" ")
-            text += piece[: len(piece) - len(bare)] + signs[0] + bare
+def plain(window: Excerpt, pieces: Sequence[bytes]) -> str:
+    """The text of a window on one line, as a list of windows shows it."""
+    return "".join(shown_letter(one.text) for one in _characters(window, pieces))
+
+
+def marked(window: Excerpt, marks: Bool[np.ndarray, " width"], pieces: Sequence[bytes], signs: tuple[str, str]) -> str:
+    """The text of a window on one line, with the marked tokens between signs, neighbours together, spaces outside.
+
+    A character that lies in several tokens is marked where one of them is: no sign stands inside a character.
+    """
+    text, run = "", ""
+    for letter, first, last in _characters(window, pieces):
+        if marks[first : last + 1].any():
+            run += shown_letter(letter)
         else:
-            text += signs[1] * (inside and not mark) + piece
-        inside = mark
-    return text + signs[1] * inside
+            text, run = text + _between(run, signs) + shown_letter(letter), ""
+    return text + _between(run, signs)
+
+
+def _between(run: str, signs: tuple[str, str]) -> str:
+    bare = run.lstrip(" ") or run
+    return f"{run[: len(run) - len(bare)]}{signs[0]}{bare}{signs[1]}" if run else ""
+
+
+def _characters(window: Excerpt, pieces: Sequence[bytes]) -> list[Character]:
+    return characters([pieces[token] for token in window.tokens.tolist()])

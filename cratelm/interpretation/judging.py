@@ -34,8 +34,8 @@ from cratelm.interpretation.work import Tally
 class Jury:
     """Who is asked, about what windows, in what text."""
 
-    strings: Sequence[str]
-    """What is shown for each token id (`escape.prompt_strings`)."""
+    pieces: Sequence[bytes]
+    """The bytes of each token id (`cratelm.data.tokenizer.token_bytes`)."""
     questions: Questions
     llm: LLM | None = None
     """For scorers that ask a language model."""
@@ -97,7 +97,7 @@ async def judge_set(task: Task, scorer: str, jury: Jury) -> Tally:
 
     async def one(neuron: int) -> dict[str, Any]:
         found = await judge(
-            scorer, task.records[neuron], texts.get(neuron, ""), jury.strings, jury.questions, llm=jury.llm,
+            scorer, task.records[neuron], texts.get(neuron, ""), jury.pieces, jury.questions, llm=jury.llm,
             encoder=jury.encoder,
         )  # fmt: skip
         return found.row()

@@ -81,7 +81,7 @@ def explainer_prompt(
         context = min(context or RELEASED_CONTEXT, RELEASED_CONTEXT)
     fewer = enumerate(_fewer_and_fewer(few_shot_neurons()))
     for dropped, examples in islice(fewer, left_out, None):
-        messages = _chat(examples, records)
+        messages = _chat(examples, records, escapes=mode == "fixed")
         if mode == "compat":
             messages = without_system(messages, between=" ")
         tokens = sum(count(message.text) + TURN for message in messages)
@@ -111,8 +111,11 @@ def _fewer_and_fewer(neurons: Sequence[FewShotNeuron]) -> Iterator[tuple[FewShot
         yield tuple(left)
 
 
-def _chat(examples: Sequence[FewShotNeuron], records: Sequence[FewShotRecord]) -> tuple[Message, ...]:
-    messages = [Message("system", _words()["system"])]
+def _chat(
+    examples: Sequence[FewShotNeuron], records: Sequence[FewShotRecord], *, escapes: bool
+) -> tuple[Message, ...]:  # fmt: skip
+    task = _words()["system"].replace("{escapes}", _words()["escapes"] if escapes else "")
+    messages = [Message("system", task)]
     for number, neuron in enumerate(examples, 1):
         messages.append(Message("user", _question(number, neuron.records)))
         messages.append(Message("assistant", f" {neuron.explanation}."))

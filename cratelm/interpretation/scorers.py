@@ -83,12 +83,12 @@ async def check_llm(names: Iterable[str], llm: LLM, questions: Questions) -> Non
 
 
 async def judge(
-    name: str, record: NeuronRecord, explanation: str, strings: Sequence[str], questions: Questions, *,
+    name: str, record: NeuronRecord, explanation: str, pieces: Sequence[bytes], questions: Questions, *,
     llm: LLM | None = None, encoder: Encoder | None = None,
 ) -> Judged:  # fmt: skip
     """Apply one scorer to one neuron.
 
-    `strings` is the text of each token id, `explanation` what is tested (not read by scorers that need none). A neuron
+    `pieces` is the bytes of each token id, `explanation` what is tested (not read by scorers that need none). A neuron
     with too few windows comes back with that as its reason, before anyone is asked. Raises `LLMError` where the model
     gave nothing readable at all.
     """
@@ -96,19 +96,19 @@ async def judge(
     if scorer.asks == "encoder":
         assert encoder is not None, f"{name} needs an encoder"
         if scorer.explained:
-            return embedding(explanation, windows, strings, encoder, questions)
-        return example_embedding(windows, strings, encoder, questions)
+            return embedding(explanation, windows, pieces, encoder, questions)
+        return example_embedding(windows, pieces, encoder, questions)
     assert llm is not None, f"{name} needs a language model"
     match name:
         case "detection":
-            return await detection(explanation, windows, strings, llm, questions)
+            return await detection(explanation, windows, pieces, llm, questions)
         case "fuzzing" | "fuzzing-active":
             active = name == "fuzzing-active"
-            return await fuzzing(explanation, windows, strings, llm, questions, active=active)
+            return await fuzzing(explanation, windows, pieces, llm, questions, active=active)
         case "intruder":
-            return await intruder(windows, strings, llm, questions)
+            return await intruder(windows, pieces, llm, questions)
         case _:
-            return await surprisal(explanation, windows, strings, llm, questions)
+            return await surprisal(explanation, windows, pieces, llm, questions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cratelm.interpretation.classify import Questions, enough_windows
-from cratelm.interpretation.contrast import TOO_FEW, Contrast, plain
+from cratelm.interpretation.contrast import TOO_FEW, Contrast, raw
 from cratelm.interpretation.judged import Judged
 
 COMPANY = 10
@@ -35,7 +35,7 @@ class Encoder(Protocol):
 
 
 def embedding(
-    explanation: str, contrast: Contrast, strings: Sequence[str], encoder: Encoder, questions: Questions,
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], encoder: Encoder, questions: Questions,
     instruction: str = "",
 ) -> Judged:  # fmt: skip
     """How well the likeness to the explanation tells windows on which the neuron fires from the others.
@@ -45,7 +45,7 @@ def embedding(
     if not enough_windows("embedding", contrast, questions):
         return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
     windows = (*contrast.positives, *contrast.negatives)
-    vectors = _unit(encoder.encode([instruction + explanation, *(plain(window, strings) for window in windows)]))
+    vectors = _unit(encoder.encode([instruction + explanation, *(raw(window, pieces) for window in windows)]))
     return Judged(
         active=contrast.active, silent=contrast.silent, score=tuple((vectors[1:] @ vectors[0]).tolist()),
         truth=(1,) * len(contrast.positives) + (0,) * len(contrast.negatives),
@@ -53,7 +53,7 @@ def embedding(
     )  # fmt: skip
 
 
-def example_embedding(contrast: Contrast, strings: Sequence[str], encoder: Encoder, questions: Questions) -> Judged:
+def example_embedding(contrast: Contrast, pieces: Sequence[bytes], encoder: Encoder, questions: Questions) -> Judged:
     """How well windows on which a neuron fires know each other.
 
     A query's score is its mean cosine to windows on which the neuron fires, of one strength and itself not counted,
@@ -63,7 +63,7 @@ def example_embedding(contrast: Contrast, strings: Sequence[str], encoder: Encod
     if not enough_windows("example-embedding", contrast, questions) or min(groups, len(contrast.negatives) - 1) < 1:
         return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
     windows = (*contrast.positives, *contrast.negatives)
-    vectors = _unit(encoder.encode([plain(window, strings) for window in windows]))
+    vectors = _unit(encoder.encode([raw(window, pieces) for window in windows]))
     cosines = vectors @ vectors.T
     rng = contrast.rng(questions.seed, "example-embedding")
     positives = np.arange(len(contrast.positives))

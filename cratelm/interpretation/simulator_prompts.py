@@ -15,7 +15,9 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from cratelm.interpretation.escape import running_text
 from cratelm.interpretation.few_shot import FewShotNeuron
 from cratelm.interpretation.llm import Message
 from cratelm.interpretation.prompts import explanation_prefix
@@ -29,8 +31,13 @@ ASKED_OF_EACH = 3
 
 
 @cache
+def _all_words() -> dict[str, Any]:
+    return read_json(FILE, made_by="pip install --force-reinstall cratelm")
+
+
+@cache
 def _words(method: str) -> dict[str, str]:
-    found = read_json(FILE, made_by="pip install --force-reinstall cratelm")[method]
+    found = _all_words()[method]
     return {name: "\n\n".join(text) if isinstance(text, list) else text for name, text in found.items()}
 
 
@@ -41,6 +48,10 @@ def _filled(text: str, **values: object) -> str:
     return text
 
 
+def _task(method: str, escaped: bool, **values: object) -> str:
+    return _filled(_words(method)["task"], escapes=_all_words()["escapes"] if escaped else "", **values)
+
+
 def _explained(method: str, explanation: str, number: int = 0) -> str:
     """The line that gives an explanation. One made by lookup begins with the verb, which stands there already."""
     said = explanation.strip().removeprefix("fires on ")
@@ -48,11 +59,11 @@ def _explained(method: str, explanation: str, number: int = 0) -> str:
 
 
 def all_at_once_prefix(
-    explanation: str, examples: Sequence[FewShotNeuron], *, top: int, unknown: str
+    explanation: str, examples: Sequence[FewShotNeuron], *, top: int, unknown: str, escaped: bool = True
 ) -> str:  # fmt: skip
-    """All that comes before the first token of a neuron's excerpt."""
+    """All that comes before the first token of a neuron's excerpt; `escaped` where tokens are shown so."""
     words = _words("all-at-once")
-    parts = [_filled(words["task"], top=top, unknown=unknown), ""]
+    parts = [_task("all-at-once", escaped, top=top, unknown=unknown), ""]
     for number, neuron in enumerate(examples, 1):
         parts += [*_heading(number, neuron.explanation), *_tables(neuron, top=top, unknown=unknown), ""]
     parts += [*_heading(len(examples) + 1, explanation), "<start>", ""]
@@ -86,10 +97,12 @@ def all_at_once_rows(tokens: Sequence[str], *, unknown: str) -> tuple[str, tuple
     return "".join(rows) + "<end>\n", tuple(places)
 
 
-def token_by_token_prefix(explanation: str, examples: Sequence[FewShotNeuron], *, top: int) -> str:
+def token_by_token_prefix(
+    explanation: str, examples: Sequence[FewShotNeuron], *, top: int, escaped: bool = True
+) -> str:  # fmt: skip
     """All that comes before the text whose last token is asked about."""
     words = _words("token-by-token")
-    parts = [_filled(words["task"], top=top), ""]
+    parts = [_task("token-by-token", escaped, top=top), ""]
     for number, neuron in enumerate(examples, 1):
         parts += [_filled(words["neuron"], number=number), _explained("token-by-token", neuron.explanation, number)]
         for record in neuron.records:
@@ -114,13 +127,15 @@ def _telling(activations: Sequence[int]) -> list[int]:
 def token_by_token_question(tokens: Sequence[str], place: int, *, answer: str) -> tuple[str, int]:
     """A text up to the token in question and its activation, and at which character that stands."""
     words = _words("token-by-token")
-    asked = f"{''.join(tokens[: place + 1])}\n{words['last']}\t{tokens[place]}\n{words['activation']}\t"
+    asked = f"{running_text(tokens[: place + 1])}\n{words['last']}\t{tokens[place]}\n{words['activation']}\t"
     return f"{asked}{answer}\n", len(asked)
 
 
-def structured_chat(explanation: str, tokens: Sequence[str], examples: Sequence[FewShotNeuron]) -> tuple[Message, ...]:
+def structured_chat(
+    explanation: str, tokens: Sequence[str], examples: Sequence[FewShotNeuron], *, escaped: bool = True
+) -> tuple[Message, ...]:  # fmt: skip
     """The chat that asks for the activations of one excerpt as JSON."""
-    messages = [Message("system", _words("structured")["task"])]
+    messages = [Message("system", _task("structured", escaped))]
     for neuron in examples[:STRUCTURED_EXAMPLES]:
         record = min(neuron.records, key=lambda one: len(one.tokens))
         messages.append(Message("user", _structured_question(neuron.explanation, record.tokens)))

@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation import simulator_prompts as prompts
+from cratelm.interpretation.escape import BROKEN
 from cratelm.interpretation.few_shot import FILE as FEW_SHOT
 from cratelm.interpretation.few_shot import FewShotNeuron, few_shot_neurons
 from cratelm.interpretation.llm import LLM, Echo, LLMError, Prompt, Sampling
@@ -32,7 +33,6 @@ from cratelm.interpretation.structured_answers import structured_activations
 METHODS = ("all-at-once", "token-by-token", "structured")
 UNKNOWN = ("unknown", "?", "_", "-", "x")
 """What stands for an activation that is not known: the first that leaves the tab before it a token of its own."""
-BROKEN = "\N{REPLACEMENT CHARACTER}"
 EXPLANATION = 150
 """Tokens that are kept free for an explanation where it is settled how many solved neurons a set shows."""
 MARGIN = 4
@@ -175,7 +175,9 @@ class AllAtOnce:
         return _fitting(partial(self._head, explanation), rests, self.llm, self.counts, self.left_out)
 
     def _head(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
-        return prompts.all_at_once_prefix(explanation, examples, top=self.read_out.top, unknown=self.unknown)
+        return prompts.all_at_once_prefix(
+            explanation, examples, top=self.read_out.top, unknown=self.unknown, escaped=self.read_out.escaped
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +227,9 @@ class TokenByToken:
         return np.split(values, ends) if excerpts else []
 
     def _head(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
-        return prompts.token_by_token_prefix(explanation, examples, top=self.read_out.top)
+        return prompts.token_by_token_prefix(
+            explanation, examples, top=self.read_out.top, escaped=self.read_out.escaped
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +265,7 @@ class Structured:
         return list(await asyncio.gather(*(self._one(explanation, tokens) for tokens in excerpts)))
 
     async def _one(self, explanation: str, tokens: Sequence[str]) -> Activations:
-        chat = prompts.structured_chat(explanation, tokens, few_shot_neurons())
+        chat = prompts.structured_chat(explanation, tokens, few_shot_neurons(), escaped=self.mode == "fixed")
         longest = self.llm.count(prompts.structured_answer(tokens, [10] * len(tokens)))
         # Half as much again: models put line breaks and spaces where we do not.
         sampling = Sampling(max_tokens=longest + longest // 2 + 32, schema=prompts.structured_schema(len(tokens)))

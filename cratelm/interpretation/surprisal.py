@@ -14,13 +14,13 @@ import numpy as np
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.classify import Questions, enough_windows, filled, words
-from cratelm.interpretation.contrast import TOO_FEW, Contrast, plain
+from cratelm.interpretation.contrast import TOO_FEW, Contrast, raw
 from cratelm.interpretation.judged import UNREADABLE, Judged, Unreadable
 from cratelm.interpretation.llm import LLM, Echo, LLMError, Prompt
 
 
 async def surprisal(
-    explanation: str, contrast: Contrast, strings: Sequence[str], llm: LLM, questions: Questions
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions
 ) -> Judged:
     """How well the gain in nats per token tells windows on which the neuron fires from those on which it is silent."""
     if not enough_windows("surprisal", contrast, questions):
@@ -28,7 +28,7 @@ async def surprisal(
     windows = (*contrast.positives, *contrast.negatives)
     order = contrast.rng(questions.seed, "surprisal").permutation(len(windows))
     asked = [windows[i] for i in order]
-    texts = [plain(window, strings) for window in asked]
+    texts = [raw(window, pieces) for window in asked]
     generic = words()["surprisal"]["generic"]
     with_it = await llm.echo([Prompt(prefix=_before(explanation), rest=text) for text in texts], top=1)
     without = await llm.echo([Prompt(prefix=_before(generic), rest=text) for text in texts], top=1)
@@ -59,10 +59,15 @@ def _before(description: str) -> str:
 
 
 def _gain(ours: Echo, theirs: Echo) -> float | None:
-    """Nats per token; None where a token's probability is not known or the two were cut into other tokens."""
+    """Nats per token; None where a token's probability is not known or the two were cut into other tokens.
+
+    A first token that begins before the window, as where a tokenizer joins a colon and a line break, is left out.
+    """
     if ours.tokens != theirs.tokens or not len(ours.logprobs):
         return None
-    gain = float(np.mean(ours.logprobs - theirs.logprobs))
+    gains = ours.logprobs - theirs.logprobs
+    joined = len(gains) > 1 and np.isnan(ours.logprobs[0]) and np.isnan(theirs.logprobs[0])
+    gain = float(np.mean(gains[1:] if joined else gains))
     return gain if np.isfinite(gain) else None
 
 

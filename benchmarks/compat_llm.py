@@ -14,7 +14,9 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -25,7 +27,8 @@ from rule_follower import RuleFollower
 
 from cratelm.activations.records import Excerpts, read_records
 from cratelm.interpretation.escape import prompt_strings
-from cratelm.interpretation.normalise import normalised, shown_maximum
+from cratelm.interpretation.normalise import Rounding, shown_maximum
+from cratelm.interpretation.prompts import shown
 from cratelm.interpretation.protocols import draw, protocol
 from cratelm.interpretation.read_out import READ_OUT_REPAIRS, ReadOutRepair
 from cratelm.interpretation.simulators import open_simulator
@@ -67,14 +70,19 @@ async def points(excerpts: Excerpts, repairs: frozenset[ReadOutRepair], ten: boo
     return 100 * float(np.mean(scores))
 
 
-def shown_as_silent(excerpts: Excerpts, rounding: str) -> float:
-    """Share of the tokens on which neurons fire that a prompt shows as 0, once each neuron has one outlier."""
-    lost = []
+def shown_as_silent(excerpts: Excerpts, rounding: Rounding, outlier: float) -> float:
+    """Share of the tokens on which neurons fire that the explainer's prompt shows as 0.
+
+    With an `outlier` above 0 each neuron has one token on which it fires so many times as strongly as on its strongest.
+    """
+    strings, lost = prompt_strings(make_tokenizer()), []
     for neuron in range(len(EXPLANATIONS)):
-        activations = [one.activations.copy() for one in excerpts.of(neuron)]
-        activations[0][0] = 12 * max(shown_maximum(activations), 1e-6)
-        maximum, values = shown_maximum(activations), np.concatenate(activations)
-        lost.append(float((normalised(values, maximum, rounding=rounding)[values > 0] == 0).mean()))  # type: ignore[arg-type]
+        several = [replace(one, activations=one.activations.copy()) for one in excerpts.of(neuron)]
+        if outlier:
+            several[0].activations[0] = outlier * max(shown_maximum([one.activations for one in several]), 1e-6)
+        values = np.concatenate([one.activations for one in several])
+        numbers = np.concatenate([one.activations for one in shown(several, strings, rounding=rounding)])
+        lost.append(float((numbers[values > 0] == 0).mean()))
     return float(np.mean(lost))
 
 
@@ -83,15 +91,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     found: dict[tuple[str, bool], list[float]] = {}
-    silent: dict[str, list[float]] = {"floor": [], "ceil": []}
+    silent: dict[tuple[Rounding, float], list[float]] = {
+        (rounding, outlier): [] for rounding in get_args(Rounding) for outlier in (0.0, 12.0)
+    }
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             rng = np.random.default_rng(seed)
             records = read_records(make_planted(Path(folder) / "run", rng, mode="compat"), 0, mode="compat")
         by = protocol("top-and-random", "compat")
         scored = draw(records, by.score, "score")
-        for rounding in silent:
-            silent[rounding].append(shown_as_silent(draw(records, by.explain, "explain"), rounding))
+        for way, shares in silent.items():
+            shares.append(shown_as_silent(draw(records, by.explain, "explain"), *way))
         for repairs in WAYS:
             name = "as released" if not repairs else "all repairs" if len(repairs) > 1 else next(iter(repairs))
             for ten in (True, False):
@@ -100,8 +110,10 @@ def main() -> None:
     for name in dict.fromkeys(name for name, _ in found):
         cells = [f"{np.mean(found[name, ten]):.1f} +- {np.std(found[name, ten], ddof=1):.1f}" for ten in (True, False)]
         print(f"{name:22}{cells[0]:>22}{cells[1]:>22}")
-    for rounding, shares in silent.items():
-        print(f"{rounding}: {np.mean(shares):.0%} of firing tokens are shown as 0 beside an outlier 12 times as strong")
+    for (rounding, outlier), shares in silent.items():
+        option = {"floor": "--rounding down (compat)", "ceil": "--rounding up (fixed)"}[rounding]
+        beside = f"beside an outlier {outlier:.0f} times as strong" if outlier else "as they are"
+        print(f"{option}: {np.mean(shares):.0%} of firing tokens are shown as 0, {beside}")
 
 
 if __name__ == "__main__":

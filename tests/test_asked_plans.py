@@ -169,16 +169,53 @@ def test_each_flaw_of_the_released_read_out_can_be_left_out_alone(
     assert "there is no repair 'all' of the read-out. Use: fifteen-candidates, " in capsys.readouterr().err
     found = {}
     for repairs in ([], ["spaced-numbers"], ["fifteen-candidates", "escaped-tokens"]):
+        before = set(Store.open(run).sets("simulate")) if repairs else set()
         assert main([*command, *(["--read-out-repair", *repairs] if repairs else [])]) == 0
-        [key] = by_model(Store.open(run).sets("simulate"))
+        [key] = set(by_model(Store.open(run).sets("simulate"))) - before
         with Store.open(run).transaction() as connection:
             had = begun(connection, key, "simulate")
         told = json.loads(had.settings) if had else {}
-        found[" ".join(repairs)] = (told["candidates"], told["spaces"], told["escaped"])
+        found[key.simulator] = (told["candidates"], told["spaces"], told["escaped"])
     assert found == {
-        "": (5, False, False), "spaced-numbers": (5, True, False),
-        "fifteen-candidates escaped-tokens": (15, False, True),
+        "all-at-once:rules": (5, False, False), "all-at-once+spaced-numbers:rules": (5, True, False),
+        "all-at-once+fifteen-candidates+escaped-tokens:rules": (15, False, True),
     }  # fmt: skip
+    assert explainers_table(run, tmp_path) >= {("rules", name) for name in found}
+
+
+def explainers_table(run: Path, folder: Path) -> set[tuple[str, str]]:
+    """Explainer and simulator of each row of the report's table that sets them side by side."""
+    assert main(["report", str(run), "--mode", "compat", "--out", str(folder / "report")]) == 0
+    with (folder / "report" / "explainers.csv").open(encoding="utf-8") as file:
+        return {(row["Explained by"], row["Simulated by"]) for row in csv.DictReader(file)}
+
+
+def test_the_rounding_of_prompts_is_switched_by_itself_and_kept_beside(
+    tmp_path: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode, own, other, name in (("compat", "down", "up", "rounded-up"), ("fixed", "up", "down", "rounded-down")):
+        run = make_planted(tmp_path / mode, np.random.default_rng(7), mode=mode)  # type: ignore[arg-type]
+        command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2", "--mode", mode]
+        asked = {}
+        for way in ("auto", own, other):
+            first = len(explained_with(server))
+            assert main([*command, "--rounding", way]) == 0
+            asked[way] = explained_with(server)[first:]
+        assert asked[own] == [], "auto is the mode's own"
+        assert len(asked["auto"]) == len(asked[other]) == 2
+        assert set(asked["auto"]).isdisjoint(asked[other])
+        assert {key.explainer for key in by_model(Store.open(run).scored())} == {"rules", f"rules+{name}"}
+        [key] = [key for key in by_model(Store.open(run).scored()) if "+" in key.explainer]
+        assert f"--llm URL --model rules --rounding {other}" in key.command("interpret", run)
+        capsys.readouterr()
+        assert main(["score", str(run), "--model", "rules", "--rounding", other, *TAR, "--mode", mode]) == 0
+        assert f"explained by rules+{name}" in capsys.readouterr().out
+
+
+def explained_with(server: RuleServer) -> list[str]:
+    """The last turns of the questions for explanations."""
+    chats = [body["messages"][-1]["content"] for _, body in server.asked if "messages" in body]
+    return [text for text in chats if text.endswith("this neuron fires on")]
 
 
 def test_lookup_and_its_control_stand_beside_the_model_on_the_same_neurons(

@@ -11,6 +11,7 @@ from cratelm.interpretation.answers import explanation_of
 from cratelm.interpretation.escape import escaped, prompt_strings
 from cratelm.interpretation.few_shot import FewShotRecord, few_shot_neurons
 from cratelm.interpretation.llm import LLMError, Message, Reply
+from cratelm.interpretation.normalise import OWN
 from cratelm.interpretation.prompts import (
     RELEASED_CONTEXT,
     TURN,
@@ -34,7 +35,8 @@ def excerpt(activations: list[float], text: str = TEXT) -> Excerpt:
 
 def records(mode: Mode = "fixed") -> tuple[FewShotRecord, ...]:
     strings = prompt_strings(make_tokenizer(), mode)
-    return shown([excerpt([0, 4, 0, 0, 0.79, 0, 0, 0, 2]), excerpt([0, 0.3], "for while" + END)], strings)
+    excerpts = [excerpt([0, 4, 0, 0, 0.79, 0, 0, 0, 2]), excerpt([0, 0.3], "for while" + END)]
+    return shown(excerpts, strings, rounding=OWN[mode])
 
 
 def words(text: str) -> int:
@@ -56,9 +58,12 @@ def test_the_whole_text_sent_is_the_golden_one(mode: Mode) -> None:
 
 
 def test_activations_are_scaled_by_the_strongest_shown() -> None:
-    first, second = records()
+    first, second = records("compat")
     assert first.activations[:9] == (0, 10, 0, 0, 1, 0, 0, 0, 5)
-    assert max(second.activations) == 0
+    assert max(second.activations) == 0, "less than a tenth of the strongest"
+    first, second = records()
+    assert first.activations[:9] == (0, 10, 0, 0, 2, 0, 0, 0, 5)
+    assert max(second.activations) == 1, "it fires"
     alone = shown([excerpt([0, 0.3])], prompt_strings(make_tokenizer()))
     assert max(alone[0].activations) == 10
 

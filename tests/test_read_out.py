@@ -35,11 +35,13 @@ def test_each_repair_changes_one_thing() -> None:
     changed = {}
     for repair in READ_OUT_REPAIRS:
         one = ReadOut.of("compat", frozenset([repair]), ten_is_one_token=False)
+        assert one.repaired == (() if repair == "scale-of-nine" else (repair,)), "the scale has a name of its own"
         changed[repair] = [name for name in ReadOut.__slots__ if getattr(one, name) != getattr(released, name)]
     assert changed == {
         "fifteen-candidates": ["candidates"], "scale-of-nine": ["top"], "spaced-numbers": ["spaces"],
         "escaped-tokens": ["escaped"],
     }  # fmt: skip
+    assert released.repaired == ReadOut.of("fixed", ten_is_one_token=True).repaired == ()
     repaired = ReadOut.of("compat", frozenset(READ_OUT_REPAIRS), ten_is_one_token=False)
     assert replace(repaired, strict=True) == ReadOut.of("fixed", ten_is_one_token=False)
     assert ReadOut.of("fixed", ten_is_one_token=True).top == 10

@@ -254,9 +254,9 @@ def test_a_structured_answer_may_spell_a_token_without_its_escapes() -> None:
         assert structured_activations(answer, tokens).tolist() == [0, 1, 2, 3, 4]
         as_it_is = answer.replace(r'"\n"', '"\n"')
         assert structured_activations(as_it_is, tokens).tolist() == [0, 1, 2, 3, 4]
-    for said in ("\n\n", "n", r"\\n", "", None):
+    for other in ("\n\n", "n", r"\\n", "", None):
         with pytest.raises(LLMError, match="token 1 is"):
-            structured_activations(json.dumps({"activations": [{"token": said, "activation": 0}]}), [r"\n"])
+            structured_activations(json.dumps({"activations": [{"token": other, "activation": 0}]}), [r"\n"])
 
 
 def test_a_prompt_tells_of_escapes_where_there_are_any() -> None:

@@ -64,7 +64,7 @@ async def _ask(order: Order, runs: Sequence[Path], usage: Usage) -> dict[Path, M
     """Ask what is to be asked."""
     judges = any(scorer != SIMULATION for scorer in order.scorers)
     if not judges and order.stages == ("score",) and explainer_name(order.explaining):
-        return {run: Made(explainer_name(order.explaining)) for run in runs}
+        return {run: Made(order.named(explainer_name(order.explaining))) for run in runs}
     simulating = order.simulating if "simulate" in order.stages else None
     async with opened(order.explaining, simulating, order.spending, usage, judged=judges) as cast:
         return {run: await Work(order=order, run=run, cast=cast, usage=usage).do() for run in runs}

@@ -42,6 +42,9 @@ class Explaining:
     """Of the explanations; left out, 0 for one of each neuron, 1 for several and in compat mode."""
     seed: int = 0
     """Of the first explanation; the others count on from it."""
+    rounding: Literal["auto", "up", "down"] = "auto"
+    """Of activations to the 0-10 of prompts. up: whatever fires is at least 1. down: below a tenth of the strongest it
+    is 0, as released. auto: up, and down in compat mode. Explanations made the other way are kept beside these."""
     device: DeviceName = "auto"
     """Where a model in this process computes."""
     llm_tokenizer: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""

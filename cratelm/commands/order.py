@@ -12,11 +12,15 @@ from cratelm.commands.language_models import explains, read_out_repairs
 from cratelm.commands.selection import Selection, chosen_layers, chosen_protocols
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainer import ExplainerSettings, explainer_settings
+from cratelm.interpretation.lookup import EXPLAINER
+from cratelm.interpretation.normalise import Rounding
 from cratelm.interpretation.sample import Chosen, chosen
 from cratelm.interpretation.schema import SetKey, Stage
 from cratelm.interpretation.scorers import SIMULATION, chosen_scorers
 from cratelm.interpretation.store import Store, identity
 
+ROUNDINGS: dict[str, Rounding | None] = {"auto": None, "up": "ceil", "down": "floor"}
+"""Option -> how activations are rounded; None for the mode's own way."""
 CONTROLS = ("shuffled", "constant")
 """Controls by explanation: that of another neuron, or the same sentence for all."""
 
@@ -84,8 +88,13 @@ class Order:
         """How explanations are drawn."""
         asked = self.explaining
         return explainer_settings(
-            self.selection.mode, samples=asked.samples, temperature=asked.temperature, seed=asked.seed
-        )
+            self.selection.mode, samples=asked.samples, temperature=asked.temperature, seed=asked.seed,
+            rounding=ROUNDINGS[asked.rounding],
+        )  # fmt: skip
+
+    def named(self, model: str) -> str:
+        """What a model's explanations are called in the store: with the rounding, where that is not the mode's."""
+        return model + self.settings.suffix if model not in ("", EXPLAINER) else model
 
 
 @lru_cache(maxsize=1)

@@ -173,7 +173,8 @@ class Work:
     @property
     def explainer_name(self) -> str:
         """What the explainer is called in the store."""
-        return self.cast.explainer.name if self.cast.explainer is not None else explainer_name(self.order.explaining)
+        asked = self.cast.explainer
+        return self.order.named(asked.name if asked is not None else explainer_name(self.order.explaining))
 
     @cached_property
     def controls(self) -> tuple[str, ...]:

@@ -14,8 +14,10 @@ from cratelm.activations.records import LayerRecords, Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.answers import explanation_of
 from cratelm.interpretation.llm import LLM, Sampling
+from cratelm.interpretation.normalise import OWN, Rounding
 from cratelm.interpretation.prompts import ExplainerPrompt, PromptTooLong, explainer_prompt, shown
 from cratelm.interpretation.protocols import Protocol, draw
+from cratelm.interpretation.schema import SUFFIXES
 
 MAX_TOKENS: dict[Mode, int] = {"fixed": 100, "compat": 60}
 """Longest answer. The released 60 often cut a sentence."""
@@ -31,6 +33,13 @@ class ExplainerSettings:
     seed: int
     """Of the first explanation of each neuron; the next ones count on from it."""
     max_tokens: int
+    rounding: Rounding
+    """How activations become the whole numbers of a prompt (`normalise.py`)."""
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind a model's name in the store where its prompts are not those of the mode."""
+        return "" if self.rounding == OWN[self.mode] else SUFFIXES[self.rounding]
 
     def sampling(self, sample: int) -> Sampling:
         """How the explanation of this number is drawn."""
@@ -42,16 +51,21 @@ class ExplainerSettings:
 
 
 def explainer_settings(
-    mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0
+    mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0, rounding: Rounding | None = None
 ) -> ExplainerSettings:
-    """The settings, with the mode's own temperature where none is given: 1 as released, 0 for one explanation each."""
+    """The settings, with the mode's own temperature where none is given: 1 as released, 0 for one explanation each.
+
+    Likewise the rounding: down as released, or up, so that whatever fires is at least 1.
+    """
     if temperature is None:
         temperature = 1.0 if mode == "compat" or samples > 1 else 0.0
     if samples > 1 and temperature == 0:
         raise CrateError(
             "--temperature 0 gives the same explanation every time. Use --samples 1, or a temperature above 0"
         )
-    return ExplainerSettings(mode=mode, temperature=temperature, seed=seed, max_tokens=MAX_TOKENS[mode])
+    return ExplainerSettings(
+        mode=mode, temperature=temperature, seed=seed, max_tokens=MAX_TOKENS[mode], rounding=rounding or OWN[mode]
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +101,9 @@ class Explainer:
         excerpts = draw(records, protocol.explain, "explain")
         for neuron in neurons:
             try:
+                records_shown = shown(tuple(excerpts.of(neuron)), self.strings, rounding=self.settings.rounding)
                 yield neuron, explainer_prompt(
-                    shown(tuple(excerpts.of(neuron)), self.strings), count=self.llm.count, context=self.llm.context,
+                    records_shown, count=self.llm.count, context=self.llm.context,
                     max_tokens=self.settings.max_tokens, mode=self.settings.mode, left_out=left_out,
                 )  # fmt: skip
             except PromptTooLong as error:

@@ -2,11 +2,13 @@
 
 Two rules are in use, and m is the maximum that counts as 10:
 
-    floor   n(a) = min(10, floor(10 max(a, 0) / m))     m over the excerpts shown together in one prompt
-    ceil    n(a) = min(10, ceil(10 max(a, 0) / m))      m over all that is known of the neuron
+    floor   n(a) = min(10, floor(10 max(a, 0) / m))
+    ceil    n(a) = min(10, ceil(10 max(a, 0) / m))
 
-`floor` is OpenAI's and the released code's. It gives 10 to the strongest token alone and 0 to all below a tenth of it,
-so one outlier among the excerpts shown hides the rest. `ceil` is Delphi's: whatever fires is at least 1.
+m is taken over the excerpts that are shown together in one prompt. `floor` is OpenAI's and the released code's, and
+`compat` has it. It gives 10 to the strongest token alone and 0 to all below a tenth of it, so one outlier among the
+excerpts shown hides the rest, and a 0 does not mean silence as the prompt says. `ceil` is Delphi's (with m over all
+that is known of the neuron): whatever fires is at least 1. `fixed` has it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int64
 
+from cratelm.activations.records import Mode
+
 Rounding = Literal["floor", "ceil"]
+OWN: dict[Mode, Rounding] = {"fixed": "ceil", "compat": "floor"}
+"""What each mode does where nothing else is asked for."""
 TOP = 10
 """What the maximum is shown as."""
 

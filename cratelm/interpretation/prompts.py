@@ -19,7 +19,7 @@ from pathlib import Path
 from cratelm.activations.records import Excerpt, Mode
 from cratelm.interpretation.few_shot import FewShotNeuron, FewShotRecord, few_shot_neurons
 from cratelm.interpretation.llm import LLMError, Message
-from cratelm.interpretation.normalise import normalised, shown_maximum
+from cratelm.interpretation.normalise import OWN, Rounding, normalised, shown_maximum
 from cratelm.rundir import read_json
 
 SPARSE = 0.2
@@ -56,13 +56,15 @@ def explanation_prefix() -> str:
     return _words()["prefix"]
 
 
-def shown(excerpts: Sequence[Excerpt], strings: Sequence[str]) -> tuple[FewShotRecord, ...]:
+def shown(
+    excerpts: Sequence[Excerpt], strings: Sequence[str], *, rounding: Rounding = OWN["fixed"]
+) -> tuple[FewShotRecord, ...]:  # fmt: skip
     """Excerpts as a prompt shows them: text and whole numbers from 0 to 10 relative to the strongest of them all."""
     maximum = shown_maximum([excerpt.activations for excerpt in excerpts])
     return tuple(
         FewShotRecord(
             tokens=tuple(strings[token] for token in excerpt.tokens.tolist()),
-            activations=tuple(normalised(excerpt.activations, maximum).tolist()), unknown=0,
+            activations=tuple(normalised(excerpt.activations, maximum, rounding=rounding).tolist()), unknown=0,
         )
         for excerpt in excerpts
     )  # fmt: skip

@@ -50,6 +50,14 @@ class ReadOut:
             strict=mode == "fixed",
         )  # fmt: skip
 
+    @property
+    def repaired(self) -> tuple[ReadOutRepair, ...]:
+        """What a read-out of `compat` leaves out, beside the scale; nothing in `fixed`, which has all repairs."""
+        there: dict[ReadOutRepair, bool] = {
+            "fifteen-candidates": self.candidates == 15, "spaced-numbers": self.spaces, "escaped-tokens": self.escaped
+        }  # fmt: skip
+        return () if self.strict else tuple(name for name, repaired in there.items() if repaired)
+
     def expected(self, candidates: Mapping[str, float]) -> float | None:
         """The mean of the numbers among the candidates, given as text -> log-probability; None if there is none.
 

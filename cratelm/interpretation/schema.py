@@ -13,6 +13,7 @@ import numpy as np
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.lookup import EXPLAINER
+from cratelm.interpretation.normalise import Rounding
 
 Judging = Literal["detection", "fuzzing", "fuzzing-active", "intruder", "surprisal", "embedding", "example-embedding"]
 JUDGED: tuple[Judging, ...] = get_args(Judging)
@@ -24,6 +25,8 @@ MADE: dict[Stage, str] = {
 }  # fmt: skip
 """Stage -> the table it fills."""
 
+SUFFIXES: dict[Rounding, str] = {"ceil": "+rounded-up", "floor": "+rounded-down"}
+"""What stands behind an explainer's name where its prompts round activations otherwise than the mode does."""
 KEY_COLUMNS = "mode, tap, layer, protocol, explainer, simulator, control, sample"
 """The columns that tell sets apart: the fields of `SetKey`, in their order."""
 SCHEMA = (
@@ -137,8 +140,17 @@ class SetKey:
         """The command that makes this set."""
         options = f" --protocol {self.protocol}" + (" --mode compat" if self.mode == "compat" else "")
         options += f" --tap {self.tap}" if self.tap != "neurons" else ""
-        options += f" --llm URL --model {self.explainer}" if self.explainer != EXPLAINER else ""
+        options += asking(self.explainer) if self.explainer != EXPLAINER else ""
         return f"cratelm {verb} {run}{options}" + (f" --controls {self.control}" if self.control else "")
+
+
+def asking(explainer: str) -> str:
+    """The options that ask an explainer of this name."""
+    for rounding, suffix in SUFFIXES.items():
+        if explainer.endswith(suffix):
+            way = {"ceil": "up", "floor": "down"}[rounding]
+            return f" --llm URL --model {explainer.removesuffix(suffix)} --rounding {way}"
+    return f" --llm URL --model {explainer}"
 
 
 def packed(values: np.ndarray, dtype: str) -> bytes:

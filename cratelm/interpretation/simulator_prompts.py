@@ -62,7 +62,6 @@ def all_at_once_prefix(
     explanation: str, examples: Sequence[FewShotNeuron], *, top: int, unknown: str, escaped: bool = True
 ) -> str:  # fmt: skip
     """All that comes before the first token of a neuron's excerpt; `escaped` where tokens are shown so."""
-    words = _words("all-at-once")
     parts = [_task("all-at-once", escaped, top=top, unknown=unknown), ""]
     for number, neuron in enumerate(examples, 1):
         parts += [*_heading(number, neuron.explanation), *_tables(neuron, top=top, unknown=unknown), ""]

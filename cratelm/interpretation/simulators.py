@@ -49,7 +49,10 @@ class Simulator(Protocol):
 
     @property
     def name(self) -> str:
-        """Method and model, which tell sets apart: `all-at-once:MODEL`, or `all-at-once-0-9:MODEL` on that scale."""
+        """Method and model, which tell sets apart: `all-at-once:MODEL`, or `all-at-once-0-9:MODEL` on that scale.
+
+        A repair of the released read-out is named too: `all-at-once+spaced-numbers:MODEL`.
+        """
         ...
 
     @property
@@ -341,7 +344,8 @@ def _needed(prefix: Callable[[Sequence[FewShotNeuron]], str], rests: Iterable[st
 
 
 def _name(method: str, read_out: ReadOut, llm: LLM) -> str:
-    return f"{method}{'' if read_out.top == 10 else f'-0-{read_out.top}'}:{llm.name}"
+    scale = "" if read_out.top == 10 else f"-0-{read_out.top}"
+    return f"{'+'.join((method + scale, *read_out.repaired))}:{llm.name}"
 
 
 def _told(name: str, llm: LLM, settings: Mapping[str, Any], left_out: int = 0) -> dict[str, Any]:

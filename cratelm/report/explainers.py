@@ -71,8 +71,9 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
             notes=(
                 "A simulator is named by its method and model: all-at-once and token-by-token read expected "
                 "activations from the probabilities of a prompt, on a scale of 0 to 10 or, where the name says so, "
-                "0 to 9; structured lets a chat write them; +linear and +percentile are calibrated. Numbers of "
-                "different methods are not the same measurement.",
+                "0 to 9; structured lets a chat write them; +linear and +percentile are calibrated; what else "
+                "stands behind a + is a choice of the released chain made otherwise. Numbers of different methods "
+                "are not the same measurement.",
                 "Failed: neurons for which a language model gave no usable answer, which no score counts. Lookup, same "
                 "neurons: lookup's mean over the neurons scored in the row.",
                 *_not_made(found),

@@ -18,7 +18,7 @@ from cratelm.activations.records import Mode, read_collection, recorded_layers, 
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.schema import SetKey, asking
 from cratelm.interpretation.score import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store import Store
 from cratelm.report.examples import NeuronExample, examples_of
@@ -226,7 +226,7 @@ def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
 def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
     """The scores of all layers by (protocol, control); of another tap than the neurons, of its recorded layers."""
     command = f"cratelm interpret {path}" + " --mode compat" * (asked.mode == "compat")
-    command += f" --llm URL --model {asked.explainer}" * bool(asked.simulator)
+    command += asking(asked.explainer) * bool(asked.simulator)
     if asked.tap != "neurons":
         command += f" --tap {asked.tap}"
         num_layers = len(recorded_layers(path, mode=asked.mode, tap=asked.tap))

@@ -1,5 +1,6 @@
 """Commands that ask a language model: their plans, lookup beside them, and models that are not as usual, end to end."""
 
+import asyncio
 import csv
 import json
 import re
@@ -17,11 +18,14 @@ pytest.importorskip("openai", reason="openai is not installed (extra llm)")
 from test_asked import TAR, questions
 
 from cratelm.cli import main
-from cratelm.commands.plan import Pace
+from cratelm.commands.pace import Pace
 from cratelm.interpretation import prompts, simulators
-from cratelm.interpretation.estimate import Asked
+from cratelm.interpretation.calls import Cached
+from cratelm.interpretation.endpoint import Endpoint
+from cratelm.interpretation.estimate import Asked, CountingLLM
 from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.growing import begun
+from cratelm.interpretation.llm import Prompt
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.store import Store
 
@@ -76,19 +80,61 @@ def test_a_plan_counts_as_there_only_what_was_made_with_these_settings(
     assert planned(capsys.readouterr().out) == {"explain": ["3", "3", "0"], "simulate": ["3", "3", "0"]}
 
 
-def test_a_plan_says_how_long_it_takes_by_trying_one_simulation(
+def test_a_plan_counts_what_will_really_be_asked(
+    run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protocols share excerpts and explanations, controls have their own: what is asked twice is counted once."""
+    command = ["interpret", str(run), "--llm", server.url, "--protocol", "top-and-random", "random-only"]
+    command += ["--controls", "shuffled", "constant", "--neurons", "2", "--scorer", "simulation", "detection"]
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert questions(server) == []
+    assert main(command) == 0
+    asked = questions(server)
+    total = re.search(r"^in all +\S+ +\S+ +(\d+) ", said, re.M)
+    assert total is not None
+    judged = sum("Pieces:" in json.dumps(body) for _, body in server.asked)
+    assert judged > 0
+    assert int(total[1]) == len(asked) + judged
+    assert re.search(r"^\d+ more calls would ask the same again, and are not made$", said, re.M)
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    assert planned(capsys.readouterr().out)["explain"] == ["4", "4", "0"]
+
+
+def test_a_plan_expects_the_likely_tokens_and_a_budget_the_possible_ones(tmp_path: Path) -> None:
+    endpoint = Endpoint("http://localhost:1/v1", "x")
+    text = "a" * 1000
+    assert endpoint.expected(text) == endpoint.count(text) == 1000, "nothing is known yet: a token for each byte"
+    endpoint.tokens_per_byte = 0.4
+    assert (endpoint.expected(text), endpoint.count(text)) == (400, 500)
+    counting = CountingLLM(Cached(endpoint, Store(tmp_path)), Store(tmp_path))
+    asyncio.run(counting.echo([Prompt(prefix=text, rest=text), Prompt(prefix=text, rest=text)]))
+    assert counting.asked == Asked(calls=1, read=800, computed=800, again=1)
+
+
+def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]
-    assert main(command) == 0
-    assert re.search(
-        r"^time: about [\d.]+ s, as 32 at once that take the [\d.]+ s of one", capsys.readouterr().out, re.M
-    )
-    assert questions(server) == []
+    for method, count in (("all-at-once", 8), ("token-by-token", 8), ("structured", 8)):
+        before = len(server.asked)
+        assert main([*command, "--simulator", method]) == 0
+        said = capsys.readouterr().out
+        assert re.search(rf"^time: about \S+ \S+, as one call took \S+ s now and {count} at once \S+ s$", said, re.M)
+        assert questions(server) == []
+        longest = max(len(json.dumps(body)) for _, body in server.asked[before:])
+        assert longest > (1000 if method == "structured" else 1500), "as long as those of the work"
+    assert main([*command, "--in-flight", "1"]) == 0
+    assert "and 1 at once" in capsys.readouterr().out
     asked = Asked(calls=960, read=60_000, computed=30_000, written=6_000)
-    assert Pace(0.5, 1000, here=False).line(asked, 32).startswith("time: about 15 s, as 32 at once")
-    assert Pace(0.5, 1000, here=False).line(asked, 8).startswith("time: about 60 s, as 8 at once")
-    assert Pace(0.5, 1000, here=True).line(asked, 32) == "time: about 18 s, at 2k tokens a second"
+    pace = Pace(alone=0.5, together=0.5, calls=8, tokens=1000, here=False)
+    assert [pace.seconds(asked, one) for one in (32, 8, 1, 100_000)] == [15, 60, 480, 0.5]
+    busy = Pace(alone=0.5, together=4.0, calls=8, tokens=1000, here=False)
+    assert [busy.seconds(asked, one) for one in (32, 100_000)] == [480, 480], "one after the other, however many wait"
+    assert busy.seconds(Asked(calls=1), 32) == 0.5
+    here = Pace(alone=0.1, together=0.5, calls=4, tokens=1000, here=True)
+    assert here.line(asked, 32) == "time: about 18 s, at 2k tokens a second"
     with RuleServer(context=500) as short:
         assert main(["interpret", str(run), "--llm", short.url, *TAR, "--dry-run"]) == 0
     assert (

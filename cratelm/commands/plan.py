@@ -1,8 +1,7 @@
 """The plan that is printed before a language model is asked: what is there, what is missing, what that costs."""
 
-import contextlib
+import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,21 +11,27 @@ import numpy as np
 from jaxtyping import Int64
 
 from cratelm.commands.asking import Spending
+from cratelm.commands.pace import Pace
 from cratelm.interpretation.calibration import calibration_excerpts
-from cratelm.interpretation.endpoint import Endpoint
 from cratelm.interpretation.estimate import COUNTED, Asked, CountingLLM, estimated
 from cratelm.interpretation.explainer import Explainer
 from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.growing import GrowingSet, begun
 from cratelm.interpretation.judging import Jury
-from cratelm.interpretation.llm import LLM, LLMError
-from cratelm.interpretation.llm_stages import Task, explain_settings, sources_of
+from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.llm_stages import (
+    CONSTANT_EXPLANATION,
+    NOBODY,
+    Task,
+    explain_settings,
+    failures,
+    sources_of,
+)
 from cratelm.interpretation.prompts import ExplainerPrompt
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.schema import Stage
 from cratelm.interpretation.scorers import SCORERS, judge
-from cratelm.interpretation.self_test import puzzles
-from cratelm.interpretation.store import Store, identity
+from cratelm.interpretation.store import identity
 from cratelm.runtime import human
 
 
@@ -50,23 +55,23 @@ class Line:
         self.asked = self.asked or Asked()
 
 
-async def plan_explain(line: Line, task: Task, explainer: Explainer) -> None:
-    """Add one set of explanations to a line."""
+async def plan_explain(line: Line, task: Task, explainer: Explainer, seen: set[str]) -> None:
+    """Add one set of explanations to a line. `seen`: what the plan asks already."""
     settings = explain_settings(task, explainer)
     missing, left_out = _missing(line, task, "explain", told=settings), settings.get("left_out", 0)
 
-    async def ask(llm: LLM, neuron: int) -> None:
+    async def ask(llm: CountingLLM, neuron: int) -> None:
         counting = replace(explainer, llm=llm)
         for _, prompt in counting.prompts(task.records, task.protocol, [neuron], left_out=left_out):
             if isinstance(prompt, ExplainerPrompt):
                 line.dropped = max(line.dropped, prompt.dropped)
             await counting.explain(prompt, task.key.sample)
 
-    await _add(line, task, explainer.llm, missing, ask)
+    await _add(line, task, explainer.llm, missing, ask, seen)
 
 
 async def plan_simulate(
-    line: Line, task: Task, simulator: Any, strings: Sequence[str], told: Mapping[str, Any]
+    line: Line, task: Task, simulator: Any, strings: Sequence[str], told: Mapping[str, Any], seen: set[str]
 ) -> None:  # fmt: skip
     """Add one set of simulations to a line. What is not explained yet is taken to get a sentence of usual length.
 
@@ -75,77 +80,69 @@ async def plan_simulate(
     missing = _missing(line, task, "simulate", told={**simulator.told(), **told})
     parts = [draw(task.records, task.protocol.score, "score")]
     parts += [calibration_excerpts(task.records, task.protocol)] if told["calibrate"] else []
-    texts = _explained(task)
-    sources = sources_of(task.key, np.array(sorted(texts), dtype=np.int64), task.records.num_neurons)
+    said = _said(task)
 
-    async def ask(llm: LLM, neuron: int) -> None:
+    async def ask(llm: CountingLLM, neuron: int) -> None:
         excerpts = [
             [strings[token] for token in excerpt.tokens.tolist()] for part in parts for excerpt in part.of(neuron)
         ]
-        text = texts.get(sources.get(neuron, neuron)) or _usual()
+        text, llm.about = said(neuron)
         counts = Counter[str]()
         try:
             await replace(simulator, llm=llm, counts=counts).simulate(text, excerpts)
         finally:
             line.dropped = max(line.dropped, counts["left out"])
 
-    await _add(line, task, simulator.llm, missing, ask)
+    await _add(line, task, simulator.llm, missing, ask, seen)
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How long a model took for one small simulation."""
-
-    seconds: float
-    tokens: int
-    """That it read for it."""
-    here: bool
-    """Whether it runs in this process, so that what it reads counts; a server is taken to answer all at once."""
-
-    def line(self, asked: Asked, in_flight: int) -> str:
-        """What it says of the time that all of the plan takes."""
-        from cratelm.training.forecast import duration
-
-        if self.here:
-            rate = self.tokens / self.seconds
-            return f"time: about {duration((asked.computed + asked.written) / rate)}, at {human(rate)} tokens a second"
-        took = f"as {in_flight} at once that take the {self.seconds:.2g} s of one tried now"
-        return f"time: about {duration(asked.calls * self.seconds / in_flight)}, {took}"
-
-
-async def tried(simulator: Any, store: Store) -> Pace | str:
-    """Let the model simulate a neuron that everybody knows, once, and see how long that takes; or why it could not."""
-    puzzle, counting = puzzles()[0], CountingLLM(simulator.llm, store)
-    for _ in range(2):  # what runs here is slow at its first pass
-        started = time.perf_counter()
-        try:
-            await replace(simulator, counts=Counter()).simulate(puzzle.explanation, [puzzle.tokens])
-        except LLMError as error:
-            return f"time: unknown, because a simulation that was tried failed: {error}"
-        seconds = time.perf_counter() - started
-        if isinstance(simulator.llm, Endpoint):
-            break
-    with contextlib.suppress(LLMError):  # of an answer that says nothing
-        await replace(simulator, llm=counting, counts=Counter()).simulate(puzzle.explanation, [puzzle.tokens])
-    return Pace(max(seconds, 1e-6), max(counting.asked.computed, 1), not isinstance(simulator.llm, Endpoint))
-
-
-async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury) -> None:
+async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury, seen: set[str]) -> None:
     """Add one set of a scorer's results to a line; what is not explained yet is taken to get a usual sentence."""
     asked = task.explainable if SCORERS[scorer].explained else task.neurons
-    missing = _missing(line, task, SCORERS[scorer].stage, asked)
+    missing = _missing(line, task, SCORERS[scorer].stage, asked, told=jury.told(scorer))
+    said = _said(task) if SCORERS[scorer].explained else lambda _: ("", "")
 
-    async def ask(llm: LLM, neuron: int) -> None:
-        await judge(scorer, task.records[neuron], _usual(), jury.pieces, jury.questions, llm=llm)
+    async def ask(llm: CountingLLM, neuron: int) -> None:
+        text, llm.about = said(neuron)
+        await judge(scorer, task.records[neuron], text, jury.pieces, jury.questions, llm=llm)
 
     if jury.llm is not None and SCORERS[scorer].asks != "encoder":
-        await _add(line, task, jury.llm, missing, ask)
+        await _add(line, task, jury.llm, missing, ask, seen)
+
+
+def _said(task: Task) -> Callable[[int], tuple[str, str]]:
+    """Neuron -> the explanation that a set gives it; and where that is not there yet, a usual one and what makes it.
+
+    What makes it are the excerpts that it is explained from: by them it is known which sets get the same explanation.
+    """
+    texts, failed = _explained(task), failures(task.store, task.key.explained, "explain") if _is_there(task) else {}
+    expected = [neuron for neuron in task.explainable.tolist() if neuron in texts or neuron not in failed]
+    sources = sources_of(task.key, np.array(expected, dtype=np.int64), task.records.num_neurons)
+    excerpts = draw(task.records, task.protocol.explain, "explain")
+
+    def said(neuron: int) -> tuple[str, str]:
+        source = sources.get(neuron, neuron)
+        if source == NOBODY:
+            return CONSTANT_EXPLANATION, ""
+        if source in texts:
+            return texts[source], ""
+        key = task.key
+        made_from = hashlib.sha256(repr((key.layer, key.tap, key.explainer, key.sample, source)).encode())
+        for one in excerpts.of(source):
+            made_from.update(one.tokens.tobytes() + one.activations.tobytes())
+        return _usual(), made_from.hexdigest()
+
+    return said
+
+
+def _is_there(task: Task) -> bool:
+    return task.store.path.exists()
 
 
 def _explained(task: Task) -> dict[int, str]:
     """The explanations that are there already."""
     explained = GrowingSet(store=task.store, key=task.key.explained, stage="explain", neurons=task.explainable)
-    return {neuron: str(text) for neuron, text in explained.rows().items()} if task.store.path.exists() else {}
+    return {neuron: str(text) for neuron, text in explained.rows().items()} if _is_there(task) else {}
 
 
 def _usual() -> str:
@@ -182,9 +179,10 @@ def _is_of_others(task: Task, stage: Stage, told: Mapping[str, Any]) -> bool:
 
 
 async def _add(
-    line: Line, task: Task, llm: LLM, missing: Sequence[int], ask: Callable[[LLM, int], Awaitable[None]]
-) -> None:
-    line.asked.add(await estimated(llm, missing, ask, task.store))
+    line: Line, task: Task, llm: LLM, missing: Sequence[int], ask: Callable[[CountingLLM, int], Awaitable[None]],
+    seen: set[str],
+) -> None:  # fmt: skip
+    line.asked.add(await estimated(llm, missing, ask, task.store, seen=seen))
     line.exact &= len(missing) <= COUNTED
 
 
@@ -204,12 +202,16 @@ def lines(found: Sequence[Line], spending: Spending, pace: Pace | str = "") -> l
             cells.append(f"{(spending.price_in * asked.read + spending.price_out * asked.written) / 1e6:.2f}")
         table.append(f"{line.what:<17}" + "".join(f"{cell:>9}" for cell in cells))
     counted = "" if all(line.exact for line in found) else f", counted from {COUNTED} neurons of each set"
-    most = "written and price at most" if priced else "written at most"
+    most = "written: the longest answers" + ", which the price is of" * priced
     table.append(f"tokens{counted}; shared: read once for many prompts; {most}")
-    if pace:
-        table.append(pace.line(total.asked, spending.in_flight) if isinstance(pace, Pace) else pace)
+    if isinstance(pace, Pace) and total.asked.calls:
+        table.append(pace.line(total.asked, spending.in_flight))
+    elif isinstance(pace, str) and pace:
+        table.append(pace)
     if dropped := max(line.dropped for line in found):
         records = sum(len(neuron.records) for neuron in few_shot_neurons())
         table.append(f"the context is short: prompts leave out up to {dropped} of {records} excerpts of solved neurons")
         table.append("(all prompts of a layer and protocol the same ones)")
+    if total.asked.again:
+        table.append(f"{human(total.asked.again)} more calls would ask the same again, and are not made")
     return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])

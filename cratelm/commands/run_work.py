@@ -19,7 +19,8 @@ from cratelm.commands.language_models import (
     metered,
 )
 from cratelm.commands.order import Order, records_for
-from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate, tried
+from cratelm.commands.pace import tried
+from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate
 from cratelm.commands.selection import chosen_layers, chosen_protocols
 from cratelm.data.tokenizer import load_tokenizer, token_bytes
 from cratelm.interpretation import llm_stages
@@ -85,7 +86,11 @@ class Work:
             order.scorers, chat=self._kept(self.cast.judge), encoder=order.encoder, pieces=self.pieces,
             reader=self._kept(self.cast.simulator or self.cast.judge),
         )  # fmt: skip
-        pace = await tried(simulator, self.store) if simulator is not None and order.spending.dry_run else ""
+        pace = (
+            await tried(simulator, self.store, order.spending.in_flight)
+            if simulator is not None and order.spending.dry_run
+            else ""
+        )
         if plan := await self._plan(simulator, judges):
             print("\n".join([f"\n{self.run.name}: {self._subject()}", *lines(plan, order.spending, pace)]))
         if order.spending.dry_run:
@@ -122,24 +127,24 @@ class Work:
         return wanted
 
     async def _plan(self, simulator: Simulator | None, judges: Judges | None) -> list[Line]:
-        found = []
+        found, seen = list[Line](), set[str]()
         if self.explainer is not None and "explain" in self.order.stages:
             found.append(Line("explain"))
             for task in self.tasks(self.explained_keys):
-                await plan_explain(found[-1], task, self.explainer)
+                await plan_explain(found[-1], task, self.explainer, seen)
         if simulator is not None:
             for control in ("", *self.controls):
                 found.append(Line(f"simulate {control}".strip()))
                 strings = self.text(simulator.strings_mode)
                 for task in self.tasks([key for key in self.simulated_keys(simulator) if key.control == control]):
                     own = llm_stages.fitted(task, simulator, strings, self._calibrate)
-                    await plan_simulate(found[-1], task, own, strings, self._told(task))
+                    await plan_simulate(found[-1], task, own, strings, self._told(task), seen)
         if judges is not None:
             for scorer, key in judges.sets(self.explained_keys, self.controls):
                 if not found or found[-1].what != scorer:
                     found.append(Line(scorer))
                 for task in self.tasks([key]):
-                    await plan_judge(found[-1], task, scorer, judges.jury_for(scorer))
+                    await plan_judge(found[-1], task, scorer, judges.jury_for(scorer), seen)
         return found
 
     def _told(self, task: Task) -> dict[str, Any]:

@@ -104,6 +104,13 @@ class Endpoint:
         self.transport.usage.add(found.prompt_tokens, found.new_tokens)
         return found.prompt_tokens / len(text)
 
+    def expected(self, text: str) -> int:
+        """Tokens that a text is likely to have: `count` without what that has to spare."""
+        if self._counter is not None or not self.tokens_per_byte:
+            return self.count(text)
+        plain = sum(map(str.isascii, text))
+        return math.ceil(plain * min(1.0, self.tokens_per_byte)) + len(text.encode()) - plain
+
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. Raises `LLMError` where the server refuses or fails, `CrateError` where it cannot be asked."""
         size = sum(len(message.text.encode()) for message in messages)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cratelm.interpretation.calls import chat_hash, echo_hash, is_kept
-from cratelm.interpretation.llm import LLM, Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Around, Echo, LLMError, Message, Prompt, Reply, Sampling
 from cratelm.interpretation.prompts import TURN
 from cratelm.interpretation.store import Store
 
@@ -32,6 +32,8 @@ class Asked:
     """Tokens of answers, at most."""
     kept: int = 0
     """Calls whose answers the cache has; they are not counted above."""
+    again: int = 0
+    """Calls that ask what another one of the plan asks too; they are not counted above."""
 
     def add(self, other: "Asked", times: float = 1.0) -> None:
         """Take in more, so many times."""
@@ -46,6 +48,10 @@ class CountingLLM:
     of: LLM
     store: Store
     """Where answers are kept that need not be asked for."""
+    seen: set[str] = field(default_factory=set)
+    """Hashes of what the plan asks; shared by all that count for it."""
+    about: str = ""
+    """What the answer to be asked about depends on, where that is not there yet and another text stands for it."""
     asked: Asked = field(default_factory=Asked)
 
     @property
@@ -69,23 +75,39 @@ class CountingLLM:
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Count a chat. Its answer says nothing."""
-        if is_kept(self.store, chat_hash(self.identity, messages, sampling)):
-            self.asked.kept += 1
+        if not self._is_new(chat_hash(self.identity, messages, sampling)):
             return Reply(text="", finish="stop", prompt_tokens=0, new_tokens=0)
-        read = sum(self.count(message.text) + TURN for message in messages)
+        read = sum(self._expected(message.text) + TURN for message in messages)
         self.asked.add(Asked(calls=1, read=read, computed=read, written=sampling.max_tokens))
         return Reply(text="", finish="stop", prompt_tokens=read, new_tokens=0)
 
     async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
         """Count prompts. Everywhere the model is taken to expect a 0."""
-        new = [prompt for prompt in prompts if not is_kept(self.store, echo_hash(self.identity, prompt, top))]
-        prefixes = {prefix: self.count(prefix) for prefix in {prompt.prefix for prompt in new}}
+        new = [prompt for prompt in prompts if self._is_new(echo_hash(self.identity, prompt, top))]
+        prefixes = {prefix: self._expected(prefix) for prefix in {prompt.prefix for prompt in new}}
         self.asked.computed += sum(prefixes.values())
-        self.asked.kept += len(prompts) - len(new)
         for prompt in new:
-            rest = self.count(prompt.rest)
+            rest = self._expected(prompt.rest)
             self.asked.add(Asked(calls=1, read=prefixes[prompt.prefix] + rest, computed=rest))
         return [_expecting_zero(prompt, top) for prompt in prompts]
+
+    def _is_new(self, asked: str) -> bool:
+        """Whether a question has no answer yet and nobody asked it before."""
+        if not self.about and is_kept(self.store, asked):
+            self.asked.kept += 1
+            return False
+        if f"{self.about} {asked}" in self.seen:
+            self.asked.again += 1
+            return False
+        self.seen.add(f"{self.about} {asked}")
+        return True
+
+    def _expected(self, text: str) -> int:
+        """Tokens that a text is likely to have: `count` is on the safe side where a server's tokenizer is not known."""
+        llm = self.of
+        while isinstance(llm, Around):
+            llm = llm.inner
+        return llm.expected(text) if hasattr(llm, "expected") else llm.count(text)
 
 
 def _expecting_zero(prompt: Prompt, top: int) -> Echo:
@@ -95,15 +117,15 @@ def _expecting_zero(prompt: Prompt, top: int) -> Echo:
 
 
 async def estimated(
-    llm: LLM, neurons: Sequence[int], ask: Callable[[LLM, int], Awaitable[object]], store: Store, *,
-    counted: int = COUNTED,
+    llm: LLM, neurons: Sequence[int], ask: Callable[[CountingLLM, int], Awaitable[object]], store: Store, *,
+    counted: int = COUNTED, seen: set[str] | None = None,
 ) -> Asked:  # fmt: skip
     """What asking about these neurons would cost: `ask` is what is done for one of them, with whatever model.
 
-    What is in the cache of the store costs nothing.
+    What is in the cache of the store costs nothing, nor does what is `seen` already: it is asked once.
     """
     some = [neurons[i * len(neurons) // counted] for i in range(counted)] if len(neurons) > counted else list(neurons)
-    counting = CountingLLM(llm, store)
+    counting = CountingLLM(llm, store, set() if seen is None else seen)
     for neuron in some:
         with contextlib.suppress(LLMError):  # of an answer that says nothing
             await ask(counting, neuron)

@@ -49,10 +49,7 @@ class Simulator(Protocol):
 
     @property
     def name(self) -> str:
-        """Method and model, which tell sets apart: `all-at-once:MODEL`, or `all-at-once-0-9:MODEL` on that scale.
-
-        A repair of the released read-out is named too: `all-at-once+spaced-numbers:MODEL`.
-        """
+        """Method, repairs and model: `all-at-once:M`, `all-at-once-0-9:M` on that scale, `all-at-once+spaced-numbers:M`."""
         ...
 
     @property
@@ -230,9 +227,8 @@ class TokenByToken:
         return np.split(values, ends) if excerpts else []
 
     def _head(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
-        return prompts.token_by_token_prefix(
-            explanation, examples, top=self.read_out.top, escaped=self.read_out.escaped
-        )
+        read_out = self.read_out
+        return prompts.token_by_token_prefix(explanation, examples, top=read_out.top, escaped=read_out.escaped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.report.page import write_report
 from cratelm.report.results import Results, RunResult, gather
-from cratelm.report.study import Group, estimate, student, study_of, study_sentences, study_tables
+from cratelm.report.study import BASES, Group, Study, estimate, student, study_of, study_sentences, study_tables
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,36 @@ def test_differences_are_paired_by_seed_and_interpolated_in_the_logarithm_of_the
     assert parameters is not None
     assert parameters.mean == pytest.approx(np.mean([10 - 3, 20 - 4]))
     assert _difference(crate, [small, large], of, "FLOPs") is None
+
+
+def test_a_variant_is_compared_with_the_paper_s_model_too_and_rows_without_an_answer_are_left_out() -> None:
+    groups = []
+    for variant, arch, layers in (("crate", "crate", 1), ("crate", "crate", 2), ("sparser", "crate", 2),
+                                  ("gpt2", "gpt2", 2)):  # fmt: skip
+        group = made_up(variant, layers, 1000 * layers, 900 * layers, {0: 4.0 + layers, 1: 5.0 + layers})
+        for run in group.runs.values():
+            object.__setattr__(run, "arch", arch)
+            object.__setattr__(run, "loss", SimpleNamespace(nats_per_token=run.parameters))
+        groups.append(group)
+    empty = Results(mode="fixed", explainer="lookup", protocols=(), models=(), missing=())
+    study = Study(empty, tuple(groups))
+    assert study.pairs == [("crate", "gpt2"), ("sparser", "gpt2"), ("sparser", "crate")]
+    rows = [(one.group.title, one.other, one.basis, one.found is not None) for one in study.differences]
+    # GPT-2 has one size, and CRATE's 2 layers cost what GPT-2's do here: its 1 layer alone has no counterpart.
+    assert rows == [
+        *((f"crate-{layers}l", "gpt2", basis, layers == 2) for basis in BASES for layers in (1, 2)),
+        *(("sparser-2l", other, basis, True) for other in ("gpt2", "crate") for basis in BASES),
+    ]
+    for group in groups[:3]:
+        object.__setattr__(group, "parameters", 1)
+        object.__setattr__(group, "flops_per_token", 1)
+    dear = Study(empty, tuple(groups))
+    assert {one.basis for one in dear.differences if one.other == "gpt2"} == {"size"}
+    said = study_sentences(dear)
+    assert not any("no two models" in sentence for sentence in said)
+    object.__setattr__(groups[2], "size", (7, 128, 4))
+    alone = Study(empty, tuple(groups))
+    assert "sparser minus GPT-2: no two models to compare." in study_sentences(alone)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Simulator(Protocol):
 
     @property
     def name(self) -> str:
-        """Method, repairs and model: `all-at-once:M`, `all-at-once-0-9:M` on that scale, `all-at-once+spaced-numbers:M`."""
+        """Method, repairs, model: `all-at-once:M`, `all-at-once-0-9:M`, `all-at-once+spaced-numbers:M`."""
         ...
 
     @property

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from cratelm.report.tables import Column, Table
 from cratelm.rundir import read_json
 
 Basis = Literal["size", "parameters", "FLOPs"]
+BASES: tuple[Basis, ...] = ("size", "parameters", "FLOPs")
 
 SIZE_FIELDS = ("num_layers", "d_model", "num_heads")
 """What a size consists of; the rest of a model's configuration is its variant."""
@@ -102,25 +104,35 @@ class Study:
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:
-        """CRATE variants against GPT-2 variants; without one of them, all variants against the last."""
+        """CRATE variants against GPT-2 variants, then each variant against the paper's model of its architecture.
+
+        Without one of the architectures, and without the paper's model of the other, all variants against the last.
+        """
         arch = {name: next(iter(groups[0].runs.values())).arch for name, groups in self.variants.items()}
         crate, gpt2 = ([name for name in arch if arch[name] == which] for which in ("crate", "gpt2"))
+        switched = [(one, base) for own, base in ((crate, "crate"), (gpt2, "gpt2")) if base in own
+                    for one in own if one != base]  # fmt: skip
         if crate and gpt2:
-            return [(one, other) for one in crate for other in gpt2]
+            return [(one, other) for one in crate for other in gpt2] + switched
         names = list(arch)
-        return [(one, names[-1]) for one in names[:-1]]
+        return switched or [(one, names[-1]) for one in names[:-1]]
 
     @cached_property
     def differences(self) -> tuple[Difference, ...]:
-        """Every group of the first of a pair against the second variant, for every quantity and basis."""
-        return tuple(
-            Difference(group=group, other=other, basis=basis, quantity=name, found=difference)
-            for one, other in self.pairs
-            for basis in ("size", "parameters", "FLOPs")
-            for group in self.variants[one]
-            for name, of in self.quantities.items()
-            for difference in [_difference(group, self.variants[other], of, basis)]
-        )
+        """Every group of the first of a pair against the second variant, for every quantity and basis.
+
+        A pair that has no answer on some basis at all, for example because one variant has a single size, is left out.
+        """
+        every: list[Difference] = []
+        for (one, other), basis in product(self.pairs, BASES):
+            own = [
+                Difference(group=group, other=other, basis=basis, quantity=name, found=difference)
+                for group in self.variants[one]
+                for name, of in self.quantities.items()
+                for difference in [_difference(group, self.variants[other], of, basis)]
+            ]
+            every += own if any(difference.found for difference in own) else []
+        return tuple(every)
 
     @cached_property
     def first_seeds(self) -> Results:
@@ -258,8 +270,9 @@ def _differences_table(study: Study) -> Table:
         name="differences", caption="Differences, seed by seed", columns=columns, rows=tuple(rows),
         notes=(
             "Seeds are paired: the same seed means the same order of the data. At equal parameters or FLOPs the other "
-            "side is interpolated between its sizes; a dash says that none of its sizes reaches that cost. Low and "
-            "High are the 95 % interval over seeds (Student's t); one seed has none.",
+            "side is interpolated between its sizes; a dash says that none of its sizes reaches that cost, and where "
+            "no size has an answer there is no row. Low and High are the 95 % interval over seeds (Student's t); one "
+            "seed has none.",
         ),
     )  # fmt: skip
 
@@ -271,16 +284,19 @@ def display_variant(name: str) -> str:
 
 def study_sentences(study: Study) -> list[str]:
     """What the seeds say, a sentence for each pair and basis and score, and how to read it."""
-    sentences = []
+    sentences: list[str] = []
     for one, other in study.pairs:
-        for basis in ("size", "parameters", "FLOPs"):
+        none = f"{display_variant(one)} minus {display_variant(other)}: no two models to compare."
+        before = len(sentences)
+        for basis in BASES:
             said = [
                 text for difference in study.differences
                 if difference.group.variant == one and difference.other == other and difference.basis == basis
                 and difference.quantity in (*study.results.protocols, "loss") and (text := _clause(difference))
             ]  # fmt: skip
             title = f"{display_variant(one)} minus {display_variant(other)} at equal {basis}"
-            sentences.append(f"{title}: {'; '.join(said) if said else 'no two models to compare'}.")
+            sentences += [f"{title}: {'; '.join(said)}."] if said else []
+        sentences += [none] if len(sentences) == before else []
     return [*sentences, "A difference is clear where its 95 % interval over seeds leaves out 0."]
 
 

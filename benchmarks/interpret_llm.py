@@ -5,23 +5,34 @@
 For each of NEURONS neurons (5,000) and 3 protocols an explanation is asked for, with a prompt of 8 KB, and one answer
 about it; both go through the cache into the store of a run. The server is a process of its own. Then the same again,
 with all answers in the cache. What is measured is everything but the model.
+
+Before that, all-at-once simulations: what is answered there is 15 candidates for each of 1,200 tokens of a prompt,
+1.5 MB for an excerpt of 64 tokens. The server has these answers ready.
 """
 
 import asyncio
+import json
 import multiprocessing
 import os
+import random
+import re
 import sys
 import tempfile
 import time
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from cratelm.interpretation.calls import Cached
 from cratelm.interpretation.endpoint import Endpoint
+from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.growing import GrowingSet, Row, Simulated
 from cratelm.interpretation.llm import Message, Sampling
 from cratelm.interpretation.protocols import PROTOCOLS
+from cratelm.interpretation.read_out import ReadOut
 from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.simulators import AllAtOnce
 from cratelm.interpretation.store import Store
 from cratelm.interpretation.usage import Metered, Usage
 from cratelm.interpretation.work import fill
@@ -31,7 +42,10 @@ ANSWER = (
     b'{"choices":[{"index":0,"finish_reason":"stop","message":{"role":"assistant","content":"words about boats and '
     b'their parts, most of all sails"}}],"usage":{"prompt_tokens":2048,"completion_tokens":12,"total_tokens":2060}}'
 )
-RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+RESPONSE = HEAD % len(ANSWER) + ANSWER
+EXCERPTS, WIDTH = 40, 64
+"""Excerpts that are simulated, and their tokens."""
 SHOWN = "".join(f"token{i}\t{i % 11}\n" for i in range(800))
 """What an explainer is shown of a neuron: about 8 KB."""
 
@@ -50,8 +64,25 @@ class Instant(asyncio.Protocol):
             size = int(head.partition(b"content-length:")[2].split(b"\r\n")[0] or 0)
             if len(self.waiting) < end + 4 + size:
                 return
-            self.waiting = self.waiting[end + 4 + size :]
-            self.transport.write(RESPONSE)
+            body, self.waiting = self.waiting[end + 4 : end + 4 + size], self.waiting[end + 4 + size :]
+            self.transport.write(echoed(body) if b'"prompt_logprobs"' in body else RESPONSE)
+
+
+@cache
+def echoed(body: bytes) -> bytes:
+    """What vLLM answers: the tokens of a prompt, each with 15 more that might have stood there."""
+    draw = random.Random(0)
+    tokens = re.findall(r"unknown|10|\d| ?[^\W\d_]+|.", json.loads(body)["prompt"], re.S)
+    words = [str(number) for number in range(11)] + ["unknown", " the", "\n", " 7"]
+    tables: list[Any] = [None]
+    for token in tokens[1:]:
+        table = {"1": {"logprob": -draw.uniform(0.1, 9), "rank": 16, "decoded_token": token}}
+        for place, word in enumerate(words):
+            table[str(100 * place + 100)] = {"logprob": -draw.uniform(4, 9), "rank": place + 1, "decoded_token": word}
+        tables.append(table)
+    usage = {"prompt_tokens": len(tokens), "completion_tokens": 1}
+    said = json.dumps({"choices": [{"text": "a", "prompt_logprobs": tables}], "usage": usage}).encode()
+    return HEAD % len(said) + said
 
 
 def serve(told: Connection) -> None:
@@ -99,6 +130,31 @@ async def ask(run: Path, url: str, neurons: int) -> tuple[Usage, list[float]]:
     return usage, [*memory, resident()]
 
 
+async def simulate_once(run: Path, url: str) -> None:
+    """Every excerpt simulated, all at once, through the cache into a new store."""
+    usage, store, draw = Usage(), Store.create(run), random.Random(1)
+    words = [token for neuron in few_shot_neurons() for record in neuron.records for token in record.tokens]
+    excerpts = [[draw.choice(words) for _ in range(WIDTH)] for _ in range(EXCERPTS)]
+    endpoint = Endpoint(url, "instant", in_flight=32, usage=usage)
+    llm = Cached(Metered(endpoint, usage), store, usage)
+    simulator = AllAtOnce(llm=llm, read_out=ReadOut())
+    await asyncio.gather(*(simulator.simulate(f"words, {i}", excerpts[i : i + 10]) for i in range(0, EXCERPTS, 10)))
+    await endpoint.close()
+
+
+def measure_echoes(folder: Path, url: str) -> None:
+    for number in range(4):  # the first time the server makes its answers
+        start, processor = time.perf_counter(), time.process_time()
+        asyncio.run(simulate_once(folder / str(number), url))
+        seconds, busy = time.perf_counter() - start, time.process_time() - processor
+        if number:
+            size = Store.open(folder / str(number)).path.stat().st_size
+            print(
+                f"echoes {EXCERPTS:>6} excerpts of {WIDTH} tokens: {EXCERPTS / seconds:5.1f} a second "
+                f"({1e3 * busy / EXCERPTS:.1f} ms of processor each), {size / EXCERPTS / 1e3:.1f} kB stored each"
+            )
+
+
 def measure(what: str, run: Path, url: str, neurons: int) -> None:
     start, processor = time.perf_counter(), time.process_time()
     usage, memory = asyncio.run(ask(run, url, neurons))
@@ -121,7 +177,8 @@ if __name__ == "__main__":
     server.start()
     address = f"http://127.0.0.1:{ours.recv()}/v1"
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        measure_echoes(Path(folder), address)
+        place = Path(folder) / "chats"
         measure("first", place, address, count)
         store = Store.open(place)
         print(f"{store.path.stat().st_size / 1e6:.1f} MB stored")

@@ -8,7 +8,7 @@ import pytest
 from synthetic import make_tokenizer
 from tokenizers import Tokenizer
 
-from cratelm.interpretation.alignment import align
+from cratelm.interpretation.alignment import _alike, align, align_like
 
 LETTERS = list("abc 10\t\n.é日本語→🦀ü  the return")
 
@@ -78,6 +78,24 @@ def test_tokens_find_their_places(spelling: str, rng: np.random.Generator) -> No
         clear = [i for i, piece in enumerate(pieces) if _whole(piece)]
         assert [(found[i].start, found[i].end) for i in clear] == [expected[i] for i in clear]
         assert "".join(text[place.start : place.end] for place in found) == text
+
+
+@pytest.mark.parametrize("spelling", ["replaced", "escaped"])
+def test_what_begins_like_another_text_lies_as_it_does_by_itself(spelling: str, rng: np.random.Generator) -> None:
+    tokenizer, before, shared = make_tokenizer(), None, 0
+    beginning = "".join(rng.choice(LETTERS, size=60))
+    for _ in range(30):
+        text = beginning[: rng.integers(20, 61)] + "".join(rng.choice(LETTERS, size=20)) + "."
+        told: list[str | None] = list(SPELLINGS[spelling](byte_pieces(tokenizer, text)))
+        if rng.random() < 0.5:
+            told[0] = None
+        laid = align_like(before, told, text)
+        assert laid is not None
+        assert laid.places == align([[] if token is None else [token] for token in told], text)
+        shared += len(_alike(before, told, text)) if before is not None else 0
+        before = laid
+    assert shared > 30, "most of a beginning is not laid again"
+    assert align_like(before, told, text[:-1] + "x") is None
 
 
 def test_a_single_cut_character_stands_with_its_first_token() -> None:

@@ -83,6 +83,19 @@ def test_an_echo_comes_back_the_same(store: Store) -> None:
     assert set(llm.asked.values()) == {1}
 
 
+def test_of_an_echo_that_is_read_for_numbers_these_are_kept(store: Store) -> None:
+    llm, prompt = Counted(), Prompt(prefix="a", rest="boat", at=(1,), numbers=True)
+    for _ in range(2):
+        [found] = asyncio.run(Cached(llm, store).echo([prompt]))
+        assert "".join(found.tokens) == "boat"
+        assert found.candidates == {1: {"10": -np.inf}}, "the first time as afterwards"
+        assert len(found.logprobs) == 4
+        assert np.isnan(found.logprobs).all()
+    assert llm.asked["boat"] == 1
+    asyncio.run(Cached(llm, store).echo([replace(prompt, numbers=False)]))
+    assert llm.asked["boat"] == 2
+
+
 def test_whatever_differs_is_asked_again(store: Store) -> None:
     llm = Counted()
     for changes in ({}, {"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_tokens": 6}, {"schema": {"a": 1}}):

@@ -8,9 +8,11 @@ import pytest
 from language_models import KINDS, Kind, make_llm
 from llm_server import Answer, Body, ModelServer, Shape, completion
 
+from cratelm.interpretation.echoes import Layouts, read
 from cratelm.interpretation.endpoint import Endpoint
 from cratelm.interpretation.llm import Echo, LLMError, Prompt
 from cratelm.interpretation.probe import Capabilities, probe
+from cratelm.interpretation.transport import Unreadable
 
 pytest.importorskip("openai", reason="openai is not installed (extra llm)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra llm)")
@@ -152,3 +154,26 @@ def test_a_model_in_the_process_is_probed_alike(rng: np.random.Generator) -> Non
     assert capabilities.pieces["10"] == ("1", "0")
     assert capabilities.whole_values
     assert capabilities.reason.startswith("small: answers chats; gives the probabilities of a prompt, ")
+
+
+def test_only_what_is_asked_about_is_looked_at_and_servers_may_sort() -> None:
+    """What no server should say is passed over where nobody reads it, and refused where it is read."""
+    prompt = Prompt(prefix="ab\t", rest="c\t0\n", at=(2,))
+    text, layouts = prompt.prefix + prompt.rest, Layouts()
+
+    def answer(bad: int, *, sort: bool = False) -> dict[str, Any]:
+        tables: list[Any] = [None]
+        for place, token in enumerate(text[1:], 1):
+            own = {"logprob": 3.0 if place == bad else -2.0, "decoded_token": token}
+            table = {"7": own, "8": {"logprob": -1.0, "decoded_token": "9"}}
+            tables.append(dict(reversed(table.items())) if sort else table)
+        return {"choices": [{"prompt_logprobs": tables}], "usage": {"prompt_tokens": len(text)}}
+
+    for sort in (False, True):
+        for bad in (1, 2):
+            found = read("vllm", answer(bad, sort=sort), prompt, 15, layouts)
+            assert ("".join(found.tokens), found.candidates) == (prompt.rest, {2: {"9": -1.0, "0": -2.0}})
+            assert found.logprobs.tolist() == [-2.0] * 4
+        for bad in (3, 5, 6):
+            with pytest.raises(Unreadable, match="log-probability of 3|add up"):
+                read("vllm", answer(bad, sort=sort), prompt, 15, layouts)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from os.path import commonprefix
 from typing import NamedTuple
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -52,12 +53,54 @@ def align(tokens: Sequence[Sequence[str]], text: str) -> list[Place] | None:
     return first
 
 
-def _laid(tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool = False) -> list[Place] | None:
-    """As `align`, with tokens as they are; or `spaceless`, where each has lost one space that it began with."""
-    ways: list[Iterator[Place]] = []
-    places: list[Place] = []
+class Layout(NamedTuple):
+    """How tokens with one text each were laid along a text."""
+
+    text: str
+    tokens: Sequence[str | None]
+    """The text of each; None where it was not told."""
+    places: list[Place]
+
+
+def align_like(before: Layout | None, tokens: Sequence[str | None], text: str) -> Layout | None:
+    """As `align`, of tokens with one text each; what begins as another text did, tokens and all, lies as that did.
+
+    Texts that are asked about one after the other mostly begin alike. None where `align` has to be told more.
+    """
+    known = _alike(before, tokens, text) if before is not None else []
+    options = [() if token is None else (token,) for token in tokens]
+    for begun in (known, []) if known else ([],):
+        places = _laid(options, text, known=begun)
+        if places is not None and len(places) == len(tokens):
+            return Layout(text, tokens, places)
+    return None
+
+
+def _alike(before: Layout, tokens: Sequence[str | None], text: str) -> list[Place]:
+    """The places that tokens surely share with those of a text laid before."""
+    pairs = enumerate(zip(before.tokens, tokens, strict=False))
+    count = next((i for i, (one, other) in pairs if one != other), min(len(before.tokens), len(tokens)))
+    same = len(commonprefix([before.text, text]))
+    while count:
+        start, end, _ = before.places[count - 1]
+        # Only behind a token that is there letter by letter, and not in the midst of a character.
+        if end < same and text[start:end] == tokens[count - 1] != "" and text[start : end + 1].isascii():
+            break
+        count -= 1
+    return before.places[:count]
+
+
+def _laid(
+    tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool = False, known: Sequence[Place] = ()
+) -> list[Place] | None:
+    """As `align`, with tokens as they are; or `spaceless`, where each has lost one space that it began with.
+
+    `known`: the places of the first tokens.
+    """
+    ways: list[Iterator[Place]] = [iter(())] * len(known)
+    places: list[Place] = list(known)
     refused: set[tuple[int, int]] = set()
-    cursor, steps = 0, PATIENCE * (len(tokens) + len(text))
+    cursor, steps = places[-1].end if places else 0, PATIENCE * (len(tokens) + len(text))
     while cursor < len(text):
         number, steps = len(places), steps - 1
         if steps < 0:
@@ -75,7 +118,8 @@ def _laid(tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool = False
             if not places:
                 return None
             cursor = places.pop().start
-    return _with_first(_shared_out(places, tokens, text), tokens, text)
+    new, own = places[len(known) :], tokens[len(known) :]
+    return [*known, *_with_first(_shared_out(new, own, text), own, text)]
 
 
 def _ways(options: Sequence[str], text: str, at: int, number: int, spaceless: bool) -> Iterator[Place]:

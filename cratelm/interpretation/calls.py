@@ -63,7 +63,7 @@ class Cached(Around):
 
         async def ask(one: str) -> dict[str, Any]:
             (echo,) = await self.inner.echo([prompt_of[one]], top=top)
-            return _told(echo)
+            return _told(prompt_of[one], echo)
 
         answers = await self._answers(hashes, ask)
         return [_echo(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -197,7 +197,8 @@ def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) ->
 
 def echo_hash(identity: str, prompt: Prompt, top: int) -> str:
     """Under what the echo of a prompt is kept."""
-    return _hash(["echo", identity, {**asdict(prompt), "top": top}])
+    asked = {name: value for name, value in asdict(prompt).items() if value or name != "numbers"}
+    return _hash(["echo", identity, {**asked, "top": top}])
 
 
 def _hash(asked: list[Any]) -> str:
@@ -239,20 +240,32 @@ def spent(store: Store) -> tuple[int, int]:
     return int(row[0]), int(row[1])
 
 
-def _told(echo: Echo) -> dict[str, Any]:
-    """An echo as JSON. The tokens are there as lengths: their text is the prompt's."""
+def _told(prompt: Prompt, echo: Echo) -> dict[str, Any]:
+    """An echo as JSON. The tokens are there as lengths: their text is the prompt's.
+
+    Of one that is read for numbers nothing else is kept, and of their log-probabilities nine decimals.
+    """
+    logprobs = [None if math.isnan(one) else one for one in echo.logprobs.tolist()]
+    candidates = [[at, dict(found)] for at, found in echo.candidates.items()]
+    if prompt.numbers:
+        logprobs = []
+        candidates = [
+            [at, {text: round(one, 9) for text, one in found.items() if text.strip().isdigit()}]
+            for at, found in echo.candidates.items()
+        ]
     return {
-        "tokens": [len(token) for token in echo.tokens],
-        "logprobs": [None if math.isnan(one) else one for one in echo.logprobs.tolist()],
-        "candidates": [[at, dict(found)] for at, found in echo.candidates.items()],
+        "tokens": [len(token) for token in echo.tokens], "logprobs": logprobs, "candidates": candidates,
         "prompt_tokens": echo.prompt_tokens,
-    }
+    }  # fmt: skip
 
 
 def _echo(prompt: Prompt, told: dict[str, Any]) -> Echo:
     ends = np.cumsum([0, *told["tokens"]]).tolist()
     return Echo(
         tokens=tuple(prompt.rest[start:end] for start, end in zip(ends, ends[1:], strict=False)),
-        logprobs=np.array([math.nan if one is None else one for one in told["logprobs"]], dtype=np.float64),
+        logprobs=np.array(
+            [math.nan if one is None else one for one in told["logprobs"] or [None] * len(told["tokens"])],
+            dtype=np.float64,
+        ),
         candidates={at: found for at, found in told["candidates"]}, prompt_tokens=told["prompt_tokens"],
     )  # fmt: skip

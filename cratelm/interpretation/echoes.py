@@ -8,11 +8,11 @@ llama-cpp-python have it. Many servers know neither and say nothing of it, so al
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from cratelm.interpretation.alignment import Place, align
+from cratelm.interpretation.alignment import Layout, Place, align, align_like
 from cratelm.interpretation.llm import Echo, Prompt
 from cratelm.interpretation.transport import Unreadable
 
@@ -44,38 +44,103 @@ def request(style: Style, model: str, prompt: Prompt, top: int) -> dict[str, Any
     return body | ({"prompt_logprobs": top} if style == "vllm" else {"echo": True, "logprobs": top})
 
 
-def read(style: Style, answer: Mapping[str, Any], prompt: Prompt, top: int) -> Echo:
-    """The echo in an answer. Raises `Absent` or `Unreadable`."""
+@runtime_checkable
+class Told(Protocol):
+    """What an answer tells of the tokens of a prompt; read where it is wanted, for most of it never is."""
+
+    def texts(self) -> Sequence[str | None]:
+        """The likeliest text of every token; None where it is not told."""
+        ...
+
+    def logprob(self, token: int) -> float:
+        """The log-probability of a token of that text; NaN where it is not told."""
+        ...
+
+    def expected(self, token: int) -> Expected:
+        """All that was expected at a token."""
+        ...
+
+
+@dataclass(slots=True)
+class Layouts:
+    """How the tokens of the last prompt lay along it: the next one mostly begins alike."""
+
+    last: Layout | None = None
+
+    def lay(self, told: Told, text: str) -> list[Place] | None:
+        """The place of each token."""
+        texts = told.texts()
+        laid = align_like(self.last, texts, text)
+        if laid is None:
+            return align([told.expected(token).texts for token in range(len(texts))], text)
+        self.last = laid
+        return laid.places
+
+
+def read(style: Style, answer: Mapping[str, Any], prompt: Prompt, top: int, layouts: Layouts | None = None) -> Echo:
+    """The echo in an answer. Raises `Absent` or `Unreadable`.
+
+    Looked at are the tokens of the prompt's rest, and of these the places that are asked about; of all others the text.
+    """
     try:
         choice = answer["choices"][0]
         usage = answer.get("usage") or {}
-        positions = (_vllm if style == "vllm" else _openai)(choice, usage)
+        told = (_vllm if style == "vllm" else _openai)(choice, usage)
+        places = (layouts or Layouts()).lay(told, prompt.prefix + prompt.rest)
+        if places is None:
+            raise Unreadable("its tokens do not spell the prompt")
+        return _echo(prompt, told, places, usage.get("prompt_tokens") or len(places), top)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise Unreadable(f"no probabilities in the form of {style} ({type(error).__name__}: {error})") from None
-    for position in positions:
-        _check(position)
-    places = align([position.texts for position in positions], prompt.prefix + prompt.rest)
-    if places is None:
-        raise Unreadable("its tokens do not spell the prompt")
-    return _echo(prompt, positions, places, usage.get("prompt_tokens") or len(places), top)
 
 
-def _vllm(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> list[Expected]:
+@dataclass(frozen=True, slots=True)
+class _Vllm:
+    tables: Sequence[Mapping[str, Mapping[str, Any]] | None]
+    """Of each token. The first entry is the token itself; the others follow for servers that sort them."""
+
+    def texts(self) -> list[str | None]:
+        return [next((one["decoded_token"] or "" for one in table.values()), None) if table else None
+                for table in self.tables]  # fmt: skip
+
+    def logprob(self, token: int) -> float:
+        return next((float(one["logprob"]) for one in (self.tables[token] or {}).values()), math.nan)
+
+    def expected(self, token: int) -> Expected:
+        entries = list((self.tables[token] or {}).values())
+        texts, own = [one["decoded_token"] or "" for one in entries], [float(one["logprob"]) for one in entries]
+        return Expected(texts=texts, own=own, candidates=_by_text(texts, own))
+
+
+def _vllm(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Told:
     tables = choice.get("prompt_logprobs")
     if tables is None:
         raise Absent
     if len(tables) != usage.get("prompt_tokens", len(tables)):
         raise Unreadable(f"log-probabilities of {len(tables)} tokens for a prompt of {usage['prompt_tokens']}")
-    found = []
-    for table in tables:
-        # The first is the token itself; the others follow for servers that sort them.
-        entries = [] if table is None else list(table.values())
-        texts, own = [one["decoded_token"] or "" for one in entries], [float(one["logprob"]) for one in entries]
-        found.append(Expected(texts=texts, own=own, candidates=_by_text(texts, own)))
-    return found
+    return _Vllm(tables)
 
 
-def _openai(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> list[Expected]:
+@dataclass(frozen=True, slots=True)
+class _OpenAI:
+    tokens: Sequence[str]
+    own: Sequence[float | None]
+    top: Sequence[Mapping[str, float] | None]
+
+    def texts(self) -> Sequence[str]:
+        return self.tokens
+
+    def logprob(self, token: int) -> float:
+        own = self.own[token]
+        return math.nan if own is None else float(own)
+
+    def expected(self, token: int) -> Expected:
+        table = self.top[token] or {}
+        candidates = _by_text(list(table), [float(one) for one in table.values()])
+        return Expected(texts=[self.tokens[token]], own=[self.logprob(token)], candidates=candidates)
+
+
+def _openai(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Told:
     told = choice.get("logprobs")
     if told is None or len(told.get("tokens") or ()) <= usage.get("completion_tokens", 1):
         raise Absent
@@ -85,13 +150,7 @@ def _openai(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> list[Expecte
     count = usage.get("prompt_tokens", len(tokens))
     if count > len(tokens):
         raise Unreadable(f"log-probabilities of {len(tokens)} tokens for a prompt of {count}")
-    return [
-        Expected(
-            texts=[text], own=[math.nan if logprob is None else float(logprob)],
-            candidates=_by_text(list(table or {}), [float(one) for one in (table or {}).values()]),
-        )
-        for text, logprob, table in zip(tokens[:count], own, top, strict=False)
-    ]  # fmt: skip
+    return _OpenAI(tokens[:count], own, top)
 
 
 def _by_text(texts: Sequence[str], logprobs: Sequence[float]) -> dict[str, float]:
@@ -111,23 +170,33 @@ def _check(position: Expected) -> None:
         raise Unreadable(f"a log-probability of {max(position.own):.3g}")
 
 
-def _echo(prompt: Prompt, positions: Sequence[Expected], places: Sequence[Place], read_: int, top: int) -> Echo:
+def _echo(prompt: Prompt, told: Told, places: Sequence[Place], read_: int, top: int) -> Echo:
     start, whole = len(prompt.prefix), prompt.prefix + prompt.rest
+    wanted = None if prompt.at is None else set(prompt.at)
     tokens: list[str] = []
     logprobs: list[float] = []
     candidates: dict[int, dict[str, float]] = {}
-    for position, place in zip(positions, places, strict=False):
+    for token, place in enumerate(places):
+        if place.end <= start and place.start < start:
+            continue
+        asked = place.start >= start and (wanted is None or place.start - start in wanted)
+        position = told.expected(token) if asked or place.option > 0 else None
+        if position is not None:
+            _check(position)
         if place.end > start or place.start > start:
             tokens.append(whole[max(place.start, start) : place.end])
-            inside = place.start >= start and place.option >= 0
-            logprobs.append(position.own[place.option] if inside else math.nan)
-        if place.start >= start and position.candidates:
+            own = math.nan
+            if place.start >= start and place.option >= 0:
+                own = told.logprob(token) if position is None else position.own[place.option]
+            if own > ROUNDING:
+                raise Unreadable(f"a log-probability of {own:.3g}")
+            logprobs.append(own)
+        if asked and position is not None and position.candidates:
             # The last token that begins here is the one with all before it read.
             candidates[place.start - start] = _best(position.candidates, top)
-    wanted = candidates.keys() if prompt.at is None else candidates.keys() & set(prompt.at)
     return Echo(
         tokens=tuple(tokens), logprobs=np.array(logprobs, dtype=np.float64),
-        candidates={at: candidates[at] for at in sorted(wanted)}, prompt_tokens=read_,
+        candidates={at: candidates[at] for at in sorted(candidates)}, prompt_tokens=read_,
     )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Endpoint:
         """Of text like that of prompts, as `measure` found it once; 0 where it is not known: a token for each byte."""
         self._counter = counter
         self._no_echo, self._answered = "", False
+        self._layouts = echoes.Layouts()
         self.most = 0
         """Candidates that can be asked for, where that is fewer than are wanted; 0 while no such limit is known."""
         self._finding: tuple[Any, asyncio.Lock] | None = None
@@ -203,7 +204,9 @@ class Endpoint:
     async def _echo(self, style: echoes.Style, prompt: Prompt, top: int, most: int) -> Echo:
         asked = min(top, most or top)
         body = echoes.request(style, self.name, prompt, asked)
-        return await self.transport.ask("/completions", body, lambda answer: echoes.read(style, answer, prompt, asked))
+        return await self.transport.ask(
+            "/completions", body, lambda answer: echoes.read(style, answer, prompt, asked, self._layouts)
+        )
 
     async def _echo_in_some_style(self, prompt: Prompt, top: int) -> Echo:
         """Try each way, with fewer candidates where many are refused; remember what works, or that nothing does."""

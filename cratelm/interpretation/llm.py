@@ -78,6 +78,8 @@ class Prompt:
     """What follows; only its tokens are in the echo."""
     at: tuple[int, ...] | None = None
     """Offsets into `rest`, in characters, at which candidates are wanted; None for every token."""
+    numbers: bool = False
+    """Whether nothing is read but the numbers among the candidates: then nothing else has to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

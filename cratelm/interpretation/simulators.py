@@ -49,7 +49,7 @@ class Simulator(Protocol):
 
     @property
     def name(self) -> str:
-        """Method, repairs, model: `all-at-once:M`, `all-at-once-0-9:M`, `all-at-once+spaced-numbers:M`."""
+        """Method, scale, repairs, model: `all-at-once:M`, `all-at-once-0-9:M`, `all-at-once+spaced-numbers:M`."""
         ...
 
     @property
@@ -158,7 +158,8 @@ class AllAtOnce:
             tuple(place for place, token in zip(places, tokens, strict=True) if self._is_read(token))
             for (_, places), tokens in zip(tables, excerpts, strict=True)
         ]
-        asked = [Prompt(prefix=prefix, rest=rest, at=at) for (rest, _), at in zip(tables, wanted, strict=True)]
+        pairs = zip(tables, wanted, strict=True)
+        asked = [Prompt(prefix=prefix, rest=rest, at=at, numbers=True) for (rest, _), at in pairs]
         echoes = await self.llm.echo(asked, top=self.read_out.candidates)
         reads = [_read(self.read_out, echo, at, self.llm) for echo, at in zip(echoes, wanted, strict=True)]
         _count(self.counts, reads, self.read_out, self.llm)
@@ -175,9 +176,8 @@ class AllAtOnce:
         return _fitting(partial(self._head, explanation), rests, self.llm, self.counts, self.left_out)
 
     def _head(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
-        return prompts.all_at_once_prefix(
-            explanation, examples, top=self.read_out.top, unknown=self.unknown, escaped=self.read_out.escaped
-        )
+        top, escaped = self.read_out.top, self.read_out.escaped
+        return prompts.all_at_once_prefix(explanation, examples, top=top, unknown=self.unknown, escaped=escaped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +216,7 @@ class TokenByToken:
         ]
         rests = [rest for rows in asked for rest, _ in rows]
         before = _fitting(partial(self._head, explanation), rests, self.llm, self.counts, self.left_out)
-        questions = [Prompt(prefix=before, rest=rest, at=(at,)) for rows in asked for rest, at in rows]
+        questions = [Prompt(prefix=before, rest=rest, at=(at,), numbers=True) for rows in asked for rest, at in rows]
         echoes = await self.llm.echo(questions, top=self.read_out.candidates)
         reads = [
             _read(self.read_out, echo, one.at or (), self.llm) for echo, one in zip(echoes, questions, strict=True)

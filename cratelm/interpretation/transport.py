@@ -7,7 +7,6 @@ the others hold back too.
 
 import asyncio
 import email.utils
-import json
 import os
 import random
 import time
@@ -271,9 +270,11 @@ def retry_after(headers: Any) -> float:
 
 
 def _parsed(text: str) -> dict[str, Any]:
+    import jiter  # openai needs it, so it is there; on a table of a prompt's probabilities it is twice as fast as json
+
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = jiter.from_json(text.encode(), cache_mode="all")
+    except ValueError as error:
         raise Unreadable(f"no JSON ({error}): {text[:80]!r}") from None
     if not isinstance(value, dict):
         raise Unreadable(f"a {type(value).__name__} and no JSON object")

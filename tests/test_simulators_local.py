@@ -85,7 +85,7 @@ def test_compat_scores_are_those_of_the_released_chain(kind: Kind, rng: np.rando
     llm, explanation = counting_llm(rng, kind), EXPLANATIONS[0]
     simulator = asyncio.run(open_simulator("all-at-once", llm, mode="compat"))
     strings = prompt_strings(make_tokenizer(), "compat")
-    prefix = all_at_once_prefix(explanation, few_shot_neurons(), top=10, unknown="unknown")
+    prefix = all_at_once_prefix(explanation, few_shot_neurons(), top=10, unknown="unknown", escaped=False)
     scored = draw(records, protocol("top-and-random", "compat").score, "score").take((3, 4, 5, 6))
     for neuron in range(2):
         excerpts = list(scored.of(neuron))

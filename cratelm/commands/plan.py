@@ -202,8 +202,8 @@ def lines(found: Sequence[Line], spending: Spending, pace: Pace | str = "") -> l
             cells.append(f"{(spending.price_in * asked.read + spending.price_out * asked.written) / 1e6:.2f}")
         table.append(f"{line.what:<17}" + "".join(f"{cell:>9}" for cell in cells))
     counted = "" if all(line.exact for line in found) else f", counted from {COUNTED} neurons of each set"
-    most = "written: the longest answers" + ", which the price is of" * priced
-    table.append(f"tokens{counted}; shared: read once for many prompts; {most}")
+    most = "written and price: of the longest answers" if priced else "written: the longest answers"
+    table += [f"tokens{counted}; shared: read once for many prompts", most]
     if isinstance(pace, Pace) and total.asked.calls:
         table.append(pace.line(total.asked, spending.in_flight))
     elif isinstance(pace, str) and pace:

@@ -66,7 +66,7 @@ def by_model(run: Path) -> list[SetKey]:
 
 def puzzle(said: str) -> bool:
     """Whether a prompt is of the self-test."""
-    return any(one.explanation in said for one in puzzles())
+    return any(re.search(rf"fires on {re.escape(one.explanation)}(?![ ,\w])", said) for one in puzzles())
 
 
 def test_interpret_with_a_server_finds_the_planted_rules(

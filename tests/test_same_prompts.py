@@ -21,7 +21,7 @@ from cratelm.interpretation.growing import begun
 from cratelm.interpretation.schema import SetKey
 from cratelm.interpretation.store import Store
 
-CONTEXT = 2700
+CONTEXT = 3080
 """Room for some of the solved neurons, in the explainer's prompts and in the simulator's."""
 
 

@@ -107,7 +107,11 @@ def generator(seed: int, protocol: str, layer: int, model: str = "") -> np.rando
     `model` says whose layer it is, wherever resampled means of models are subtracted: from one seed two models would
     draw the same places of their neurons, and what chance does to both would cancel or add up.
     """
-    words = [zlib.crc32(protocol.encode()), layer, *([zlib.crc32(model.encode(errors="surrogatepass"))] if model else [])]
+    words = [
+        zlib.crc32(protocol.encode()),
+        layer,
+        *([zlib.crc32(model.encode(errors="surrogatepass"))] if model else []),
+    ]
     return np.random.default_rng([seed, *words])
 
 

@@ -121,9 +121,11 @@ class Study:
     def differences(self) -> tuple[Difference, ...]:
         """Every group of the first of a pair against the second variant, for every quantity and basis.
 
-        A pair that has no answer on some basis at all, for example because one variant has a single size, is left out.
+        What says nothing is left out: a basis on which a pair has no answer at all, for example because one variant
+        has a single size, and one on which it has those of equal size again, because the costs are the same.
         """
         every: list[Difference] = []
+        at_equal_size: list[Estimate | None] = []
         for (one, other), basis in product(self.pairs, BASES):
             own = [
                 Difference(group=group, other=other, basis=basis, quantity=name, found=difference)
@@ -131,7 +133,9 @@ class Study:
                 for name, of in self.quantities.items()
                 for difference in [_difference(group, self.variants[other], of, basis)]
             ]
-            every += own if any(difference.found for difference in own) else []
+            answers = [difference.found for difference in own]
+            at_equal_size = answers if basis == "size" else at_equal_size
+            every += own if any(answers) and (basis == "size" or answers != at_equal_size) else []
         return tuple(every)
 
     @cached_property

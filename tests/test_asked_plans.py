@@ -136,7 +136,7 @@ def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     here = Pace(alone=0.1, together=0.5, calls=4, tokens=1000, here=True)
     assert here.line(asked, 32) == "time: about 18 s, at 2k tokens a second"
     with RuleServer(context=500) as short:
-        assert main(["interpret", str(run), "--llm", short.url, *TAR, "--dry-run"]) == 0
+        assert main(["interpret", str(run), "--llm", short.url, *TAR, "--dry-run"]) == 2
     assert (
         "time: unknown, because a simulation that was tried failed: the simulator's prompt" in capsys.readouterr().out
     )
@@ -150,6 +150,29 @@ def test_a_plan_says_what_a_short_context_leaves_out(run: Path, capsys: pytest.C
         said = re.search(r"prompts leave out up to (\d) of 6 excerpts of solved neurons", capsys.readouterr().out)
         found[context] = int(said[1]) if said else 0
     assert found[8192] == 0 < found[1800] <= found[1600] == 2, found
+
+
+def test_a_plan_in_which_no_prompt_fits_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RuleServer(context=700) as server:
+        for more in ([], ["--dry-run"]):
+            command = ["interpret", str(run), "--llm", server.url, *TAR, "--skip-self-test", *more]
+            assert main(command) == 2
+            assert "\nerror: the explainer's prompt has" in capsys.readouterr().err
+
+
+def test_what_is_whole_is_scored_and_the_rest_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RuleServer() as server:
+        asked = ["interpret", str(run), "--llm", server.url, "--neurons", "3", "--skip-lookup"]
+        assert main([*asked, "--protocol", "random-only", "--controls", "constant"]) == 0
+        assert main([*asked, "--protocol", "anthropic"]) == 0
+    capsys.readouterr()
+    assert main(["score", str(run), "--model", "rules"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("anthropic") == 2
+    assert "own explanations by top-and-random" in said
+    assert "constant by anthropic" in said
+    assert main(["score", str(run), "--model", "rules", "--protocol", "top-and-random"]) == 2
+    assert "top-and-random simulations of layer 0" in capsys.readouterr().err
 
 
 def test_interpret_makes_the_lookup_explanations_that_a_language_model_simulates(

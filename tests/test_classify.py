@@ -124,7 +124,7 @@ def test_an_answer_of_another_form_is_a_failure_with_its_text(
     for failure in found.failures:
         assert failure.said == NONSENSE[kind](len(failure.items))
         assert all(found.answer[item] is None for item in failure.items)
-    with pytest.raises(LLMError, match="none of its 8 answers can be read"):
+    with pytest.raises(LLMError, match="no answer can be read: 8 were given"):
         detect(windows, pieces, lambda pieces, _: NONSENSE[kind](len(pieces)))
 
 

@@ -51,9 +51,11 @@ def ask(order: Order) -> None:
         return
     for run in runs:
         if "score" in order.stages and not order.spending.part:
-            kinds = made[run].kinds or _kinds(order, run, made[run].explainer)
-            _score(order.selection, run, kinds)
-            print_scores(run, order.selection, kinds)
+            if kinds := made[run].kinds:
+                _score(order.selection, run, kinds)
+                print_scores(run, order.selection, kinds)
+            else:
+                _score_whole(order, run, _kinds(order, run, made[run].explainer))
         if made[run].judged and not order.spending.part:
             print_judged(run, made[run].judged)
     if usage.calls or usage.cached or "score" not in order.stages:
@@ -119,6 +121,30 @@ def _kinds(order: Order, run: Path, name: str) -> list[SetKey]:
     if not found:
         raise CrateError(f"{run} holds no simulations of what {name} explained. Run: cratelm interpret {run} --llm URL")
     return list(dict.fromkeys(found))
+
+
+def _score_whole(order: Order, run: Path, kinds: Sequence[SetKey]) -> None:
+    """Score of these kinds what is whole, by the protocols by which it is, and say what is not."""
+    selection, there = order.selection, set(Store.open(run).sets("simulate"))
+    names, lacking = chosen_protocols(selection), list[str]()
+    chosen = [kind for kind in kinds if not order.controls or kind.control in ("", *order.controls)]
+    whole = {
+        kind: tuple(
+            name for name in names
+            if all(replace(kind, layer=layer, protocol=name) in there for layer in chosen_layers(run, selection))
+        )
+        for kind in chosen
+    }  # fmt: skip
+    if not any(whole.values()):
+        _score(selection, run, chosen)  # which says what is missing, and what to run
+    for kind, by in whole.items():
+        if by:
+            one = replace(selection, protocol=by)
+            _score(one, run, [kind])
+            print_scores(run, one, [kind])
+        lacking += [f"{kind.control or 'own explanations'} by {name}" for name in names if name not in by]
+    if lacking:
+        print(f"\nnot whole, so not scored: {'; '.join(lacking)}")
 
 
 def _score(selection: Selection, run: Path, kinds: Sequence[SetKey]) -> None:

@@ -27,7 +27,7 @@ from cratelm.interpretation.llm_stages import (
     failures,
     sources_of,
 )
-from cratelm.interpretation.prompts import ExplainerPrompt
+from cratelm.interpretation.prompts import ExplainerPrompt, PromptTooLong
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.schema import Stage
 from cratelm.interpretation.scorers import SCORERS, judge
@@ -48,6 +48,10 @@ class Line:
     """Whether every prompt was counted."""
     dropped: int = 0
     """Records of solved neurons that one of its prompts leaves out, because the context is short; the most."""
+    apart: bool = False
+    """Whether each prompt leaves out its own, as released."""
+    too_long: str = ""
+    """Why a prompt of it cannot be asked at all: it does not fit the context even without solved neurons."""
     asked: Asked = None  # type: ignore[assignment]
     """What is missing would cost."""
 
@@ -57,6 +61,7 @@ class Line:
 
 async def plan_explain(line: Line, task: Task, explainer: Explainer, seen: set[str]) -> None:
     """Add one set of explanations to a line. `seen`: what the plan asks already."""
+    line.apart |= explainer.settings.mode == "compat"
     settings = explain_settings(task, explainer)
     missing, left_out = _missing(line, task, "explain", told=settings), settings.get("left_out", 0)
 
@@ -65,6 +70,8 @@ async def plan_explain(line: Line, task: Task, explainer: Explainer, seen: set[s
         for _, prompt in counting.prompts(task.records, task.protocol, [neuron], left_out=left_out):
             if isinstance(prompt, ExplainerPrompt):
                 line.dropped = max(line.dropped, prompt.dropped)
+            else:
+                line.too_long = str(prompt)
             await counting.explain(prompt, task.key.sample)
 
     await _add(line, task, explainer.llm, missing, ask, seen)
@@ -90,6 +97,9 @@ async def plan_simulate(
         counts = Counter[str]()
         try:
             await replace(simulator, llm=llm, counts=counts).simulate(text, excerpts)
+        except PromptTooLong as error:
+            line.too_long = str(error)
+            raise
         finally:
             line.dropped = max(line.dropped, counts["left out"])
 
@@ -211,7 +221,11 @@ def lines(found: Sequence[Line], spending: Spending, pace: Pace | str = "") -> l
     if dropped := max(line.dropped for line in found):
         records = sum(len(neuron.records) for neuron in few_shot_neurons())
         table.append(f"the context is short: prompts leave out up to {dropped} of {records} excerpts of solved neurons")
-        table.append("(all prompts of a layer and protocol the same ones)")
+        apart = any(line.apart and line.dropped for line in found)
+        which = "each explaining prompt its own, as released; of a set all simulating ones alike"
+        table.append(f"({which if apart else 'all prompts of a layer and protocol the same ones'})")
+    if too_long := next((line.too_long for line in found if line.too_long), ""):
+        table.append(f"neurons with longer prompts than the context cannot be asked: {too_long}")
     if total.asked.again:
         table.append(f"{human(total.asked.again)} more calls would ask the same again, and are not made")
     return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])

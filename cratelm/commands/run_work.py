@@ -23,6 +23,7 @@ from cratelm.commands.pace import tried
 from cratelm.commands.plan import Line, lines, plan_explain, plan_judge, plan_simulate
 from cratelm.commands.selection import chosen_layers, chosen_protocols
 from cratelm.data.tokenizer import load_tokenizer, token_bytes
+from cratelm.errors import CrateError
 from cratelm.interpretation import llm_stages
 from cratelm.interpretation.calls import spent
 from cratelm.interpretation.escape import prompt_strings
@@ -94,6 +95,8 @@ class Work:
         if plan := await self._plan(simulator, judges):
             print("\n".join([f"\n{self.run.name}: {self._subject()}", *lines(plan, order.spending, pace)]))
         if order.spending.dry_run:
+            if plan and all(line.too_long and not (line.asked.calls or line.asked.kept) for line in plan):
+                raise CrateError(plan[0].too_long)  # as the work itself would end
             return Made(self.explainer_name)
         if self.explainer is not None and "explain" in order.stages:
             with self._bar("explain", self.explained_keys) as bar:

@@ -205,7 +205,7 @@ def _parts(count: int, size: int) -> Iterator[range]:
 def _stop_if_silent(failures: Sequence[Unreadable], items: int) -> None:
     """A model that gave nothing readable about a neuron at all failed at it; what it said first says how."""
     if failures and sum(len(one.items) for one in failures) == items:
-        raise LLMError(f"none of its {len(failures)} answers can be read; the first is: {failures[0].said!r}")
+        raise LLMError(f"no answer can be read: {len(failures)} were given, the first is {failures[0].said!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,10 +319,9 @@ def _fitting(
         if needed <= llm.context:
             return said
         if not examples:
-            raise PromptTooLong(
-                f"the simulator's prompt has {needed:,} tokens without any example, too long for a context of "
-                f"{llm.context:,}. Use a model with a longer context, or --protocol anthropic, whose excerpts are short"
-            )
+            shorter = ", or --protocol anthropic, whose excerpts are short" if longest > 128 else ""
+            said = f"the simulator's prompt has {needed:,} tokens without any example, too long for a context of"
+            raise PromptTooLong(f"{said} {llm.context:,}. Use a model with a longer context{shorter}")
         examples.pop()
 
 

@@ -49,7 +49,8 @@ def _model(model: Model, mode: Mode) -> dict[str, Any]:
     run, command = model.run, f"cratelm collect {model.run} --data DIR"
     collected = read_collection(run, mode=mode) if model.taps else {}
     return {
-        "slug": model.slug, "title": model.title, "name": model.name, "arch": model.description["arch"],
+        "slug": model.slug, "title": model.title, "name": model.name, "run": public(str(run)),
+        "arch": model.description["arch"],
         "control": model.description.get("control"), "layers": int(model.description["model"]["num_layers"]),
         "tokens": collected.get("tokens"), "documents": collected.get("documents"),
         "missing": "" if model.taps else public(f"Nothing was collected. Run: {command}"),

@@ -133,7 +133,7 @@
     const title = h("h2", { id: "weights" }, "By its weights");
     if (!found) {
       return h("section", { "aria-labelledby": "weights" }, title,
-        h("p", { class: "missing" }, "Tokens in and out are not computed. Run: ", h("code", {}, `cratelm directions ${place.model.name}`), cratelm.data.served ? ", then reload this page." : " and make the site anew."));
+        h("p", { class: "missing" }, "Tokens in and out are not computed. Run: ", h("code", {}, `cratelm directions ${place.model.run}`), cratelm.data.served ? ", then reload this page." : " and make the site anew."));
     }
     return h("section", { "aria-labelledby": "weights" }, title, Array.from(LISTS, ([name, [heading, what]]) => {
       const list = found.lists[name];

@@ -1,6 +1,7 @@
 """Explainers side by side in a report: a language model beside lookup on the same neurons, chance, pairs of models."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,20 @@ from cratelm.interpretation.llm_stages import Task
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.sample import chosen
 from cratelm.interpretation.schema import SetKey
+from cratelm.interpretation.score import CONSTANT_SIMULATION
 from cratelm.interpretation.store import Store
 from cratelm.report.explainers import components, explainer_tables, holm
+from cratelm.report.firing import gather_firing
 from cratelm.report.results import gather
+from cratelm.report.tables import by_layer, interpretability, summary
+from cratelm.report.verdict import verdict
 
 NAME, BY = "top-and-random", "by-rule:scripted"
 
 
-def ask(run: Path, *, neurons: str = "6", samples: int = 1) -> None:
+def ask(
+    run: Path, *, neurons: str = "6", seed: int | None = None, samples: int = 1, controls: Sequence[str] = ("shuffled",)
+) -> None:
     """Interpret a run with the scripted model, on some neurons."""
     strings = prompt_strings(load_tokenizer(records_tokenizer(run, "fixed")))
     settings = explainer_settings("fixed", samples=samples)
@@ -38,10 +45,10 @@ def ask(run: Path, *, neurons: str = "6", samples: int = 1) -> None:
             key = SetKey(layer=layer, protocol=NAME, explainer="scripted", sample=sample)
             task = Task(
                 store=Store.create(run), key=key, records=read_records(run, layer), protocol=protocol(NAME),
-                chosen=chosen(neurons),
+                chosen=chosen(neurons, seed=seed),
             )  # fmt: skip
             asyncio.run(llm_stages.explain(task, Explainer(llm=ScriptedLLM(), settings=settings, strings=strings)))
-            for control in ("", "shuffled") if sample == 0 else ("",):
+            for control in ("", *controls) if sample == 0 else ("",):
                 own = replace(task, key=replace(key, simulator=BY, control=control))
                 asyncio.run(llm_stages.simulate(own, simulate, {}, strings))
                 Store.open(run).write_scores(
@@ -75,7 +82,7 @@ def test_a_language_model_stands_beside_lookup_on_the_same_neurons(runs: list[Pa
         asked = store.read_scores(layer, NAME, explainer="scripted", simulator=BY)
         lookup = store.read_scores(layer, NAME)
         same = asked.neuron[~np.isnan(asked.correlation)]
-        means.append(100 * float(np.nanmean(lookup.correlation[same])))
+        means.append(round(100 * float(np.nanmean(lookup.correlation[same])), 1))
     assert rows[1]["Lookup, same neurons"] == pytest.approx(np.mean(means))
     assert rows[1]["Scored"][1] == 12
     assert rows[0]["Lookup, same neurons"] is None
@@ -113,6 +120,100 @@ def test_runs_that_only_a_language_model_scored_are_shown_with_it(
     said = capsys.readouterr().out
     assert "not sampled" in said
     assert "by scripted" in said
+
+
+def cells_of(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The row of the scripted model in the table of explainers, and the notes on it."""
+    [table] = [table for table in explainer_tables(gather([run], explainer="scripted")) if table.name == "explainers"]
+    titles = [column.title for column in table.columns]
+    [row] = [row for row in table.rows if row[2] == "scripted"]
+    return dict(zip(titles, row, strict=True)), tuple(note for note in table.notes if "control" in note)
+
+
+def test_a_control_of_other_neurons_is_compared_with_nothing(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "crate-2l", rng)
+    ask(run, neurons="0-5", controls=("shuffled", "constant"))
+    assert gather([run]).of_other_neurons == ()
+    assert cells_of(run)[0]["Shuffled"] == gather([run]).models[0].shuffled[NAME].mean
+    ask(run, neurons="4-8", controls=())
+    results = gather([run])
+    assert (results.models[0].shuffled, results.models[0].shuffled_elsewhere) == ({}, (NAME,))
+    said = (
+        f"The shuffled control of CRATE-2L on {NAME} is of other neurons than the scores, so it is not compared. "
+        f"Run: cratelm interpret {run} --llm URL --controls shuffled, with the --neurons and --neuron-seed of the "
+        "scores"
+    )
+    assert results.of_other_neurons == (said,)
+    assert not any("no control with shuffled" in line for line in results.missing), "it is there"
+    assert [row[0] for row in summary(results).rows] == ["CRATE-2L", "shuffled"]
+    for table in (summary(results), interpretability(results), by_layer(results)):
+        assert said in table.notes
+        shuffled = [dict(zip([one.title for one in table.columns], row, strict=True)) for row in table.rows]
+        assert all(cells.get("Shuffled") is None for cells in shuffled)
+    assert summary(results).rows[1][1] is None
+    assert "shuffled" not in " ".join(verdict(results))
+    assert [run.shuffled for run in gather_firing(results)] == [None]
+    cells, notes = cells_of(run)
+    assert (cells["Shuffled"], cells["Constant"]) == (None, None)
+    assert [note.split(" is of other neurons")[0] for note in notes if "is of other neurons" in note] == [
+        f"The {name} control of CRATE-2L on {NAME}, explained by scripted, simulated by {BY}"
+        for name in ("shuffled", "constant")
+    ]
+    assert not any("not made. Run: cratelm interpret RUN --llm" in note for note in notes)
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert said.partition(" Run:")[0] in " ".join(capsys.readouterr().out.split())
+    ask(run, neurons="4-8")
+    assert gather([run]).of_other_neurons == ()
+    assert set(gather([run]).models[0].shuffled) == {NAME}, "what the note says to run makes it"
+
+
+def test_a_sentence_on_controls_says_where_there_is_none_to_compare(runs: list[Path]) -> None:
+    results = gather(runs[:1])
+    scores, shuffled = results.models[0].scores[NAME], results.models[0].shuffled[NAME]
+    other = "random-only"
+    model = replace(
+        results.models[0], scores={NAME: scores, other: scores}, shuffled={NAME: shuffled}, shuffled_elsewhere=(other,)
+    )
+    [sentence] = [
+        text
+        for text in verdict(replace(results, models=(model,), protocols=(NAME, other)))
+        if "shuffled explanations" in text
+    ]
+    assert "and not compared points against shuffled explanations" in sentence
+
+
+def test_a_control_without_any_score_was_made(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = make_run(tmp_path / "crate-2l", rng)
+    ask(run, controls=("shuffled", "constant"))
+    store = Store.open(run)
+    for layer in range(2):
+        key = SetKey(layer=layer, protocol=NAME, explainer="scripted", simulator=BY, control="constant")
+        scores = store.scores(key)
+        nothing = np.full(len(scores.neuron), np.nan)
+        reasons = (CONSTANT_SIMULATION,) * len(nothing)
+        store.write_scores(key, replace(scores, correlation=nothing, reason=reasons))
+    cells, notes = cells_of(run)
+    assert cells["Constant"] == "0/12 scored"
+    assert isinstance(cells["Shuffled"], float)
+    assert not any("A dash under" in note for note in notes if "--llm" in note)
+
+
+def test_a_control_has_one_value_in_every_table(tmp_path: Path, rng: np.random.Generator) -> None:
+    run = make_run(tmp_path / "crate-2l", rng)
+    ask(run)
+    store = Store.open(run)
+    for layer, points in enumerate((-0.3449, -0.4449)):  # -0.3 and -0.4 as in the paper, whose mean is not theirs
+        key = SetKey(layer=layer, protocol=NAME, explainer="scripted", simulator=BY, control="shuffled")
+        scores = store.scores(key)
+        same = np.full(len(scores.neuron), points / 100)
+        store.write_scores(key, replace(scores, correlation=same, reason=("",) * len(same)))
+    results = gather([run])
+    [row] = interpretability(results).rows
+    shown = row[[column.title for column in interpretability(results).columns].index("Shuffled")]
+    assert cells_of(run)[0]["Shuffled"] == shown == pytest.approx(-0.35)
 
 
 def test_lookup_is_shown_where_a_language_model_scored_less(runs: list[Path]) -> None:

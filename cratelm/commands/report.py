@@ -87,7 +87,10 @@ def _report(options: Options) -> None:
     units = compared(results)
     page = write_report(results, options.out or default_folder(options.runs), units)
     console = Console(highlight=False, markup=False)
-    console.print(_printed(summary(results), "loss in nats per token, scores in points with 95 % intervals"))
+    brief = summary(results)
+    console.print(_printed(brief, "loss in nats per token, scores in points with 95 % intervals"))
+    for note in brief.notes:
+        console.print(f"\n{note}")
     if units:
         brief = faithfulness_summary(results, units)
         console.print()

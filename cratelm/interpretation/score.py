@@ -307,6 +307,15 @@ def aggregate(
     )  # fmt: skip
 
 
+def layer_points(correlation: Float64[np.ndarray, " neurons"]) -> float | None:
+    """Mean over the scored neurons of a layer in points, rounded to 0.1 as in the paper; None if no neuron is scored.
+
+    `paper_table` makes of these the mean that `aggregate` gives, where no interval is needed.
+    """
+    defined = correlation[~np.isnan(correlation)]
+    return round(float((100 * defined).mean()), 1) + 0.0 if len(defined) else None
+
+
 def _aggregate_layer(
     scores: LayerScores, rng: np.random.Generator, resamples: int
 ) -> tuple[LayerAggregate, np.ndarray | None]:
@@ -316,7 +325,7 @@ def _aggregate_layer(
     samples = 100 * bootstrap_means(scores.sums[defined], rng, resamples) if len(points) else None
     low, high = interval(samples) if samples is not None else (None, None)
     return LayerAggregate(
-        layer=scores.layer, points=round(float(points.mean()), 1) + 0.0 if len(points) else None, low=low, high=high,
+        layer=scores.layer, points=layer_points(scores.correlation), low=low, high=high,
         points_undefined_zero=float(points.sum()) / len(scores.neuron), scored=len(points), total=len(scores.neuron),
         undefined=dict(Counter(reason for reason in scores.reason if reason).most_common()),
         deviation=float(points.std(ddof=1)) if len(points) > 1 else None,

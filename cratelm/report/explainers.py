@@ -14,15 +14,17 @@ from jaxtyping import Float64
 
 from cratelm.interpretation.lookup import EXPLAINER
 from cratelm.interpretation.schema import SetKey
-from cratelm.interpretation.score import NO_EXPLANATION, NO_SIMULATION, LayerScores, aggregate
-from cratelm.interpretation.statistics import bootstrap_means, generator, interval, shown_layers
+from cratelm.interpretation.score import NO_EXPLANATION, NO_SIMULATION, LayerScores, aggregate, layer_points
+from cratelm.interpretation.statistics import bootstrap_means, generator, interval, mean_and_variance, shown_layers
 from cratelm.interpretation.store import Store
-from cratelm.report.results import RESAMPLES, SEED, Results, RunResult, matched_pairs
+from cratelm.report.results import RESAMPLES, SEED, Results, RunResult, matched_pairs, other_neurons, same_neurons
 from cratelm.report.tables import Cell, Column, Table
 
 Z_95, Z_POWER = 1.959964, 0.841621
 """Standard errors of a two-sided 95 % test, and of a power of 80 %."""
 
+CONTROLS = ("shuffled", "constant")
+"""By explanation, in the order of their columns."""
 SIDE_BY_SIDE = (
     Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"), Column("Layers", "count"),
     Column("Mean", "0.1", "points"), Column("95 % interval", "interval", "points"),
@@ -76,7 +78,7 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
                 "are not the same measurement.",
                 "Failed: neurons for which a language model gave no usable answer, which no score counts. Lookup, same "
                 "neurons: lookup's mean over the neurons scored in the row.",
-                *_not_made(found),
+                *_not_made(found), *_of_other_neurons(found, results),
             ),
         ))  # fmt: skip
     if rows := tuple(_chance(found)):
@@ -122,11 +124,25 @@ def _not_made(found: Sequence[Measured]) -> Iterator[str]:
     """What stands beside no language model, and how to make it."""
     asked = [one for one in found if _is_asked(one.key) and not one.key.control and not one.key.sample]
     command = "cratelm interpret RUN --llm URL"
-    controls = [name for name in ("shuffled", "constant") if not all(_find(found, one, control=name) for one in asked)]
+    controls = [name for name in CONTROLS if not all(_find(found, one, control=name) for one in asked)]
     if controls:
         yield f"A dash under {' or '.join(controls)}: not made. Run: {command} --controls {' '.join(controls)}"
     if not all(_find(found, one, explainer=EXPLAINER, simulator="") for one in asked):
         yield "A dash under lookup: not made. Run: cratelm interpret RUN --controls shuffled"
+
+
+def _of_other_neurons(found: Sequence[Measured], results: Results) -> Iterator[str]:
+    """Which controls stand beside no score because they are of other neurons, and how to make those that would."""
+    for one in found:
+        if one.key.control or one.key.sample:
+            continue
+        for name in CONTROLS:
+            control = _find(found, one, control=name)
+            if control is not None and not same_neurons(control.layers, one.layers):
+                whose = f"{one.run.title} on {one.key.protocol}, explained by {one.key.explainer}"
+                whose += f", simulated by {one.key.simulator}" * bool(one.key.simulator)
+                mode = " --mode compat" * (results.mode == "compat")
+                yield other_neurons(name, whose, f"{one.run.path} --llm URL{mode} --controls {name}")
 
 
 def _open(key: SetKey) -> tuple:
@@ -142,8 +158,8 @@ def _side_by_side(one: Measured, found: Sequence[Measured]) -> tuple[Cell, ...]:
     lookup = _mean_of(_find(found, one, explainer=EXPLAINER, simulator=""), one)
     return (
         one.key.protocol, one.run.title, one.key.explainer, one.key.simulator or one.key.explainer, len(one.layers),
-        model.mean, ends, (scored, total), failed, _mean_of(_find(found, one, control="shuffled")),
-        _mean_of(_find(found, one, control="constant")), lookup if one.key.simulator else None,
+        model.mean, ends, (scored, total), failed,
+        *(_beside(_find(found, one, control=name), one) for name in CONTROLS), lookup if one.key.simulator else None,
     )  # fmt: skip
 
 
@@ -152,17 +168,23 @@ def _find(found: Sequence[Measured], one: Measured, **changes: Any) -> Measured 
     return next((other for other in found if other.run is one.run and other.key == key), None)
 
 
-def _mean_of(found: Measured | None, same_neurons: Measured | None = None) -> float | None:
-    """Mean over layers, of the neurons that are scored in the other too where one is given."""
+def _beside(control: Measured | None, one: Measured) -> Cell:
+    """A control's mean, or that it has no score; None where there is no control, or it is of other neurons."""
+    if control is None or not same_neurons(control.layers, one.layers):
+        return None
+    mean = _mean_of(control, control)
+    return f"0/{sum(len(layer.neuron) for layer in control.layers)} scored" if mean is None else mean
+
+
+def _mean_of(found: Measured | None, of: Measured) -> float | None:
+    """Mean over layers by the rule of `aggregate`, of the neurons that are scored in the other too."""
     if found is None:
         return None
-    wanted = {layer.layer: layer.neuron[~np.isnan(layer.correlation)] for layer in (same_neurons or found).layers}
-    means = [
-        float(np.nanmean(layer.correlation[np.isin(layer.neuron, wanted[layer.layer])]))
-        for layer in found.layers[: shown_layers(len(found.layers))]
-        if layer.layer in wanted and np.isfinite(layer.correlation[np.isin(layer.neuron, wanted[layer.layer])]).any()
-    ]
-    return 100 * float(np.mean(means)) if means else None
+    wanted = {layer.layer: layer.neuron[~np.isnan(layer.correlation)] for layer in of.layers}
+    return mean_and_variance([
+        layer_points(layer.correlation[np.isin(layer.neuron, wanted[layer.layer])])
+        for layer in found.layers[: shown_layers(len(found.layers))] if layer.layer in wanted
+    ])[0]  # fmt: skip
 
 
 def _chance(found: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:

@@ -117,15 +117,21 @@ def _perplexity(row: Mapping[str, Any]) -> str:
 def _scores(folder: Path) -> list[str]:
     if not (folder / "interpretation.sqlite").exists():
         return ["Not scored."]
-    model = gather([folder]).models[0]
+    results = gather([folder])
+    model = results.models[0]
     heading = [
         "Explanations by lookup, scored on documents they were not made from; points are 100 times the correlation, "
         "the mean over neurons and layers, with a 95 % interval. Shuffled explanations are the control.",
         "", "| protocol | points | shuffled |", "|---|---|---|",
     ]  # fmt: skip
-    return heading + [
-        f"| {name} | {_points(scores)} | {_points(model.shuffled.get(name))} |" for name, scores in model.scores.items()
-    ]
+    return (
+        heading
+        + [
+            f"| {name} | {_points(scores)} | {_points(model.shuffled.get(name))} |"
+            for name, scores in model.scores.items()
+        ]
+        + [line for note in results.of_other_neurons for line in ("", note.partition(" Run:")[0])]
+    )
 
 
 def _points(scores: Any) -> str:

@@ -133,7 +133,8 @@ def _report(results: Results) -> dict[str, Any]:
 def table_value(table: Table) -> dict[str, Any]:
     """A table as it is read, and as CSV for who takes it away."""
     return {
-        "name": table.name, "caption": table.caption, "notes": list(table.notes), "csv": as_csv(table),
+        "name": table.name, "caption": table.caption, "csv": as_csv(table),
+        "notes": [public(note) for note in table.notes],
         "columns": [
             {"title": column.title, "unit": column.unit, "number": column.style != "text"} for column in table.columns
         ],

@@ -26,12 +26,12 @@ from cratelm.report.firing_panel import firing_panel
 from cratelm.report.firing_plots import firing_figures
 from cratelm.report.judged import judged_tables
 from cratelm.report.plots import figures, inline_svg, write_figures
-from cratelm.report.results import RESAMPLES, SEED, Results, RunResult
+from cratelm.report.results import RESAMPLES, SEED, Results, RunResult, listed
 from cratelm.report.shown_text import paragraph, prose
 from cratelm.report.study import Study, study_of, study_sentences, study_tables
 from cratelm.report.study_plots import study_figures
 from cratelm.report.tables import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
-from cratelm.report.verdict import listed, verdict
+from cratelm.report.verdict import verdict
 from cratelm.report.whitebox import views_of, whitebox_tables
 from cratelm.report.whitebox_plots import whitebox_figures
 from cratelm.rundir import write_text

@@ -14,6 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from cratelm.activations.records import Mode, read_collection, recorded_layers, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
@@ -72,7 +74,9 @@ class RunResult:
     scores: Mapping[str, ModelAggregate]
     """By protocol, in points (100 times the correlation)."""
     shuffled: Mapping[str, ModelAggregate]
-    """By protocol, the scores of explanations swapped among the neurons of a layer."""
+    """By protocol, the scores of explanations swapped among the neurons of a layer, where of the same neurons."""
+    shuffled_elsewhere: tuple[str, ...] = ()
+    """The protocols whose swapped explanations were scored on other neurons, with which nothing is compared."""
     random_init: "RunResult | None"
     """The control run of this model, if the report was given one."""
     examples: tuple[NeuronExample, ...] = field(repr=False)
@@ -126,6 +130,15 @@ class Results:
         return described(self.explainer, self.simulator)
 
     @property
+    def of_other_neurons(self) -> tuple[str, ...]:
+        """Which controls are not compared because they are of other neurons, and what to run: a sentence each."""
+        more = f"{' --mode compat' * (self.mode == 'compat')} --controls shuffled"
+        return tuple(
+            other_neurons("shuffled", f"{run.title} on {listed(run.shuffled_elsewhere)}", f"{run.path} --llm URL{more}")
+            for run in self.rows if run.shuffled_elsewhere
+        )  # fmt: skip
+
+    @property
     def rows(self) -> tuple[RunResult, ...]:
         """Every run, each model followed by its control."""
         return tuple(run for model in self.models for run in (model, model.random_init) if run is not None)
@@ -155,6 +168,25 @@ def gather(
         mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
         taps=tuple(dict.fromkeys(run.tap for run in found)), missing=tuple(_missing(models, protocols)),
     )  # fmt: skip
+
+
+def same_neurons(first: Sequence[LayerScores], second: Sequence[LayerScores]) -> bool:
+    """Whether two sets of scores are of the same neurons in the same layers, those without a score among them."""
+    own, other = ({one.layer: one.neuron for one in several} for several in (first, second))
+    return own.keys() == other.keys() and all(np.array_equal(own[layer], other[layer]) for layer in own)
+
+
+def other_neurons(control: str, whose: str, run: str) -> str:
+    """Why nothing is compared with a control, and how to make one of the right neurons."""
+    return (
+        f"The {control} control of {whose} is of other neurons than the scores, so it is not compared. Run: "
+        f"cratelm interpret {run}, with the --neurons and --neuron-seed of the scores"
+    )
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def shown_protocol(runs: Sequence[RunResult]) -> str:
@@ -203,6 +235,10 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
         (name, control): aggregate(layers, protocol=name, seed=SEED, resamples=RESAMPLES)
         for (name, control), layers in scores.items()
     }
+    elsewhere = [
+        name for (name, control), layers in scores.items()
+        if control == "shuffled" and (name, "") in scores and not same_neurons(layers, scores[name, ""])
+    ]  # fmt: skip
     metrics = read_jsonl(path / "metrics.jsonl")
     return RunResult(
         path=path, name=str(description["name"]), title=title, arch=str(description["arch"]), num_layers=num_layers,
@@ -211,8 +247,11 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
         training=description.get("training") or {}, loss=read_loss(path),
         train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
         scores={name: found for (name, control), found in aggregates.items() if not control},
-        shuffled={name: found for (name, control), found in aggregates.items() if control == "shuffled"},
-        random_init=None, examples=(),
+        shuffled={
+            name: found for (name, control), found in aggregates.items()
+            if control == "shuffled" and name not in elsewhere
+        },
+        shuffled_elsewhere=tuple(name for name in PROTOCOLS if name in elsewhere), random_init=None, examples=(),
         token_strings=token_strings(load_tokenizer(records_tokenizer(path, mode))),
         collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
     )  # fmt: skip
@@ -275,7 +314,7 @@ def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[
         for name in protocols:
             if name not in run.scores:
                 yield f"{run.title} is not scored on {name}. Run: cratelm interpret {run.path} --protocol {name}"
-            elif name not in run.shuffled:
+            elif name not in run.shuffled and name not in run.shuffled_elsewhere:
                 yield f"{run.title} has no control with shuffled explanations on {name}."
         if run.control is None and run.random_init is None:
             yield f"No random-init control of {run.title} was given to this report."

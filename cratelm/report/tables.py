@@ -87,12 +87,12 @@ def summary(results: Results) -> Table:
         rows.append(row(model.title, model.scores, _cost_cells(model)))
         if (control := model.random_init) is not None:
             rows.append(row(CONTROL_ROWS[0], control.scores, _cost_cells(control)))
-        if model.shuffled:
+        if model.shuffled or model.shuffled_elsewhere:
             rows.append(row(CONTROL_ROWS[1], model.shuffled, (None, None, None)))
     return Table(
         name="summary", caption=f"Mean score over layers, with 95 % intervals ({results.mode} mode)",
         columns=(Column("Model"), *(Column(name, "0.1", "points") for name in results.protocols), *COST),
-        rows=tuple(rows),
+        rows=tuple(rows), notes=results.of_other_neurons,
     )  # fmt: skip
 
 
@@ -146,11 +146,10 @@ def interpretability(results: Results) -> Table:
     ]
     table = Table(
         name="interpretability", caption=f"Interpretability ({results.mode} mode, {results.described})",
-        columns=columns, rows=tuple(rows), notes=_interpretability_notes(results),
+        columns=columns, rows=tuple(rows), notes=(*_interpretability_notes(results), *results.of_other_neurons),
     )  # fmt: skip
-    if all(run.num_layers < 6 for run in results.rows):
-        table = without_columns(table, "Mean, all layers", "Variance, all layers")
-    return table
+    shallow = all(run.num_layers < 6 for run in results.rows)
+    return without_columns(table, "Mean, all layers", "Variance, all layers") if shallow else table
 
 
 def by_layer(results: Results) -> Table:
@@ -167,7 +166,8 @@ def by_layer(results: Results) -> Table:
         if name in run.scores
         for layer in run.scores[name].layers
     ]
-    return Table(name="layers", caption="Interpretability by layer", columns=columns, rows=tuple(rows))
+    caption, notes = "Interpretability by layer", results.of_other_neurons
+    return Table(name="layers", caption=caption, columns=columns, rows=tuple(rows), notes=notes)
 
 
 def _aggregate_cells(scores: ModelAggregate) -> tuple[Cell, ...]:

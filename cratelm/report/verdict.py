@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cratelm.interpretation.score import ModelAggregate
 from cratelm.report.loss import loss_difference
-from cratelm.report.results import Outcome, Results, RunResult, matched_pairs, outcome
+from cratelm.report.results import Outcome, Results, RunResult, listed, matched_pairs, outcome
 from cratelm.report.tables import written
 
 
@@ -80,7 +80,9 @@ def _control_sentence(model: RunResult, protocols: Sequence[str]) -> str:
 
 
 def _gap(mine: ModelAggregate, control: ModelAggregate | None) -> str:
-    if mine.mean is None or control is None or control.mean is None:
+    if control is None:
+        return "not compared"
+    if mine.mean is None or control.mean is None:
         return "undefined"
     doubt = " (no clear difference)" if outcome(mine, control) == "no clear difference" else ""
     difference = mine.mean - control.mean
@@ -90,8 +92,3 @@ def _gap(mine: ModelAggregate, control: ModelAggregate | None) -> str:
 def points(value: float | None) -> str:
     """Points to 0.1, or `undefined`."""
     return "undefined" if value is None else written(value, "0.1")
-
-
-def listed(parts: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

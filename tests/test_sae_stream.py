@@ -145,7 +145,8 @@ def test_latents_start_anew_where_the_reconstruction_costs_most(count: int, rng:
     corpus, tap = rng.integers(0, 272, 400).astype(np.uint16), model.neuron_taps[0]
 
     def settings(**changes: int) -> dict[str, int]:
-        return {"count": count, "rows": 8, "context": 16, "seed": 1, "step": 70} | changes
+        # In about every second row the loss is lower without the last token's code: of many rows some pay for it.
+        return {"count": count, "rows": 64 if count == 3 else 8, "context": 16, "seed": 1, "step": 70} | changes
 
     def last_is_lost(x: Tensor) -> Tensor:
         return torch.cat([x[:, :-1], torch.zeros_like(x[:, -1:])], dim=1)

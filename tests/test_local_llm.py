@@ -172,6 +172,8 @@ def test_answers_written_together_are_those_written_alone(rng: np.random.Generat
     """Against transformers' own generation without a cache, one prompt at a time."""
     llm = make_llm(rng, family=family, **SLIDING if family == "mistral" else {})
     replies = chat(llm, chats_of(5), [Sampling(max_tokens=n) for n in (9, 4, 12, 1, 7)])
+    # An answer ends with the model's own end of text as with the tokenizer's, which here are two tokens.
+    ends = sorted({llm.tokenizer.eos_token_id, llm.reader.model.generation_config.eos_token_id} - {None})
     for one, reply, budget in zip(chats_of(5), replies, (9, 4, 12, 1, 7), strict=True):
         text = llm.tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.text} for m in one], tokenize=False, add_generation_prompt=True
@@ -179,9 +181,9 @@ def test_answers_written_together_are_those_written_alone(rng: np.random.Generat
         tokens = torch.tensor([llm.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids])
         written = llm.reader.model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=budget, do_sample=False, use_cache=False,
-            eos_token_id=llm.tokenizer.eos_token_id, pad_token_id=0,
+            eos_token_id=ends, pad_token_id=0,
         )[0, tokens.shape[1] :]  # fmt: skip
-        stopped = llm.tokenizer.eos_token_id in written.tolist()
+        stopped = bool(set(ends) & set(written.tolist()))
         assert reply.text == llm.tokenizer.decode(written, skip_special_tokens=True)
         assert reply.finish == ("stop" if stopped else "length")
         assert (reply.prompt_tokens, reply.new_tokens) == (tokens.shape[1], len(written) - stopped)

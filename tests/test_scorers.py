@@ -18,8 +18,16 @@ from cratelm.interpretation.classify import Questions
 from cratelm.interpretation.contrast import TOO_FEW, Contrast, plain
 from cratelm.interpretation.judged import Judged, Unreadable, auc, binomial_interval, classification
 from cratelm.interpretation.llm import LLMError, Prompt
-from cratelm.interpretation.scorers import SCORERS, aggregate_scorer, check_llm, chosen_scorers
+from cratelm.interpretation.scorers import (
+    ITEM_RESAMPLES,
+    SCORERS,
+    _resampled,
+    aggregate_scorer,
+    check_llm,
+    chosen_scorers,
+)
 from cratelm.interpretation.similarity import embedding, example_embedding
+from cratelm.interpretation.statistics import EXCERPT_RESAMPLES, bootstrap_means, sets_each
 from cratelm.interpretation.surprisal import surprisal
 
 QUESTIONS = Questions(seed=1)
@@ -203,6 +211,17 @@ def test_items_drawn_anew_spread_as_brute_force_does(name: str, rng: np.random.G
     within = 1.01 * step + 0.1 * (high - low)
     assert [found.low, found.high] == pytest.approx([low, high], abs=within)
     assert found.mean == pytest.approx(100 * one.numbers()[number])
+
+
+def test_one_neuron_alone_is_drawn_anew_as_often_as_asked(rng: np.random.Generator) -> None:
+    """Its interval would otherwise hang on the least number of sets, which is meant for many neurons together."""
+    truth = (1,) * 40 + (0,) * 30
+    one = Judged(truth=truth, score=tuple(rng.normal(size=70) + np.array(truth)))
+    means = _resampled([one], "auc", np.array([one.numbers()["auc"]]), rng, 4000)
+    assert len(np.unique(means)) > 2 * ITEM_RESAMPLES  # of 1,200 pairs; a repeated set gives a value again
+    sums = rng.normal(size=(1, 12, 6)) ** 2 + np.array([20, 5, 5, 9, 9, 5])
+    assert len(np.unique(bootstrap_means(sums, rng, 4000))) > 2 * EXCERPT_RESAMPLES
+    assert [sets_each(count, 2000, 64) for count in (1, 3, 32, 1000)] == [2000, 667, 64, 64]
 
 
 def test_an_intruders_aggregate_stands_against_its_own_chance(rng: np.random.Generator) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 from cratelm.activations.repairs import REPAIRS, Repair
 from cratelm.commands import collect, interpret
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.score import LayerScores, aggregate
-from cratelm.interpretation.statistics import interval, shown_layers
-from cratelm.interpretation.store import Store
+from cratelm.interpretation.scoring.correlation import LayerScores, aggregate
+from cratelm.interpretation.scoring.statistics import interval, shown_layers
+from cratelm.interpretation.store.database import Store
 from cratelm.runtime import console
 
 RELEASED = "as released"

@@ -22,16 +22,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from planted_rules import EXPLANATIONS, make_planted, make_tokenizer
-from rule_follower import RuleFollower
+from fakes.rule_follower import RuleFollower
+from fixtures.planted_rules import EXPLANATIONS, make_planted, make_tokenizer
 
 from cratelm.activations.records import Excerpts, read_records
-from cratelm.interpretation.escape import prompt_strings
-from cratelm.interpretation.normalise import Rounding, shown_maximum
-from cratelm.interpretation.prompts import shown
+from cratelm.interpretation.prompts.escaping import prompt_strings
+from cratelm.interpretation.prompts.explainer import shown
+from cratelm.interpretation.prompts.normalisation import Rounding, shown_maximum
 from cratelm.interpretation.protocols import draw, protocol
-from cratelm.interpretation.read_out import READ_OUT_REPAIRS, ReadOutRepair
-from cratelm.interpretation.simulators import open_simulator
+from cratelm.interpretation.simulators.language_model import open_simulator
+from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS, ReadOutRepair
 
 WAYS: list[frozenset[ReadOutRepair]] = [
     frozenset(), *(frozenset([one]) for one in READ_OUT_REPAIRS), frozenset(READ_OUT_REPAIRS),

@@ -24,18 +24,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cratelm.interpretation.calls import Cached
-from cratelm.interpretation.endpoint import Endpoint
-from cratelm.interpretation.few_shot import few_shot_neurons
-from cratelm.interpretation.growing import GrowingSet, Row, Simulated
+from cratelm.interpretation.clients.endpoint import Endpoint
+from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.llm import Message, Sampling
+from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.read_out import ReadOut
-from cratelm.interpretation.schema import SetKey
-from cratelm.interpretation.simulators import AllAtOnce
-from cratelm.interpretation.store import Store
-from cratelm.interpretation.usage import Metered, Usage
-from cratelm.interpretation.work import fill
+from cratelm.interpretation.simulators.language_model import AllAtOnce
+from cratelm.interpretation.simulators.readout import ReadOut
+from cratelm.interpretation.stages.concurrency import fill
+from cratelm.interpretation.store.answer_cache import Cached
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import GrowingSet, Row, Simulated
+from cratelm.interpretation.store.schema import SetKey
 from cratelm.runtime import progress_bar
 
 ANSWER = (

@@ -16,13 +16,13 @@ from typing import TypeVar
 import numpy as np
 
 from cratelm.activations.records import Excerpts
-from cratelm.interpretation import lookup
-from cratelm.interpretation.explain import LayerExplanations
+from cratelm.interpretation.explainers.explanation import LayerExplanations
+from cratelm.interpretation.lookup import tables as lookup
 from cratelm.interpretation.protocols import PROTOCOLS, Draw, protocol
-from cratelm.interpretation.score import compare
-from cratelm.interpretation.simulate import LayerSimulations
-from cratelm.interpretation.statistics import bootstrap_means
-from cratelm.interpretation.store import SetKey, Store
+from cratelm.interpretation.scoring.correlation import compare
+from cratelm.interpretation.scoring.statistics import bootstrap_means
+from cratelm.interpretation.simulators.simulation import LayerSimulations
+from cratelm.interpretation.store.database import SetKey, Store
 
 T = TypeVar("T")
 BLOCK = 2_000

@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cratelm.interpretation.few_shot import few_shot_neurons
 from cratelm.interpretation.llm import Prompt
-from cratelm.interpretation.simulator_prompts import FILE, all_at_once_prefix, all_at_once_rows
+from cratelm.interpretation.prompts.few_shot import few_shot_neurons
+from cratelm.interpretation.prompts.simulator import FILE, all_at_once_prefix, all_at_once_rows
 from cratelm.local_llm import LocalLLM
 from cratelm.shared_prefix.reader import Row
 

@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save_file
 
 from cratelm.activations.records import layer_file
 from cratelm.commands import interpret
-from cratelm.report.site import write_site
+from cratelm.report.browser.site import write_site
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import synthetic
-from browsing import chromium
+from fixtures import synthetic
+from fixtures.browsing import chromium
 
 
 def make_run(path: Path, layers: int, neurons: int) -> None:

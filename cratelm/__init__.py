@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from cratelm.activations.records import Excerpt, LayerRecords, NeuronRecord, read_records
     from cratelm.activations.taps import capture, edit
     from cratelm.errors import CrateError
-    from cratelm.interpretation.explain import Explanation
+    from cratelm.interpretation.explainers.explanation import Explanation
     from cratelm.interpretation.protocols import Protocol
-    from cratelm.interpretation.score import Score
-    from cratelm.interpretation.simulate import Simulation
+    from cratelm.interpretation.scoring.correlation import Score
+    from cratelm.interpretation.simulators.simulation import Simulation
     from cratelm.model.weights import load
 
 __version__ = "0.1.0"
@@ -38,12 +38,12 @@ __all__ = [
 _HOME = {
     "CrateError": "cratelm.errors",
     "Excerpt": "cratelm.activations.records",
-    "Explanation": "cratelm.interpretation.explain",
+    "Explanation": "cratelm.interpretation.explainers.explanation",
     "LayerRecords": "cratelm.activations.records",
     "NeuronRecord": "cratelm.activations.records",
     "Protocol": "cratelm.interpretation.protocols",
-    "Score": "cratelm.interpretation.score",
-    "Simulation": "cratelm.interpretation.simulate",
+    "Score": "cratelm.interpretation.scoring.correlation",
+    "Simulation": "cratelm.interpretation.simulators.simulation",
     "capture": "cratelm.activations.taps",
     "edit": "cratelm.activations.taps",
     "load": "cratelm.model.weights",

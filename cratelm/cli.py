@@ -143,7 +143,7 @@ def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
     """The command's `Options` from its flags. What tyro says about a mistake in a box becomes one line."""
     import tyro
 
-    from cratelm.commands.counts import registry
+    from cratelm.workflows.options.counts import registry
 
     if {"-h", "--help"} & set(arguments):
         print(wrapped(module.__doc__ or "", shutil.get_terminal_size().columns), end="\n\n")

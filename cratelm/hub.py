@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cratelm.errors import CrateError
 from cratelm.model.weights import find_model, load, save_model
-from cratelm.report.model_card import model_card, run_of
+from cratelm.report.export.model_card import model_card, run_of
 from cratelm.rundir import atomic_path
 
 

@@ -21,7 +21,7 @@ from cratelm.model.config import ModelConfig
 from cratelm.model.generate import Cache, cache_type
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import AUTO_MAP, STUB
-from cratelm.report.model_card import model_card, run_of
+from cratelm.report.export.model_card import model_card, run_of
 from cratelm.rundir import FORMAT_VERSION, atomic_path
 
 try:

@@ -20,7 +20,7 @@ from cratelm.activations.taps import capture
 from cratelm.errors import CrateError
 from cratelm.model.generate import Reader, sample
 from cratelm.model.language_model import LanguageModel
-from cratelm.report.live import Limits, SteerRequest, TextRequest
+from cratelm.report.server.requests import Limits, SteerRequest, TextRequest
 from cratelm.steering.changes import Change
 from cratelm.steering.effects import token_rows
 from cratelm.steering.generate import ForeignReader, all_logits, check_finite, unwrapped

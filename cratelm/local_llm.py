@@ -19,7 +19,7 @@ import torch
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
-from cratelm.interpretation.prompts import without_system
+from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.runtime import DeviceName, console, select_device
 from cratelm.shared_prefix.generation import Request, generate
 from cratelm.shared_prefix.reader import Reader

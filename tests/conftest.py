@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from browsing import Visit
+    from fixtures.browsing import Visit
     from playwright.sync_api import Browser
 
 REPOSITORY = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture(scope="module")
 def browser() -> "Generator[Browser, None, None]":
     """A real Chromium; without one the tests are skipped. It ends with its file, so that others can use asyncio."""
-    from browsing import chromium
+    from fixtures.browsing import chromium
 
     with chromium() as found:
         yield found
@@ -69,7 +69,7 @@ def browser() -> "Generator[Browser, None, None]":
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The runs behind the site."""
-    from browsing import find_chromium, make_runs
+    from fixtures.browsing import find_chromium, make_runs
 
     find_chromium()  # without a browser nothing needs to be made
     return make_runs(tmp_path_factory.mktemp("runs"))
@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def site(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a site, for tests that only read it."""
-    from browsing import make_site
+    from fixtures.browsing import make_site
 
     return make_site(runs, tmp_path_factory.mktemp("site") / "out")
 
@@ -86,7 +86,7 @@ def site(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def visit(browser: "Browser", site: Path) -> "Generator[Visit, None, None]":
     """A tab on the site from disk, in which nothing may go wrong and nothing else may be asked for."""
-    from browsing import Visit
+    from fixtures.browsing import Visit
 
     tab = Visit(browser, f"file://{site}")
     yield tab

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from tiny import make_tokens, short_training, tiny_config, train_quietly
+from fixtures.tiny import make_tokens, short_training, tiny_config, train_quietly
 
 import cratelm
 from cratelm import cli

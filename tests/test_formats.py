@@ -7,17 +7,17 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import collecting
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from synthetic import make_run
+from fixtures import collecting
+from fixtures.synthetic import make_run
 
 from cratelm.activations.interchange import import_neuron_records
 from cratelm.activations.records import Mode, read_records
 from cratelm.cli import main
 from cratelm.commands import collect
-from cratelm.interpretation.store import Store
+from cratelm.interpretation.store.database import Store
 
 PAGE = (REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8")
 

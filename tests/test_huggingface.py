@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from documented import code_block
-from synthetic import make_tokenizer
+from fixtures.documented import code_block
+from fixtures.synthetic import make_tokenizer
 
 from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from documented import code_block
-from synthetic import make_tokenizer
+from fixtures.documented import code_block
+from fixtures.synthetic import make_tokenizer
 
 import cratelm
 from cratelm.model.config import ModelConfig

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 
 import torch
-from hugging_face import FAMILIES, save
-from language_models import KINDS, Kind, make_fast_tokenizer, make_llm
-from tiny import random_model, tiny_config
+from fakes.language_models import KINDS, Kind, make_fast_tokenizer, make_llm
+from fixtures.hugging_face import FAMILIES, save
+from fixtures.tiny import random_model, tiny_config
 
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from documented import code_block
-from synthetic import make_tokenizer
+from fixtures.documented import code_block
+from fixtures.synthetic import make_tokenizer
 
 import cratelm
 from cratelm.model.config import ModelConfig

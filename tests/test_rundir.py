@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disk import small_disk
-from synthetic import make_tokenizer
+from fixtures.disk import small_disk
+from fixtures.synthetic import make_tokenizer
 
 from cratelm import rundir
 from cratelm.errors import CrateError

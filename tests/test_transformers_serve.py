@@ -17,21 +17,21 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from language_models import make_llm
-from synthetic import make_run
-from test_llm_stages import KEY, strings, task
+from fakes.language_models import make_llm
+from fixtures.synthetic import make_run
+from interpretation.stages.test_language_model_stages import KEY, strings, task
 
 from cratelm.errors import CrateError
-from cratelm.interpretation import llm_stages
-from cratelm.interpretation.calls import Cached
-from cratelm.interpretation.endpoint import Endpoint
-from cratelm.interpretation.explainer import Explainer, explainer_settings
-from cratelm.interpretation.growing import GrowingSet
-from cratelm.interpretation.llm_stages import failures
-from cratelm.interpretation.probe import probe
-from cratelm.interpretation.simulators import open_simulator
-from cratelm.interpretation.store import Store
-from cratelm.interpretation.usage import Metered, Usage
+from cratelm.interpretation.clients.endpoint import Endpoint
+from cratelm.interpretation.clients.probe import probe
+from cratelm.interpretation.clients.usage import Metered, Usage
+from cratelm.interpretation.explainers.language_model import Explainer, explainer_settings
+from cratelm.interpretation.simulators.language_model import open_simulator
+from cratelm.interpretation.stages import language_model as llm_stages
+from cratelm.interpretation.stages.language_model import failures
+from cratelm.interpretation.store.answer_cache import Cached
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import GrowingSet
 
 for package in ("openai", "transformers", "fastapi", "uvicorn"):
     pytest.importorskip(package, reason=f"{package} is not installed (extras llm, serve and dev)")

@@ -26,11 +26,11 @@ from cratelm.runtime import DeviceName, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cratelm.commands.subject import Chosen
     from cratelm.data.tokens import TokenDirectory
     from cratelm.steering.ablation import Ablation
     from cratelm.steering.ablation_file import AblationFile, AblationRow
     from cratelm.steering.place import SparseCoder
+    from cratelm.workflows.subject import Chosen
 
 Kind = Literal["zero", "mean"]
 Task = tuple[tuple[tuple[int, int], ...], Kind]
@@ -77,10 +77,10 @@ def run(options: Options) -> None:
     from rich.console import Console
 
     from cratelm.commands.collect import open_tokens, read_count
-    from cratelm.commands.subject import choose
     from cratelm.rundir import claim, origin
     from cratelm.steering.ablation import Ablation, held_out, mean_change
     from cratelm.steering.ablation_file import AblationFile
+    from cratelm.workflows.subject import choose
 
     limit = read_count(options.tokens)
     if not (options.neuron or options.group or options.layer or options.all):
@@ -118,8 +118,8 @@ def _places(options: Options, chosen: "Chosen") -> tuple[Path, dict[str, str], d
         if (folder := options.out or chosen.run) is None:
             raise CrateError(f"{options.run} is a model and no run. Name a folder for the result with --out")
         return folder, {}, {}, "neurons"
-    from cratelm.commands.coders import open_coder
     from cratelm.sae.loading import find_sae, load_sae, saes_folder
+    from cratelm.workflows.steering.autoencoders import open_coder
 
     coder, tap = open_coder(chosen, options.sae)
     found = find_sae(chosen.run or Path("."), options.sae)
@@ -276,8 +276,8 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> Any:
 
 def _draw(console: "Console", chosen: "Chosen", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
     """A figure for each kind of which single neurons were measured."""
-    from cratelm.report.plots import write_figures
-    from cratelm.report.steering_plots import ablation_figure
+    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.steering import ablation_figure
 
     for kind in dict.fromkeys(row.kind for row in rows):
         single = [row for row in rows if row.kind == kind and row.density is not None]
@@ -293,7 +293,7 @@ def _draw(console: "Console", chosen: "Chosen", tap: str, rows: Sequence["Ablati
 
 def _scores(chosen: "Chosen", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
     """The score of each neuron where the run has one."""
-    from cratelm.interpretation.store import Store
+    from cratelm.interpretation.store.database import Store
     from cratelm.report.neuron_table import open_table
 
     places = [tuple(map(int, row.neurons[0].removeprefix("sae:").split("/"))) for row in rows]

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cratelm.commands.naming import result_name
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, progress_bar, select_device
+from cratelm.workflows.naming import result_name
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from cratelm.commands.opening import OpenedRun
     from cratelm.whitebox.circuit import CircuitConfig, Subject
+    from cratelm.workflows.opening import OpenedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Find the circuit, write it, draw it, print it."""
-    from cratelm.commands.opening import open_run
-    from cratelm.report.circuit import circuit_figure, circuit_lines
-    from cratelm.report.plots import write_figures
+    from cratelm.report.figures.circuit import circuit_figure, circuit_lines
+    from cratelm.report.figures.paper import write_figures
     from cratelm.rundir import origin, write_json
     from cratelm.whitebox.circuit import CircuitConfig, rank
+    from cratelm.workflows.opening import open_run
 
     for name in ("nodes", "batch"):
         if getattr(options, name) < 1:
@@ -175,7 +175,7 @@ def _described(
 
 def _explanations(run: Path, chosen: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int], str]:
     """What `cratelm interpret` says about the chosen neurons; nothing where it has not been run."""
-    from cratelm.interpretation.store import Store
+    from cratelm.interpretation.store.database import Store
 
     if not (run / "interpretation.sqlite").exists():
         return {}

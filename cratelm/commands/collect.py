@@ -20,10 +20,10 @@ import tyro
 from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
 from cratelm.activations.repairs import Repair
-from cratelm.commands.counts import whole_number
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, claim, read_json
 from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
+from cratelm.workflows.options.counts import whole_number
 
 if TYPE_CHECKING:
     import torch

@@ -58,9 +58,9 @@ def run(options: Options) -> None:
     """Measure each run at every setting, then draw the curves and print them."""
     from cratelm.commands.report import default_folder
     from cratelm.commands.whitebox import show
-    from cratelm.report.dial import dial_figures, dial_table, open_dials
-    from cratelm.report.plots import write_figures
-    from cratelm.report.tables import write_tables
+    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.tables.dial import dial_figures, dial_table, open_dials
+    from cratelm.report.tables.paper import write_tables
 
     if not options.runs:
         raise CrateError("no run directory was named. Run: cratelm dial RUN --data DIR")
@@ -87,10 +87,10 @@ def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":
 def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Options) -> None:
     """Measure one run at the settings that it allows and that are not measured yet."""
     from cratelm.commands.collect import open_tokens, read_count
-    from cratelm.commands.measurements import lookup
-    from cratelm.commands.opening import open_own
     from cratelm.model.weights import weights_hash
     from cratelm.rundir import claim, origin, read_json, write_json
+    from cratelm.workflows.measurements import lookup
+    from cratelm.workflows.opening import open_own
 
     model, tokenizer = open_own(folder)
     data = open_tokens(options.data, None, tokenizer, folder)
@@ -128,7 +128,7 @@ def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of earlier calls; refused where they are of another model or text, so that none is thrown away."""
-    from cratelm.report.dial import points_of
+    from cratelm.report.tables.dial import points_of
     from cratelm.rundir import read_json
 
     if not (folder / FILE).exists():

@@ -18,7 +18,7 @@ from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, console, progress_bar, select_device
 
 if TYPE_CHECKING:
-    from cratelm.commands.opening import OpenedRun
+    from cratelm.workflows.opening import OpenedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ def run(options: Options) -> None:
 def directions_run(folder: Path, options: Options) -> None:
     """Write the directions of one run, unless they are there already."""
     from cratelm.activations.direction_files import directions_folder
-    from cratelm.commands.opening import open_run
     from cratelm.data.tokenizer import tokenizer_hash
     from cratelm.rundir import claim, origin, write_json
+    from cratelm.workflows.opening import open_run
 
     opened = open_run(folder)
     settings = {

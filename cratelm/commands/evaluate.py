@@ -151,7 +151,7 @@ def _write_documents(run_folder: Path, losses: Mapping[str, Any], result: Mappin
     """The loss of every document, and which evaluation it is of."""
     from safetensors.numpy import save_file
 
-    from cratelm.report.loss import DOCUMENTS
+    from cratelm.report.results.loss import DOCUMENTS
     from cratelm.rundir import FORMAT_VERSION, atomic_path
 
     named = {"split": result["split"], "data_hash": result["data_hash"] or "", "format_version": str(FORMAT_VERSION)}

@@ -10,10 +10,10 @@ stage is `cratelm simulate`; `cratelm interpret` runs all three. Stopped and sta
 
 from dataclasses import dataclass
 
-from cratelm.commands.asking import Explained, Explaining, Spending, Spent, asks, group
 from cratelm.commands.interpret import explain_run
-from cratelm.commands.selection import Selection, check_runs
 from cratelm.rundir import claim
+from cratelm.workflows.options.language_model import Explained, Explaining, Spending, Spent, asks, group
+from cratelm.workflows.options.selection import Selection, check_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Options(Selection):
 def run(options: Options) -> None:
     """Explain the neurons of every run."""
     if asks(options.explaining):
-        from cratelm.commands.asked import Order, ask
+        from cratelm.workflows.llm.run import Order, ask
 
         ask(Order.of(options, stages=("explain",)))
         return

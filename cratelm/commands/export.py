@@ -102,14 +102,14 @@ def _export_neurons(options: Options, out: Path) -> None:
     layers = sorted(set(options.layer)) or found
     check_layers(options.run, layers, found)
     if options.format == "neuronrecord":
-        from cratelm.report.neuronrecord import export_neuron_records
+        from cratelm.report.export.neuronrecord import export_neuron_records
 
         export_neuron_records(
             options.run, out, layers, mode=options.mode, tap=options.tap, split=options.split,
             width=options.width,
         )  # fmt: skip
     elif options.format == "neuronpedia":
-        from cratelm.report.neuronpedia import CREATOR_ID, export_neuronpedia
+        from cratelm.report.export.neuronpedia import CREATOR_ID, export_neuronpedia
 
         export_neuronpedia(
             options.run, out, layers, mode=options.mode, tap=options.tap, explainer=options.explainer,

@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
-from cratelm.commands.asking import (
+from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.interpretation.explainers.explanation import explain_layer
+from cratelm.interpretation.firing.measures import firing_layer, write_firing
+from cratelm.interpretation.protocols import Protocol, protocol
+from cratelm.interpretation.scoring.correlation import score_layer
+from cratelm.interpretation.simulators.simulation import check_controls, simulate_layer
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.schema import MADE, SetKey, Stage
+from cratelm.rundir import claim
+from cratelm.runtime import console, progress_bar
+from cratelm.workflows.options.language_model import (
     Controls,
     Explained,
     Explaining,
@@ -38,18 +48,8 @@ from cratelm.commands.asking import (
     asks,
     group,
 )
-from cratelm.commands.score_table import print_scores
-from cratelm.commands.selection import Selection, check_runs, chosen_layers, chosen_protocols
-from cratelm.data.tokenizer import load_tokenizer, token_strings
-from cratelm.interpretation.explain import explain_layer
-from cratelm.interpretation.firing import firing_layer, write_firing
-from cratelm.interpretation.protocols import Protocol, protocol
-from cratelm.interpretation.schema import MADE, SetKey, Stage
-from cratelm.interpretation.score import score_layer
-from cratelm.interpretation.simulate import check_controls, simulate_layer
-from cratelm.interpretation.store import Store
-from cratelm.rundir import claim
-from cratelm.runtime import console, progress_bar
+from cratelm.workflows.options.selection import Selection, check_runs, chosen_layers, chosen_protocols
+from cratelm.workflows.score_table import print_scores
 
 Work = Callable[[LayerRecords, Protocol, Store, SetKey], None]
 """One stage of one set: reads what the stage before wrote, writes its own."""
@@ -78,7 +78,7 @@ class Options(Selection):
 def run(options: Options) -> None:
     """Run the three stages on every run."""
     if asks(options.explaining, options.simulating):
-        from cratelm.commands.asked import Order, ask
+        from cratelm.workflows.llm.run import Order, ask
 
         order = Order.of(options, stages=("explain", "simulate", "score"))
         if order.explains_by_lookup and not options.spending.dry_run:
@@ -90,7 +90,7 @@ def run(options: Options) -> None:
             look_up_beside(options, {one: options.protocol for one in options.runs})
         return
     if options.spending.merge:
-        from cratelm.commands.asked import merge_alone
+        from cratelm.workflows.llm.run import merge_alone
 
         look_up_beside(options, merge_alone(options))
         return
@@ -126,7 +126,7 @@ def look_up_beside(options: Options, protocols: Mapping[Path, tuple[str, ...]]) 
 def ask_others(options: Any) -> None:
     """Apply the scorers beside simulation to explanations by lookup, where any was asked for."""
     if any(scorer != "simulation" for scorer in options.scorer):
-        from cratelm.commands.asked import Order, ask
+        from cratelm.workflows.llm.run import Order, ask
 
         ask(Order.of(options, stages=()))
 

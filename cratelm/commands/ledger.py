@@ -23,9 +23,9 @@ from cratelm.runtime import DeviceName
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cratelm.commands.subject import Chosen
     from cratelm.steering.ledger import Ledger
     from cratelm.steering.ledger_rows import LedgerRow
+    from cratelm.workflows.subject import Chosen
 
 EXPLAINED = 72
 """Columns of the terminal from which explanations have room."""
@@ -58,9 +58,9 @@ def run(options: Options) -> None:
     import torch
     from rich.console import Console
 
-    from cratelm.commands.subject import choose, encode, one_token, read_prompts
     from cratelm.steering.ledger import ledger
     from cratelm.steering.ledger_rows import ledger_rows
+    from cratelm.workflows.subject import choose, encode, one_token, read_prompts
 
     if options.show < 1:
         raise CrateError(f"--show is {options.show}, it must be at least 1")
@@ -81,7 +81,7 @@ def run(options: Options) -> None:
 
 def title_of(chosen: "Chosen", found: "Ledger") -> str:
     """Which logit it is."""
-    from cratelm.report.steering_plots import label
+    from cratelm.report.figures.steering import label
 
     names = [
         label(chosen.strings[one]) if one < len(chosen.strings) else f"#{one}"
@@ -127,11 +127,11 @@ def _write(
     console: "Console", chosen: "Chosen", found: "Ledger", rows: Sequence["LedgerRow"],
     explanations: Mapping[int, str], tokens: list[int], asked: Path | None,
 ) -> None:  # fmt: skip
-    from cratelm.commands.naming import result_name
-    from cratelm.report.plots import write_figures
-    from cratelm.report.steering_plots import ledger_figure
+    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.steering import ledger_figure
     from cratelm.rundir import origin, write_json, write_text
     from cratelm.steering.ledger_rows import as_csv
+    from cratelm.workflows.naming import result_name
 
     if (out := chosen.out(asked)) is None:
         return

@@ -134,7 +134,7 @@ def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequ
 
 
 def _look(console: "Console", table: NeuronTable, options: Options, index: int) -> None:
-    from cratelm.report.neuronrecord import choose_width
+    from cratelm.report.export.neuronrecord import choose_width
     from cratelm.report.terminal import excerpt_text, legend, shows_colours
 
     record, colours = table.records[index], shows_colours(console)

@@ -23,7 +23,7 @@ import tyro
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from cratelm.report.tables import Table
+    from cratelm.report.tables.paper import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class Options:
 def run(options: Options) -> None:
     """Write the report or the browser, and print where its first page is."""
     if options.site:
-        from cratelm.report.site import write_site
+        from cratelm.report.browser.site import write_site
 
         _refuse_ignored(options)
         _print_path(write_site(options.runs, options.out or default_folder(options.runs, "site"), mode=options.mode))
@@ -75,11 +75,11 @@ def _report(options: Options) -> None:
     # Reading the options must stay quick; the work needs numpy and matplotlib.
     from rich.console import Console
 
-    from cratelm.report.faithfulness import compared, faithfulness_summary
-    from cratelm.report.page import verdict, write_report
-    from cratelm.report.results import gather
-    from cratelm.report.study import study_of, study_sentences
-    from cratelm.report.tables import summary
+    from cratelm.report.page.html import verdict, write_report
+    from cratelm.report.results.gather import gather
+    from cratelm.report.results.study import study_of, study_sentences
+    from cratelm.report.tables.faithfulness import compared, faithfulness_summary
+    from cratelm.report.tables.paper import summary
 
     results = gather(
         options.runs, mode=options.mode, taps=options.tap, explainer=options.explainer, simulator=options.simulator
@@ -107,7 +107,7 @@ def _printed(found: "Table", caption: str) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from cratelm.report.tables import written
+    from cratelm.report.tables.paper import written
 
     table = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
     table.caption = Text(caption)

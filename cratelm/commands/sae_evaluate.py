@@ -83,7 +83,7 @@ def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[s
     from cratelm.activations.observe import observe
     from cratelm.commands.collect import Options as CollectOptions
     from cratelm.commands.collect import open_corpus, open_model, open_tokens, read_count
-    from cratelm.report.sae_plots import write_density
+    from cratelm.report.figures.sae import write_density
     from cratelm.rundir import claim, origin, write_json
     from cratelm.sae.evaluation import evaluate_sae
     from cratelm.sae.loading import check_trained_on, find_sae, load_sae, saes_folder

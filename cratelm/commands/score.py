@@ -13,12 +13,22 @@ usable answer). Other scorers ask --llm again, about pieces of text; docs/interp
 
 from dataclasses import dataclass
 
-from cratelm.commands.asking import Controls, Explained, Explaining, Name, Scorers, Spending, Spent, asks, group
 from cratelm.commands.interpret import ask_others, lookup_sets, score_run
-from cratelm.commands.score_table import print_scores
-from cratelm.commands.selection import Selection, check_runs
-from cratelm.interpretation.simulate import check_controls
+from cratelm.interpretation.simulators.simulation import check_controls
 from cratelm.rundir import claim
+from cratelm.workflows.options.language_model import (
+    Controls,
+    Explained,
+    Explaining,
+    Name,
+    Scorers,
+    Spending,
+    Spent,
+    asks,
+    group,
+)
+from cratelm.workflows.options.selection import Selection, check_runs
+from cratelm.workflows.score_table import print_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,7 @@ class Options(Selection):
 def run(options: Options) -> None:
     """Score the neurons of every run and print the table."""
     if asks(options.explaining):
-        from cratelm.commands.asked import Order, ask
+        from cratelm.workflows.llm.run import Order, ask
 
         ask(Order.of(options, stages=("score",)))
         return

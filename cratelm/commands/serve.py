@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cratelm.activations.records import Mode
-from cratelm.commands.asking import Explaining, Name, Where
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, console
+from cratelm.workflows.options.language_model import Explaining, Name, Where
 
 if TYPE_CHECKING:
     from cratelm.live_models import LiveModel, LiveModels
-    from cratelm.report.live import Limits
-    from cratelm.report.server import Parts
+    from cratelm.report.server.application import Parts
+    from cratelm.report.server.requests import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -68,8 +68,8 @@ def run(options: Options) -> None:
     try:
         import uvicorn
 
-        from cratelm.report.connections import CONNECTIONS, impatient
-        from cratelm.report.server import application
+        from cratelm.report.server.application import application
+        from cratelm.report.server.connections import CONNECTIONS, impatient
     except ImportError as error:
         raise CrateError(f"{error.name} is not installed. Run: pip install 'cratelm[serve]'") from None
     few_arenas()
@@ -87,9 +87,9 @@ def run(options: Options) -> None:
 
 def parts_of(options: Options, port: int) -> "Parts":
     """Everything the application is made of."""
-    from cratelm.report.live import Limits
-    from cratelm.report.server import Parts
-    from cratelm.report.votes import Votes
+    from cratelm.report.server.application import Parts
+    from cratelm.report.server.requests import Limits
+    from cratelm.report.server.votes import Votes
 
     if not options.runs:
         raise CrateError("no run was named. Run: cratelm serve RUN...")
@@ -101,7 +101,7 @@ def parts_of(options: Options, port: int) -> "Parts":
     )  # fmt: skip
     exposed, explain = options.host not in LOOPBACK, None
     if options.llm:
-        from cratelm.commands.live_explain import LiveExplainer
+        from cratelm.workflows.llm.live_explain import LiveExplainer
 
         asked = Explaining(llm=options.llm, model=options.model, llm_key=options.llm_key, device=options.device)
         explain = LiveExplainer(asked)
@@ -125,7 +125,7 @@ def own_hosts(port: int) -> tuple[str, ...]:
 def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
     """The models of the runs that have one, each opened when it is first asked for; None where no run has."""
     from cratelm.live_models import LiveModels
-    from cratelm.report.catalogue import catalogue
+    from cratelm.report.browser.catalogue import catalogue
 
     runs = {
         model.slug: model
@@ -143,8 +143,8 @@ def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
 
 def _open(run: Path, options: Options) -> "LiveModel":
     from cratelm.activations.records import layer_file, read_records
-    from cratelm.commands.subject import choose
     from cratelm.live_models import LiveModel
+    from cratelm.workflows.subject import choose
 
     chosen = choose(run, options.device)
     maxima: dict[int, Sequence[float]] = {}

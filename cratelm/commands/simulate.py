@@ -10,7 +10,10 @@ lookup. The next stage is `cratelm score`; `cratelm interpret` runs all three. S
 
 from dataclasses import dataclass
 
-from cratelm.commands.asking import (
+from cratelm.commands.interpret import simulate_run
+from cratelm.interpretation.simulators.simulation import check_controls
+from cratelm.rundir import claim
+from cratelm.workflows.options.language_model import (
     Controls,
     Explained,
     Explaining,
@@ -21,10 +24,7 @@ from cratelm.commands.asking import (
     asks,
     group,
 )
-from cratelm.commands.interpret import simulate_run
-from cratelm.commands.selection import Selection, check_runs
-from cratelm.interpretation.simulate import check_controls
-from cratelm.rundir import claim
+from cratelm.workflows.options.selection import Selection, check_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Options(Selection):
 def run(options: Options) -> None:
     """Simulate the neurons of every run."""
     if asks(options.explaining, options.simulating):
-        from cratelm.commands.asked import Order, ask
+        from cratelm.workflows.llm.run import Order, ask
 
         ask(Order.of(options, stages=("simulate",)))
         return

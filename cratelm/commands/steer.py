@@ -25,10 +25,10 @@ from cratelm.runtime import DeviceName
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cratelm.commands.subject import Chosen
     from cratelm.steering.changes import Change
     from cratelm.steering.effects import Steered
     from cratelm.steering.measure import How
+    from cratelm.workflows.subject import Chosen
 
 CONTROL_TOKENS = 10
 """The controls' `on_tokens` is over so many of the tokens that the changes raise most."""
@@ -82,8 +82,8 @@ def run(options: Options) -> None:
     """Change, print, write."""
     from rich.console import Console
 
-    from cratelm.commands.changing import open_changes
-    from cratelm.commands.subject import choose, encode, read_prompts
+    from cratelm.workflows.steering.changes import open_changes
+    from cratelm.workflows.subject import choose, encode, read_prompts
 
     if options.tokens < 1 or options.temperature < 0 or options.show < 1 or options.excerpts < 0:
         raise CrateError("--tokens and --show must be at least 1, --temperature and --excerpts 0 or more")
@@ -95,7 +95,7 @@ def run(options: Options) -> None:
     changing = open_changes(chosen, options)
     console = Console(highlight=False, markup=False, emoji=False)
     if options.sweep is not None:
-        from cratelm.commands.sweep import sweep
+        from cratelm.workflows.steering.sweep import sweep
 
         sweep(console, chosen, changing, prompts, options)
         return
@@ -103,11 +103,11 @@ def run(options: Options) -> None:
 
 
 def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[list[int]], options: Options) -> None:
-    from cratelm.commands.naming import steering_name
-    from cratelm.report.plots import write_figures
-    from cratelm.report.steering_plots import effect_figure
+    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.steering import effect_figure
     from cratelm.rundir import origin, write_json
     from cratelm.steering.measure import steered_effect
+    from cratelm.workflows.naming import steering_name
 
     changes, matched = changing.changes(), changing.matched()
     texts = [
@@ -229,7 +229,7 @@ def _print_effect(console: "Console", name: str, steered: "Steered", chosen: "Ch
     from rich.table import Table
     from rich.text import Text
 
-    from cratelm.report.steering_plots import label
+    from cratelm.report.figures.steering import label
     from cratelm.steering.effects import token_rows
 
     effect = steered.effect

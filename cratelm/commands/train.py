@@ -24,12 +24,12 @@ from typing import Literal
 
 import tyro
 
-from cratelm.commands.measurements import MeasurementName
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig, Size, sized
 from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.training.config import Execution, TrainConfig
+from cratelm.workflows.measurements import MeasurementName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ def run(options: Options) -> None:
 
 
 def _train(options: Options, data_folder: Path) -> None:
-    from cratelm.commands.measurements import measurements
     from cratelm.data.tokens import TokenDirectory
     from cratelm.training.distributed import join_world
     from cratelm.training.forecast import forecast
     from cratelm.training.opening import check_run
     from cratelm.training.train import train
+    from cratelm.workflows.measurements import measurements
 
     data = TokenDirectory.open(data_folder, tokenizer=options.tokenizer)
     config, execution = options.training, options.execution

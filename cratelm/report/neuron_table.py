@@ -19,12 +19,12 @@ from jaxtyping import Bool, Float, Int, Integer
 from cratelm.activations.records import Excerpts, LayerRecords, Mode, join, read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
-from cratelm.interpretation.explain import DEAD
-from cratelm.interpretation.lookup import EXPLAINER
+from cratelm.interpretation.explainers.explanation import DEAD
+from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.schema import SetKey
-from cratelm.interpretation.score import LayerScores
-from cratelm.interpretation.store import Store
+from cratelm.interpretation.scoring.correlation import LayerScores
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.schema import SetKey
 
 Column = Literal["neuron", "score", "density", "max", "min", "mean", "variance", "skewness", "kurtosis"]
 STATISTICS = {"max": "maximum", "min": "minimum"}

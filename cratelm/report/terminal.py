@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cratelm.activations.records import Excerpt
-from cratelm.interpretation.lookup import legible
+from cratelm.interpretation.lookup.tables import legible
 from cratelm.report.neuron_table import NeuronTable
 
 HEAT = ("#fff3bf", "#ffd875", "#ffab49", "#f77f4f")

@@ -1,0 +1,166 @@
+"""Means of consistency and distinctiveness over neurons, layers and models, with two-level bootstrap intervals."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64
+
+from cratelm.interpretation.firing.measures import KINDS, MEASURES, STATED, Counts, LayerFiring, measured
+from cratelm.interpretation.scoring.statistics import generator, interval, sets_each, shown_layers
+
+EXCERPT_RESAMPLES = 64
+"""Resampled sets of excerpts per neuron at least (`sets_each`); every drawing of a neuron takes one."""
+RESAMPLES = 500
+"""Drawings of the neurons."""
+CHUNK = 32
+"""Neurons, and drawings, at a time."""
+ALL = (*MEASURES, "firing", "relevant")
+"""The numbers that are averaged, in the order of the arrays' last axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """The means of one kind of excerpts over the neurons of a layer, or over the layers of a model. In per cent."""
+
+    values: Float64[np.ndarray, "thresholds 6"]
+    """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
+    samples: Float32[np.ndarray, "resamples 6"] = field(repr=False)
+    """The same at the stated threshold, of resampled neurons and excerpts, moved to have the observed mean."""
+    neurons: int
+    """Neurons counted."""
+    unpredicted: int
+    """Neurons on whose excerpts no token is relevant at the stated threshold: they have no consistency."""
+    silent: int
+    """Neurons that fire on no token of their excerpts: they have no distinctiveness."""
+
+    def of(self, name: str, threshold: int = STATED) -> float | None:
+        """One mean."""
+        value = float(self.values[threshold, ALL.index(name)])
+        return None if np.isnan(value) else value
+
+    def column(self, name: str) -> Float64[np.ndarray, " resamples"]:
+        """Its resampled values, at the stated threshold."""
+        return self.samples[:, ALL.index(name)].astype(np.float64)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Its 95 % interval, at the stated threshold."""
+        return None if self.of(name) is None else interval(self.column(name))
+
+    def curve(self, name: str) -> Float64[np.ndarray, " thresholds"]:
+        """The means at every threshold."""
+        return self.values[:, ALL.index(name)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiring:
+    """One model, from one set of explanations."""
+
+    layers: tuple[int, ...]
+    """Zero-based."""
+    by_layer: dict[str, tuple[Mean, ...]]
+    """Kind of excerpts -> the mean of each layer."""
+    overall: dict[str, Mean]
+    """Kind of excerpts -> the mean over layers; from 6 layers on without the last, as the paper's table."""
+
+
+def mean_firing(
+    layers: Sequence[LayerFiring], *, seed: int = 0, resamples: int = RESAMPLES, model: str = ""
+) -> ModelFiring:
+    """Summarise a model. A layer's interval does not depend on which others there are.
+
+    `model` says which it is, so that models whose samples are subtracted are drawn apart.
+    """
+    by_layer: dict[str, tuple[Mean, ...]] = {}
+    for kind in KINDS:
+        if all(kind in one.kinds for one in layers):
+            by_layer[kind] = tuple(
+                _mean(one.kinds[kind], generator(seed, f"firing {kind}", one.layer, model), resamples) for one in layers
+            )
+    shown = shown_layers(len(layers))
+    return ModelFiring(
+        layers=tuple(one.layer for one in layers), by_layer=by_layer,
+        overall={kind: _over_layers(means[:shown]) for kind, means in by_layer.items()},
+    )  # fmt: skip
+
+
+def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
+    observed = _all_measures(counts.base.sum(axis=1), counts.relevant.sum(axis=1), counts.maximum)
+    values = _nanmean(observed)
+    samples = _resampled(counts, rng, resamples) if len(observed) else np.full((resamples, len(ALL)), np.nan)
+    moved = 100 * (samples - _nanmean(samples) + values[STATED])
+    return Mean(
+        values=100 * values, samples=moved.astype(np.float32), neurons=len(observed),
+        unpredicted=int(np.isnan(observed[:, STATED, 0]).sum()), silent=int(np.isnan(observed[:, STATED, 2]).sum()),
+    )  # fmt: skip
+
+
+def _over_layers(means: Sequence[Mean]) -> Mean:
+    return Mean(
+        values=_nanmean(np.stack([one.values for one in means])),
+        samples=_nanmean(np.stack([one.samples for one in means])).astype(np.float32),
+        neurons=sum(one.neurons for one in means), unpredicted=sum(one.unpredicted for one in means),
+        silent=sum(one.silent for one in means),
+    )  # fmt: skip
+
+
+def _all_measures(
+    base: Float64[np.ndarray, "*any 3"], relevant: Float64[np.ndarray, "*any thresholds 3"],
+    maximum: Float64[np.ndarray, "*any"],
+) -> Float64[np.ndarray, "*any thresholds 6"]:  # fmt: skip
+    """`ALL` from sums."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tokens = base[..., 0, None]
+        fires = np.broadcast_to(base[..., 1, None] / tokens, relevant.shape[:-1])
+        chance = np.stack([fires, relevant[..., 0] / tokens], axis=-1)
+    return np.concatenate([measured(base, relevant, maximum), chance], axis=-1)
+
+
+def _resampled(counts: Counts, rng: np.random.Generator, resamples: int) -> Float64[np.ndarray, "resamples 6"]:
+    """Means over neurons drawn anew, and for each one of its resampled sets of excerpts, at the stated threshold.
+
+    Nothing shows an interval at another one, and all ten would take ten times as long.
+    """
+    sets = sets_each(len(counts.base), resamples, EXCERPT_RESAMPLES)
+    table = np.concatenate(list(_excerpts_drawn_anew(counts, rng, sets)))
+    neurons = len(table)
+    flat = table.reshape(neurons * sets, len(ALL))
+    known = ~np.isnan(flat)
+    flat = np.where(known, flat, 0)
+    found = np.empty((resamples, flat.shape[1]))
+    for start in range(0, resamples, CHUNK):
+        drawn = rng.integers(len(flat), size=(min(CHUNK, resamples - start), neurons))
+        found[start : start + CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
+    return found
+
+
+def _excerpts_drawn_anew(
+    counts: Counts, rng: np.random.Generator, sets: int
+) -> Iterator[Float32[np.ndarray, "chunk times 6"]]:
+    """`ALL` of every neuron over excerpts drawn with replacement from its own, `sets` times."""
+    for start in range(0, len(counts.base), CHUNK):
+        rows = slice(start, start + CHUNK)
+        there = _there(counts.base[rows])
+        number = np.maximum(there.sum(axis=1), 1)
+        chances = np.where(there.any(axis=1, keepdims=True), there, np.eye(1, there.shape[1])) / number[:, None]
+        drawn = rng.multinomial(
+            number[:, None], chances[:, None], size=(len(number), sets)
+        ).astype(np.float64)  # fmt: skip
+        base = drawn @ counts.base[rows]
+        relevant = drawn @ counts.relevant[rows, :, STATED]
+        maximum = np.broadcast_to(counts.maximum[rows, None], base.shape[:2])
+        yield _all_measures(base, relevant[:, :, None], maximum)[:, :, 0].astype(np.float32)
+
+
+def _there(base: Float64[np.ndarray, "chunk excerpts 3"]) -> Bool[np.ndarray, "chunk excerpts"]:
+    return base[:, :, 0] > 0
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is known; NaN where nothing is."""
+    known = ~np.isnan(values)
+    return _share(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)

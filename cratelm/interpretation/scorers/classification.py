@@ -1,0 +1,320 @@
+"""Detection, fuzzing and intruder: short questions whose answers a language model gives as a few numbers.
+
+    detection        does this window show what the explanation says? Half do, in the rest the neuron is silent
+    fuzzing          do the marked tokens fit the explanation? Marked are those on which the neuron fires, or any
+    fuzzing-active   likewise, but the wrong marks are in the windows on which the neuron fires, on its weak tokens
+    intruder         which window is not like the others? No explanation is shown: how alike are a neuron's windows
+
+The scorers of Paulo et al. (2024, automated interpretation of sparse autoencoders), with windows from documents that
+the explainer never saw, drawn without replacement, and with every answer that cannot be read counted and kept.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cratelm.activations.records import Excerpt
+from cratelm.errors import CrateError
+from cratelm.interpretation.llm import LLM, LLMError, Message, Prompt, Sampling
+from cratelm.interpretation.scorers.results import UNREADABLE, Judged, Unreadable, enough
+from cratelm.interpretation.scorers.windows import (
+    TOO_FEW,
+    Contrast,
+    Windows,
+    drawn_marks,
+    marked,
+    marks_of_strangers,
+    plain,
+    signs_for,
+    strong,
+)
+from cratelm.rundir import read_json
+
+_AROUND = re.compile(r"<think(ing)?>.*?(</think(ing)?>|$)", re.DOTALL | re.IGNORECASE)
+_OBJECT = re.compile(r"\{[^{}]*\}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions(Windows):
+    """Which windows are asked about, and how."""
+
+    per_prompt: int = 5
+    """Windows that one prompt asks about, positives and negatives shuffled (detection and fuzzing)."""
+    options: int = 5
+    """Windows that an intruder hides among, itself counted."""
+    answers: Literal["json", "probabilities"] = "json"
+    """json: the answers of a chat, per_prompt at once. probabilities: one prompt per window, P(1) / (P(0) + P(1)) from
+    the model's probabilities of what comes next, which gives an AUC too (detection and fuzzing)."""
+
+    answer_tokens: int = 64
+    """Longest answer in the model's tokens: some numbers. A model that thinks aloud needs many more."""
+
+    def __post_init__(self) -> None:
+        Windows.__post_init__(self)
+        if self.per_prompt < 1 or self.options < 2:
+            raise CrateError("per_prompt is at least 1, and options at least 2: an intruder needs company")
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One window as it is shown."""
+
+    truth: int
+    text: str
+    position: int
+
+
+async def detection(
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions
+) -> Judged:
+    """Whether the explanation tells windows on which the neuron fires from those on which it is silent."""
+    if not enough_windows("detection", contrast, questions):
+        return _too_few(contrast)
+    items = [_Item(1, plain(window, pieces), window.position) for window in contrast.positives]
+    items += [_Item(0, plain(window, pieces), window.position) for window in contrast.negatives]
+    return await _classify("detection", explanation, items, ("", ""), contrast, llm, questions)
+
+
+async def fuzzing(
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions, *,
+    active: bool = False,
+) -> Judged:  # fmt: skip
+    """Whether the explanation tells tokens on which the neuron fires from others.
+
+    `active`: the others are weak tokens of the same windows, instead of tokens of windows on which it is silent.
+    """
+    if not enough_windows("fuzzing-active" if active else "fuzzing", contrast, questions):
+        return _too_few(contrast)
+    rng = contrast.rng(questions.seed, "marks", "active" if active else "")
+    count = marks_of_strangers(contrast.positives)
+    wrong: list[tuple[Excerpt, np.ndarray]]
+    if active:
+        weak = [(window, ~strong(window)) for window in contrast.positives]
+        wrong = [(window, drawn_marks(allowed, count, rng)) for window, allowed in weak if allowed.any()]
+    else:
+        everywhere = np.ones(questions.width, dtype=bool)
+        wrong = [(window, drawn_marks(everywhere, count, rng)) for window in contrast.negatives]
+    right = [(window, strong(window)) for window in contrast.positives]
+    signs = signs_for(plain(window, pieces) for window, _ in (*right, *wrong))
+    items = [
+        _Item(truth, marked(window, marks, pieces, signs), window.position)
+        for truth, group in ((1, right), (0, wrong))
+        for window, marks in group
+    ]
+    return await _classify("fuzzing", explanation, items, signs, contrast, llm, questions)
+
+
+async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions) -> Judged:
+    """Whether a window on which the neuron is silent stands out among windows on which it fires. One for each negative.
+
+    The others of a question are of one strength; the strengths take turns.
+    """
+    others = questions.options - 1
+    if not enough_windows("intruder", contrast, questions):
+        return _too_few(contrast)
+    groups = min(questions.strengths, len(contrast.positives) // others)
+    rng = contrast.rng(questions.seed, "intruder")
+    strengths = np.array_split(np.arange(len(contrast.positives)), groups)
+    count = marks_of_strangers(contrast.positives)
+    everywhere = np.ones(questions.width, dtype=bool)
+    truth, answer, failures = [], list[int | None](), []
+    for place, negative in enumerate(contrast.negatives):
+        chosen = rng.choice(strengths[place % groups], size=others, replace=False)
+        shown = [(contrast.positives[i], strong(contrast.positives[i])) for i in chosen]
+        seat = int(rng.integers(questions.options))
+        shown.insert(seat, (negative, drawn_marks(everywhere, count, rng)))
+        signs = signs_for(plain(window, pieces) for window, _ in shown)
+        texts = [marked(window, marks, pieces, signs) for window, marks in shown]
+        said = await _said(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
+        found = _read(said.text, "intruder", questions.options) if isinstance(said, _Answer) else None
+        truth.append(seat + 1)
+        answer.append(found[0] if found else None)
+        if not found:
+            failures.append(Unreadable(items=(place,), said=said.text))
+    _stop_if_silent(failures, len(truth))
+    return Judged(
+        reason="" if sum(one is not None for one in answer) >= questions.least else UNREADABLE,
+        active=contrast.active, silent=contrast.silent, truth=tuple(truth), answer=tuple(answer),
+        position=tuple(window.position for window in contrast.negatives), options=questions.options,
+        failures=tuple(failures),
+    )  # fmt: skip
+
+
+def enough_windows(scorer: str, contrast: Contrast, questions: Questions) -> bool:
+    """Whether a neuron has windows enough for a scorer: nobody is asked about one that has not."""
+    fires, silent = len(contrast.positives), len(contrast.negatives)
+    if scorer == "fuzzing-active":
+        silent = sum(bool((~strong(window)).any()) for window in contrast.positives)
+    company = questions.options - 1 if scorer == "intruder" else 0
+    return fires >= max(questions.least, company) and silent >= questions.least
+
+
+def _too_few(contrast: Contrast) -> Judged:
+    return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
+
+
+async def _classify(
+    kind: Literal["detection", "fuzzing"], explanation: str, items: Sequence[_Item], signs: tuple[str, str],
+    contrast: Contrast, llm: LLM, questions: Questions,
+) -> Judged:  # fmt: skip
+    """Ask about all items in a random order and put the answers together."""
+    order = contrast.rng(questions.seed, kind).permutation(len(items))
+    asked = [items[i] for i in order]
+    answer: list[int | None] = [None] * len(asked)
+    score: list[float | None] = []
+    failures: list[Unreadable] = []
+    if questions.answers == "probabilities":
+        for place, found in enumerate(await _probabilities(kind, explanation, asked, signs, llm)):
+            score.append(found if isinstance(found, float) else None)
+            if isinstance(found, float):
+                answer[place] = int(found > 0.5)
+            else:
+                failures.append(Unreadable(items=(place,), said=found))
+    else:
+        for part in _parts(len(asked), questions.per_prompt):
+            chat = _chat(kind, signs, [asked[i].text for i in part], explanation)
+            said = await _said(llm, chat, _schema(kind, len(part)), questions)
+            numbers = _read(said.text, kind, len(part)) if isinstance(said, _Answer) else None
+            if numbers is None:
+                failures.append(Unreadable(items=tuple(part), said=said.text))
+            else:
+                answer[part.start : part.stop] = numbers
+    _stop_if_silent(failures, len(asked))
+    truth = tuple(item.truth for item in asked)
+    return Judged(
+        reason="" if enough(truth, answer, questions.least) else UNREADABLE, active=contrast.active,
+        silent=contrast.silent, truth=truth, answer=tuple(answer), score=tuple(score),
+        position=tuple(item.position for item in asked), failures=tuple(failures),
+    )  # fmt: skip
+
+
+def _parts(count: int, size: int) -> Iterator[range]:
+    """Items of one prompt each, as equal in number as can be."""
+    prompts = math.ceil(count / size)
+    ends = [round(count * i / prompts) for i in range(prompts + 1)]
+    yield from (range(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True))
+
+
+def _stop_if_silent(failures: Sequence[Unreadable], items: int) -> None:
+    """A model that gave nothing readable about a neuron at all failed at it; what it said first says how."""
+    if failures and sum(len(one.items) for one in failures) == items:
+        raise LLMError(f"no answer can be read: {len(failures)} were given, the first is {failures[0].said!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _NoAnswer:
+    text: str
+
+
+async def _said(llm: LLM, chat: Sequence[Message], schema: dict[str, Any], questions: Questions) -> _Answer | _NoAnswer:
+    """What the model answered, or why it did not."""
+    try:
+        return _Answer((await llm.chat(chat, Sampling(max_tokens=questions.answer_tokens, schema=schema))).text)
+    except LLMError as error:
+        return _NoAnswer(str(error))
+
+
+WORDS = Path(__file__).parent.parent / "prompts" / "scorers.json"
+
+
+@cache
+def words() -> dict[str, Any]:
+    """The prompts' text."""
+    return read_json(WORDS, made_by="pip install --force-reinstall cratelm")
+
+
+def _chat(kind: str, signs: tuple[str, str], texts: Sequence[str], explanation: str = "") -> tuple[Message, ...]:
+    """The task, solved examples, and the question."""
+    text = words()[kind]
+
+    def question(pieces: Sequence[str], about: str) -> Message:
+        numbered = "\n".join(f"{number}. {piece}" for number, piece in enumerate(pieces, 1))
+        return Message("user", filled(text["question"], explanation=about, pieces=numbered))
+
+    messages = [Message("system", filled(text["system"], open=signs[0], close=signs[1]))]
+    for example in text["examples"]:
+        answer = {key: example[key] for key in ("answers", "intruder") if key in example}
+        pieces = [filled(piece, open=signs[0], close=signs[1]) for piece in example["pieces"]]
+        messages.append(question(pieces, example.get("explanation", "")))
+        messages.append(Message("assistant", json.dumps(answer)))
+    return (*messages, question(texts, explanation))
+
+
+def filled(form: str, **values: str) -> str:
+    """A form with its `{names}` replaced, in one pass: what is put in may hold braces of its own, as code does."""
+    return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), form)
+
+
+def _schema(kind: str, count: int) -> dict[str, Any]:
+    """The JSON schema of an answer."""
+    one: dict[str, Any] = {"type": "integer", "enum": [0, 1]}
+    number = {"type": "integer", "minimum": 1, "maximum": count}
+    name = "intruder" if kind == "intruder" else "answers"
+    value = number if kind == "intruder" else {"type": "array", "items": one, "minItems": count, "maxItems": count}
+    return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
+
+
+def _read(said: str, kind: str, count: int) -> list[int] | None:
+    """The numbers of an answer; None where it is not exactly what was asked for.
+
+    Words around the one JSON object are passed over, and so are the thoughts of a model that thinks aloud. Nothing
+    else is: a list of the wrong length says that the model lost count, so none of its numbers is sure to be about its
+    item.
+    """
+    objects = _OBJECT.findall(_AROUND.sub("", said))
+    if len(objects) != 1:
+        return None
+    try:
+        found = json.loads(objects[0])
+    except json.JSONDecodeError:
+        return None
+    name = "intruder" if kind == "intruder" else "answers"
+    if set(found) != {name}:
+        return None
+    numbers = [found[name]] if kind == "intruder" else found[name]
+    allowed, wanted = (range(1, count + 1), 1) if kind == "intruder" else (range(2), count)
+    if not isinstance(numbers, list) or len(numbers) != wanted:
+        return None
+    return numbers if all(type(number) is int and number in allowed for number in numbers) else None
+
+
+async def _probabilities(
+    kind: str, explanation: str, items: Sequence[_Item], signs: tuple[str, str], llm: LLM
+) -> list[float | str]:
+    """P(1) / (P(0) + P(1)) of each item, from what the model expects where the answer stands; text where it is neither.
+
+    Every item is a text of its own that begins like the others: the prefix is computed once. A number whose
+    probability is not among those told counts as 0.
+    """
+    form = words()["single"][kind]
+    before, after = form.split("{piece}")
+    examples = "".join(
+        filled(form, explanation=one["explanation"], piece=filled(piece, open=signs[0], close=signs[1]))
+        + f"{number}\n\n"
+        for one in words()[kind]["examples"]
+        for piece, number in zip(one["pieces"], one["answers"], strict=True)
+    )
+    prefix = words()["single"]["head"] + examples + filled(before, explanation=explanation)
+    prompts = []
+    for item in items:
+        rest = item.text + after
+        prompts.append(Prompt(prefix=prefix, rest=f"{rest}0", at=(len(rest),)))
+    found: list[float | str] = []
+    for prompt, echo in zip(prompts, await llm.echo(prompts), strict=True):
+        next_tokens = echo.candidates.get(prompt.at[0] if prompt.at else 0, {})
+        no, yes = (math.exp(next_tokens[text]) if text in next_tokens else 0.0 for text in ("0", "1"))
+        likely = ", ".join(sorted(next_tokens, key=lambda token: -next_tokens[token])[:5])
+        found.append(yes / (no + yes) if no + yes > 0 else f"neither 0 nor 1 was expected, but: {likely}")
+    return found

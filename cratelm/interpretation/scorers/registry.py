@@ -1,0 +1,216 @@
+"""The scorers beside the paper's correlation: what each asks of whom, one neuron at a time, and a layer's mean.
+
+Each takes the windows of a neuron (`contrast.py`) and gives a `Judged`, whose `row()` is what the store keeps. Which
+number stands for it:
+
+    detection, fuzzing, fuzzing-active    balanced accuracy, chance 1/2
+    intruder                              accuracy, chance 1 / options
+    surprisal, embedding, example-embedding    AUC, chance 1/2
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cratelm.activations.records import NeuronRecord
+from cratelm.errors import CrateError
+from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.scorers.classification import Questions, detection, fuzzing, intruder
+from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
+from cratelm.interpretation.scorers.results import Judged
+from cratelm.interpretation.scorers.surprisal import check_echo, surprisal
+from cratelm.interpretation.scorers.windows import contrast
+from cratelm.interpretation.scoring.statistics import interval, sets_each
+from cratelm.interpretation.store.schema import Judging, Stage
+
+SIMULATION = "simulation"
+"""The paper's scorer, which has stages of its own: simulate, then score."""
+ITEM_RESAMPLES = 64
+"""Resampled sets of items per neuron at least (`sets_each`); every drawing of a neuron takes one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorer:
+    """What is to know about a scorer."""
+
+    name: Judging
+    asks: Literal["chat", "echo", "encoder"]
+    """What it needs: a model that answers, one that tells the probabilities of a prompt, or a sentence encoder."""
+    explained: bool
+    """Whether it tests an explanation; the others test the neuron itself."""
+    number: str
+    """The name of its number in `Judged.numbers`."""
+
+    @property
+    def stage(self) -> Stage:
+        """Its stage in the store."""
+        return self.name
+
+
+SCORERS: dict[str, Scorer] = {
+    one.name: one
+    for one in (
+        Scorer(name="detection", asks="chat", explained=True, number="balanced_accuracy"),
+        Scorer(name="fuzzing", asks="chat", explained=True, number="balanced_accuracy"),
+        Scorer(name="fuzzing-active", asks="chat", explained=True, number="balanced_accuracy"),
+        Scorer(name="intruder", asks="chat", explained=False, number="accuracy"),
+        Scorer(name="surprisal", asks="echo", explained=True, number="auc"),
+        Scorer(name="embedding", asks="encoder", explained=True, number="auc"),
+        Scorer(name="example-embedding", asks="encoder", explained=False, number="auc"),
+    )
+}
+"""By name, in the order in which tables show them."""
+
+
+def chosen_scorers(names: Iterable[str]) -> tuple[str, ...]:
+    """The scorers asked for, in their order, refused where there is no such one; `all` is every one."""
+    known = (SIMULATION, *SCORERS)
+    asked = list(names)
+    for name in asked:
+        if name not in (*known, "all"):
+            raise CrateError(f"there is no scorer {name!r}. Use one or more of: {', '.join(known)}; or all")
+    return tuple(name for name in known if name in asked or "all" in asked)
+
+
+async def check_llm(names: Iterable[str], llm: LLM, questions: Questions) -> None:
+    """Refuse, before anything is paid for, a model that cannot give what these scorers ask for."""
+    needs = {SCORERS[name].asks for name in names if name in SCORERS}
+    if "echo" in needs or ("chat" in needs and questions.answers == "probabilities"):
+        await check_echo(llm)
+
+
+async def judge(
+    name: str, record: NeuronRecord, explanation: str, pieces: Sequence[bytes], questions: Questions, *,
+    llm: LLM | None = None, encoder: Encoder | None = None,
+) -> Judged:  # fmt: skip
+    """Apply one scorer to one neuron.
+
+    `pieces` is the bytes of each token id, `explanation` what is tested (not read by scorers that need none). A neuron
+    with too few windows comes back with that as its reason, before anyone is asked. Raises `LLMError` where the model
+    gave nothing readable at all.
+    """
+    scorer, windows = SCORERS[name], contrast(record, questions)
+    if scorer.asks == "encoder":
+        assert encoder is not None, f"{name} needs an encoder"
+        if scorer.explained:
+            return embedding(explanation, windows, pieces, encoder, questions)
+        return example_embedding(windows, pieces, encoder, questions)
+    assert llm is not None, f"{name} needs a language model"
+    match name:
+        case "detection":
+            return await detection(explanation, windows, pieces, llm, questions)
+        case "fuzzing" | "fuzzing-active":
+            active = name == "fuzzing-active"
+            return await fuzzing(explanation, windows, pieces, llm, questions, active=active)
+        case "intruder":
+            return await intruder(windows, pieces, llm, questions)
+        case _:
+            return await surprisal(explanation, windows, pieces, llm, questions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerAggregate:
+    """One scorer over the neurons of a layer."""
+
+    scorer: str
+    mean: float | None
+    """Mean of the scorer's number over judged neurons, in per cent; None if no neuron is judged."""
+    low: float | None
+    """Lower end of the 95 % interval of the mean: neurons drawn anew, then the items of each (two levels)."""
+    high: float | None
+    """Upper end."""
+    others: dict[str, float]
+    """Means of the other measures over the neurons that have them, in per cent: `f1`, `precision`, `recall`, `auc`."""
+    chance: float
+    """What guessing gives, in per cent."""
+    judged: int
+    """Neurons with a number."""
+    total: int
+    """Neurons that were to be judged."""
+    undefined: dict[str, int]
+    """Reason -> neurons without a number; `failed` where the model gave nothing readable."""
+    items: int
+    """Items asked about."""
+    failed: int
+    """Items without a readable answer."""
+
+
+def aggregate_scorer(
+    name: str, found: Mapping[int, Judged], *, failed: int = 0, options: int | None = None, rng: np.random.Generator,
+    resamples: int = 2000,
+) -> ScorerAggregate:  # fmt: skip
+    """Summarise a scorer's results on the neurons of a layer.
+
+    `failed`: neurons that gave nothing readable at all. `options`: among how many windows the questions hide an
+    intruder; left out, as many as was asked about, or as questions have them where nobody changes it.
+    """
+    scorer = SCORERS[name]
+    numbers = [one.numbers() for one in found.values()]
+    defined = [(one, own) for one, own in zip(found.values(), numbers, strict=True) if scorer.number in own]
+    values = np.array([own[scorer.number] for _, own in defined])
+    undefined = Counter(one.reason or "undefined" for one, own in zip(found.values(), numbers, strict=True)
+                        if scorer.number not in own)  # fmt: skip
+    others = {
+        other: 100 * float(np.mean([own[other] for _, own in defined if other in own]))
+        for other in dict.fromkeys(other for _, own in defined for other in own)
+        if other not in (scorer.number, "low", "high", "chance")
+    }
+    low, high = (
+        interval(100 * _resampled([one for one, _ in defined], scorer.number, values, rng, resamples))
+        if defined else (None, None)
+    )  # fmt: skip
+    asked = max((one.options for one in found.values()), default=0)  # none where no neuron could be judged
+    return ScorerAggregate(
+        scorer=name, mean=100 * float(values.mean()) if defined else None, low=low, high=high, others=others,
+        chance=100 * chance(name, asked or options), judged=len(defined), total=len(found) + failed,
+        undefined=dict((undefined + Counter({"failed": failed})).most_common()),
+        items=sum(len(one.truth) for one in found.values()), failed=sum(one.failed for one in found.values()),
+    )  # fmt: skip
+
+
+def chance(name: str, options: int | None = None) -> float:
+    """What guessing gives, as a share; `options`: among how many windows an intruder hides, if not the usual number."""
+    return 1 / (options or Questions().options) if SCORERS[name].number == "accuracy" else 0.5
+
+
+def _resampled(
+    found: Sequence[Judged], number: str, values: np.ndarray, rng: np.random.Generator, resamples: int
+) -> np.ndarray:
+    """Means over neurons drawn anew, each with its items drawn anew, positives and negatives apart.
+
+    Moved to have the observed mean as theirs, as the bootstrap of correlations is (`statistics.bootstrap_means`).
+    """
+    sets = sets_each(len(found), resamples, ITEM_RESAMPLES)
+    table = np.stack([_items_drawn_anew(one, number, rng, sets) for one in found])
+    table = np.where(np.isnan(table), values[:, None], table)
+    table += (values - table.mean(axis=1))[:, None]
+    drawn = rng.integers(len(found), size=(resamples, len(found)))
+    return table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1)
+
+
+def _items_drawn_anew(one: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:
+    """The number of one neuron on items drawn with replacement from its own, `sets` times; NaN where undefined."""
+    truth = np.array(one.truth)
+
+    def times(count: int) -> np.ndarray:
+        return rng.multinomial(count, np.full(count, 1 / count), size=sets).astype(np.float64)
+
+    if number == "auc":
+        score = np.array([np.nan if value is None else value for value in one.score])
+        positives, negatives = score[(truth == 1) & ~np.isnan(score)], score[(truth == 0) & ~np.isnan(score)]
+        difference = positives[:, None] - negatives
+        wins = (difference > 0) + 0.5 * (difference == 0)
+        together = np.einsum("ri,ij,rj->r", times(len(positives)), wins, times(len(negatives)))
+        return together / (len(positives) * len(negatives))
+    answered = np.array([answer is not None for answer in one.answer], dtype=np.float64)
+    right = np.array([answer == true for answer, true in zip(one.answer, one.truth, strict=True)], dtype=np.float64)
+    kinds = [np.arange(len(truth))] if one.options else [np.flatnonzero(truth == kind) for kind in (1, 0)]
+    shares = []
+    for kind in kinds:
+        drawn = times(len(kind))
+        with np.errstate(invalid="ignore"):
+            shares.append(drawn @ right[kind] / (drawn @ answered[kind]))
+    return np.asarray(np.mean(shares, axis=0))

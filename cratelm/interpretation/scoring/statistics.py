@@ -1,0 +1,150 @@
+"""Statistics of scores: the paper's table rule, and the two-level bootstrap that puts an interval around a mean."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64
+
+EXCERPT_RESAMPLES = 256
+"""Resampled sets of excerpts per neuron at least (`sets_each`); every drawing of a neuron takes one."""
+CHUNK = 32
+"""Neurons at a time."""
+
+
+def paper_table(points: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and population variance of per-layer points, as in the paper's table; a layer without points is left out.
+
+    Models of 6 layers and more leave the last layer out. The variance says how layers differ (points squared), not
+    how sure the mean is.
+    """
+    return mean_and_variance(points[: shown_layers(len(points))])
+
+
+def mean_and_variance(points: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and population variance of the numbers that are there; None for both if there are none."""
+    there = np.array([one for one in points if one is not None], dtype=np.float64)
+    return (float(there.mean()), float(there.var())) if len(there) else (None, None)
+
+
+def shown_layers(layers: int) -> int:
+    """How many of a model's layers are in the paper's table."""
+    return layers - 1 if layers >= 6 else layers
+
+
+def correlation_of_sums(sums: Float64[np.ndarray, "*any 6"]) -> Float64[np.ndarray, "*any"]:
+    """Pearson correlation from (n, sum a, sum s, sum a^2, sum s^2, sum a s); NaN where a side is constant."""
+    n, a, s, aa, ss, cross = np.moveaxis(sums, -1, 0)
+    variance_a, variance_s = n * aa - a * a, n * ss - s * s
+    # Subtracting nearly equal numbers leaves about 1e-16 of them: less than this is no variance.
+    defined = (variance_a > 1e-12 * n * aa) & (variance_s > 1e-12 * n * ss)
+    scale = np.sqrt(np.where(defined, variance_a * variance_s, 1))
+    return np.where(defined, np.clip((n * cross - a * s) / scale, -1, 1), np.nan)
+
+
+def bootstrap_means(
+    sums: Float64[np.ndarray, "neurons excerpts 6"], rng: np.random.Generator, resamples: int
+) -> Float64[np.ndarray, " resamples"]:
+    """Resampled means over neurons of the correlation: draw neurons, then excerpts within each drawn neuron.
+
+    Every neuron gets the same number of resampled correlations, so that drawing a neuron and then one of its
+    correlations is drawing once from all of them. An undefined resampled correlation is left out, as in the mean
+    itself. Of five excerpts a resample holds three or four, which lowers a correlation on the whole: the resampled
+    means are moved back to have the observed mean as theirs. Their spread counts the excerpts' noise twice, as it is
+    in the differences between neurons too: the interval errs on the wide side.
+    """
+    correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
+    known = ~np.isnan(correlations)
+    values, all_known = np.where(known, correlations, 0), bool(known.all())
+    means = np.empty(resamples)
+    for start in range(0, resamples, CHUNK):
+        drawn = rng.integers(len(values), size=(min(CHUNK, resamples - start), len(sums)))
+        counts = len(sums) if all_known else np.maximum(known[drawn].sum(axis=1), 1)
+        means[start : start + CHUNK] = values[drawn].sum(axis=1) / counts
+    return means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1)))
+
+
+def sets_each(neurons: int, resamples: int, least: int) -> int:
+    """Resampled sets that each neuron needs, so that all of them together are no fewer than the drawings from them.
+
+    Of one neuron's 64 sets the 2.5 % point is the second lowest or third, and two bootstraps of it would differ by a
+    third of their width.
+    """
+    return max(least, -(-resamples // max(neurons, 1)))
+
+
+def resampled_correlations(
+    sums: Float64[np.ndarray, "neurons excerpts 6"], rng: np.random.Generator, resamples: int
+) -> Float64[np.ndarray, "neurons resamples"]:
+    """For each neuron, the correlation over excerpts drawn with replacement from its own, many times."""
+    correlations = np.empty((len(sums), resamples))
+    for rows, present in _alike(sums):
+        count = present.shape[1]
+        drawn = rng.integers(count, size=(len(rows), resamples, count))
+        cells = drawn + np.arange(len(rows) * resamples).reshape(len(rows), resamples, 1) * count
+        times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        correlations[rows] = correlation_of_sums(times.astype(np.float64) @ present)
+    return correlations
+
+
+def _alike(
+    sums: Float64[np.ndarray, "neurons excerpts 6"],
+) -> Iterator[tuple[Int64[np.ndarray, " chunk"], Float64[np.ndarray, "chunk present 6"]]]:
+    """Neurons with the same number of excerpts, some at a time, and the sums of the excerpts that are there."""
+    there = sums[:, :, 0] > 0
+    counts = there.sum(axis=1)
+    order = np.argsort(~there, axis=1, kind="stable")
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            yield chunk, np.take_along_axis(sums[chunk], order[chunk, :count, None], axis=1)
+
+
+def generator(seed: int, protocol: str, layer: int, model: str = "") -> np.random.Generator:
+    """The random numbers of one layer's bootstrap by one protocol, whatever else is scored beside it.
+
+    `model` says whose layer it is, wherever resampled means of models are subtracted: from one seed two models would
+    draw the same places of their neurons, and what chance does to both would cancel or add up.
+    """
+    words = [
+        zlib.crc32(protocol.encode()),
+        layer,
+        *([zlib.crc32(model.encode(errors="surrogatepass"))] if model else []),
+    ]
+    return np.random.default_rng([seed, *words])
+
+
+def interval(samples: Float[np.ndarray, " samples"]) -> tuple[float, float]:
+    """The 95 % percentile interval."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """P-values of several tests, each multiplied by how many are at least as large, and never below a smaller one's."""
+    corrected, most = [0.0] * len(ps), 0.0
+    for place, index in enumerate(np.argsort(ps).tolist()):
+        most = max(most, min(1.0, (len(ps) - place) * ps[index]))
+        corrected[index] = most
+    return corrected
+
+
+def p_value(difference: Float64[np.ndarray, " resamples"]) -> float:
+    """How often the resampled difference lies on the other side of 0, both ways."""
+    beyond = min(float((difference <= 0).mean()), float((difference >= 0).mean()))
+    return min(1.0, 2 * max(beyond, 1 / (len(difference) + 1)))
+
+
+def components(scores: Float64[np.ndarray, "neurons samples"]) -> tuple[float, float, int] | None:
+    """Variance between neurons and within them, from several scores of each, and the number of neurons.
+
+    One-way analysis of variance: the mean over neurons of the variance over samples, and the variance of the neurons'
+    means less what that contributes to it (not below 0). None for fewer than two neurons.
+    """
+    neurons, samples = scores.shape
+    if neurons < 2 or samples < 2:
+        return None
+    within = float(scores.var(axis=1, ddof=1).mean())
+    between = max(float(scores.mean(axis=1).var(ddof=1)) - within / samples, 0.0)
+    return between, within, neurons

@@ -1,0 +1,271 @@
+"""The cache of a language model's answers, in the run's store: what was paid for once is never asked again.
+
+An answer is found by a hash of the model and of all that it was asked, so it serves whatever asks the same: another
+protocol, a control, the same command run again. In a part, the answers in the run's own store serve too.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import secrets
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cratelm.interpretation.clients.usage import Usage
+from cratelm.interpretation.llm import LLM, Around, Declined, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.store.database import Store, StoreBusy
+
+DECLINED = "declined"
+"""Key of a kept answer that is none: what the model said instead."""
+Row = tuple[str, str, int, int, str, bytes]
+"""A row of the table `calls`."""
+BUSY_ATTEMPTS = 5
+"""How often answers are tried to be written where another process holds the store."""
+Answer = asyncio.Future[dict[str, Any]]
+"""An answer on its way, as it is kept."""
+Ask = Callable[[str], Awaitable[dict[str, Any]]]
+"""Asks the model for what has this hash."""
+
+
+class Cached(Around):
+    """A language model whose answers are kept before anybody gets them. What is asked twice at once is asked once."""
+
+    def __init__(self, inner: LLM, store: Store, usage: Usage | None = None, *, in_flight: int = 0) -> None:
+        """`in_flight`: calls on their way or answered and not on disk yet, at most; 0 for any number."""
+        self.inner, self.store, self.usage, self.in_flight = inner, store, usage or Usage(), in_flight
+        self._slots: tuple[Any, asyncio.Semaphore] | None = None
+        self._asking: dict[str, Answer] = {}
+        self._working: set[asyncio.Task[None]] = set()
+        self._unwritten: list[tuple[Row, asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
+        """The kept answer, or the model's."""
+        asked = chat_hash(self.inner.identity, messages, sampling)
+
+        async def ask(_: str) -> dict[str, Any]:
+            return asdict(await self.inner.chat(messages, sampling))
+
+        (answer,) = await self._answers([asked], ask)
+        return Reply(**answer)
+
+    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+        """The kept echoes, or the model's. Each prompt is asked for by itself: where one fails the others are kept."""
+        hashes = [echo_hash(self.inner.identity, prompt, top) for prompt in prompts]
+        prompt_of = dict(zip(hashes, prompts, strict=True))
+
+        async def ask(one: str) -> dict[str, Any]:
+            (echo,) = await self.inner.echo([prompt_of[one]], top=top)
+            return _told(prompt_of[one], echo)
+
+        answers = await self._answers(hashes, ask)
+        return [_echo(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    async def _answers(self, hashes: Sequence[str], ask: Ask) -> list[dict[str, Any]]:
+        """The answers to what has these hashes: kept, on their way, or asked for now.
+
+        What is new is taken on before anything is awaited, so that nobody else takes it on too. It is worked on in a
+        task of its own: that goes on where the one that first asked is given up.
+        """
+        new: dict[str, Answer] = {}
+        for one in hashes:
+            if one not in self._asking:
+                self._asking[one] = new[one] = asyncio.get_running_loop().create_future()
+        awaited = [self._asking[one] for one in hashes]
+        self.usage.cached += len(hashes) - len(new)
+        if new:
+            work = asyncio.create_task(self._work(new, ask))
+            self._working.add(work)
+            work.add_done_callback(self._working.discard)
+        answers = [await asyncio.shield(one) for one in awaited]
+        for answer in answers:
+            if DECLINED in answer:
+                paid = answer["prompt_tokens"], answer["new_tokens"]
+                raise Declined(answer[DECLINED], prompt_tokens=paid[0], new_tokens=paid[1])
+        return answers
+
+    async def _work(self, new: dict[str, Answer], ask: Ask) -> None:
+        try:
+            known = await asyncio.to_thread(self._find, list(new))
+            self.usage.cached += len(known)
+            for one, answer in known.items():
+                self._done(one, new[one], answer)
+            await asyncio.gather(*(self._ask(one, new[one], ask) for one in new if one not in known))
+        except Exception as error:
+            for one, future in new.items():
+                self._done(one, future, error)
+        finally:
+            for one, future in new.items():
+                if not future.done():  # this was cancelled
+                    del self._asking[one]
+                    future.cancel()
+
+    async def _ask(self, one: str, future: Answer, ask: Ask) -> None:
+        try:
+            async with self._slot():
+                try:
+                    answer = await ask(one)
+                except Declined as error:
+                    paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
+                    answer = {DECLINED: str(error), **paid}
+                finally:
+                    lost, self.usage.unkept = self.usage.unkept, []
+                    for paid_ in lost:
+                        await self._keep(lost_row(self.inner.name, *paid_))
+                await self._keep(self._row(one, answer))
+        except Exception as error:
+            self._done(one, future, error)
+        else:
+            self._done(one, future, answer)
+
+    def _slot(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Room for a call from when it is asked until its answer is on disk: a kill loses no more than that many."""
+        if not self.in_flight:
+            return contextlib.nullcontext()
+        loop = asyncio.get_running_loop()
+        if self._slots is None or self._slots[0] is not loop:
+            self._slots = loop, asyncio.Semaphore(self.in_flight)
+        return self._slots[1]
+
+    def _done(self, one: str, future: Answer, answer: dict[str, Any] | Exception) -> None:
+        if future.done():
+            return
+        del self._asking[one]
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+            future.exception()  # nobody may be left to take it
+        else:
+            future.set_result(answer)
+
+    def _row(self, asked: str, answer: dict[str, Any]) -> Row:
+        spent = int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1))
+        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return (asked, self.inner.name, *spent, date, zlib.compress(json.dumps(answer, ensure_ascii=False).encode(), 6))
+
+    async def _keep(self, row: Row) -> None:
+        """Wait until the row is on disk. While some are written, those that come gather for the next transaction."""
+        written = asyncio.get_running_loop().create_future()
+        self._unwritten.append((row, written))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+        await written
+
+    async def _write(self) -> None:
+        while self._unwritten:
+            batch, self._unwritten = self._unwritten, []
+            try:
+                await asyncio.to_thread(add_calls, self.store, [row for row, _ in batch])
+            except Exception as error:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_exception(error)
+            else:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_result(None)
+
+    def _find(self, hashes: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The kept answers, by hash."""
+        found: dict[str, dict[str, Any]] = {}
+        for store in (self.store, *([Store(self.store.run)] if self.store.part else [])):
+            if store.path.exists():
+                with store.transaction() as connection:
+                    for asked in hashes:
+                        row = connection.execute("SELECT reply FROM calls WHERE hash = ?", [asked]).fetchone()
+                        if row is not None:
+                            found[asked] = json.loads(zlib.decompress(row[0]))
+        return found
+
+
+def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:
+    """What keeps the cost of something that answers no question: it is found by nothing, and counts as spent."""
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return secrets.token_hex(20), model, prompt_tokens, new_tokens, date, zlib.compress(b"{}")
+
+
+def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
+    """Under what the answer to a chat is kept."""
+    return _hash(["chat", identity, {"turns": [asdict(message) for message in messages], **asdict(sampling)}])
+
+
+def echo_hash(identity: str, prompt: Prompt, top: int) -> str:
+    """Under what the echo of a prompt is kept."""
+    asked = {name: value for name, value in asdict(prompt).items() if value or name != "numbers"}
+    return _hash(["echo", identity, {**asked, "top": top}])
+
+
+def _hash(asked: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def is_kept(store: Store, asked: str) -> bool:
+    """Whether the answer to what has this hash is there."""
+    if not store.path.exists():
+        return False
+    with store.transaction() as connection:
+        return connection.execute("SELECT 1 FROM calls WHERE hash = ?", [asked]).fetchone() is not None
+
+
+def add_calls(store: Store, rows: Sequence[Row]) -> None:
+    """Keep some answers. They are paid for: where another process holds the store, they wait longer than others do."""
+    for attempt in range(1, BUSY_ATTEMPTS + 1):
+        try:
+            with store.transaction() as connection:
+                connection.executemany("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
+        except StoreBusy:
+            if attempt == BUSY_ATTEMPTS:
+                raise
+        else:
+            return
+
+
+def add_new_calls(store: Store, rows: Sequence[Row]) -> int:
+    """Keep those answers that are not there yet; how many that were."""
+    with store.transaction() as connection:
+        connection.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return connection.total_changes
+
+
+def spent(store: Store) -> tuple[int, int]:
+    """Tokens read and written for all answers that are kept, those of earlier processes too."""
+    with store.transaction() as connection:
+        row = connection.execute("SELECT total(prompt_tokens), total(new_tokens) FROM calls").fetchone()
+    return int(row[0]), int(row[1])
+
+
+def _told(prompt: Prompt, echo: Echo) -> dict[str, Any]:
+    """An echo as JSON. The tokens are there as lengths: their text is the prompt's.
+
+    Of one that is read for numbers nothing else is kept, and of their log-probabilities nine decimals.
+    """
+    logprobs = [None if math.isnan(one) else one for one in echo.logprobs.tolist()]
+    candidates = [[at, dict(found)] for at, found in echo.candidates.items()]
+    if prompt.numbers:
+        logprobs = []
+        candidates = [
+            [at, {text: round(one, 9) for text, one in found.items() if text.strip().isdigit()}]
+            for at, found in echo.candidates.items()
+        ]
+    return {
+        "tokens": [len(token) for token in echo.tokens], "logprobs": logprobs, "candidates": candidates,
+        "prompt_tokens": echo.prompt_tokens,
+    }  # fmt: skip
+
+
+def _echo(prompt: Prompt, told: dict[str, Any]) -> Echo:
+    ends = np.cumsum([0, *told["tokens"]]).tolist()
+    return Echo(
+        tokens=tuple(prompt.rest[start:end] for start, end in zip(ends, ends[1:], strict=False)),
+        logprobs=np.array(
+            [math.nan if one is None else one for one in told["logprobs"] or [None] * len(told["tokens"])],
+            dtype=np.float64,
+        ),
+        candidates={at: found for at, found in told["candidates"]}, prompt_tokens=told["prompt_tokens"],
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""The excerpts that a neuron's page shows, and what an explanation predicts on those it was scored on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cratelm.activations.records import ABSENT, Excerpts, LayerRecords
+from cratelm.interpretation.protocols import PROTOCOLS, QUANTILES_RECORDED, Draw, protocol
+from cratelm.interpretation.simulators.simulation import LayerSimulations
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.schema import SetKey
+from cratelm.report.browser.chunks import pack, pack_ids, pack_sparse
+from cratelm.report.browser.weights import number
+
+SHOWN: Mapping[str, Mapping[str, int]] = {
+    "explain": {"top": 6, "random": 0, "quantile": 1}, "score": {"top": 5, "random": 5, "quantile": 1},
+    "all": {"top": 10, "random": 6, "quantile": 2},
+}  # fmt: skip
+"""Excerpts that are shown of each half (`all` in `compat` mode); quantile ones of each interval."""
+
+
+class ChunkStrings:
+    """The strings of a chunk, numbered as they come."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings, self._numbers = strings, dict[int, int]()
+
+    def numbers(self, tokens: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
+        """The numbers of some tokens in this chunk."""
+        return np.array([self._numbers.setdefault(one, len(self._numbers)) for one in tokens.tolist()], dtype=np.int64)
+
+    @property
+    def used(self) -> list[str]:
+        """The text of each number."""
+        return [self._strings[token] for token in self._numbers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The excerpts of one kind and half that are shown of some neurons."""
+
+    kind: str
+    part: str
+    width: int
+    picks: tuple[int, ...]
+    """Of each, its rank in the recorded set."""
+    intervals: tuple[int, ...]
+    """Of quantile excerpts, the interval of each; empty for others."""
+    excerpts: Excerpts
+
+
+def excerpt_groups(records: LayerRecords) -> Iterator[Group]:
+    """The widest excerpts there are, top ones first."""
+    widest = max((width for width, _, _ in records.sets), default=0)
+    sets = [one for one in records.sets if one[0] == widest and one[1] in SHOWN]
+    for width, part, kind in sorted(sets, key=lambda one: (("top", "random", "quantile").index(one[2]), one[1])):
+        count, each = SHOWN[part][kind], QUANTILES_RECORDED[records.mode]
+        held = records.arrays[f"{width}.{part}.{kind}.position"].shape[1]
+        intervals = range(max(held // each, 1)) if kind == "quantile" else range(1)
+        picks = [interval * each + item for interval in intervals for item in range(count)]
+        picks = [pick for pick in picks if pick < held]
+        if picks:
+            yield Group(
+                kind=kind, part=part, width=width, picks=tuple(picks),
+                excerpts=records.excerpts(width, part, kind).take(picks),
+                intervals=tuple(pick // each for pick in picks) if kind == "quantile" else (),
+            )  # fmt: skip
+
+
+def group_value(
+    group: Group, row: int, strings: ChunkStrings, predicted: Mapping[tuple[str, int], np.ndarray]
+) -> dict[str, Any]:
+    """One neuron's excerpts of a group; where an explanation was scored on one, what it predicted there."""
+    excerpts, items = group.excerpts, []
+    for place in np.flatnonzero(excerpts.position[row] != ABSENT).tolist():
+        length = int((excerpts.tokens[row, place] != ABSENT).sum())
+        item = {
+            "document": int(excerpts.document[row, place]), "position": int(excerpts.position[row, place]),
+            "tokens": pack_ids(strings.numbers(excerpts.tokens[row, place, :length])),
+            "values": pack_sparse(excerpts.activations[row, place, :length]),
+        }  # fmt: skip
+        if group.intervals:
+            item["interval"] = group.intervals[place]
+        if group.part != "explain" and (group.kind, group.picks[place]) in predicted:
+            item["predicted"] = _steps(predicted[group.kind, group.picks[place]])
+        items.append(item)
+    return {"kind": group.kind, "part": group.part, "items": items}
+
+
+def _steps(values: Float[np.ndarray, " tokens"]) -> dict[str, Any]:
+    """Numbers to the 255th part of the largest, which is as much as a prediction is worth showing."""
+    largest = float(values.max(initial=0.0))
+    steps = np.clip(np.rint(255 * values / largest), 0, 255) if largest > 0 else np.zeros(len(values))
+    return {"largest": number(largest), **pack(steps, "u8")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """What one set of explanations predicts on the excerpts that it was scored on."""
+
+    key: SetKey
+    simulations: LayerSimulations
+    draws: tuple[Draw, ...]
+    row: Mapping[int, int]
+    """Neuron -> its row in the simulations."""
+
+    def of(self, records: LayerRecords, index: int) -> dict[tuple[str, int], np.ndarray]:
+        """Kind and rank of an excerpt -> the prediction for each of its tokens."""
+        if index not in self.row:
+            return {}
+        values, part = self.simulations.of(self.row[index]), "score" if records.mode == "fixed" else "all"
+        found: dict[tuple[str, int], np.ndarray] = {}
+        at = 0
+        for one in self.draws:
+            name = f"{one.width}.{part}.{one.kind}"
+            for pick in one.picks:
+                held = pick < records.arrays[f"{name}.position"].shape[1]
+                length = int(records.arrays[f"{name}.length"][index, pick]) if held else 0
+                found[one.kind, pick] = values[at : at + length]
+                at += length
+        assert at == len(values), "these simulations are of other excerpts"
+        return found
+
+
+def open_predicted(store: Store | None, scored: Sequence[SetKey], records: LayerRecords) -> Predicted | None:
+    """The simulations of the first set of scores that is on whole excerpts of the width shown."""
+    widest = max((width for width, _, _ in records.sets), default=0)
+    for key in scored:
+        draws = protocol(key.protocol, records.mode).score if key.protocol in PROTOCOLS else ()
+        whole = bool(draws) and all(one.crop is None and one.width == widest for one in draws)
+        if store is not None and whole and store.is_done(key, "simulate"):
+            found = store.simulations(key)
+            return Predicted(
+                key=key, simulations=found, draws=draws,
+                row={int(neuron): row for row, neuron in enumerate(found.neuron)},
+            )  # fmt: skip
+    return None

@@ -1,0 +1,145 @@
+"""The card of a model, README.md of its directory on the hub: what it is, and every number that was measured on it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cratelm.report.results.gather import gather
+from cratelm.rundir import read_json
+
+PAPER = "[Improving Neuron-level Interpretability with White-box Language Models](https://arxiv.org/abs/2410.16443)"
+ARCHITECTURES = {
+    "crate": f"a CRATE language model: compression by subspace attention, then sparse coding, of {PAPER}",
+    "gpt2": f"a GPT-2, the baseline of {PAPER}",
+}
+
+
+def run_of(model: Path) -> Path | None:
+    """The run directory that a model directory lies in; None for one that lies elsewhere."""
+    return model.parent if model.name == "model" and (model.parent / "run.json").is_file() else None
+
+
+def model_card(folder: Path, *, title: str) -> str:
+    """The card as Markdown, from a run directory, or from a model directory about which no more is known."""
+    return "\n".join(line for part in _parts(folder, title) for line in (*part, "")).rstrip() + "\n"
+
+
+def _parts(folder: Path, title: str) -> Iterator[list[str]]:
+    if not (folder / "run.json").exists():
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        arch = fields.get("arch", fields["model_type"])
+        yield from _heading(title, arch, stock=fields["model_type"] == "gpt2")
+        yield ["Nothing is known here about its training, and nothing was measured."]
+        return
+    run = read_json(folder / "run.json", made_by=f"cratelm train --out {folder}")
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    yield from _heading(title, run["arch"], stock=config["model_type"] == "gpt2")
+    yield _sizes(run)
+    yield _training(run)
+    evaluation = folder / "evaluation.json"
+    measured = read_json(evaluation, made_by=f"cratelm evaluate {folder} --data DIR") if evaluation.exists() else {}
+    yield ["## Loss", "", *(_loss(measured) or ["Not evaluated."])]
+    yield ["## Interpretability of the neurons", "", *_scores(folder)]
+    yield ["## Origin", "", *_origin(run["origin"])]
+
+
+def _heading(title: str, arch: str, *, stock: bool) -> Iterator[list[str]]:
+    tags = ["cratelm", arch, "interpretability"]
+    yield [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {t}" for t in tags),
+        "---",
+    ]
+    yield [f"# {title}", "", f"This is {ARCHITECTURES[arch]}. It was made with cratelm."]
+    lines = ["import cratelm.huggingface  # pip install 'cratelm[hf]'", ""]
+    code = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        f'model = AutoModelForCausalLM.from_pretrained("{title}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
+    ]  # fmt: skip
+    yield ["```python", *([] if stock else lines), *code, "```"]
+
+
+def _sizes(run: Mapping[str, Any]) -> list[str]:
+    rows = {name.replace("_", " "): value for name, value in run["model"].items() if name != "arch"}
+    rows["parameters, without positions"] = f"{run['parameters']:,}"
+    rows["FLOPs per token, forward"] = f"{run['flops_per_token']:,}"
+    return ["| model | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _training(run: Mapping[str, Any]) -> list[str]:
+    if run.get("control") is not None:
+        return ["## Training", "", f"None: this is the {run['control']} control of {run['of']}."]
+    if run.get("imported"):
+        said = {name: value for name, value in run["imported"].items() if value is not None and name != "sha256"}
+        return ["## Training", "", "Imported: " + ", ".join(f"{name} {value}" for name, value in said.items()) + "."]
+    training = run.get("training") or {}
+    if not training:
+        return ["## Training", "", "Nothing is known about its training."]
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in training.items()]
+    return ["## Training", "", "| | |", "|---|---|", *rows]
+
+
+def _loss(measured: Mapping[str, Any]) -> list[str]:
+    rows = {f"held-out ({measured['split']})": measured} if "nats_per_token" in measured else {}
+    rows |= measured.get("zero_shot", {})
+    table = [
+        f"| {name} | {row['nats_per_token']:.4f}{_error(row)} | {_perplexity(row)} | "
+        f"{row['bits_per_byte']:.4f} | {row['tokens']:,} |"
+        for name, row in rows.items()
+    ]
+    words = [
+        f"Last word of {name}: accuracy {100 * row['last_word']['accuracy']:.2f} %, perplexity "
+        f"{_perplexity(row['last_word'])}, over {row['last_word']['passages']:,} passages."
+        for name, row in rows.items()
+        if "last_word" in row
+    ]
+    heading = ["| text | nats per token | perplexity | bits per byte | tokens |", "|---|---|---|---|---|"]
+    return [*heading, *table, *(["", *words] if words else [])] if table else []
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    """Of a single document there is no standard error."""
+    error = row["standard_error"]
+    return f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
+
+
+def _perplexity(row: Mapping[str, Any]) -> str:
+    value = row["perplexity"]
+    return f"{value:.2f}" if value is not None and math.isfinite(value) else "too large for a number"
+
+
+def _scores(folder: Path) -> list[str]:
+    if not (folder / "interpretation.sqlite").exists():
+        return ["Not scored."]
+    results = gather([folder])
+    model = results.models[0]
+    heading = [
+        "Explanations by lookup, scored on documents they were not made from; points are 100 times the correlation, "
+        "the mean over neurons and layers, with a 95 % interval. Shuffled explanations are the control.",
+        "", "| protocol | points | shuffled |", "|---|---|---|",
+    ]  # fmt: skip
+    return (
+        heading
+        + [
+            f"| {name} | {_points(scores)} | {_points(model.shuffled.get(name))} |"
+            for name, scores in model.scores.items()
+        ]
+        + [line for note in results.of_other_neurons for line in ("", note.partition(" Run:")[0])]
+    )
+
+
+def _points(scores: Any) -> str:
+    if scores is None or scores.mean is None:
+        return "not measured"
+    return f"{scores.mean:.2f} [{scores.low:.2f}, {scores.high:.2f}]"
+
+
+def _origin(origin: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return [f"{origin['date']}, {origin['machine']}, Python {origin['python']}, {versions}: `{origin['command']}`"]

@@ -1,0 +1,203 @@
+"""One self-contained page: who wins where in plain words, tables, figures, neurons with their excerpts, the method.
+
+It opens from disk and asks nothing of the network. There is no script in it, and its content security policy allows
+none: names and text of the corpus are shown, never run.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cratelm.report.figures.firing import firing_figures
+from cratelm.report.figures.firing_examples import firing_panel
+from cratelm.report.figures.paper import figures, inline_svg, write_figures
+from cratelm.report.figures.study import study_figures
+from cratelm.report.figures.whitebox import whitebox_figures
+from cratelm.report.page.cards import neurons_of, side_by_side
+from cratelm.report.results.gather import RESAMPLES, SEED, Results, RunResult, listed
+from cratelm.report.results.study import Study, study_of, study_sentences, study_tables
+from cratelm.report.results.verdict import verdict
+from cratelm.report.shown_text import paragraph, prose
+from cratelm.report.tables.explainers import explainer_tables
+from cratelm.report.tables.faithfulness import Units, compared, faithfulness
+from cratelm.report.tables.firing import RunFiring, firing_sentences, firing_tables, gather_firing, relevant_needed
+from cratelm.report.tables.paper import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
+from cratelm.report.tables.scorers import judged_tables
+from cratelm.report.tables.whitebox import views_of, whitebox_tables
+from cratelm.rundir import write_text
+
+
+def write_report(results: Results, out: Path, units: Sequence[Units] | None = None) -> Path:
+    """Write tables, figures and the page; return the page's path. `units` saves reading the autoencoders again."""
+    study = study_of(results)
+    drawn = figures(results) if study is None else study_figures(study)
+    units = compared(results) if units is None else units
+    more = (*explainer_tables(results), *judged_tables(results), *((faithfulness(results, units),) if units else ()))
+    shown = results if study is None else study.first_seeds
+    firing = gather_firing(shown)
+    views = views_of(results.rows)
+    drawn = {**drawn, **whitebox_figures(views)}
+    write_tables((*tables(results), *study_tables(study), *more, *firing_tables(firing), *whitebox_tables(views)), out)
+    write_figures({**drawn, **firing_figures(firing), **firing_panel(firing)}, out)
+    write_text(out / "report.html", page(shown, drawn, study, more, firing))
+    return out / "report.html"
+
+
+def page(
+    results: Results, drawn: Mapping[str, Figure], study: Study | None = None, more: Sequence[Table] = (),
+    firing: Sequence[RunFiring] = (),
+) -> str:  # fmt: skip
+    """The page's HTML. Of a study the results hold one run of each group. `more` are tables after the usual ones."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    template = Template(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
+    title = listed([model.title for model in results.models])
+    sentences = verdict(results) if study is None else study_sentences(study)
+    return template.substitute(
+        style=style, style_hash=digest, title=escape(title), heading=prose(title),
+        verdict="\n".join(paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
+        numbers="".join(map(as_html, study_tables(study))) + _numbers(results) + "".join(map(as_html, more)),
+        figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
+        firing=_firing(firing), neurons=neurons_of(results), method=_method(results),
+    )  # fmt: skip
+
+
+def _numbers(results: Results) -> str:
+    quiet = {run.title for run in results.rows if run.control is not None}
+    short = as_html(summary(results), quiet={*quiet, *CONTROL_ROWS})
+    costs, full, layers = (as_html(table, quiet=quiet) for table in tables(results))
+    missing = "".join(f"<li>{escape(line)}</li>" for line in results.missing)
+    absent = f'<h3>Not in this report</h3>\n<ul class="missing">{missing}</ul>' if missing else ""
+    inside = "".join(as_html(table, quiet=quiet) for table in whitebox_tables(views_of(results.rows)))
+    view = f"<details><summary>White-box view of every layer</summary>{inside}</details>" if inside else ""
+    return f"{short}\n{costs}\n{full}\n<details><summary>Every layer</summary>{layers}</details>\n{view}\n{absent}"
+
+
+def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
+    """The table as HTML that may be wider than the screen; rows about one of `quiet` are set in a fainter colour."""
+    head = "".join(
+        f'<th scope="col"{_html_class(column)}>{prose(column.title)}'
+        + (f"<small>{escape(column.unit)}</small></th>" if column.unit else "</th>")
+        for column in table.columns
+    )
+    grouped = len(table.columns) > 1 and table.columns[1].style == "text"
+    groups = [list(rows) for _, rows in groupby(table.rows, lambda row: row[0] if grouped else None)]
+    bodies = "".join(_html_group(rows, table.columns, quiet, grouped) for rows in groups)
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    return (
+        f'<div class="scroll" tabindex="0"><table><caption>{prose(table.caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead>{bodies}</table></div>{notes}"
+    )
+
+
+def _html_group(
+    rows: Sequence[tuple[Cell, ...]], columns: Sequence[Column], quiet: Collection[str], grouped: bool
+) -> str:
+    """Rows that share their first cell, which is written once."""
+    lines = []
+    for place, row in enumerate(rows):
+        cells = []
+        for i, (cell, column) in enumerate(zip(row, columns, strict=True)):
+            text = re.sub(r"^(\S+) (\[.*\])$", r"\1<small>\2</small>", prose(written(cell, column.style)))
+            if i == 0 and grouped and place == 0:
+                cells.append(f'<th scope="rowgroup" rowspan="{len(rows)}">{text}</th>')
+            elif i == 0 and not grouped:
+                cells.append(f'<th scope="row">{text}</th>')
+            elif i > 0:
+                cells.append(f"<td{_html_class(column)}>{text}</td>")
+        name = row[1] if grouped else row[0]
+        lines.append(f"<tr{' class=' + chr(34) + 'control' + chr(34) if name in quiet else ''}>{''.join(cells)}</tr>")
+    return f"<tbody>{''.join(lines)}</tbody>"
+
+
+def _html_class(column: Column) -> str:
+    return "" if column.style == "text" else ' class="n"'
+
+
+def _figure(name: str, figure: Figure, more: str = "") -> str:
+    """The drawing with its caption, to which `more` is added."""
+    wide = ' class="wide"' if figure.get_figwidth() > 7 else ""
+    drawing = inline_svg(figure, name, standing_sentences()["alternatives"][name])
+    return (
+        f'<figure{wide}><div class="scroll" tabindex="0">{drawing}</div>'
+        f"<figcaption>{prose(standing_sentences()['captions'][name] + more)}</figcaption></figure>"
+    )
+
+
+def _firing(found: Sequence[RunFiring]) -> str:
+    """Consistency and distinctiveness: who, curves, tables, and the best neurons of the models side by side."""
+    if not found:
+        return "<p>Not measured: no run has simulations.</p>"
+    quiet = {title for one in found for title in (f"{one.run.title}, shuffled", one.run.title)
+             if one.run.control is not None or title != one.run.title}  # fmt: skip
+    sentences = "".join(map(paragraph, firing_sentences(found)))
+    protocol = found[0].protocol
+    of = f" Excerpts scored by {protocol}."
+    drawn = "\n".join(_figure(name, figure, of) for name, figure in firing_figures(found).items())
+    whole, layers = (as_html(table, quiet=quiet) for table in firing_tables(found))
+    chosen = standing_sentences()["firing examples"]
+    examples = side_by_side(found, chosen.format(needed=relevant_needed(protocol), protocol=protocol))
+    return f"{sentences}{drawn}{whole}<details><summary>Every layer</summary>{layers}</details>\n{examples}"
+
+
+def _method(results: Results) -> str:
+    said = standing_sentences()
+    parts = {
+        f"{results.mode} mode": said["modes"][results.mode],
+        results.described: said["explainers"].get(results.explainer, said["explainers"]["llm"]),
+        **{name: said["protocols"].get(name, "") for name in results.protocols},
+        "score": said["score"], "controls": said["controls"],
+        "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seed {SEED} "
+        "with the protocol and the layer.",
+    }  # fmt: skip
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{prose(text)}</dd>" for name, text in parts.items())
+    return f"<dl>{terms}</dl>\n{_facts(results.rows)}"
+
+
+@cache
+def standing_sentences() -> dict[str, Any]:
+    """The page's standing sentences."""
+    return json.loads(Path(__file__).with_name("prose.json").read_text(encoding="utf-8"))
+
+
+def _facts(runs: Sequence[RunResult]) -> str:
+    """Everything the runs record about how they came to be, side by side; what all share is said once."""
+    columns = [dict(_flat({"run": str(run.path), "training": run.training or {"tokens": 0}, "model made": run.origin,
+                           "records": run.collection})) for run in runs]  # fmt: skip
+    head = "".join(f'<th scope="col">{prose(run.title)}</th>' for run in runs)
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, "") for column in columns]
+        cells = (
+            f'<td colspan="{len(runs)}">{escape(values[0])}</td>' if len(set(values)) == 1
+            else "".join(f"<td>{escape(value)}</td>" for value in values)
+        )  # fmt: skip
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    return (
+        '<div class="scroll" tabindex="0"><table class="facts"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (path, text); versions and lists as one text."""
+    for key, one in value.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if key == "versions":
+            yield name, ", ".join(f"{package} {version}" for package, version in one.items())
+        elif isinstance(one, Mapping):
+            yield from _flat(one, f"{name}: ")
+        elif isinstance(one, list):
+            yield name, ", ".join(map(str, one))
+        elif one is not None and key != "format_version":
+            yield name, f"{one:,}" if isinstance(one, int) and key != "seed" else str(one)

@@ -1,0 +1,347 @@
+"""Everything a report says, gathered once from the files of each run: tables, figures and the page only format it.
+
+Reads `run.json`, `metrics.jsonl`, the evaluation, `interpretation.sqlite` and the records. A control run (the same
+architecture with random weights) is attached to the model it controls.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cratelm.activations.records import Mode, read_collection, recorded_layers, records_tokenizer
+from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.errors import CrateError
+from cratelm.interpretation.protocols import PROTOCOLS
+from cratelm.interpretation.scoring.correlation import LayerScores, ModelAggregate, aggregate
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.schema import SetKey, asking
+from cratelm.report.results.examples import NeuronExample, examples_of
+from cratelm.report.results.explainer_choice import choose_explainer, described, scored_taps
+from cratelm.report.results.loss import Loss, read_loss
+from cratelm.report.unseen import visible
+from cratelm.rundir import read_json, read_jsonl
+from cratelm.runtime import progress_bar
+
+RESAMPLES, SEED = 2000, 0
+"""Of the bootstrap behind every interval."""
+
+Outcome = Literal["higher", "lower", "no clear difference"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """A loss along the training of a model."""
+
+    tokens: tuple[float, ...] = ()
+    """Tokens seen so far."""
+    loss: tuple[float, ...] = ()
+    """Nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What is known about one model: what it costs, how well it predicts text, how interpretable its neurons are."""
+
+    path: Path
+    name: str
+    title: str
+    """The name as tables and figures show it; unlike the name, it is different for every run of a report."""
+    arch: str
+    num_layers: int
+    control: str | None
+    """`random-init` for a model that was never trained, None for a model."""
+    of: str | None
+    """For a control, the name of the model it controls."""
+    tap: str = "neurons"
+    """Which place of the model the scores are of: `neurons`, or another that was recorded."""
+    parameters: int
+    """Trainable numbers, position embeddings left out and the tied head counted once."""
+    flops_per_token: int
+    """Floating-point operations of a forward pass per token, at full context."""
+    training: Mapping[str, Any]
+    """How it was trained; empty for a model that was not."""
+    loss: Loss | None
+    train_curve: Curve
+    held_out_curve: Curve
+    scores: Mapping[str, ModelAggregate]
+    """By protocol, in points (100 times the correlation)."""
+    shuffled: Mapping[str, ModelAggregate]
+    """By protocol, the scores of explanations swapped among the neurons of a layer, where of the same neurons."""
+    shuffled_elsewhere: tuple[str, ...] = ()
+    """The protocols whose swapped explanations were scored on other neurons, with which nothing is compared."""
+    random_init: "RunResult | None"
+    """The control run of this model, if the report was given one."""
+    examples: tuple[NeuronExample, ...] = field(repr=False)
+    token_strings: Sequence[str] = field(repr=False)
+    collection: Mapping[str, Any] = field(repr=False)
+    """How the records were collected: the contents of `records.json`."""
+    origin: Mapping[str, Any] = field(repr=False)
+    """When, with which versions and where the model was made."""
+
+    @property
+    def identity(self) -> str:
+        """Tells it from every other model, wherever its folder lies and whatever it is compared with."""
+        return f"{self.name}, {self.control}, {self.tap}, {self.collection.get('model_hash')}"
+
+    @property
+    def training_tokens(self) -> int | None:
+        """Tokens it was trained on; None for a model that was not trained."""
+        return None if self.training.get("tokens") is None else int(self.training["tokens"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """The runs of one report."""
+
+    mode: Mode
+    explainer: str
+    simulator: str = ""
+    """Empty where that is the explainer."""
+    taps: tuple[str, ...] = ("neurons",)
+    """The places of the models that were scored."""
+    protocols: tuple[str, ...]
+    """Those that any run was scored on, in the paper's order."""
+    models: tuple[RunResult, ...]
+    """In the order given, controls attached to their models; a control without its model stands for itself."""
+    missing: tuple[str, ...]
+    """What a reader would look for and the runs do not have: one sentence each."""
+
+    @property
+    def asked(self) -> SetKey:
+        """The sets that are shown; tap, layer and protocol are open."""
+        return SetKey(mode=self.mode, layer=0, protocol="", explainer=self.explainer, simulator=self.simulator)
+
+    @property
+    def shown(self) -> str:
+        """The protocol whose neurons and firing are shown."""
+        return shown_protocol(self.models)
+
+    @property
+    def described(self) -> str:
+        """Who explained and who simulated."""
+        return described(self.explainer, self.simulator)
+
+    @property
+    def of_other_neurons(self) -> tuple[str, ...]:
+        """Which controls are not compared because they are of other neurons, and what to run: a sentence each."""
+        more = f"{' --mode compat' * (self.mode == 'compat')} --controls shuffled"
+        return tuple(
+            other_neurons("shuffled", f"{run.title} on {listed(run.shuffled_elsewhere)}", f"{run.path} --llm URL{more}")
+            for run in self.rows if run.shuffled_elsewhere
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> tuple[RunResult, ...]:
+        """Every run, each model followed by its control."""
+        return tuple(run for model in self.models for run in (model, model.random_init) if run is not None)
+
+
+def gather(
+    runs: Sequence[Path], *, mode: Mode = "fixed", taps: Sequence[str] = ("neurons",), explainer: str = "",
+    simulator: str = "",
+) -> Results:  # fmt: skip
+    """Read all runs of a report, each once for every tap. A run that is not scored, or only in part, is refused."""
+    paths = list({path.resolve(): path for path in runs}.values())
+    if not paths:
+        raise CrateError("no run was named. Run: cratelm report RUN...")
+    descriptions = [read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR") for path in paths]
+    explainer, simulator = choose_explainer(paths, mode, explainer, simulator)
+    found = []
+    with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
+        for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
+            for tap in scored_taps(path, taps, mode):
+                asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer, simulator=simulator)
+                found.append(_read_run(path, description, title, asked))
+            bar.advance(1.0, note=title)
+    shown = SetKey(mode=mode, layer=0, protocol=shown_protocol(found), explainer=explainer, simulator=simulator)
+    models = _attach_controls([_with_examples(run, replace(shown, tap=run.tap)) for run in found])
+    protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in found))
+    return Results(
+        mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
+        taps=tuple(dict.fromkeys(run.tap for run in found)), missing=tuple(_missing(models, protocols)),
+    )  # fmt: skip
+
+
+def same_neurons(first: Sequence[LayerScores], second: Sequence[LayerScores]) -> bool:
+    """Whether two sets of scores are of the same neurons in the same layers, those without a score among them."""
+    own, other = ({one.layer: one.neuron for one in several} for several in (first, second))
+    return own.keys() == other.keys() and all(np.array_equal(own[layer], other[layer]) for layer in own)
+
+
+def other_neurons(control: str, whose: str, run: str) -> str:
+    """Why nothing is compared with a control, and how to make one of the right neurons."""
+    return (
+        f"The {control} control of {whose} is of other neurons than the scores, so it is not compared. Run: "
+        f"cratelm interpret {run}, with the --neurons and --neuron-seed of the scores"
+    )
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def shown_protocol(runs: Sequence[RunResult]) -> str:
+    """The first, in the paper's order, that every model is scored on; else that any is; empty without scores."""
+    models = [run.scores for run in runs if run.control is None] or [run.scores for run in runs]
+    anywhere = [name for name in PROTOCOLS if any(name in scores for scores in models)]
+    everywhere = [name for name in anywhere if all(name in scores for scores in models)]
+    return next(iter(everywhere or anywhere), "")
+
+
+def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
+    """The run with the neurons that are shown; `shown` names the sets, its layer is open."""
+    if shown.protocol not in run.scores:
+        return run
+    store = Store.open(run.path)
+    layers = [store.scores(replace(shown, layer=line.layer)) for line in run.scores[shown.protocol].layers]
+    return replace(run, examples=tuple(examples_of(run.path, layers, shown)))
+
+
+def display_name(name: str) -> str:
+    """The paper's way to write a model's name, where it is one of the paper's: `gpt2-2l` -> `GPT-2-2L`."""
+    match = re.fullmatch(r"(crate|gpt2)-(1l|2l|3l|s|b)", name)
+    return name if match is None else f"{ {'crate': 'CRATE', 'gpt2': 'GPT-2'}[match[1]] }-{match[2].upper()}"
+
+
+def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A title for every run, every letter of it visible; runs of the same name are told apart by their folders."""
+    names = [str(one["name"]) for one in descriptions]
+    titles = []
+    for path, name, description in zip(paths, names, descriptions, strict=True):
+        control = description.get("control")
+        title = display_name(str(description.get("of") or name)) if control else display_name(name)
+        if names.count(name) > 1:
+            title += f" ({os.path.relpath(path.resolve(), os.path.commonpath([one.resolve() for one in paths]))})"
+        titles.append(visible(f"{title}, {control}" if control else title))
+    return titles
+
+
+def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:
+    """Everything about one run. `asked` says which scores: its layer and protocol are open."""
+    num_layers, mode = int(description["model"]["num_layers"]), asked.mode
+    if asked.tap != "neurons":
+        title = visible(f"{title}, {asked.tap}")
+    scores = _read_scores(path, num_layers, asked)
+    aggregates = {
+        (name, control): aggregate(layers, protocol=name, seed=SEED, resamples=RESAMPLES)
+        for (name, control), layers in scores.items()
+    }
+    elsewhere = [
+        name for (name, control), layers in scores.items()
+        if control == "shuffled" and (name, "") in scores and not same_neurons(layers, scores[name, ""])
+    ]  # fmt: skip
+    metrics = read_jsonl(path / "metrics.jsonl")
+    return RunResult(
+        path=path, name=str(description["name"]), title=title, arch=str(description["arch"]), num_layers=num_layers,
+        control=description.get("control"), of=description.get("of"), tap=asked.tap,
+        parameters=int(description["parameters"]), flops_per_token=int(description["flops_per_token"]),
+        training=description.get("training") or {}, loss=read_loss(path),
+        train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
+        scores={name: found for (name, control), found in aggregates.items() if not control},
+        shuffled={
+            name: found for (name, control), found in aggregates.items()
+            if control == "shuffled" and name not in elsewhere
+        },
+        shuffled_elsewhere=tuple(name for name in PROTOCOLS if name in elsewhere), random_init=None, examples=(),
+        token_strings=token_strings(load_tokenizer(records_tokenizer(path, mode))),
+        collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
+    )  # fmt: skip
+
+
+def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
+    rows = [row for row in metrics if row.get(quantity) is not None and math.isfinite(row[quantity])]
+    return Curve(tokens=tuple(float(row["tokens"]) for row in rows), loss=tuple(float(row[quantity]) for row in rows))
+
+
+def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
+    """The scores of all layers by (protocol, control); of another tap than the neurons, of its recorded layers."""
+    command = f"cratelm interpret {path}" + " --mode compat" * (asked.mode == "compat")
+    command += asking(asked.explainer) * bool(asked.simulator)
+    if asked.tap != "neurons":
+        command += f" --tap {asked.tap}"
+        num_layers = len(recorded_layers(path, mode=asked.mode, tap=asked.tap))
+    if not (path / "interpretation.sqlite").exists():
+        raise CrateError(f"{path} is not scored. Run: {command}")
+    store = Store.open(path)
+    sets: dict[tuple[str, str], list[SetKey]] = {}
+    for key in store.scored():
+        if replace(key, layer=asked.layer, protocol=asked.protocol, control="") == asked:
+            sets.setdefault((key.protocol, key.control), []).append(key)
+    if not any(control == "" for _, control in sets):
+        what = f"{asked.mode} scores{asked.of_tap} ({described(asked.explainer, asked.simulator)})"
+        raise CrateError(f"{path} holds no {what}. Run: {command}")
+    for (name, control), keys in sets.items():
+        if len(keys) < num_layers:
+            what = f"{name}, {control}" if control else name
+            have = f"{len(keys)} of its {num_layers} layers ({what})"
+            raise CrateError(f"{path} is scored on {have}. Run: {command} --protocol {name}")
+    return {name: tuple(map(store.scores, keys)) for name, keys in sets.items()}
+
+
+def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:
+    """Give each model its control: the one in the same folder if several models share a name."""
+    models = [run for run in found if run.control is None]
+    alone = []
+    for control in (run for run in found if run.control is not None):
+        candidates = [
+            i for i, model in enumerate(models)
+            if (model.name, model.tap) == (control.of, control.tap) and model.random_init is None
+        ]  # fmt: skip
+        beside = [i for i in candidates if models[i].path.resolve().parent == control.path.resolve().parent]
+        if candidates:
+            chosen = (beside or candidates)[0]
+            models[chosen] = replace(models[chosen], random_init=control)
+        else:
+            alone.append(control)
+    return (*models, *alone)
+
+
+def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[str]:
+    for run in models:
+        if run.loss is None and not run.training and run.control is None:
+            yield f"The loss of {run.title} is not measured: cratelm evaluate reads models that cratelm trained."
+        elif run.loss is None:
+            yield f"The loss of {run.title} is not evaluated. Run: cratelm evaluate {run.path} --data DIR"
+        for name in protocols:
+            if name not in run.scores:
+                yield f"{run.title} is not scored on {name}. Run: cratelm interpret {run.path} --protocol {name}"
+            elif name not in run.shuffled and name not in run.shuffled_elsewhere:
+                yield f"{run.title} has no control with shuffled explanations on {name}."
+        if run.control is None and run.random_init is None:
+            yield f"No random-init control of {run.title} was given to this report."
+    for name in PROTOCOLS:
+        if name not in protocols:
+            yield f"No run is scored on {name}."
+
+
+def undefined_neurons(scores: ModelAggregate) -> dict[str, int]:
+    """Neurons without a score over all layers, by reason."""
+    counts: Counter[str] = Counter()
+    for layer in scores.layers:
+        counts.update(layer.undefined)
+    return dict(counts.most_common())
+
+
+def outcome(first: ModelAggregate, second: ModelAggregate) -> Outcome | None:
+    """Where the first stands relative to the second: apart where their 95 % intervals are. None without a score."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return None
+    if first.low > second.high:
+        return "higher"
+    return "lower" if first.high < second.low else "no clear difference"
+
+
+def matched_pairs(models: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
+    """Which models to compare: different architectures of the same depth, or else the first with the others."""
+    trained = [model for model in models if model.control is None]
+    pairs = [(a, b) for a, b in combinations(trained, 2) if a.arch != b.arch and a.num_layers == b.num_layers]
+    return pairs or [(trained[0], other) for other in trained[1:]]

@@ -1,0 +1,106 @@
+"""The scorers beside simulation, in the interpreting commands: who is asked, and the tables of what came of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cratelm.errors import CrateError
+from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.scorers.classification import Questions
+from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION, ScorerAggregate, check_llm
+from cratelm.interpretation.stages.judge import Jury, aggregate_judged, judged_key, judged_sets
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.schema import SetKey
+from cratelm.workflows.score_table import interval, line_of, set_words
+
+FEW = ("too few excerpts",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who is asked by which scorer."""
+
+    scorers: tuple[str, ...]
+    jury: Jury
+    """For scorers that ask a chat or an encoder."""
+    reader: LLM | None
+    """For scorers that need the probabilities of a prompt."""
+
+    def jury_for(self, scorer: str) -> Jury:
+        """The jury of one scorer."""
+        return replace(self.jury, llm=self.reader) if SCORERS[scorer].asks == "echo" else self.jury
+
+    def sets(self, explained: Sequence[SetKey], controls: Sequence[str]) -> Iterator[tuple[str, SetKey]]:
+        """Every scorer with every set of its results; one that tests no explanation has one for each layer."""
+        for scorer in self.scorers:
+            name = self.jury_for(scorer).name_for(scorer)
+            keys = [
+                judged_key(replace(key, control=control), scorer, name)
+                for key in explained
+                for control in ("", *controls)
+            ]
+            yield from ((scorer, key) for key in dict.fromkeys(keys))
+
+
+async def find_judges(
+    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str, pieces: Sequence[bytes]
+) -> Judges | None:
+    """Open who is needed; None where nothing but simulation was asked for. Refused where one is missing."""
+    asked = tuple(name for name in scorers if name != SIMULATION)
+    if not asked:
+        return None
+    needs = {SCORERS[name].asks: name for name in asked}
+    for need, name in needs.items():
+        if need != "encoder" and chat is None:
+            raise CrateError(f"the scorer {name} asks a language model. Give --llm URL of a server, or a directory")
+    if "echo" in needs and reader is not None:
+        await check_llm([needs["echo"]], reader, Questions())
+    opened: Any = None
+    if "encoder" in needs:
+        from cratelm.encoder import DEFAULT, SentenceEncoder
+
+        opened = SentenceEncoder.open(encoder or DEFAULT)
+    jury = Jury(pieces=pieces, questions=Questions(), llm=chat, encoder=opened)
+    return Judges(scorers=asked, jury=jury, reader=reader)
+
+
+def print_judged(run: Path, wanted: Sequence[tuple[str, SetKey]]) -> None:
+    """Print a table for each scorer and kind of set."""
+    store = Store.open(run)
+    there = {(scorer, key) for key, scorer in judged_sets(store)}
+    kinds: dict[tuple[str, SetKey], list[SetKey]] = {}
+    for scorer, key in wanted:
+        if (scorer, key) in there:
+            kinds.setdefault((scorer, replace(key, layer=0, protocol="")), []).append(key)
+    for (scorer, kind), keys in kinds.items():
+        found = [aggregate_judged(store, key, scorer) for key in keys]
+        words = [f"{run.name}: {scorer} ({SCORERS[scorer].number.replace('_', ' ')}, chance {found[0].chance:.0f} %"]
+        print("\n" + "\n".join(set_words([*words, *_who(kind)])))
+        print("\n".join(_table(keys, found)))
+
+
+def _who(kind: SetKey) -> Iterator[str]:
+    yield f"asked: {kind.simulator.removeprefix('judge ')}"
+    if kind.explainer:
+        yield f"explained by {kind.explainer}"
+    if kind.sample:
+        yield f"explanation {kind.sample + 1}"
+    if kind.control:
+        yield f"control: {kind.control} explanations"
+
+
+def _table(keys: Sequence[SetKey], found: Sequence[ScorerAggregate]) -> list[str]:
+    lines = [line_of("protocol", "layer", "%", "95 % interval", "judged", "few", "fail", "answers", "unread")]
+    before = ""
+    for key, one in sorted(zip(keys, found, strict=True), key=lambda pair: (pair[0].protocol, pair[0].layer)):
+        few = sum(one.undefined.get(reason, 0) for reason in FEW)
+        failed = sum(one.undefined.values()) - few
+        cells = (
+            str(key.layer), "-" if one.mean is None else f"{one.mean:.1f}", interval(one.low, one.high),
+            f"{one.judged}/{one.total}", str(few), str(failed), f"{one.items:,}", f"{one.failed:,}",
+        )  # fmt: skip
+        name = key.protocol or "(none)"
+        lines.append(line_of("" if name == before else name, *cells))
+        before = name
+    return lines

@@ -1,0 +1,258 @@
+"""Opening the language models that a command was given, and saying how they simulate before they are asked."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cratelm.activations.records import Mode
+from cratelm.errors import CrateError
+from cratelm.interpretation.clients.endpoint import Endpoint
+from cratelm.interpretation.clients.probe import Capabilities, probe
+from cratelm.interpretation.clients.prompt_logprobs import STYLES
+from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
+from cratelm.interpretation.llm import LLM
+from cratelm.interpretation.lookup.tables import EXPLAINER
+from cratelm.interpretation.simulators.language_model import Simulator, open_simulator
+from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS, ReadOutRepair
+from cratelm.interpretation.simulators.self_test import require_self_test, self_test
+from cratelm.interpretation.store.answer_cache import Cached, add_calls, lost_row
+from cratelm.interpretation.store.database import Store
+from cratelm.runtime import console
+from cratelm.workflows.options.language_model import Explaining, Simulating, Spending
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who explains, simulates and judges; None where that is lookup, or not needed."""
+
+    explainer: LLM | None
+    simulator: LLM | None
+    judge: LLM | None
+    can: dict[str, Capabilities] = field(default_factory=dict)
+    """By identity, what each was found to give."""
+
+    async def measure(self, store: Store, usage: Usage) -> None:
+        """Ask servers how many tokens a text has, where nobody else can count them; once for a store."""
+        for llm in (self.explainer, self.simulator, self.judge):
+            await measure(llm, store, usage)
+
+    async def ask_what_it_can(
+        self, llm: LLM, store: Store, method: str, meter: Callable[[LLM], Metered]
+    ) -> Capabilities:  # fmt: skip
+        """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
+
+        It is asked again where what was found is not enough to simulate by this method: its server may have learnt it.
+        """
+        if llm.identity in self.can:
+            return self.can[llm.identity]
+        name = f"capabilities of {llm.identity}"
+        found = _known(store, name, method)
+        if found is None:
+            async with noted_cost(llm, store, meter(llm).usage):
+                found = await probe(llm, meter=meter)
+            if store.path.exists():
+                store.note(name, json.dumps(asdict(found)))
+        elif isinstance(llm, Endpoint) and llm.style is None and found.most is not None:
+            llm.style, llm.most = next((one for one in STYLES if one == found.style), None), found.most
+        for line in (found.reason, *found.notes):
+            console.print(line, soft_wrap=True)
+        self.can[llm.identity] = found
+        return found
+
+
+@asynccontextmanager
+async def noted_cost(llm: LLM, store: Store, usage: Usage) -> AsyncIterator[None]:
+    """Note in the store what is spent on questions whose answers are not kept, so that a budget knows of it later."""
+    calls, read, written = usage.calls, usage.prompt_tokens, usage.new_tokens
+    unkept, usage.unkept = usage.unkept, []
+    try:
+        yield
+    finally:
+        usage.unkept = unkept  # what could not be read meanwhile is in the sum
+        if store.path.exists() and usage.calls > calls:
+            add_calls(store, [lost_row(llm.name, usage.prompt_tokens - read, usage.new_tokens - written)])
+
+
+async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
+    """Ask a server how many tokens a text has, unless they are counted here; kept in the store, and not asked again.
+
+    What prompts leave out where the context is short depends on it, so it has to be the same whenever a set is gone on
+    with.
+    """
+    if not isinstance(llm, Endpoint) or llm.counts_exactly:
+        return
+    name = f"tokens per byte of {llm.identity}"
+    known = store.noted(name)
+    async with noted_cost(llm, store, usage):
+        llm.tokens_per_byte = float(known) if known is not None else llm.tokens_per_byte or await llm.measure()
+    if known is None and store.path.exists():
+        store.note(name, repr(llm.tokens_per_byte))
+
+
+def explains(explaining: Explaining) -> bool:
+    """Whether a language model explains. Refused where it is to, and none is named."""
+    named = bool(explaining.llm or explaining.model or explaining.explainer_model)
+    if explaining.explainer == "llm" and not named:
+        raise CrateError(
+            "--explainer llm needs a language model. Give --llm URL of a server, or a Hugging Face directory or name"
+        )
+    return named and explaining.explainer != "lookup"
+
+
+def simulates(explaining: Explaining, simulating: Simulating) -> bool:
+    """Whether a language model simulates."""
+    return bool(explaining.llm or simulating.simulator_llm)
+
+
+def explainer_name(explaining: Explaining) -> str:
+    """What the explainer is called in the store; empty where only the server knows."""
+    if not explains(explaining):
+        return EXPLAINER
+    return (
+        explaining.explainer_model or explaining.model or ("" if is_url(explaining.llm) else basename(explaining.llm))
+    )
+
+
+def is_url(where: str) -> bool:
+    """Whether this is a server."""
+    return "://" in where
+
+
+def basename(where: str) -> str:
+    """What a model in this process is called: the last part of its path or name; of a run's `model`, the run's name."""
+    parts = [part for part in where.split("/") if part]
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
+
+
+@asynccontextmanager
+async def opened(
+    explaining: Explaining, simulating: Simulating | None, spending: Spending, usage: Usage, *, judged: bool = False
+) -> AsyncIterator[Cast]:
+    """Open what is needed; connections are given back at the end. The same model is opened once."""
+    found: dict[tuple[str, str], Any] = {}
+
+    async def open_once(where: str, model: str) -> LLM:
+        key = where, model if is_url(where) else ""
+        if key not in found:
+            found[key] = await _open(where, model, explaining, spending, usage)
+        return found[key]
+
+    try:
+        explainer = simulator = judge = None
+        own = explaining.explainer_model or explaining.model
+        if explains(explaining) and explaining.llm:
+            explainer = await open_once(explaining.llm, own)
+        if judged and explaining.llm:
+            judge = await open_once(explaining.llm, own)
+        if simulating is not None and simulates(explaining, simulating):
+            where = simulating.simulator_llm or explaining.llm
+            simulator = await open_once(where, simulating.simulator_model or explaining.model)
+        yield Cast(explainer, simulator, judge)
+    finally:
+        for one in found.values():
+            if hasattr(one, "close"):
+                await one.close()
+
+
+def _known(store: Store, name: str, method: str) -> Capabilities | None:
+    """What an earlier process found, where that is enough to simulate by this method."""
+    noted = store.noted(name)
+    if noted is None:
+        return None
+    told = json.loads(noted)
+    pieces = {word: tuple(tokens) for word, tokens in told.pop("pieces").items()}
+    lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
+    found = Capabilities(**told | lists, pieces=pieces)
+    enough = {"auto": found.echo or found.chat, "structured": found.chat}.get(method, found.echo)
+    return found if enough else None
+
+
+async def _open(where: str, model: str, explaining: Explaining, spending: Spending, usage: Usage) -> LLM:
+    if not is_url(where):
+        from cratelm.local_llm import LocalLLM
+
+        return LocalLLM.open(where, device=explaining.device)
+    counter = _counter(explaining.llm_tokenizer) if explaining.llm_tokenizer else None
+    endpoint = Endpoint(
+        where, model, key_from=explaining.llm_key, in_flight=spending.in_flight, counter=counter, usage=usage
+    )
+    await endpoint.connect()
+    if not model:
+        await endpoint.close()
+        if len(endpoint.served) != 1:
+            found = ", ".join(endpoint.served[:20]) or "nothing that it lists"
+            raise CrateError(f"{where} serves several models. Choose one with --model NAME: {found}")
+        return await _open(where, endpoint.served[0], explaining, spending, usage)
+    if counter is None:
+        console.print("tokens are estimated from a text that the server counted; --llm-tokenizer counts them exactly")
+    return endpoint
+
+
+def _counter(source: str) -> Any:
+    from cratelm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(source) if Path(source).exists() else source)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities) -> Simulator:
+    """How a model simulates, and why. Refused where it cannot do what was asked for."""
+    method, why = simulating.simulator, "as asked for"
+    if method == "auto" and can.echo:
+        method, why = "all-at-once", "it gives the probabilities of a prompt"
+    elif method == "auto" and can.chat:
+        method, why = "structured", "it gives no probabilities of a prompt, but answers chats"
+    if method == "auto":
+        raise CrateError(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
+    if method != "structured" and not can.echo:
+        raise CrateError(
+            f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
+            "Use --simulator structured, or another --simulator-llm"
+        )
+    simulator = await open_simulator(method, llm, mode=mode, repairs=read_out_repairs(simulating, mode))
+    console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
+    return simulator
+
+
+def read_out_repairs(simulating: Simulating, mode: Mode) -> frozenset[ReadOutRepair]:
+    """The flaws of the read-out that are left out, checked."""
+    asked = simulating.read_out_repair
+    if asked and mode != "compat":
+        raise CrateError("--read-out-repair is for --mode compat: the fixed mode has all repairs")
+    for name in asked:
+        if name not in READ_OUT_REPAIRS:
+            raise CrateError(f"there is no repair {name!r} of the read-out. Use: {', '.join(READ_OUT_REPAIRS)}")
+    return frozenset(name for name in READ_OUT_REPAIRS if name in asked)
+
+
+async def examine(simulator: Simulator, *, skip: bool) -> None:
+    """Let a simulator predict neurons that everybody knows; refuse one that cannot."""
+    if skip:
+        found = await self_test(simulator)
+        note = "" if found.passed else ": its scores will mean nothing, and it is used because of --skip-self-test"
+    else:
+        found, note = await require_self_test(simulator), ""
+    tested = len(found.correlations)
+    console.print(
+        f"self-test: mean correlation {found.mean:.2f} on {tested} neurons that everybody knows{note}", soft_wrap=True
+    )
+
+
+def metered(llm: LLM, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> Metered:
+    """The model with its answers counted within the budget."""
+    price = Price(prompt=spending.price_in, new=spending.price_out)
+    budget = Budget(tokens=spending.budget_tokens, money=spending.budget_price, price=price)
+    return Metered(llm, usage, budget, spent_before)
+
+
+def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
+    """The model with its answers counted within the budget, and kept in the store.
+
+    Of a server no more answers than are in flight wait to be written; a model in this process fills its batches from
+    all that is asked at once.
+    """
+    in_flight = spending.in_flight if isinstance(llm, Endpoint) else 0
+    return Cached(metered(llm, usage, spending, spent_before), store, usage, in_flight=in_flight)

@@ -1,0 +1,175 @@
+"""Measurements of a model along its training: how well lookup explains its neurons, text that it writes, its layers.
+
+`cratelm train --measure lookup samples whitebox` passes them to the training, which knows nothing of neurons or text.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from rich.progress import Progress
+
+from cratelm.errors import CrateError
+from cratelm.runtime import ProgressBar
+
+if TYPE_CHECKING:
+    import torch
+
+    from cratelm.activations.subject import Corpus, Subject
+    from cratelm.data.tokens import TokenDirectory
+    from cratelm.model.language_model import LanguageModel
+    from cratelm.training.train import Measurement
+
+MeasurementName = Literal["lookup", "samples", "whitebox"]
+
+SAMPLE_TOKENS, SAMPLE_DOCUMENTS = 65_536, 96
+"""Held-out text that `lookup` reads at least: the beginnings of documents, as long as makes both numbers.
+
+So many documents that either half of them, by chance, has the 25 that a neuron's top excerpts come from."""
+SAMPLE_NEURONS = 128
+"""Neurons of each layer that `lookup` scores, the same ones each time."""
+WHITEBOX_TOKENS = 4096
+"""Held-out tokens that `whitebox` reads, or one set if that is more."""
+PROMPTS = ("", "The ")
+"""What `samples` lets the model continue; the empty one begins a document."""
+SAMPLE_LENGTH = 64
+
+
+def measurements(names: tuple[MeasurementName, ...], data: "TokenDirectory", run: Path) -> dict[str, "Measurement"]:
+    """The measurements of these names, as `train` takes them."""
+    made: dict[MeasurementName, Callable[[], Measurement]] = {
+        "lookup": lambda: lookup(data),
+        "samples": lambda: samples(data, run),
+        "whitebox": lambda: whitebox(data),
+    }
+    return {name: made[name]() for name in dict.fromkeys(names)}
+
+
+def lookup(data: "TokenDirectory", *, neurons: int = SAMPLE_NEURONS) -> "Measurement":
+    """The lookup score of some neurons of every layer on a fixed sample of held-out text, in points.
+
+    The whole path of `collect` and `interpret`, made cheap: few tokens, few neurons, one protocol, nothing kept. Gives
+    `points` (the mean over layers), `layer_N`, and `scored`, the share of neurons that have a score.
+    """
+    corpus = _sample(data)
+
+    def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
+        from cratelm.activations.collect import collect
+        from cratelm.activations.plan import CollectConfig
+
+        subject = _some_neurons(model, neurons)
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder)
+            bar = ProgressBar(Progress(disable=True), "lookup", 1)
+            collect(CollectConfig(), subject, corpus, run, device=model.device, bar=bar)
+            return _points(run, tuple(subject.layers), [""] * data.vocab_size)
+
+    return measure
+
+
+def samples(data: "TokenDirectory", run: Path) -> "Measurement":
+    """Text that the model writes, into `samples.jsonl`; gives `distinct`, the share of tokens that are no repeats."""
+    tokenizer = data.tokenizer()
+    prompts = [tokenizer.encode(prompt).ids or [data.end_of_text] for prompt in PROMPTS]
+
+    def measure(model: "LanguageModel", step: int) -> Mapping[str, float]:
+        import torch
+
+        from cratelm.rundir import append_jsonl, rewind_jsonl
+
+        rewind_jsonl(run / "samples.jsonl", lambda row: row["step"] < step)  # a run that goes on repeats some steps
+        distinct = []
+        for prompt in prompts:
+            start = torch.tensor([prompt], device=model.device)
+            made = model.generate(start, SAMPLE_LENGTH, temperature=0.8, seed=step)[0].tolist()
+            distinct.append(len(set(made[len(prompt) :])) / SAMPLE_LENGTH)
+            append_jsonl(run / "samples.jsonl", {"step": step, "text": tokenizer.decode(made)})
+        return {"distinct": float(np.mean(distinct))}
+
+    return measure
+
+
+def whitebox(data: "TokenDirectory") -> "Measurement":
+    """The white-box view of every layer on one cheap batch of held-out text: `layer_N.rate`, `layer_N.active`, ..."""
+
+    def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
+        from cratelm.whitebox.coding_rate import tokens_needed
+        from cratelm.whitebox.measure import MeasureConfig, summary
+        from cratelm.whitebox.measure import measure as look_inside
+
+        size = tokens_needed(model.config.d_model, model.config.context_length)
+        config = MeasureConfig(tokens=max(size, WHITEBOX_TOKENS), converged=False)
+        bar = ProgressBar(Progress(disable=True), "whitebox", 1)
+        found = look_inside(model, data.tokens("val"), config, bar=bar)
+        return {f"layer_{layer['layer']}.{name}": value for layer in found["layers"] for name, value in summary(layer)}
+
+    return measure
+
+
+def _sample(data: "TokenDirectory") -> "Corpus":
+    """The beginnings of the first held-out documents, each closed by <|endoftext|>."""
+    from cratelm.activations.subject import Corpus
+
+    stream, longest = data.tokens("val"), SAMPLE_TOKENS // SAMPLE_DOCUMENTS
+    parts: list[np.ndarray] = []
+    first = taken = 0
+    while (taken < SAMPLE_TOKENS or len(parts) < SAMPLE_DOCUMENTS) and first < len(stream):
+        block = stream[first : first + (1 << 22)]
+        ends = np.flatnonzero(block == data.end_of_text)
+        after = int(ends[0]) + 1 if len(ends) else len(block)
+        begun = np.array(block[: min(after - 1, longest)])
+        parts.append(np.append(begun, np.array(data.end_of_text, dtype=begun.dtype)))
+        first, taken = first + after, taken + len(parts[-1])
+    if len(parts) < SAMPLE_DOCUMENTS * 3 // 4:
+        raise CrateError(
+            f"{data.path} has {len(parts)} held-out documents, too few for the lookup measurement. Tokenize with a "
+            "larger --held-out, or leave out --measure lookup"
+        )
+    documents = np.cumsum([0, *(len(part) for part in parts)]).astype(np.int64)
+    return Corpus(
+        tokens=np.concatenate(parts), documents=documents, end_of_text=data.end_of_text, identity={"split": "val"}
+    )
+
+
+def _some_neurons(model: "LanguageModel", neurons: int) -> "Subject":
+    """The model seen through evenly spaced neurons of each layer."""
+    import torch
+
+    from cratelm.activations.subject import Subject
+    from cratelm.activations.taps import capture
+
+    taps, found = model.neuron_taps, model.config.num_neurons
+    chosen = torch.arange(min(neurons, found), device=model.device) * found // min(neurons, found)
+
+    def forward(tokens: "torch.Tensor") -> dict[int, "torch.Tensor"]:
+        with torch.inference_mode(), capture(model, taps) as codes:
+            model.features(tokens)
+        return {layer: codes[tap][..., chosen].float() for layer, tap in enumerate(taps)}
+
+    return Subject(
+        forward=forward, layers=dict.fromkeys(range(len(taps)), len(chosen)), context=model.config.context_length,
+        tap="neurons", identity={},
+    )  # fmt: skip
+
+
+def _points(run: Path, layers: tuple[int, ...], strings: list[str]) -> dict[str, float]:
+    from cratelm.activations.records import read_records
+    from cratelm.interpretation.explainers.explanation import explain_layer
+    from cratelm.interpretation.protocols import protocol
+    from cratelm.interpretation.scoring.correlation import score_layer
+    from cratelm.interpretation.simulators.simulation import simulate_layer
+
+    asked, found, scored = protocol("top-and-random"), {}, []
+    for layer in layers:
+        records = read_records(run, layer)
+        simulations = simulate_layer(records, asked, explain_layer(records, asked, strings))
+        correlation = score_layer(records, asked, simulations).correlation
+        defined = correlation[~np.isnan(correlation)]
+        scored.append(len(defined) / len(correlation))
+        if len(defined):
+            found[f"layer_{layer}"] = 100 * float(defined.mean())
+    return (
+        found | {"scored": float(np.mean(scored))} | ({"points": float(np.mean(list(found.values())))} if found else {})
+    )

@@ -1,0 +1,98 @@
+"""The scores that the interpreting commands print: by protocol and layer, 80 columns wide."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cratelm.activations.records import recorded_layers
+from cratelm.interpretation.lookup.tables import EXPLAINER
+from cratelm.interpretation.scoring.correlation import (
+    NO_EXPLANATION,
+    NO_SIMULATION,
+    LayerAggregate,
+    ModelAggregate,
+    aggregate,
+)
+from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.schema import SetKey
+from cratelm.runtime import progress_bar
+from cratelm.workflows.options.selection import Selection, chosen_layers, chosen_protocols
+
+Columns = dict[str, tuple[str, ...]]
+COLUMNS: Columns = {
+    "dead": ("dead",), "rare": ("too rare",), "const a": ("constant activations",), "const s": ("constant simulation",),
+}  # fmt: skip
+"""Head of a column in the printed table -> why the neurons it counts have no score."""
+ASKED: Columns = {
+    "dead": ("dead",), "rare": ("too rare",), "const": ("constant activations", "constant simulation"),
+    "failed": (NO_EXPLANATION, NO_SIMULATION),
+}  # fmt: skip
+"""The same where a language model was asked, which may have given no usable answer."""
+
+
+def print_scores(run: Path, selection: Selection, templates: Sequence[SetKey]) -> None:
+    """Print a table for each kind of set: a template is a key whose layer and protocol are open."""
+    store, layers, names = Store.open(run), chosen_layers(run, selection), chosen_protocols(selection)
+    for template in templates:
+        found = []
+        with progress_bar(f"intervals {run.name}", total=len(names), unit="protocols") as bar:
+            for name in names:
+                keys = [replace(template, layer=layer, protocol=name) for layer in layers]
+                found.append(aggregate([store.scores(key) for key in keys], protocol=name))
+                bar.advance(1)
+        print("\n" + "\n".join(heading(run, template)))
+        all_layers = recorded_layers(run, mode=selection.mode, tap=selection.tap)
+        columns = ASKED if template.explainer != EXPLAINER or template.simulator else COLUMNS
+        print("\n".join(table(found, whole_model=layers == all_layers, columns=columns)))
+
+
+def heading(run: Path, key: SetKey) -> list[str]:
+    """What the numbers of a table are of and how they were made, in lines of 80 columns."""
+    of_tap = "" if key.tap == "neurons" else f", {key.tap}"
+    parts = [f"{run.name}{of_tap} ({key.mode} mode", f"explained by {key.explainer}"]
+    parts += [f"simulated by {key.simulator}"] if key.simulator else []
+    parts += [f"explanation {key.sample + 1}"] if key.sample else []
+    parts += [f"control: {key.control} explanations"] if key.control else []
+    return set_words(parts)
+
+
+def set_words(parts: Sequence[str]) -> list[str]:
+    """What a set is, part by part, in lines of 80 columns; the first part opened a bracket."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) > 76:
+            lines[-1] += ","
+            lines.append(f"  {part}")
+        else:
+            lines[-1] += f", {part}"
+    lines[-1] += ")"
+    return lines
+
+
+def table(found: Sequence[ModelAggregate], *, whole_model: bool, columns: Columns = COLUMNS) -> list[str]:
+    """Lines of the printed table; means over layers where all layers are there."""
+    lines = [line_of("protocol", "layer", "points", "95 % interval", "scored", *columns)]
+    for model in found:
+        lines += [_layer_row(model.protocol if i == 0 else "", layer, columns) for i, layer in enumerate(model.layers)]
+        if whole_model and model.mean is not None:
+            note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
+            lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval(model.low, model.high)) + note)
+    return lines
+
+
+def _layer_row(name: str, line: LayerAggregate, columns: Columns) -> str:
+    points = "-" if line.points is None else f"{line.points:z.1f}"
+    counts = [str(sum(line.undefined.get(reason, 0) for reason in reasons)) for reasons in columns.values()]
+    scored = f"{line.scored}/{line.total}"
+    return line_of(name, str(line.layer), points, interval(line.low, line.high), scored, *counts)
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """A confidence interval."""
+    return "-" if low is None else f"[{low:z.1f}, {high:z.1f}]"
+
+
+def line_of(name: str, *cells: str) -> str:
+    """A line of a table."""
+    widths = (6, 7, 15, 12, 5, 5, 8, 8)
+    return f"{name:<14}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))

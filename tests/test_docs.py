@@ -45,12 +45,17 @@ def make_demo(folder: Path, rng: np.random.Generator) -> None:
     assert cli.main(["interpret", str(run)]) == 0
 
 
-def test_the_examples_of_the_python_page_run_one_after_the_other(
+def test_the_examples_of_the_readme_and_of_the_python_page_run(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_demo(tmp_path / "runs" / "demo", rng)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
+    readme: dict[str, Any] = {}
+    for block in blocks(REPOSITORY / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), readme)
+    assert readme["logits"].shape == (*readme["tokens"].shape, readme["model"].config.vocab_size)
+    assert capsys.readouterr().out.startswith(f"neuron {readme['neuron']}: ")
     found: dict[str, Any] = {}
     for number, block in enumerate(blocks(REPOSITORY / "docs" / "python.md", "python")):
         exec(compile(block, f"docs/python.md, block {number}", "exec"), found)
@@ -150,6 +155,14 @@ def test_a_command_with_a_flag_that_is_not_there_would_be_noticed(tmp_path: Path
 def test_the_python_page_names_the_whole_public_surface() -> None:
     text = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
     assert [name for name in cratelm.__all__ if f"`{name}`" not in text and f"cratelm.{name}" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_everything_that_an_example_imports_from_the_package_exists(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for module, names in re.findall(r"^from (cratelm[\w.]*) import ([\w, ]+)$", block, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name), f"{page.name}: {module} has no {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -71,9 +71,9 @@ def measure(llm: LocalLLM, excerpts: int, width: int, neurons: int, alone: int, 
     rng = np.random.default_rng(0)
     asked = [one for i in range(neurons + 1) for one in prompts(f"words for things of kind {i}", excerpts, width, rng)]
     warm, asked = asked[:excerpts], asked[excerpts:]
-    asyncio.run(llm.echo(warm))  # what all neurons have in common is there from the first on
+    asyncio.run(llm.prompt_logprobs(warm))  # what all neurons have in common is there from the first on
     before = llm.reader.tokens_computed
-    processor, wall = timed(lambda: asyncio.run(llm.echo(asked)), device)
+    processor, wall = timed(lambda: asyncio.run(llm.prompt_logprobs(asked)), device)
     tokens = (llm.reader.tokens_computed - before) / len(asked)
 
     def one_at_a_time() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.runtime import DeviceName, console, select_device
 from cratelm.shared_prefix.generation import Request, generate
@@ -88,14 +88,14 @@ class LocalLLM:
         """Tokens of a text."""
         return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """What the model expected at each wanted token of each prompt's rest."""
         tokenized = [self._tokens.prompt(prompt) for prompt in prompts]
         for one in tokenized:
             self._check_length(len(one.row.tokens), 0)
         rows = [one.row for one in tokenized if one.row.at]
-        readings = iter(await self._ask(f"echo, {top} candidates", rows, partial(self.reader.read, top=top)))
-        return [one.echo(next(readings) if one.row.at else None, self._strings) for one in tokenized]
+        readings = iter(await self._ask(f"prompt logprobs, {top} candidates", rows, partial(self.reader.read, top=top)))
+        return [one.prompt_logprobs(next(readings) if one.row.at else None, self._strings) for one in tokenized]
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. The schema of an answer cannot be enforced here: whoever asks checks what comes."""

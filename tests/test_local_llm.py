@@ -17,7 +17,7 @@ from fixtures.tiny import random_model, tiny_config
 
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Sampling
+from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Sampling
 from cratelm.local_llm import LocalLLM, name_of
 
 PREFIX = "the storm came over the ridge before supper, and by morning there was hail in the grass.\n" * 4
@@ -25,9 +25,9 @@ RESTS = (" a\tunknown\n the\tunknown\n", " rain\t10\n snow\t3\n\n wind\tunknown\
 SLIDING: dict[str, Any] = {"sliding_window": 24}
 
 
-def echoes(llm: LocalLLM, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
-    async def ask() -> list[Sequence[Echo]]:
-        return await asyncio.gather(*(llm.echo([prompt], top=top) for prompt in prompts))
+def echoes(llm: LocalLLM, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
+    async def ask() -> list[Sequence[PromptLogprobs]]:
+        return await asyncio.gather(*(llm.prompt_logprobs([prompt], top=top) for prompt in prompts))
 
     return [echo for one in asyncio.run(ask()) for echo in one]
 
@@ -74,7 +74,7 @@ def prompts_of(rng: np.random.Generator) -> list[Prompt]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_an_echo_is_what_one_token_at_a_time_gives(rng: np.random.Generator, kind: Kind, dtype: torch.dtype) -> None:
+def test_prompt_logprobs_equal_one_token_at_a_time(rng: np.random.Generator, kind: Kind, dtype: torch.dtype) -> None:
     llm = make_llm(rng, kind=kind, dtype=dtype)
     assert llm.reader.shares
     check(llm, prompts_of(rng), 1e-9 if dtype == torch.float64 else 1e-5)
@@ -247,10 +247,10 @@ def test_an_error_in_one_batch_reaches_everyone_who_waits_and_nobody_else(
         real = llm.reader.read
         monkeypatch.setattr(llm.reader, "read", lambda *_, **__: 1 / 0)
         failed = await asyncio.gather(
-            *(llm.echo([Prompt(prefix="a", rest="b")]) for _ in range(3)), return_exceptions=True
+            *(llm.prompt_logprobs([Prompt(prefix="a", rest="b")]) for _ in range(3)), return_exceptions=True
         )
         monkeypatch.setattr(llm.reader, "read", real)
-        return [*failed, await llm.echo([Prompt(prefix="a", rest="b")])]
+        return [*failed, await llm.prompt_logprobs([Prompt(prefix="a", rest="b")])]
 
     *failed, worked = asyncio.run(ask())
     assert [type(one) for one in failed] == [ZeroDivisionError] * 3

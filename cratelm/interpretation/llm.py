@@ -83,7 +83,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Echo:
+class PromptLogprobs:
     """What a model expected while it read a prompt's `rest`."""
 
     tokens: tuple[str, ...]
@@ -126,7 +126,7 @@ class LLM(Protocol):
         """Answer a chat. Raises `LLMError` once retries are used up, or where the model has no chat."""
         ...
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """What the model expected at each token of each prompt's rest, with up to `top` candidates.
 
         Raises `LLMError` where the model's server does not give the probabilities of a prompt.
@@ -134,7 +134,7 @@ class LLM(Protocol):
         ...
 
 
-class Around:
+class LLMWrapper:
     """What stands around a language model and passes on who it is: its own is only how it is asked."""
 
     __slots__ = ()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.interpretation.llm import Echo, Prompt
+from cratelm.interpretation.llm import Prompt, PromptLogprobs
 from cratelm.shared_prefix.reader import Reading, Row
 
 TAIL = 160
@@ -79,7 +79,7 @@ class PromptTokens:
             at = list(range(max(self.first, 1), len(ids)))
         self.row = Row(tokens=tuple(ids), shared=min(self.first, at[0] - 1) if at else 0, at=tuple(at))
 
-    def echo(self, reading: Reading | None, strings: Sequence[str]) -> Echo:
+    def prompt_logprobs(self, reading: Reading | None, strings: Sequence[str]) -> PromptLogprobs:
         """What the model expected, as text. `strings` is the text of each token id."""
         logprobs = np.full(len(self.texts), np.nan)
         if reading is not None:
@@ -90,7 +90,9 @@ class PromptTokens:
             for place, index in self.index_at.items()
             if reading is not None and index in order
         }
-        return Echo(tokens=self.texts, logprobs=logprobs, candidates=candidates, prompt_tokens=len(self.row.tokens))
+        return PromptLogprobs(
+            tokens=self.texts, logprobs=logprobs, candidates=candidates, prompt_tokens=len(self.row.tokens)
+        )
 
 
 def _texts(tokens: Sequence[int], logprobs: Sequence[float], strings: Sequence[str]) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 
 Answer = Callable[[list[str], Sampling], str]
 """What is said about the numbered pieces of a question."""
@@ -31,7 +31,7 @@ class Judge:
         text = self.answer(pieces_of(messages[-1].text), sampling)
         return Reply(text=text, finish="stop", prompt_tokens=1, new_tokens=1)
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:  # noqa: ARG002
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:  # noqa: ARG002
         raise LLMError("this server ignores logprobs")
 
 
@@ -45,10 +45,10 @@ class Reader(Judge):
         self.logprob, self.candidates = logprob, candidates
         self.prompts: list[Prompt] = []
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:  # noqa: ARG002
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:  # noqa: ARG002
         self.prompts.extend(prompts)
         return [
-            Echo(
+            PromptLogprobs(
                 tokens=tuple(one.rest), logprobs=np.full(len(one.rest), self.logprob(one)),
                 candidates={place: self.candidates(one) for place in one.at or ()},
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 
 Rule = Callable[[Sequence[str], int], float]
 """(tokens, index) -> activation, 0 to 10."""
@@ -74,18 +74,18 @@ class RuleFollower:
         """The text of each token."""
         return re.findall(r"unknown|10|.|\n" if self.ten else r"unknown|.|\n", text)
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """What it expects."""
         self.asked += prompts
         return [self._echo(prompt, top) for prompt in prompts]
 
-    def _echo(self, prompt: Prompt, top: int) -> Echo:
+    def _echo(self, prompt: Prompt, top: int) -> PromptLogprobs:
         tokens = self.tokens(prompt.rest)
         begins = np.cumsum([0, *map(len, tokens)]).tolist()[:-1]
         at = begins if prompt.at is None else [place for place in prompt.at if place in begins]
         candidates = {place: self.expects(prompt.prefix + prompt.rest[:place], top) for place in at}
         logprobs = [candidates.get(place, {}).get(token, np.nan) for place, token in zip(begins, tokens, strict=True)]
-        return Echo(tokens=tuple(tokens), logprobs=np.array(logprobs), candidates=candidates)
+        return PromptLogprobs(tokens=tuple(tokens), logprobs=np.array(logprobs), candidates=candidates)
 
     def expects(self, text: str, top: int) -> Mapping[str, float]:
         """The most probable next tokens after a text."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 
 
 class ScriptedLLM:
@@ -28,7 +28,7 @@ class ScriptedLLM:
         self.asked.append((tuple(messages), sampling))
         return Reply(text=self.answer(messages, sampling), finish="stop", prompt_tokens=100, new_tokens=10)
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """No probabilities."""
         raise LLMError(f"{len(prompts)} prompts, {top} candidates: none of it")
 

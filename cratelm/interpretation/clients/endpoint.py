@@ -1,7 +1,7 @@
 """A language model behind a server: vLLM, llama.cpp, `transformers serve`, or a provider, by its base URL.
 
-Whatever such servers do differently is met here: how they give the probabilities of a prompt (`echoes.py`), whether
-they know the system's turn, an answer's schema, and OpenAI's newer names.
+Differences between servers are handled here: how they return prompt logprobs (`prompt_logprobs.py`), whether they
+support a system message and a JSON schema, and OpenAI's newer parameter names.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.clients import prompt_logprobs as echoes
+from cratelm.interpretation.clients import prompt_logprobs as shapes
 from cratelm.interpretation.clients.transport import Refused, Retry, Transport, Unreadable
 from cratelm.interpretation.clients.usage import Usage
-from cratelm.interpretation.llm import Declined, Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import Declined, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.interpretation.prompts.few_shot import solved_tables
 
@@ -46,7 +46,7 @@ class Endpoint:
         self.context: int | None = None
         self.served: tuple[str, ...] = ()
         """Models that the server says it has."""
-        self.style: echoes.Style | None = None
+        self.style: shapes.Style | None = None
         """How it gives the probabilities of a prompt, once that was found out."""
         self.transport = Transport(
             url, key_from=key_from, in_flight=in_flight, timeout=timeout, retry=retry, usage=usage
@@ -55,8 +55,8 @@ class Endpoint:
         self.tokens_per_byte = 0.0
         """Of text like that of prompts, as `measure` found it once; 0 where it is not known: a token for each byte."""
         self._counter = counter
-        self._no_echo, self._answered = "", False
-        self._layouts = echoes.Layouts()
+        self._no_logprobs, self._answered = "", False
+        self._layouts = shapes.Layouts()
         self.most = 0
         """Candidates that can be asked for, where that is fewer than are wanted; 0 while no such limit is known."""
         self._finding: tuple[Any, asyncio.Lock] | None = None
@@ -174,22 +174,22 @@ class Endpoint:
             raise Declined(said, prompt_tokens=paid[0], new_tokens=paid[1])
         return Reply(text=text or "", finish=finish, prompt_tokens=paid[0], new_tokens=paid[1])
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """What the model expected. Raises `LLMError` where the server does not give the probabilities of a prompt."""
         if not prompts:
             return []
         if self.style is None:
             async with self._finder():  # one tries, and those that come meanwhile do it as was found
                 if self.style is None:
-                    first = await self._echo_in_some_style(prompts[0], top)
+                    first = await self._logprobs_in_some_style(prompts[0], top)
                     prompts = prompts[1:]
                     found = [first]
                 else:
                     found = []
-            return [*found, *await self.echo(prompts, top=top)]
+            return [*found, *await self.prompt_logprobs(prompts, top=top)]
         try:
-            return await asyncio.gather(*(self._echo(self.style, prompt, top, self.most) for prompt in prompts))
-        except echoes.Absent:
+            return await asyncio.gather(*(self._logprobs(self.style, prompt, top, self.most) for prompt in prompts))
+        except shapes.Absent:
             raise LLMError(
                 f"{self.transport.url} gave the probabilities of a prompt before, and does not now"
             ) from None
@@ -201,23 +201,23 @@ class Endpoint:
             self._finding = loop, asyncio.Lock()
         return self._finding[1]
 
-    async def _echo(self, style: echoes.Style, prompt: Prompt, top: int, most: int) -> Echo:
+    async def _logprobs(self, style: shapes.Style, prompt: Prompt, top: int, most: int) -> PromptLogprobs:
         asked = min(top, most or top)
-        body = echoes.request(style, self.name, prompt, asked)
+        body = shapes.request(style, self.name, prompt, asked)
         return await self.transport.ask(
-            "/completions", body, lambda answer: echoes.read(style, answer, prompt, asked, self._layouts)
+            "/completions", body, lambda answer: shapes.read(style, answer, prompt, asked, self._layouts)
         )
 
-    async def _echo_in_some_style(self, prompt: Prompt, top: int) -> Echo:
+    async def _logprobs_in_some_style(self, prompt: Prompt, top: int) -> PromptLogprobs:
         """Try each way, with fewer candidates where many are refused; remember what works, or that nothing does."""
-        if self._no_echo:
-            raise LLMError(self._no_echo)
+        if self._no_logprobs:
+            raise LLMError(self._no_logprobs)
         reasons = {}
-        for style in echoes.STYLES:
+        for style in shapes.STYLES:
             for most in (0, FEWER):
                 try:
-                    echo = await self._echo(style, prompt, top, most)
-                except echoes.Absent:
+                    answer = await self._logprobs(style, prompt, top, most)
+                except shapes.Absent:
                     reasons[style] = IGNORED
                     break
                 except Refused as error:
@@ -227,12 +227,12 @@ class Endpoint:
                         break
                 else:
                     self.style, self.most = style, most
-                    return echo
+                    return answer
         ways = {"vllm": "prompt_logprobs", "openai": "echo with logprobs"}
         told = "; ".join(f"{ways[style]}: {reason}" for style, reason in reasons.items())
         message = f"{self.transport.url} does not give the probabilities of a prompt ({told})"
         if set(reasons.values()) == {IGNORED}:  # a refusal may be about this prompt alone
-            self._no_echo = message
+            self._no_logprobs = message
         raise LLMError(message)
 
     async def _check_model(self, error: Refused) -> None:

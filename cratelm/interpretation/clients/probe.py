@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
 from cratelm.interpretation.clients.endpoint import Endpoint
-from cratelm.interpretation.llm import LLM, Echo, LLMError, Message, Prompt, Sampling
+from cratelm.interpretation.llm import LLM, LLMError, Message, Prompt, PromptLogprobs, Sampling
 
 WORDS = ("10", "unknown", *map(str, range(10)))
 """What stands behind a tab in a simulator's tables; how the model's tokenizer writes it decides what can be read."""
@@ -33,7 +34,7 @@ class Capabilities:
     """Longest prompt and answer together, in tokens; None where that is not told."""
     chat: bool = False
     """Whether it answers a chat."""
-    echo: bool = False
+    prompt_logprobs: bool = False
     """Whether it gives the probabilities of a prompt's own tokens, and they pass for such."""
     style: str = ""
     """How a server gives them: `vllm` or `openai`."""
@@ -42,13 +43,26 @@ class Capabilities:
     most: int | None = None
     """Candidates that can be asked for; 0 for as many as are wanted, None where that was not noted."""
     pieces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """How its tokenizer writes "10", "unknown", the digits behind a tab, and the tab; empty without echo."""
+    """How its tokenizer writes "10", "unknown", the digits behind a tab, and the tab; empty without answer."""
     schema: bool = False
     """Whether it holds an answer to a JSON schema."""
     several: bool = False
     """Whether several answers can be asked for in one request; else they are several requests."""
     notes: tuple[str, ...] = ()
     """Why something cannot be asked, a sentence each."""
+
+    def row(self) -> dict[str, Any]:
+        """As JSON for the store, which calls `prompt_logprobs` `echo`."""
+        values = asdict(self)
+        return {"echo" if name == "prompt_logprobs" else name: value for name, value in values.items()}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Capabilities":
+        """From the store."""
+        values = {"prompt_logprobs" if name == "echo" else name: value for name, value in row.items()}
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        pieces = {word: tuple(tokens) for word, tokens in row["pieces"].items()}
+        return cls(**values | lists | {"pieces": pieces})
 
     @property
     def whole_ten(self) -> bool:
@@ -63,13 +77,13 @@ class Capabilities:
     @property
     def reason(self) -> str:
         """All of it in one line."""
-        if self.echo:
+        if self.prompt_logprobs:
             how = f" ({self.style})" if self.style else ""
             ten = "10 is one token" if self.whole_ten else f"10 is {len(self.pieces.get('10', ()))} tokens"
-            echo = f"gives the probabilities of a prompt{how}, {self.top} candidates, {ten}"
+            gives = f"gives the probabilities of a prompt{how}, {self.top} candidates, {ten}"
         else:
-            echo = "gives no probabilities of a prompt"
-        can = ["answers chats" if self.chat else "has no chat", echo]
+            gives = "gives no probabilities of a prompt"
+        can = ["answers chats" if self.chat else "has no chat", gives]
         can += ["holds to a JSON schema"] if self.schema else []
         context = f", context {self.context}" if self.context else ""
         return f"{self.name}: {'; '.join(can)}{context}"
@@ -86,15 +100,15 @@ async def probe(llm: LLM, *, top: int = 15, meter: Callable[[LLM], LLM] | None =
         await server.connect()
     asked = meter(llm) if meter is not None else llm
     chat = await _chats(asked, notes)
-    echoes = await _echoes(asked, top, notes)
+    answers = await _prompt_logprobs(asked, top, notes)
     listed = server is not None and bool(server.served)
     if server is not None and listed and llm.name not in server.served:
         notes.append(f"the server answers as {llm.name}, and lists only {', '.join(server.served[:5])}")
     return Capabilities(
         name=llm.name, served=server.served if server else (), context=llm.context, chat=chat,
-        echo=bool(echoes), style=(server.style or "") if server and echoes else "",
-        top=_candidates(echoes[0]) if echoes else 0, pieces=_pieces(echoes[0]) if echoes else {},
-        most=server.most if server and echoes else None, schema=chat and await _holds_to_a_schema(asked, notes),
+        prompt_logprobs=bool(answers), style=(server.style or "") if server and answers else "",
+        top=_candidates(answers[0]) if answers else 0, pieces=_pieces(answers[0]) if answers else {},
+        most=server.most if server and answers else None, schema=chat and await _holds_to_a_schema(asked, notes),
         several=server is not None and chat and await server.honours_n(), notes=tuple(notes),
     )  # fmt: skip
 
@@ -108,11 +122,11 @@ async def _chats(llm: LLM, notes: list[str]) -> bool:
     return True
 
 
-async def _echoes(llm: LLM, top: int, notes: list[str]) -> list[Echo]:
-    """Two echoes of the same table, if they are what they should be."""
+async def _prompt_logprobs(llm: LLM, top: int, notes: list[str]) -> list[PromptLogprobs]:
+    """Prompt logprobs of the same table, twice, if they are what they should be."""
     prompt = Prompt(prefix="Boats:\n", rest=TABLE)
     try:
-        found = [(await llm.echo([prompt], top=top))[0] for _ in range(2)]
+        found = [(await llm.prompt_logprobs([prompt], top=top))[0] for _ in range(2)]
     except LLMError as error:
         notes.append(f"no probabilities of a prompt: {error}")
         return []
@@ -123,18 +137,18 @@ async def _echoes(llm: LLM, top: int, notes: list[str]) -> list[Echo]:
     return found
 
 
-def _fault(echo: Echo, top: int) -> str:
-    """What is wrong with an echo of the table; nothing if it passes."""
-    known = echo.logprobs[~np.isnan(echo.logprobs)]
-    if "".join(echo.tokens) != TABLE or len(echo.tokens) != len(echo.logprobs):
+def _fault(answer: PromptLogprobs, top: int) -> str:
+    """What is wrong with the prompt logprobs of the table; nothing if it passes."""
+    known = answer.logprobs[~np.isnan(answer.logprobs)]
+    if "".join(answer.tokens) != TABLE or len(answer.tokens) != len(answer.logprobs):
         return "the tokens are not the prompt's"
-    if len(known) < len(echo.tokens) - 1:
-        return f"{len(echo.tokens) - len(known)} of {len(echo.tokens)} tokens have none"
+    if len(known) < len(answer.tokens) - 1:
+        return f"{len(answer.tokens) - len(known)} of {len(answer.tokens)} tokens have none"
     if not np.isfinite(known).all() or known.max() > 1e-2 or np.ptp(known) == 0:
         return "they are no log-probabilities of different tokens"
-    at = _offsets(echo)
-    for number, (token, logprob) in enumerate(zip(echo.tokens, echo.logprobs, strict=True)):
-        candidates = echo.candidates.get(at[number], {})
+    at = _offsets(answer)
+    for number, (token, logprob) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+        candidates = answer.candidates.get(at[number], {})
         total = sum(math.exp(one) for one in candidates.values())
         if number and token and not candidates:
             return f"no candidates are given at {token!r}"
@@ -146,25 +160,25 @@ def _fault(echo: Echo, top: int) -> str:
     return ""
 
 
-def _difference(one: Echo, other: Echo) -> str:
+def _difference(one: PromptLogprobs, other: PromptLogprobs) -> str:
     if one.tokens != other.tokens:
         return "asked twice, it reads two different tokenizations"
     most = float(np.nanmax(np.abs(one.logprobs - other.logprobs)))
     return f"asked twice, it gives log-probabilities {most:.2g} apart" if most > SAME else ""
 
 
-def _offsets(echo: Echo) -> list[int]:
-    return np.cumsum([0, *map(len, echo.tokens[:-1])]).tolist()
+def _offsets(answer: PromptLogprobs) -> list[int]:
+    return np.cumsum([0, *map(len, answer.tokens[:-1])]).tolist()
 
 
-def _candidates(echo: Echo) -> int:
-    return max(len(one) for one in echo.candidates.values())
+def _candidates(answer: PromptLogprobs) -> int:
+    return max(len(one) for one in answer.candidates.values())
 
 
-def _pieces(echo: Echo) -> dict[str, tuple[str, ...]]:
+def _pieces(answer: PromptLogprobs) -> dict[str, tuple[str, ...]]:
     """The tokens that each word of the table is written with, and those of the tab before the first."""
     found: dict[str, tuple[str, ...]] = {}
-    spans = [(at, at + len(token), token) for at, token in zip(_offsets(echo), echo.tokens, strict=True) if token]
+    spans = [(at, at + len(token), token) for at, token in zip(_offsets(answer), answer.tokens, strict=True) if token]
     cursor = 0
     for word in WORDS:
         tab = TABLE.index("\t", cursor)

@@ -14,7 +14,7 @@ import numpy as np
 
 from cratelm.interpretation.clients.token_alignment import Layout, Place, align, align_like
 from cratelm.interpretation.clients.transport import Unreadable
-from cratelm.interpretation.llm import Echo, Prompt
+from cratelm.interpretation.llm import Prompt, PromptLogprobs
 
 Style = Literal["vllm", "openai"]
 STYLES: tuple[Style, ...] = ("vllm", "openai")
@@ -77,7 +77,9 @@ class Layouts:
         return laid.places
 
 
-def read(style: Style, answer: Mapping[str, Any], prompt: Prompt, top: int, layouts: Layouts | None = None) -> Echo:
+def read(
+    style: Style, answer: Mapping[str, Any], prompt: Prompt, top: int, layouts: Layouts | None = None
+) -> PromptLogprobs:
     """The echo in an answer. Raises `Absent` or `Unreadable`.
 
     Looked at are the tokens of the prompt's rest, and of these the places that are asked about; of all others the text.
@@ -89,7 +91,7 @@ def read(style: Style, answer: Mapping[str, Any], prompt: Prompt, top: int, layo
         places = (layouts or Layouts()).lay(told, prompt.prefix + prompt.rest)
         if places is None:
             raise Unreadable("its tokens do not spell the prompt")
-        return _echo(prompt, told, places, usage.get("prompt_tokens") or len(places), top)
+        return _prompt_logprobs(prompt, told, places, usage.get("prompt_tokens") or len(places), top)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise Unreadable(f"no probabilities in the form of {style} ({type(error).__name__}: {error})") from None
 
@@ -170,7 +172,7 @@ def _check(position: Expected) -> None:
         raise Unreadable(f"a log-probability of {max(position.own):.3g}")
 
 
-def _echo(prompt: Prompt, told: Told, places: Sequence[Place], read_: int, top: int) -> Echo:
+def _prompt_logprobs(prompt: Prompt, told: Told, places: Sequence[Place], read_: int, top: int) -> PromptLogprobs:
     start, whole = len(prompt.prefix), prompt.prefix + prompt.rest
     wanted = None if prompt.at is None else set(prompt.at)
     tokens: list[str] = []
@@ -194,7 +196,7 @@ def _echo(prompt: Prompt, told: Told, places: Sequence[Place], read_: int, top: 
         if asked and position is not None and position.candidates:
             # The last token that begins here is the one with all before it read.
             candidates[place.start - start] = _best(position.candidates, top)
-    return Echo(
+    return PromptLogprobs(
         tokens=tuple(tokens), logprobs=np.array(logprobs, dtype=np.float64),
         candidates={at: candidates[at] for at in sorted(candidates)}, prompt_tokens=read_,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Around, Declined, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.runtime import human
 
 Lost = Callable[[int | None, int | None, bool], Awaitable[None]]
@@ -86,7 +86,7 @@ class Budget:
 
 
 @dataclass(slots=True)
-class Metered(Around):
+class Metered(LLMWrapper):
     """A language model whose answers are counted, and that stops before a budget is overdrawn.
 
     Before each call, what it can cost at most is set aside: its prompt, and the longest answer. So calls that are on
@@ -110,14 +110,14 @@ class Metered(Around):
             self.usage.add(reply.prompt_tokens, reply.new_tokens)
         return reply
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
-        """Echo prompts if the budget allows it. Servers write a token after each, so one is counted."""
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
+        """PromptLogprobs prompts if the budget allows it. Servers write a token after each, so one is counted."""
         most = sum(self.count(one.prefix + one.rest) + 2 for one in prompts), len(prompts)
         async with self._paying(most, len(prompts)):
-            echoes = await self.inner.echo(prompts, top=top)
-            for echo in echoes:
-                self.usage.add(echo.prompt_tokens, 1)
-        return echoes
+            answers = await self.inner.prompt_logprobs(prompts, top=top)
+            for answer in answers:
+                self.usage.add(answer.prompt_tokens, 1)
+        return answers
 
     @contextlib.asynccontextmanager
     async def _paying(self, most: tuple[int, int], calls: int) -> AsyncIterator[None]:

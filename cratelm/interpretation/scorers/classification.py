@@ -312,8 +312,8 @@ async def _probabilities(
         rest = item.text + after
         prompts.append(Prompt(prefix=prefix, rest=f"{rest}0", at=(len(rest),)))
     found: list[float | str] = []
-    for prompt, echo in zip(prompts, await llm.echo(prompts), strict=True):
-        next_tokens = echo.candidates.get(prompt.at[0] if prompt.at else 0, {})
+    for prompt, answer in zip(prompts, await llm.prompt_logprobs(prompts), strict=True):
+        next_tokens = answer.candidates.get(prompt.at[0] if prompt.at else 0, {})
         no, yes = (math.exp(next_tokens[text]) if text in next_tokens else 0.0 for text in ("0", "1"))
         likely = ", ".join(sorted(next_tokens, key=lambda token: -next_tokens[token])[:5])
         found.append(yes / (no + yes) if no + yes > 0 else f"neither 0 nor 1 was expected, but: {likely}")

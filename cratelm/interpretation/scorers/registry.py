@@ -21,7 +21,7 @@ from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
 from cratelm.interpretation.scorers.results import Judged
-from cratelm.interpretation.scorers.surprisal import check_echo, surprisal
+from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
 from cratelm.interpretation.scorers.windows import contrast
 from cratelm.interpretation.scoring.statistics import interval, sets_each
 from cratelm.interpretation.store.schema import Judging, Stage
@@ -37,7 +37,7 @@ class Scorer:
     """What is to know about a scorer."""
 
     name: Judging
-    asks: Literal["chat", "echo", "encoder"]
+    asks: Literal["chat", "prompt-logprobs", "encoder"]
     """What it needs: a model that answers, one that tells the probabilities of a prompt, or a sentence encoder."""
     explained: bool
     """Whether it tests an explanation; the others test the neuron itself."""
@@ -57,7 +57,7 @@ SCORERS: dict[str, Scorer] = {
         Scorer(name="fuzzing", asks="chat", explained=True, number="balanced_accuracy"),
         Scorer(name="fuzzing-active", asks="chat", explained=True, number="balanced_accuracy"),
         Scorer(name="intruder", asks="chat", explained=False, number="accuracy"),
-        Scorer(name="surprisal", asks="echo", explained=True, number="auc"),
+        Scorer(name="surprisal", asks="prompt-logprobs", explained=True, number="auc"),
         Scorer(name="embedding", asks="encoder", explained=True, number="auc"),
         Scorer(name="example-embedding", asks="encoder", explained=False, number="auc"),
     )
@@ -78,8 +78,8 @@ def chosen_scorers(names: Iterable[str]) -> tuple[str, ...]:
 async def check_llm(names: Iterable[str], llm: LLM, questions: Questions) -> None:
     """Refuse, before anything is paid for, a model that cannot give what these scorers ask for."""
     needs = {SCORERS[name].asks for name in names if name in SCORERS}
-    if "echo" in needs or ("chat" in needs and questions.answers == "probabilities"):
-        await check_echo(llm)
+    if "prompt-logprobs" in needs or ("chat" in needs and questions.answers == "probabilities"):
+        await check_prompt_logprobs(llm)
 
 
 async def judge(

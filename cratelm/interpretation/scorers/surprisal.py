@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Echo, LLMError, Prompt
+from cratelm.interpretation.llm import LLM, LLMError, Prompt, PromptLogprobs
 from cratelm.interpretation.scorers.classification import Questions, enough_windows, filled, words
 from cratelm.interpretation.scorers.results import UNREADABLE, Judged, Unreadable
 from cratelm.interpretation.scorers.windows import TOO_FEW, Contrast, raw
@@ -30,8 +30,8 @@ async def surprisal(
     asked = [windows[i] for i in order]
     texts = [raw(window, pieces) for window in asked]
     generic = words()["surprisal"]["generic"]
-    with_it = await llm.echo([Prompt(prefix=_before(explanation), rest=text) for text in texts], top=1)
-    without = await llm.echo([Prompt(prefix=_before(generic), rest=text) for text in texts], top=1)
+    with_it = await llm.prompt_logprobs([Prompt(prefix=_before(explanation), rest=text) for text in texts], top=1)
+    without = await llm.prompt_logprobs([Prompt(prefix=_before(generic), rest=text) for text in texts], top=1)
     gains = [_gain(ours, theirs) for ours, theirs in zip(with_it, without, strict=True)]
     failures = tuple(
         Unreadable(items=(place,), said="the probabilities of its tokens are not all told")
@@ -58,7 +58,7 @@ def _before(description: str) -> str:
     return f"{text['head']}{examples}{filled(text['entry'], description=description)}"
 
 
-def _gain(ours: Echo, theirs: Echo) -> float | None:
+def _gain(ours: PromptLogprobs, theirs: PromptLogprobs) -> float | None:
     """Nats per token; None where a token's probability is not known or the two were cut into other tokens.
 
     A first token that begins before the window, as where a tokenizer joins a colon and a line break, is left out.
@@ -71,14 +71,14 @@ def _gain(ours: Echo, theirs: Echo) -> float | None:
     return gain if np.isfinite(gain) else None
 
 
-async def check_echo(llm: LLM) -> None:
+async def check_prompt_logprobs(llm: LLM) -> None:
     """Refuse a model that does not tell the probabilities of a prompt, with what to use instead."""
     try:
-        (echo,) = await llm.echo([Prompt(prefix="The sun rises in the", rest=" east")], top=1)
+        (answer,) = await llm.prompt_logprobs([Prompt(prefix="The sun rises in the", rest=" east")], top=1)
     except LLMError as error:
         said = str(error).rstrip(".")
     else:
-        if len(echo.logprobs) and np.isfinite(echo.logprobs).all():
+        if len(answer.logprobs) and np.isfinite(answer.logprobs).all():
             return
         said = "it answered without them"
     raise CrateError(

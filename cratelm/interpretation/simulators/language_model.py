@@ -21,7 +21,7 @@ from jaxtyping import Float64
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Echo, LLMError, Prompt, Sampling
+from cratelm.interpretation.llm import LLM, LLMError, Prompt, PromptLogprobs, Sampling
 from cratelm.interpretation.prompts import simulator as prompts
 from cratelm.interpretation.prompts.escaping import BROKEN
 from cratelm.interpretation.prompts.explainer import PromptTooLong
@@ -104,11 +104,10 @@ async def written(llm: LLM) -> tuple[bool, str]:
     table = "a\t10\n"
     texts = [table, *(f"a\t{unknown}\n the\t{unknown}\n" for unknown in UNKNOWN)]
     prompts_ = [Prompt(prefix=table, rest=text, at=tuple(_after_tabs(text))) for text in texts]
-    ten, *others = await llm.echo(prompts_, top=1)
+    ten, *others = await llm.prompt_logprobs(prompts_, top=1)
     begins = dict(zip(np.cumsum([0, *map(len, ten.tokens)]).tolist(), ten.tokens, strict=False))
-    fitting = [
-        u for u, p, echo in zip(UNKNOWN, prompts_[1:], others, strict=True) if set(p.at or ()) <= set(echo.candidates)
-    ]
+    read = zip(UNKNOWN, prompts_[1:], others, strict=True)
+    fitting = [unknown for unknown, prompt, answer in read if set(prompt.at or ()) <= set(answer.candidates)]
     if not fitting:
         raise LLMError(
             f"the tokenizer of {llm.name} joins a tab with whatever follows it, so activations cannot be read"
@@ -160,8 +159,8 @@ class AllAtOnce:
         ]
         pairs = zip(tables, wanted, strict=True)
         asked = [Prompt(prefix=prefix, rest=rest, at=at, numbers=True) for (rest, _), at in pairs]
-        echoes = await self.llm.echo(asked, top=self.read_out.candidates)
-        reads = [_read(self.read_out, echo, at, self.llm) for echo, at in zip(echoes, wanted, strict=True)]
+        answers = await self.llm.prompt_logprobs(asked, top=self.read_out.candidates)
+        reads = [_read(self.read_out, answer, at, self.llm) for answer, at in zip(answers, wanted, strict=True)]
         _count(self.counts, reads, self.read_out, self.llm)
         # A place that was not asked for is one whose token the released code skips.
         return [
@@ -217,9 +216,9 @@ class TokenByToken:
         rests = [rest for rows in asked for rest, _ in rows]
         before = _fitting(partial(self._head, explanation), rests, self.llm, self.counts, self.left_out)
         questions = [Prompt(prefix=before, rest=rest, at=(at,), numbers=True) for rows in asked for rest, at in rows]
-        echoes = await self.llm.echo(questions, top=self.read_out.candidates)
+        answers = await self.llm.prompt_logprobs(questions, top=self.read_out.candidates)
         reads = [
-            _read(self.read_out, echo, one.at or (), self.llm) for echo, one in zip(echoes, questions, strict=True)
+            _read(self.read_out, answer, one.at or (), self.llm) for answer, one in zip(answers, questions, strict=True)
         ]
         _count(self.counts, reads, self.read_out, self.llm)
         values = np.array([next(iter(found.values())) or 0.0 for found in reads])
@@ -279,12 +278,12 @@ class Structured:
             raise
 
 
-def _read(read_out: ReadOut, echo: Echo, at: Sequence[int], llm: LLM) -> dict[int, float | None]:
+def _read(read_out: ReadOut, answer: PromptLogprobs, at: Sequence[int], llm: LLM) -> dict[int, float | None]:
     """The activation at each place, None where no number was among the candidates."""
-    missing = [place for place in at if place not in echo.candidates]
+    missing = [place for place in at if place not in answer.candidates]
     if missing and read_out.strict:
         raise LLMError(f"{llm.name} gave no candidates at {len(missing)} of {len(at)} places of a prompt")
-    return {place: read_out.expected(echo.candidates.get(place, {})) for place in at}
+    return {place: read_out.expected(answer.candidates.get(place, {})) for place in at}
 
 
 def _count(

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLM, Around, Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, LLMError, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import TURN
-from cratelm.interpretation.store.answer_cache import chat_hash, echo_hash, is_kept
+from cratelm.interpretation.store.answer_cache import chat_hash, is_kept, prompt_logprobs_hash
 from cratelm.interpretation.store.database import Store
 
 COUNTED = 8
@@ -81,9 +81,9 @@ class CountingLLM:
         self.asked.add(Asked(calls=1, read=read, computed=read, written=sampling.max_tokens))
         return Reply(text="", finish="stop", prompt_tokens=read, new_tokens=0)
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Count prompts. Everywhere the model is taken to expect a 0."""
-        new = [prompt for prompt in prompts if self._is_new(echo_hash(self.identity, prompt, top))]
+        new = [prompt for prompt in prompts if self._is_new(prompt_logprobs_hash(self.identity, prompt, top))]
         prefixes = {prefix: self._expected(prefix) for prefix in {prompt.prefix for prompt in new}}
         self.asked.computed += sum(prefixes.values())
         for prompt in new:
@@ -105,13 +105,13 @@ class CountingLLM:
     def _expected(self, text: str) -> int:
         """Tokens that a text is likely to have: `count` is on the safe side where a server's tokenizer is not known."""
         llm = self.of
-        while isinstance(llm, Around):
+        while isinstance(llm, LLMWrapper):
             llm = llm.inner
         return llm.expected(text) if hasattr(llm, "expected") else llm.count(text)
 
 
-def _expecting_zero(prompt: Prompt, top: int) -> Echo:
-    return Echo(
+def _expecting_zero(prompt: Prompt, top: int) -> PromptLogprobs:
+    return PromptLogprobs(
         tokens=(prompt.rest,), logprobs=np.array([np.nan]), candidates={at: {"0": 0.0} for at in prompt.at or () if top}
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.interpretation.clients.usage import Usage
-from cratelm.interpretation.llm import LLM, Around, Declined, Echo, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.store.database import Store, StoreBusy
 
 DECLINED = "declined"
@@ -34,7 +34,7 @@ Ask = Callable[[str], Awaitable[dict[str, Any]]]
 """Asks the model for what has this hash."""
 
 
-class Cached(Around):
+class Cached(LLMWrapper):
     """A language model whose answers are kept before anybody gets them. What is asked twice at once is asked once."""
 
     def __init__(self, inner: LLM, store: Store, usage: Usage | None = None, *, in_flight: int = 0) -> None:
@@ -56,17 +56,17 @@ class Cached(Around):
         (answer,) = await self._answers([asked], ask)
         return Reply(**answer)
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
-        """The kept echoes, or the model's. Each prompt is asked for by itself: where one fails the others are kept."""
-        hashes = [echo_hash(self.inner.identity, prompt, top) for prompt in prompts]
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
+        """The cached prompt logprobs, or the model's. One call for each prompt: if one fails, the others are cached."""
+        hashes = [prompt_logprobs_hash(self.inner.identity, prompt, top) for prompt in prompts]
         prompt_of = dict(zip(hashes, prompts, strict=True))
 
         async def ask(one: str) -> dict[str, Any]:
-            (echo,) = await self.inner.echo([prompt_of[one]], top=top)
-            return _told(prompt_of[one], echo)
+            (read,) = await self.inner.prompt_logprobs([prompt_of[one]], top=top)
+            return logprobs_to_json(prompt_of[one], read)
 
         answers = await self._answers(hashes, ask)
-        return [_echo(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [logprobs_from_json(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     async def _answers(self, hashes: Sequence[str], ask: Ask) -> list[dict[str, Any]]:
         """The answers to what has these hashes: kept, on their way, or asked for now.
@@ -195,8 +195,8 @@ def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) ->
     return _hash(["chat", identity, {"turns": [asdict(message) for message in messages], **asdict(sampling)}])
 
 
-def echo_hash(identity: str, prompt: Prompt, top: int) -> str:
-    """Under what the echo of a prompt is kept."""
+def prompt_logprobs_hash(identity: str, prompt: Prompt, top: int) -> str:
+    """Key under which a prompt's logprobs are cached. The word `echo` is part of every stored key."""
     asked = {name: value for name, value in asdict(prompt).items() if value or name != "numbers"}
     return _hash(["echo", identity, {**asked, "top": top}])
 
@@ -240,32 +240,33 @@ def spent(store: Store) -> tuple[int, int]:
     return int(row[0]), int(row[1])
 
 
-def _told(prompt: Prompt, echo: Echo) -> dict[str, Any]:
-    """An echo as JSON. The tokens are there as lengths: their text is the prompt's.
+def logprobs_to_json(prompt: Prompt, read: PromptLogprobs) -> dict[str, Any]:
+    """Prompt logprobs as JSON. Tokens are stored as lengths: their text is the prompt's.
 
     Of one that is read for numbers nothing else is kept, and of their log-probabilities nine decimals.
     """
-    logprobs = [None if math.isnan(one) else one for one in echo.logprobs.tolist()]
-    candidates = [[at, dict(found)] for at, found in echo.candidates.items()]
+    logprobs = [None if math.isnan(one) else one for one in read.logprobs.tolist()]
+    candidates = [[at, dict(found)] for at, found in read.candidates.items()]
     if prompt.numbers:
         logprobs = []
         candidates = [
             [at, {text: round(one, 9) for text, one in found.items() if text.strip().isdigit()}]
-            for at, found in echo.candidates.items()
+            for at, found in read.candidates.items()
         ]
     return {
-        "tokens": [len(token) for token in echo.tokens], "logprobs": logprobs, "candidates": candidates,
-        "prompt_tokens": echo.prompt_tokens,
+        "tokens": [len(token) for token in read.tokens], "logprobs": logprobs, "candidates": candidates,
+        "prompt_tokens": read.prompt_tokens,
     }  # fmt: skip
 
 
-def _echo(prompt: Prompt, told: dict[str, Any]) -> Echo:
-    ends = np.cumsum([0, *told["tokens"]]).tolist()
-    return Echo(
+def logprobs_from_json(prompt: Prompt, stored: dict[str, Any]) -> PromptLogprobs:
+    """Read what `logprobs_to_json` wrote."""
+    ends = np.cumsum([0, *stored["tokens"]]).tolist()
+    return PromptLogprobs(
         tokens=tuple(prompt.rest[start:end] for start, end in zip(ends, ends[1:], strict=False)),
         logprobs=np.array(
-            [math.nan if one is None else one for one in told["logprobs"] or [None] * len(told["tokens"])],
+            [math.nan if one is None else one for one in stored["logprobs"] or [None] * len(stored["tokens"])],
             dtype=np.float64,
         ),
-        candidates={at: found for at, found in told["candidates"]}, prompt_tokens=told["prompt_tokens"],
+        candidates={at: found for at, found in stored["candidates"]}, prompt_tokens=stored["prompt_tokens"],
     )  # fmt: skip

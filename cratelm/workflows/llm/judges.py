@@ -29,7 +29,7 @@ class Judges:
 
     def jury_for(self, scorer: str) -> Jury:
         """The jury of one scorer."""
-        return replace(self.jury, llm=self.reader) if SCORERS[scorer].asks == "echo" else self.jury
+        return replace(self.jury, llm=self.reader) if SCORERS[scorer].asks == "prompt-logprobs" else self.jury
 
     def sets(self, explained: Sequence[SetKey], controls: Sequence[str]) -> Iterator[tuple[str, SetKey]]:
         """Every scorer with every set of its results; one that tests no explanation has one for each layer."""
@@ -54,8 +54,8 @@ async def find_judges(
     for need, name in needs.items():
         if need != "encoder" and chat is None:
             raise CrateError(f"the scorer {name} asks a language model. Give --llm URL of a server, or a directory")
-    if "echo" in needs and reader is not None:
-        await check_llm([needs["echo"]], reader, Questions())
+    if "prompt-logprobs" in needs and reader is not None:
+        await check_llm([needs["prompt-logprobs"]], reader, Questions())
     opened: Any = None
     if "encoder" in needs:
         from cratelm.encoder import DEFAULT, SentenceEncoder

@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Cast:
             async with noted_cost(llm, store, meter(llm).usage):
                 found = await probe(llm, meter=meter)
             if store.path.exists():
-                store.note(name, json.dumps(asdict(found)))
+                store.note(name, json.dumps(found.row()))
         elif isinstance(llm, Endpoint) and llm.style is None and found.most is not None:
             llm.style, llm.most = next((one for one in STYLES if one == found.style), None), found.most
         for line in (found.reason, *found.notes):
@@ -162,11 +162,8 @@ def _known(store: Store, name: str, method: str) -> Capabilities | None:
     noted = store.noted(name)
     if noted is None:
         return None
-    told = json.loads(noted)
-    pieces = {word: tuple(tokens) for word, tokens in told.pop("pieces").items()}
-    lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
-    found = Capabilities(**told | lists, pieces=pieces)
-    enough = {"auto": found.echo or found.chat, "structured": found.chat}.get(method, found.echo)
+    found = Capabilities.of_row(json.loads(noted))
+    enough = {"auto": found.prompt_logprobs or found.chat, "structured": found.chat}.get(method, found.prompt_logprobs)
     return found if enough else None
 
 
@@ -201,13 +198,13 @@ def _counter(source: str) -> Any:
 async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities) -> Simulator:
     """How a model simulates, and why. Refused where it cannot do what was asked for."""
     method, why = simulating.simulator, "as asked for"
-    if method == "auto" and can.echo:
+    if method == "auto" and can.prompt_logprobs:
         method, why = "all-at-once", "it gives the probabilities of a prompt"
     elif method == "auto" and can.chat:
         method, why = "structured", "it gives no probabilities of a prompt, but answers chats"
     if method == "auto":
         raise CrateError(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
-    if method != "structured" and not can.echo:
+    if method != "structured" and not can.prompt_logprobs:
         raise CrateError(
             f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
             "Use --simulator structured, or another --simulator-llm"

@@ -234,7 +234,7 @@ def test_something_else_at_that_url() -> None:
         server.served = []
         page = Answer(b"<html>hello</html>")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llm_server.Answer", lambda _body: page)
+            patch.setattr("fakes.llm_server.Answer", lambda _body: page)
             with pytest.raises(CrateError, match="does not speak OpenAI's protocol"):
                 run(probe, server.url)
 
@@ -331,10 +331,10 @@ def test_probabilities_that_cannot_be_are_refused(changes: Body, said: str) -> N
         return Answer({"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
 
     async def twice(endpoint: Endpoint) -> None:
-        (echo,) = await endpoint.echo([Prompt(prefix="a", rest="bc")])
+        (echo,) = await endpoint.prompt_logprobs([Prompt(prefix="a", rest="bc")])
         assert (echo.tokens, echo.logprobs.tolist(), echo.prompt_tokens) == (("b", "c"), [-1.0, -1.0], 3)
         assert echo.candidates == {0: {"b": -1.0}, 1: {"c": -1.0}}
-        await endpoint.echo([Prompt(prefix="a", rest="bc")])
+        await endpoint.prompt_logprobs([Prompt(prefix="a", rest="bc")])
 
     with Server(answer) as server, pytest.raises(LLMError, match=said):
         run(twice, server.url)

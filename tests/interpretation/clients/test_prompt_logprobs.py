@@ -29,11 +29,11 @@ def test_a_limit_of_candidates_is_found_once_by_many_at_once() -> None:
 
     async def many(endpoint: Endpoint) -> list[Any]:
         prompts = [Prompt(prefix="a", rest=f"b{number}") for number in range(100)]
-        return await asyncio.gather(*(endpoint.echo([prompt]) for prompt in prompts), return_exceptions=True)
+        return await asyncio.gather(*(endpoint.prompt_logprobs([prompt]) for prompt in prompts), return_exceptions=True)
 
     async def known(endpoint: Endpoint) -> None:
         endpoint.style, endpoint.most = "openai", 5
-        await endpoint.echo([Prompt(prefix="a", rest="b")])
+        await endpoint.prompt_logprobs([Prompt(prefix="a", rest="b")])
 
     with Server(answer) as server:
         found = run(many, server.url)
@@ -47,7 +47,7 @@ def test_a_limit_of_candidates_is_found_once_by_many_at_once() -> None:
 def test_a_server_that_stops_giving_probabilities_is_a_failure_in_a_line() -> None:
     async def known(endpoint: Endpoint) -> None:
         endpoint.style = "openai"
-        await endpoint.echo([Prompt(prefix="a", rest="b")])
+        await endpoint.prompt_logprobs([Prompt(prefix="a", rest="b")])
 
     silent = {"choices": [{"text": "x", "finish_reason": "length", "logprobs": None}], "usage": {}}
     with Server(faults(Answer(silent))) as server, pytest.raises(LLMError, match="before, and does not now"):

@@ -12,7 +12,7 @@ from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import Capabilities, probe
 from cratelm.interpretation.clients.prompt_logprobs import Layouts, read
 from cratelm.interpretation.clients.transport import Unreadable
-from cratelm.interpretation.llm import Echo, LLMError, Prompt
+from cratelm.interpretation.llm import LLMError, Prompt, PromptLogprobs
 
 pytest.importorskip("openai", reason="openai is not installed (extra llm)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra llm)")
@@ -28,11 +28,11 @@ def server_of(llm: Any, shape: Shape, **more: Any) -> ModelServer:
     return ModelServer(llm.reader.model, llm.tokenizer.backend_tokenizer, shape, **more)
 
 
-def asked(server: ModelServer) -> tuple[Capabilities, list[Echo]]:
-    async def main() -> tuple[Capabilities, list[Echo]]:
+def asked(server: ModelServer) -> tuple[Capabilities, list[PromptLogprobs]]:
+    async def main() -> tuple[Capabilities, list[PromptLogprobs]]:
         endpoint = Endpoint(server.url, "small")
         try:
-            return await probe(endpoint), list(await endpoint.echo(PROMPTS))
+            return await probe(endpoint), list(await endpoint.prompt_logprobs(PROMPTS))
         finally:
             await endpoint.close()
 
@@ -41,15 +41,15 @@ def asked(server: ModelServer) -> tuple[Capabilities, list[Echo]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["vllm", "openai"])
-def test_the_echo_of_a_server_is_that_of_the_model(shape: Shape, kind: Kind, rng: np.random.Generator) -> None:
+def test_prompt_logprobs_of_a_server_are_those_of_the_model(shape: Shape, kind: Kind, rng: np.random.Generator) -> None:
     llm = make_llm(rng, kind=kind)
     with server_of(llm, shape) as server:
         capabilities, found = asked(server)
-    assert (capabilities.echo, capabilities.style, capabilities.chat) == (True, shape, False)
+    assert (capabilities.prompt_logprobs, capabilities.style, capabilities.chat) == (True, shape, False)
     assert capabilities.whole_ten == (kind == "ten")
     assert capabilities.whole_values
     assert (capabilities.context, capabilities.served) == (4096, ("small",))
-    for prompt, ours, theirs in zip(PROMPTS, found, asyncio.run(llm.echo(PROMPTS)), strict=True):
+    for prompt, ours, theirs in zip(PROMPTS, found, asyncio.run(llm.prompt_logprobs(PROMPTS)), strict=True):
         assert "".join(ours.tokens) == prompt.rest
         if kind == "pieces" and not prompt.prefix:
             continue  # SentencePiece puts a space before a text, and the model in this process takes texts as they are
@@ -81,7 +81,7 @@ def test_a_token_before_every_text_is_not_taken_for_a_part_of_it(rng: np.random.
 def test_fewer_candidates_are_taken_where_a_server_gives_no_more(rng: np.random.Generator) -> None:
     with server_of(make_llm(rng), "openai", most=5) as server:
         capabilities, found = asked(server)
-    assert (capabilities.echo, capabilities.top) == (True, 5)
+    assert (capabilities.prompt_logprobs, capabilities.top) == (True, 5)
     assert max(len(one) for one in found[0].candidates.values()) == 5
 
 
@@ -113,7 +113,7 @@ def test_probabilities_that_are_made_up_are_noticed(fault: str, rng: np.random.G
 
     with Liar(llm.reader.model, llm.tokenizer.backend_tokenizer, "openai") as server:
         capabilities = asyncio.run(probe_alone(server.url))
-    assert not capabilities.echo
+    assert not capabilities.prompt_logprobs
     told = {"constant": "no log-probabilities", "other prompt": "do not spell", "shifting": "apart"}[fault]
     assert any(told in note for note in capabilities.notes)
 
@@ -139,7 +139,7 @@ def test_a_schema_and_several_answers_are_noticed() -> None:
     with Server(answer) as server:
         capabilities = asyncio.run(probe_alone(server.url))
         assert (capabilities.chat, capabilities.schema, capabilities.several) == (True, True, True)
-        assert not capabilities.echo
+        assert not capabilities.prompt_logprobs
         assert "has no chat" not in capabilities.reason
         assert "no probabilities" in capabilities.reason
     with Server(lambda _path, _body: Answer(completion("Hello!"))) as server:
@@ -150,7 +150,7 @@ def test_a_schema_and_several_answers_are_noticed() -> None:
 def test_a_model_in_the_process_is_probed_alike(rng: np.random.Generator) -> None:
     llm = make_llm(rng, kind="digits")
     capabilities = asyncio.run(probe(llm))
-    assert (capabilities.chat, capabilities.echo, capabilities.whole_ten) == (True, True, False)
+    assert (capabilities.chat, capabilities.prompt_logprobs, capabilities.whole_ten) == (True, True, False)
     assert capabilities.pieces["10"] == ("1", "0")
     assert capabilities.whole_values
     assert capabilities.reason.startswith("small: answers chats; gives the probabilities of a prompt, ")

@@ -52,13 +52,13 @@ def test_an_answer_by_probability_is_the_models_own(rng: np.random.Generator) ->
     llm = make_llm(rng, kind="digits")
     windows, pieces = exact([[float(5 - i), 0, 0, 1] for i in range(5)], 5)
     asked: list[Any] = []
-    echo = llm.echo
+    ask = llm.prompt_logprobs
 
     async def kept(prompts: Any, *, top: int = 15) -> Any:
         asked.extend(prompts)
-        return await echo(prompts, top=max(top, 600))
+        return await ask(prompts, top=max(top, 600))
 
-    llm.echo = kept
+    llm.prompt_logprobs = kept
     found = asyncio.run(
         detection("words for rain", windows, pieces, llm, Questions(**{**_given(), "answers": "probabilities"}))
     )

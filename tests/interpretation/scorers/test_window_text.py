@@ -11,7 +11,7 @@ from fixtures.synthetic import make_tokenizer
 
 from cratelm.activations.records import Excerpt, NeuronId
 from cratelm.data.tokenizer import token_bytes
-from cratelm.interpretation.llm import Echo, Prompt
+from cratelm.interpretation.llm import Prompt, PromptLogprobs
 from cratelm.interpretation.prompts.escaping import characters, prompt_strings, running_text, text_of, unescaped
 from cratelm.interpretation.scorers.classification import Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import embedding
@@ -118,8 +118,8 @@ def test_the_whole_chat_is_the_golden_one(kind: str) -> None:
 class Joining(Reader):
     """Joins the first letter of every window with what stands before it."""
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
-        found = await super().echo(prompts, top=top)
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
+        found = await super().prompt_logprobs(prompts, top=top)
         for one in found:
             one.logprobs[0] = np.nan
         return found

@@ -14,7 +14,7 @@ from fixtures.planted_rules import EXPLANATIONS, make_planted
 
 from cratelm.activations.records import Mode, read_records
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Echo, LLMError, Prompt
+from cratelm.interpretation.llm import LLM, LLMError, Prompt, PromptLogprobs
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.prompts.simulator import (
@@ -154,10 +154,10 @@ class Fixed(RuleFollower):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def _echo(self, prompt: Prompt, top: int) -> Echo:
+    def _echo(self, prompt: Prompt, top: int) -> PromptLogprobs:
         echo = super()._echo(prompt, top)
         kept = {} if self.skip else {place: self.said for place in echo.candidates}
-        return Echo(tokens=echo.tokens, logprobs=echo.logprobs, candidates=kept)
+        return PromptLogprobs(tokens=echo.tokens, logprobs=echo.logprobs, candidates=kept)
 
 
 def test_a_model_that_thinks_of_no_number_is_refused_and_in_compat_mode_read_as_silence() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
-from cratelm.interpretation.llm import Echo, LLMError, Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.store import answer_cache as calls
 from cratelm.interpretation.store.answer_cache import Cached, spent
 from cratelm.interpretation.store.database import Store
@@ -42,14 +42,14 @@ class Counted:
         made = f"{text}! {self.rng.random()} é\ud800".encode("utf-8", "replace").decode()
         return Reply(text=made, finish="stop", prompt_tokens=len(text), new_tokens=3)
 
-    async def echo(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[Echo]:
+    async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         for prompt in prompts:
             self.asked[prompt.rest] += 1
         await asyncio.sleep(self.wait)
         if any("fail" in prompt.rest for prompt in prompts):
-            raise LLMError("no echo")
+            raise LLMError("no prompt logprobs")
         return [
-            Echo(
+            PromptLogprobs(
                 tokens=tuple(prompt.rest), logprobs=np.append(np.nan, self.rng.normal(size=len(prompt.rest) - 1)),
                 candidates={1: {"é": self.rng.normal(), "10": -np.inf}}, prompt_tokens=top,
             )
@@ -73,26 +73,26 @@ def test_an_answer_comes_back_the_same_from_another_process(store: Store) -> Non
     assert (llm.asked, usage.cached, spent(store)) == (Counter(["Hello"]), 1, (5, 3))
 
 
-def test_an_echo_comes_back_the_same(store: Store) -> None:
+def test_cached_prompt_logprobs_come_back_the_same(store: Store) -> None:
     llm, prompts = Counted(), [Prompt(prefix="a", rest="boat é"), Prompt(prefix="a", rest="other", at=(1,))]
-    first = asyncio.run(Cached(llm, store).echo(prompts))
-    again = asyncio.run(Cached(llm, store).echo([*reversed(prompts), prompts[0]]))
+    first = asyncio.run(Cached(llm, store).prompt_logprobs(prompts))
+    again = asyncio.run(Cached(llm, store).prompt_logprobs([*reversed(prompts), prompts[0]]))
     for one, other in ((first[0], again[1]), (first[1], again[0]), (first[0], again[2])):
         assert (one.tokens, one.candidates, one.prompt_tokens) == (other.tokens, other.candidates, other.prompt_tokens)
         np.testing.assert_array_equal(one.logprobs, other.logprobs)
     assert set(llm.asked.values()) == {1}
 
 
-def test_of_an_echo_that_is_read_for_numbers_these_are_kept(store: Store) -> None:
+def test_only_numbers_are_cached_of_prompt_logprobs_read_for_numbers(store: Store) -> None:
     llm, prompt = Counted(), Prompt(prefix="a", rest="boat", at=(1,), numbers=True)
     for _ in range(2):
-        [found] = asyncio.run(Cached(llm, store).echo([prompt]))
+        [found] = asyncio.run(Cached(llm, store).prompt_logprobs([prompt]))
         assert "".join(found.tokens) == "boat"
         assert found.candidates == {1: {"10": -np.inf}}, "the first time as afterwards"
         assert len(found.logprobs) == 4
         assert np.isnan(found.logprobs).all()
     assert llm.asked["boat"] == 1
-    asyncio.run(Cached(llm, store).echo([replace(prompt, numbers=False)]))
+    asyncio.run(Cached(llm, store).prompt_logprobs([replace(prompt, numbers=False)]))
     assert llm.asked["boat"] == 2
 
 
@@ -105,7 +105,7 @@ def test_whatever_differs_is_asked_again(store: Store) -> None:
     assert llm.asked["Hello"] == 7
     prompt = Prompt(prefix="a", rest="boat")
     for asked, top in ((prompt, 15), (prompt, 5), (replace(prompt, prefix="b"), 15), (replace(prompt, at=(1,)), 15)):
-        asyncio.run(Cached(llm, store).echo([asked], top=top))
+        asyncio.run(Cached(llm, store).prompt_logprobs([asked], top=top))
     assert llm.asked["boat"] == 4
 
 
@@ -117,7 +117,7 @@ def test_what_many_ask_at_once_is_asked_once(store: Store, rng: np.random.Genera
         await asyncio.sleep(rng.random() / 50)
         reply = await cached.chat([Message("user", f"chat {number % 5}")], SHORT)
         prompts = [Prompt(prefix="", rest=f"echo {(number + i) % 7}") for i in range(3)]
-        echoes = await cached.echo([*prompts, prompts[0]])
+        echoes = await cached.prompt_logprobs([*prompts, prompts[0]])
         return reply.text, float(echoes[0].logprobs[1])
 
     async def many() -> list[tuple[str, float]]:
@@ -137,9 +137,9 @@ def test_a_failure_is_not_kept_and_does_not_take_others_with_it(store: Store) ->
     for _ in range(2):
         with pytest.raises(LLMError, match="no: fail"):
             say(cached, "fail")
-    with pytest.raises(LLMError, match="no echo"):
-        asyncio.run(cached.echo([Prompt(prefix="", rest=rest) for rest in ("one", "fail", "two")]))
-    asyncio.run(cached.echo([Prompt(prefix="", rest=rest) for rest in ("one", "two")]))
+    with pytest.raises(LLMError, match="no prompt logprobs"):
+        asyncio.run(cached.prompt_logprobs([Prompt(prefix="", rest=rest) for rest in ("one", "fail", "two")]))
+    asyncio.run(cached.prompt_logprobs([Prompt(prefix="", rest=rest) for rest in ("one", "two")]))
     assert llm.asked == Counter({"fail": 3, "one": 1, "two": 1})
 
 

@@ -110,7 +110,7 @@ def test_a_plan_expects_the_likely_tokens_and_a_budget_the_possible_ones(tmp_pat
     endpoint.tokens_per_byte = 0.4
     assert (endpoint.expected(text), endpoint.count(text)) == (400, 500)
     counting = CountingLLM(Cached(endpoint, Store(tmp_path)), Store(tmp_path))
-    asyncio.run(counting.echo([Prompt(prefix=text, rest=text), Prompt(prefix=text, rest=text)]))
+    asyncio.run(counting.prompt_logprobs([Prompt(prefix=text, rest=text), Prompt(prefix=text, rest=text)]))
     assert counting.asked == Asked(calls=1, read=800, computed=800, again=1)
 
 

@@ -15,16 +15,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
-from cratelm.activations.places import find_places
+from cratelm.activations.causal_model import CausalModel, causal_model
 from cratelm.activations.taps import capture
 from cratelm.errors import CrateError
-from cratelm.model.generate import Reader, sample
-from cratelm.model.language_model import LanguageModel
+from cratelm.model.generate import sample
 from cratelm.report.server.requests import Limits, SteerRequest, TextRequest
 from cratelm.steering.changes import Change
 from cratelm.steering.effects import token_rows
-from cratelm.steering.generate import ForeignReader, all_logits, check_finite, unwrapped
-from cratelm.steering.generate import context_length as limit_of
+from cratelm.steering.generate import check_finite
 from cratelm.steering.measure import next_token_effect
 from cratelm.steering.positions import Text
 from cratelm.steering.steer import check_changes, steer
@@ -45,15 +43,19 @@ class LiveModel:
     """(layer, neuron) -> its largest recorded activation; None where none is recorded."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def causal(self) -> CausalModel:
+        """The adapter of the model."""
+        return causal_model(self.model, self.tokenizer)
+
     def tokens(self, text: str, limits: Limits) -> Tensor:
-        """The tokens of a text, (1, seq); refused where there are none or too many."""
-        ids = self.tokenizer.encode(text).ids
-        most = min(limits.text_tokens, limit_of(self.model) or limits.text_tokens)
-        if not ids:
-            raise CrateError("the text is empty. Type some")
+        """Token ids of a text, (1, seq). Raises CrateError for an empty text and for one above the limits."""
+        causal = self.causal
+        ids = causal.encode(text)
+        most = min(limits.text_tokens, causal.context_length or limits.text_tokens)
         if len(ids) > most:
             raise CrateError(f"the text has {len(ids)} tokens, at most {most} are read. Shorten it")
-        return torch.tensor([ids], device=next(self.model.parameters()).device)
+        return torch.tensor([ids], device=causal.device)
 
     def changes(self, request: SteerRequest) -> list[Change]:
         """What is to be done, in the model's own units."""
@@ -86,12 +88,12 @@ class LiveModels:
         """Every layer's strongest neurons at each token, or one neuron along the text. Activations in own units."""
         live = self._model(request.model)
         tokens = live.tokens(request.text, self.limits)
-        places = find_places(live.model, "neurons")
+        places = live.causal.places()
         if request.layer is not None and request.layer not in places:
             raise CrateError(f"there is no layer {request.layer}; there are {min(places)} to {max(places)}")
         wanted = places if request.layer is None else {request.layer: places[request.layer]}
         with live.lock, torch.inference_mode(), capture(live.model, wanted.values()) as codes:
-            all_logits(live.model, tokens)
+            live.causal.read(tokens, list(wanted.values()))
         found = {layer: codes[tap][0].float().cpu().numpy() for layer, tap in wanted.items()}
         shown = {"tokens": [live.strings[token] for token in tokens[0].tolist()]}
         if request.neuron is None:
@@ -156,18 +158,13 @@ class _Side:
     """One of the two texts as it grows."""
 
     def __init__(self, live: LiveModel, tokens: Tensor, changes: Sequence[Change], request: SteerRequest) -> None:
-        self.model, self.changes, self.request = unwrapped(live.model), changes, request
+        self.model, self.changes, self.request = live.causal.module, changes, request
         self.text = Text(tokens)
         self.generator = torch.Generator(tokens.device)
         self.generator.manual_seed(request.seed)
-        self.reader: Reader | ForeignReader
-        context = limit_of(self.model)
-        slide = max(1, (context or 4) // 4)
-        if isinstance(self.model, LanguageModel):
-            longest = tokens.shape[1] + request.tokens
-            self.reader = Reader(self.model, longest=longest, mask=None, slide=slide, use_cache=True)
-        else:
-            self.reader = ForeignReader(self.model, mask=None, slide=slide, use_cache=True)
+        slide = max(1, (live.causal.context_length or 4) // 4)
+        longest = tokens.shape[1] + request.tokens
+        self.reader = live.causal.reader(longest=longest, mask=None, slide=slide, use_cache=True)
         self.pieces = Pieces(live.tokenizer, tokens[0].tolist())
 
     def next(self) -> str:

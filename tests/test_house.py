@@ -183,6 +183,20 @@ def filled_package_files(root: Path) -> list[str]:
     return [str(init) for init in inits if not init.exists() or init.read_text().strip()]
 
 
+def questions_of_kind(root: Path) -> list[str]:
+    """Code outside `model/` and the adapter that asks whether a model is ours or Hugging Face's."""
+    found = []
+    for file in files(root, "cratelm"):
+        inside = file.relative_to(root / "cratelm").as_posix()
+        if not inside.startswith("model/") and inside != "activations/causal_model.py":
+            for node in ast.walk(parsed(file)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and len(node.args) == 2:
+                    kinds = {kind.id for kind in ast.walk(node.args[1]) if isinstance(kind, ast.Name)}
+                    if "LanguageModel" in kinds:
+                        found.append(f"{file}:{node.lineno}: use activations.causal_model")
+    return found
+
+
 RULES: list[Callable[[Path], list[str]]] = [
     upward_imports,
     relative_imports,
@@ -194,6 +208,7 @@ RULES: list[Callable[[Path], list[str]]] = [
     vague_names,
     prints,
     filled_package_files,
+    questions_of_kind,
 ]
 
 
@@ -220,6 +235,7 @@ VIOLATIONS = [
     (prints, "cratelm/rundir.py", "def f(): print(1)"),
     (filled_package_files, "cratelm/data/__init__.py", "import os"),
     (filled_package_files, "cratelm/data/text.py", ""),
+    (questions_of_kind, "cratelm/steering/exit.py", "if isinstance(model.inner, str | LanguageModel): pass"),
 ]
 
 
@@ -232,6 +248,8 @@ def test_each_rule_notices_a_violation(rule: Callable[[Path], list[str]], name: 
 
 
 ALLOWED = {
+    "cratelm/activations/__init__.py": "",
+    "cratelm/activations/causal_model.py": "isinstance(model, LanguageModel)",
     "cratelm/__init__.py": "from cratelm.model.crate import MSSA\nx = 1",
     "cratelm/cli.py": "from cratelm import __version__\nfrom cratelm.errors import CrateError\nprint(1)",
     "cratelm/commands/__init__.py": "",

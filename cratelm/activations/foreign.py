@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
-from cratelm.activations.places import attention_widths, decoders, find_places, num_layers, vocabulary_rows
+from cratelm.activations.causal_model import causal_model
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
-from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import find_model, load, weights_hash
 from cratelm.rundir import differing_fields, origin, read_json, write_json
 
@@ -69,68 +68,15 @@ def write_foreign_run(run: Path, foreign: ForeignModel) -> None:
         if different := differing_fields({key: found.get(key) for key in description}, description):
             raise CrateError(f"{run} is the run of another model ({different}). Give another --out")
         return
-    model = foreign.model
-    if isinstance(model, LanguageModel):
-        shape, parameters = model.config.as_dict(), model.config.num_parameters
-        flops = model.config.flops_per_token()
-    else:
-        shape, parameters, flops = _describe(model), count_parameters(model), estimate_flops(model)
+    model = causal_model(foreign.model)
     write_json(
         path,
         {
             "name": run.resolve().name, **description, "source": foreign.source, "control": None, "of": None,
-            "model": shape, "parameters": parameters, "flops_per_token": flops, "training": None, "origin": origin(),
+            "model": model.shape(), "parameters": model.num_parameters, "flops_per_token": model.flops_per_token,
+            "training": None, "origin": origin(),
         },
     )  # fmt: skip
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers, embeddings of positions left out and a tied head counted once, as the paper counts."""
-    tokens = vocabulary_rows(model)
-    positions = [
-        part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding) and len(part.weight) != tokens
-    ]
-    return sum(weight.numel() for weight in model.parameters()) - sum(positions)
-
-
-def estimate_flops(model: nn.Module) -> int:
-    """Floating-point operations of a forward pass per token at full context, estimated: 2 per weight and multiply-add.
-
-        2 (weights of all matrices + vocabulary x width of a tied head) + 4 context x width of the heads, per layer
-
-    Every matrix counts as used by every token, so for a mixture of experts it is an upper bound. A model whose
-    attention is not found counts none.
-    """
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
-    whole: Any = model
-    head = whole.get_output_embeddings()
-    tied = head.weight.numel() if head is not None and id(head.weight) in embeddings else 0
-    context = int(_text_config(model).get("max_position_embeddings") or 0)
-    attention = 0
-    with contextlib.suppress(CrateError):
-        attention = 4 * context * sum(attention_widths(model))
-    return 2 * (sum(weight.numel() for weight in matrices if id(weight) not in embeddings) + tied) + attention
-
-
-def _describe(model: nn.Module) -> dict[str, Any]:
-    config = _text_config(model)
-    neurons = None
-    with contextlib.suppress(CrateError):
-        first = find_places(model, "neurons")
-        neurons = [len(rows) for rows in (decoders(model, first) or {}).values()][0]
-    return {
-        "num_layers": num_layers(model), "d_model": config.get("hidden_size"),
-        "num_heads": config.get("num_attention_heads"), "num_neurons": neurons,
-        "vocab_size": vocabulary_rows(model), "context_length": config.get("max_position_embeddings"),
-    }  # fmt: skip
-
-
-def _text_config(model: Any) -> dict[str, Any]:
-    """Settings under the names that all of `transformers` shares."""
-    config = model.config.get_text_config()
-    names = ("hidden_size", "num_attention_heads", "max_position_embeddings")
-    return {name: getattr(config, name, None) for name in names}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

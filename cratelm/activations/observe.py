@@ -1,22 +1,19 @@
 """A model as the collector sees it: a `Subject` from one of ours or from any Hugging Face causal language model."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cratelm.activations.places import decoders, find_places, tap_folder, vocabulary_rows
+from cratelm.activations.causal_model import causal_model
+from cratelm.activations.places import tap_folder
 from cratelm.activations.subject import Subject
-from cratelm.activations.taps import capture, find_tap
+from cratelm.activations.taps import capture
 from cratelm.errors import CrateError
-from cratelm.model.language_model import LanguageModel
 
 Sign = Literal["positive", "negative"]
-
-CONTEXT = 1024
-"""Longest row of a foreign model unless another is asked for: the paper's context. Its own may be 131072 tokens."""
 
 
 def observe(
@@ -34,22 +31,23 @@ def observe(
     `sign="negative"` gives the activations times -1, under a tap name of its own. A pass of a few tokens finds how
     many features the tap has, and refuses one that is not (batch, seq, features) or that sees later tokens.
     """
-    places = _chosen(find_places(model, tap), layers)
-    read, device = _reader(model, places.values()), next(model.parameters()).device
+    causal = causal_model(model)
+    places = _chosen(causal.places(tap), layers)
+    device = causal.device
 
     def forward(tokens: Int[Tensor, "batch seq"]) -> dict[int, Tensor]:
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-        with torch.inference_mode(), autocast, capture(model, places.values()) as codes:
-            read(tokens)
+        with torch.inference_mode(), autocast, capture(causal.module, places.values()) as codes:
+            causal.read(tokens, places.values())
         if missing := [place for place in places.values() if place not in codes]:
             raise CrateError(f"{missing[0]} takes no part in the model's forward pass. Name another --tap")
         found = {layer: _by_row(codes[place], tokens).float() for layer, place in places.items()}
         return _signed(found, sign)
 
-    length = row_length(model, context)
-    sizes = _probe(forward, tap, vocabulary_rows(model), min(6, length), device)
+    length = causal.row_length(context)
+    sizes = _probe(forward, tap, causal.vocabulary_rows, min(6, length), device)
     identity = {"model_hash": model_hash, "precision": "bfloat16" if bf16 else "float32"}
-    directions = decoders(model, places)
+    directions = causal.directions(places)
     return Subject(
         forward=forward, layers=sizes, context=length, tap=tap_folder(tap, negative=sign == "negative"),
         identity=identity | {"context": length, "layers": sorted(sizes)},
@@ -66,33 +64,11 @@ def _signed(values: dict[int, Tensor], sign: Sign) -> dict[int, Tensor]:
     return values if sign == "positive" else {layer: -value for layer, value in values.items()}
 
 
-def row_length(model: nn.Module, asked: int | None = None) -> int:
-    """Tokens in the longest row: what was asked for, or else the model's context, for a foreign one at most 1024."""
-    config: Any = model.config
-    if isinstance(model, LanguageModel):
-        limit, usual = model.config.context_length, model.config.context_length
-    else:
-        limit = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
-        usual = min(limit, CONTEXT)
-    if asked is not None and not 1 <= asked <= limit:
-        raise CrateError(f"--context is {asked}, the model reads 1 to {limit} tokens. Give a number of them")
-    return asked or usual
-
-
 def _chosen(places: dict[int, str], layers: Sequence[int]) -> dict[int, str]:
     if unknown := sorted(set(layers) - places.keys()):
         there = ", ".join(map(str, places))
         raise CrateError(f"the model has no layer {unknown[0]} at this tap (there are {there}). Give another --layer")
     return {layer: place for layer, place in places.items() if not layers or layer in layers}
-
-
-def _reader(model: nn.Module, places: Collection[str]) -> Callable[[Tensor], object]:
-    """The cheapest forward pass that goes through all places: without the head, unless a place is there."""
-    if isinstance(model, LanguageModel):
-        return model.features
-    body: Any = model.base_model
-    inside = set(body.modules())
-    return body if all(find_tap(model, place) in inside for place in places) else model
 
 
 def _probe(

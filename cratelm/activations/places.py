@@ -6,8 +6,9 @@ like. The neurons are what the MLP's last map reads: `act(W1 x)`, or `act(gate) 
 map are the directions in which they write to the residual stream.
 """
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -78,7 +79,7 @@ def attention_widths(model: nn.Module) -> list[int]:
 
 
 def num_layers(model: nn.Module) -> int:
-    """Blocks the model has."""
+    """Number of blocks."""
     return sum(1 for _ in _blocks(model))
 
 
@@ -180,3 +181,38 @@ def _patterns(names: Sequence[str]) -> list[str]:
     """Module paths with {layer} for their first number, each once."""
     numbered = (re.sub(r"(?<=\.)\d+(?=\.|$)", LAYER, name, count=1) for name in names if name)
     return list(dict.fromkeys(numbered))
+
+
+class _Stopped(Exception):
+    """Ends a forward pass once the last wanted layer has run."""
+
+
+@contextlib.contextmanager
+def stopping_after(model: nn.Module, places: Collection[str]) -> Iterator[None]:
+    """End a forward pass inside the block after the last layer that holds one of the places.
+
+    The pass runs to its end if a place lies outside the layers.
+    """
+    blocks: list[str] = []
+    with contextlib.suppress(CrateError):
+        blocks = [path for _, path, _ in _blocks(model)]
+    last = max((_layer_of(place, blocks) for place in places), default=len(blocks))
+    if last >= len(blocks) - 1:  # only the final norm would be saved
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    hook = model.get_submodule(blocks[last]).register_forward_hook(stop)
+    try:
+        with contextlib.suppress(_Stopped):
+            yield
+    finally:
+        hook.remove()
+
+
+def _layer_of(place: str, blocks: list[str]) -> int:
+    """Index of the block that holds a place; the number of blocks if none does."""
+    path = place.removesuffix(INPUT)
+    return next((i for i, block in enumerate(blocks) if f"{path}.".startswith(f"{block}.")), len(blocks))

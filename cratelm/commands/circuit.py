@@ -95,19 +95,13 @@ def run(options: Options) -> None:
 def _subject(opened: "OpenedRun", options: Options) -> "Subject":
     import torch
 
-    from cratelm.activations.observe import row_length
-    from cratelm.activations.places import find_places
-    from cratelm.commands.generate import prompt_tokens
+    from cratelm.activations.causal_model import causal_model
     from cratelm.whitebox.circuit import Subject
 
-    if not options.prompt:
-        raise CrateError("the prompt is empty. Give some text with --prompt")
-    tokens = prompt_tokens(opened.tokenizer, options.prompt)
-    limit = row_length(opened.model)
-    if len(tokens) > limit:
-        raise CrateError(f"the prompt is {len(tokens)} tokens, the model's context is {limit}. Give a shorter --prompt")
-    device = next(opened.model.parameters()).device
-    prompt, places = torch.tensor(tokens, device=device), find_places(opened.model, "neurons")
+    causal = causal_model(opened.model, opened.tokenizer)
+    tokens = causal.encode(options.prompt)
+    causal.check_length(len(tokens))
+    prompt, places = torch.tensor(tokens, device=causal.device), causal.places()
     target = -1 if options.token is None else target_token(opened.tokenizer, options.token)
     baselines = _means(opened.run, places) if options.baseline == "mean" else None
     subject = Subject(opened.model, places, prompt, max(target, 0), baselines)

@@ -76,8 +76,8 @@ def _is_there(folder: Path, settings: dict[str, object]) -> bool:
 
 def _write(opened: "OpenedRun", options: Options) -> dict[str, list[str]]:
     """Write a file for each layer and the tokenizer; return the lists of each layer."""
+    from cratelm.activations.causal_model import causal_model
     from cratelm.activations.observe import observe
-    from cratelm.activations.places import vocabulary_rows
     from cratelm.data.tokenizer import vocabulary_size
     from cratelm.rundir import atomic_path
     from cratelm.whitebox.directions import layer_directions, tokens_alone, write_layer
@@ -85,16 +85,16 @@ def _write(opened: "OpenedRun", options: Options) -> dict[str, list[str]]:
 
     device = select_device(options.device)
     opened.model.to(device)
+    causal = causal_model(opened.model, opened.tokenizer)
     found = wiring(opened.model)
-    vocabulary = min(vocabulary_size(opened.tokenizer), vocabulary_rows(opened.model))
+    vocabulary = min(vocabulary_size(opened.tokenizer), causal.vocabulary_rows)
     subject = observe(opened.model, model_hash=opened.model_hash)
-    start = _start(opened)
     with atomic_path(opened.run / "directions" / "tokenizer.json") as temporary:
         opened.tokenizer.save(str(temporary))
     written = {}
     with progress_bar(f"directions {opened.run.name}", total=2 * vocabulary) as bar:
         alone = tokens_alone(
-            subject, vocabulary=vocabulary, start=start, device=device, bar=bar, keep=options.keep
+            subject, vocabulary=vocabulary, start=causal.start_token, device=device, bar=bar, keep=options.keep
         )  # fmt: skip
         for layer in range(len(found.layers)):
             arrays = layer_directions(found, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]
@@ -102,13 +102,3 @@ def _write(opened: "OpenedRun", options: Options) -> dict[str, list[str]]:
             written[str(layer)] = sorted({name.split(".")[0] for name in arrays if name.endswith(".index")})
             bar.advance(vocabulary / len(found.layers))
     return written
-
-
-def _start(opened: "OpenedRun") -> int | None:
-    """The token before a document, if the tokenizer has one."""
-    from cratelm.data.tokenizer import end_of_text_id
-
-    try:
-        return end_of_text_id(opened.tokenizer)
-    except CrateError:
-        return None

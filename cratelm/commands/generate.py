@@ -10,15 +10,12 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, select_device
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +44,7 @@ def run(options: Options) -> None:
     """Stream the continuation to standard output."""
     import torch
 
+    from cratelm.activations.causal_model import causal_model
     from cratelm.model.weights import load
 
     if (
@@ -58,7 +56,13 @@ def run(options: Options) -> None:
     model, tokenizer = load(options.run)
     if tokenizer is None:
         raise CrateError(f"{options.run} holds no tokenizer.json. Put the model's tokenizer beside its weights")
-    prompt = prompt_tokens(tokenizer, options.prompt)
+    causal = causal_model(model, tokenizer)
+    if options.prompt is not None:
+        prompt = causal.encode(options.prompt)
+    elif causal.start_token is not None:
+        prompt = [causal.start_token]
+    else:
+        raise CrateError("the model's tokenizer has no end-of-text token to begin from. Give a text with --prompt")
     model.to(select_device(options.device))
     made: list[int] = [] if options.prompt is None else list(prompt)
     shown = tokenizer.decode(made)
@@ -78,17 +82,3 @@ def run(options: Options) -> None:
         top_k=options.top_k, top_p=options.top_p, seed=options.seed, on_token=show,
     )  # fmt: skip
     sys.stdout.write(tokenizer.decode(made)[len(shown) :] + "\n")
-
-
-def prompt_tokens(tokenizer: "Tokenizer", prompt: str | None) -> list[int]:
-    """The tokens of a prompt; without one, the <|endoftext|> that comes before every document but the first."""
-    from cratelm.model.weights import END_OF_TEXT
-
-    if prompt is None:
-        start = tokenizer.token_to_id(END_OF_TEXT)
-        if start is None:
-            raise CrateError(f"the model's tokenizer has no {END_OF_TEXT} to begin from. Give a text with --prompt")
-        return [start]
-    if not (tokens := tokenizer.encode(prompt).ids):
-        raise CrateError("the prompt is empty. Give some text to continue with --prompt, or leave it out")
-    return tokens

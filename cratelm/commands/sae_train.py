@@ -166,20 +166,21 @@ def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
 
 
 def _job(opened: "Opened", corpus: "Corpus", layer: int, tokens: int, options: Options) -> Job:
+    from cratelm.activations.causal_model import causal_model
     from cratelm.activations.observe import observe
-    from cratelm.activations.places import find_places
     from cratelm.sae.loading import saes_folder
     from cratelm.sae.training import Place
 
     device = select_device(options.device)
     model = opened.model.to(device)
+    causal = causal_model(model)
     subject = observe(
         model, model_hash=opened.model_hash, tap=options.tap, layers=(layer,), context=options.context,
         bf16=options.bf16,
     )  # fmt: skip
     place = Place(
-        tap=options.tap, layer=layer, path=find_places(model, options.tap)[layer], d_in=subject.layers[layer],
-        context=subject.context, model_flops_per_token=flops_per_token(model),
+        tap=options.tap, layer=layer, path=causal.places(options.tap)[layer], d_in=subject.layers[layer],
+        context=subject.context, model_flops_per_token=causal.flops_per_token,
         identity={name: value for name, value in subject.identity.items() if name in ("model_hash", "precision")}
         | dict(corpus.identity),
     )  # fmt: skip
@@ -190,14 +191,6 @@ def _job(opened: "Opened", corpus: "Corpus", layer: int, tokens: int, options: O
         config=config, model=model, subject=subject, corpus=corpus, place=place, folder=folder, tokens=tokens,
         device=device,
     )  # fmt: skip
-
-
-def flops_per_token(model: "nn.Module") -> int:
-    """Of a forward pass at full context."""
-    from cratelm.activations.foreign import estimate_flops
-    from cratelm.model.language_model import LanguageModel
-
-    return model.config.flops_per_token() if isinstance(model, LanguageModel) else estimate_flops(model)
 
 
 def preview(job: Job) -> str:

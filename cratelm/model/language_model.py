@@ -99,6 +99,15 @@ class LanguageModel(nn.Module):
         features = self.features(tokens).flatten(0, 1)
         return token_losses(features, self.embedding.weight, targets.flatten()).view_as(targets)
 
+    def losses_from(
+        self, layer: int, x: Float[Tensor, "batch seq d_model"], targets: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq"]:
+        """Cross-entropy of every target, in nats, when the blocks from `layer` on read `x`."""
+        for block in self.blocks[layer:]:
+            x = block(x)
+        features = self.norm(x).flatten(0, 1)
+        return token_losses(features, self.embedding.weight, targets.flatten()).view_as(targets)
+
     def loss(self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
         """Mean cross-entropy in nats per token."""
         return mean_loss(self.features(tokens).flatten(0, 1), self.embedding.weight, targets.flatten())

@@ -1,16 +1,13 @@
 """The loss of a model, ours or a Hugging Face one, with something else put in the place of an activation."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cratelm.activations.causal_model import causal_model
 from cratelm.activations.taps import edit
-from cratelm.model.language_model import LanguageModel
-from cratelm.model.loss import rows_at_once
 
 Change = Callable[[Tensor], Tensor]
 """An activation, (batch, seq, features), to what takes its place."""
@@ -26,11 +23,4 @@ def spliced_losses(
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with edit(model, dict(edits or {})):
-        if isinstance(model, LanguageModel):
-            return model.token_losses(inputs, targets).view(targets.shape).float()
-        whole: Any = model
-        logits = whole(inputs).logits
-    rows = rows_at_once(logits.shape[-1], logits.device)
-    pieces = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
-    losses = [F.cross_entropy(piece.float(), target, reduction="none") for piece, target in pieces]
-    return torch.cat(losses).view(targets.shape)
+        return causal_model(model).token_losses(inputs, targets).float()

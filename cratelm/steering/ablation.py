@@ -18,7 +18,7 @@ other latents stay as they are. Where it codes the neurons, what it writes is li
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +26,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int, Integer
 from torch import Tensor, nn
 
+from cratelm.activations.causal_model import USUAL_CONTEXT, causal_model
 from cratelm.activations.taps import Edit, capture, edit
 from cratelm.errors import CrateError
-from cratelm.model.language_model import LanguageModel
-from cratelm.model.loss import token_losses
 from cratelm.steering.exit import Exit, find_exit
-from cratelm.steering.generate import all_logits, check_finite, context_length, unwrapped
+from cratelm.steering.generate import check_finite
 from cratelm.steering.place import Place, SparseCoder, check_coder, neuron_places
 
 Kind = Literal["zero", "mean"]
@@ -91,7 +90,7 @@ def held_out(
     error over documents means something. Where that cuts a document short its end is read and not predicted. At least
     two tokens are needed.
     """
-    context = min(context_length(unwrapped(model)) or 1024, 1024)
+    context = min(causal_model(model).context_length or USUAL_CONTEXT, USUAL_CONTEXT)
     real = np.ones(len(tokens), dtype=np.bool_)
     if limit is not None:
         lengths = np.minimum(np.diff(documents), context)
@@ -130,7 +129,8 @@ class Ablation:
     """Share of the text's tokens on which each neuron is above 0."""
 
     def __post_init__(self) -> None:
-        self.model = unwrapped(self.model)
+        self.causal = causal_model(self.model)
+        self.model = self.causal.module
         neurons = neuron_places(self.model)
         self.places = dict(neurons)
         for layer, coder in self.coders.items():
@@ -155,7 +155,7 @@ class Ablation:
         losses = []
         for _, inputs, targets in self._batches():
             with capture(self.model, taps.values()) as codes:
-                losses.append(self._losses(inputs, targets).flatten())
+                losses.append(self.causal.token_losses(inputs, targets).flatten())
             for layer, tap in taps.items():
                 code = self._code(layer, codes[tap].flatten(0, -2))
                 sums[layer] = sums.get(layer, 0) + code.double().sum(0)
@@ -172,12 +172,6 @@ class Ablation:
         for first, inputs, targets in self.text.batches(rows):
             yield first, inputs.to(self.device), targets.to(self.device)
 
-    def _losses(self, inputs: Int[Tensor, "rows seq"], targets: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq"]:
-        if isinstance(self.model, LanguageModel):
-            return self.model.token_losses(inputs, targets)
-        logits = all_logits(self.model, inputs)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
     @torch.inference_mode()
     def each(
         self, layer: int, neurons: Sequence[int], kind: Kind, *, method: Method = "auto"
@@ -189,12 +183,13 @@ class Ablation:
             level = self.means[layer][index]
         quick = method == "auto" and (layer not in self.coders or bool(place.written))
         exact = quick and self.exit is not None and layer == self.exit.place.layer
-        resumed = quick and not exact and isinstance(self.model, LanguageModel)
+        resumed = quick and not exact and self.causal.losses_from is not None
         block = self.exit.block if exact and self.exit is not None else f"blocks.{layer}"
+        taps = [place.tap, *([block] if exact or resumed else [])]
         total = np.zeros((len(index), len(self.text.sizes)))
         for first, inputs, targets in self._batches():
-            with capture(self.model, [place.tap, *([block] if exact or resumed else [])]) as seen:
-                self._features(inputs)
+            with capture(self.model, taps) as seen:
+                self.causal.read(inputs, taps)
             code = self._code(layer, seen[place.tap].reshape(*inputs.shape, -1))[..., index]
             delta = code - level.to(code)
             if exact:
@@ -205,13 +200,6 @@ class Ablation:
             for row, one in enumerate(change.reshape(len(index), -1).double().cpu().numpy()):
                 total[row] += self.text.by_document(first, one)
         return total
-
-    def _features(self, inputs: Tensor) -> None:
-        """A forward pass without the head where that is known."""
-        if isinstance(self.model, LanguageModel):
-            self.model.features(inputs)
-        else:
-            all_logits(self.model, inputs)
 
     def _exactly(
         self, x: Float[Tensor, "tokens d_model"], delta: Float[Tensor, "tokens neurons"],
@@ -243,17 +231,22 @@ class Ablation:
         level: Tensor,
     ) -> Float[Tensor, "neurons rows seq"]:  # fmt: skip
         """Later layers from a moved output, or with `x` None everything with an edited code."""
-        plain = self._losses(inputs, targets) if x is None else self._later(place.layer, x, targets)
+        later = self.causal.losses_from
+        plain = (
+            self.causal.token_losses(inputs, targets)
+            if x is None or later is None
+            else later(place.layer + 1, x, targets)
+        )
         change = torch.zeros(len(index), *targets.shape, dtype=plain.dtype, device=plain.device)
         # Pairs of a neuron and a window in which it moves anything.
         for pairs in (delta != 0).any(1).T.nonzero().split(ROWS_AT_ONCE):
             neuron, row = pairs.unbind(1)
-            if x is None:
+            if x is None or later is None:
                 with edit(self.model, {place.tap: self._one_edit(place.layer, index[neuron], level[neuron])}):
-                    losses = self._losses(inputs[row], targets[row])
+                    losses = self.causal.token_losses(inputs[row], targets[row])
             else:
                 move = delta[row, :, neuron][..., None] * place.directions[index[neuron]][:, None].to(x)
-                losses = self._later(place.layer, x[row] - move, targets[row])
+                losses = later(place.layer + 1, x[row] - move, targets[row])
             change[neuron, row] = losses - plain[row]
         return change
 
@@ -279,12 +272,6 @@ class Ablation:
 
         return through
 
-    def _later(self, layer: int, x: Float[Tensor, "rows seq d_model"], targets: Tensor) -> Float[Tensor, "rows seq"]:
-        model: Any = self.model
-        for block in model.blocks[layer + 1 :]:
-            x = block(x)
-        return token_losses(model.norm(x).flatten(0, 1), model.embedding.weight, targets.flatten()).view_as(targets)
-
     @torch.inference_mode()
     def together(
         self, neurons: Sequence[tuple[int, int]], kind: Kind
@@ -298,7 +285,7 @@ class Ablation:
         total = np.zeros(len(self.text.sizes))
         for first, inputs, targets in self._batches():
             with edit(self.model, edits):
-                losses = self._losses(inputs, targets).flatten().double().cpu().numpy()
+                losses = self.causal.token_losses(inputs, targets).flatten().double().cpu().numpy()
             check_finite(torch.from_numpy(losses)[None], ())
             total += self.text.by_document(first, losses - self.plain[first - 1 : first - 1 + len(losses)])
         return total

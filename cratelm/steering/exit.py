@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cratelm.activations.causal_model import causal_model
 from cratelm.activations.places import find_places
 from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
-from cratelm.model.language_model import LanguageModel
-from cratelm.steering.generate import all_logits, unwrapped
+from cratelm.steering.generate import all_logits
 from cratelm.steering.place import Place, neuron_places
 
 Kind = Literal["layer", "rms", "none"]
@@ -75,16 +75,16 @@ def find_exit(model: nn.Module) -> Exit:
     A foreign model is measured against the formula on a few tokens; one that does something else (a norm behind its
     MLP, scaled logits) is refused.
     """
-    model = unwrapped(model)
-    places = neuron_places(model)
+    causal = causal_model(model)
+    places = neuron_places(causal.module)
     place = places[max(places)]
-    if isinstance(model, LanguageModel):
-        return _own_exit(model, place)
+    if causal.has_known_parts:
+        return _own_exit(causal.module, place)
     with torch.no_grad():
-        return _foreign_exit(model, place)
+        return _foreign_exit(causal.module, place)
 
 
-def _own_exit(model: LanguageModel, place: Place) -> Exit:
+def _own_exit(model: Any, place: Place) -> Exit:
     head, norm = model.embedding.weight.detach(), model.norm
     plain, zeros = torch.ones_like(head[0]), torch.zeros_like(head[0])
     if isinstance(norm, nn.LayerNorm):

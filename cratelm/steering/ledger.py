@@ -17,11 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cratelm.activations.taps import INPUT, capture, find_tap
+from cratelm.activations.causal_model import causal_model
+from cratelm.activations.taps import capture, find_tap
 from cratelm.errors import CrateError
-from cratelm.model.language_model import LanguageModel
 from cratelm.steering.exit import Exit, find_exit
-from cratelm.steering.generate import all_logits, unwrapped
 from cratelm.steering.place import Place
 
 NEURONS, RESIDUAL, MAP_BIAS, NORM_BIAS, HEAD_BIAS = (
@@ -99,12 +98,12 @@ def ledger(
     logit[versus]. `exit` may be given where many are made of one model. The sums are made in float64 from what the
     model computed in its own precision; `remainder` is the difference to the model's own logit.
     """
-    model = unwrapped(model)
-    found = find_exit(model) if exit is None else exit
+    causal = causal_model(model)
+    model, found = causal.module, find_exit(model) if exit is None else exit
     place = found.place
-    around = _around(model, place.layer)
-    with capture(model, [place.tap, place.written, found.block, *around.values()]) as seen:
-        logits = all_logits(model, tokens)
+    around = causal.streams_around(place.layer)
+    with capture(model, [place.tap, place.written, found.block, *(around or {}).values()]) as seen:
+        logits = causal.logits(tokens)
     count = tokens.shape[1]
     if not -count <= position < count:
         raise CrateError(f"position {position} is not in the text: it has {count} tokens, 0 to {count - 1}")
@@ -121,10 +120,10 @@ def ledger(
     x, code = here[found.block], here[place.tap]
     weights = wide.head[token] - (0 if versus is None else wide.head[versus])
     reading, sigma = wide.reading(weights), wide.sigma(x)
-    # What goes round the neurons of a foreign model is known as a whole: `find_exit` saw that they are added to it.
-    vectors = {name: here[tap] for name, tap in around.items()} if isinstance(model, LanguageModel) else {
-        RESIDUAL: x - here[place.written]
-    }  # fmt: skip
+    if around is None:  # `find_exit` checked that the neurons are added to the rest of the stream
+        vectors = {RESIDUAL: x - here[place.written]}
+    else:
+        vectors = {f"{RESIDUAL}: {name}": here[tap] for name, tap in around.items()}
     vectors[MAP_BIAS] = _map_bias(model, place).to(x)
     terms = {name: float(vector @ reading / sigma) for name, vector in vectors.items()}
     terms[NORM_BIAS] = float(weights @ wide.bias)
@@ -137,19 +136,6 @@ def ledger(
         contributions=contributions.cpu().numpy(), terms={key: value for key, value in terms.items() if value},
         sigma=float(sigma),
     )  # fmt: skip
-
-
-def _around(model: nn.Module, last: int) -> dict[str, str]:
-    """Name -> tap of everything that goes round the last layer's neurons in one of our models: none in plain CRATE."""
-    if not isinstance(model, LanguageModel) or (model.config.arch == "crate" and not model.config.ista_residual):
-        return {}
-    attention, neurons = ("mssa", "ista") if model.config.arch == "crate" else ("attention", "mlp")
-    found = {f"{RESIDUAL}: embeddings": f"blocks.0{INPUT}"}
-    for layer in range(last + 1):
-        found[f"{RESIDUAL}: attention of layer {layer}"] = f"blocks.{layer}.{attention}"
-        if layer < last:
-            found[f"{RESIDUAL}: neurons of layer {layer}"] = f"blocks.{layer}.{neurons}"
-    return found
 
 
 def _map_bias(model: nn.Module, place: Place) -> Float[Tensor, " d_model"]:

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cratelm.activations.causal_model import causal_model
 from cratelm.activations.taps import Edit, capture, edit
-from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
 
 Method = Literal["ablation", "gradient", "integrated"]
@@ -64,10 +64,7 @@ class Subject:
 
     def logits(self, rows: int) -> Float[Tensor, "rows vocab"]:
         """Logits after the prompt, for so many copies of it."""
-        tokens = self.prompt.expand(rows, -1)
-        if isinstance(self.model, LanguageModel):
-            return self.model.last_logits(tokens)
-        return self.model(tokens).logits[:, -1].float()
+        return causal_model(self.model).last_logits(self.prompt.expand(rows, -1))
 
     def measured(self, rows: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Float[Tensor, " rows"]:
         """m of each copy, with the codes of some layers changed."""

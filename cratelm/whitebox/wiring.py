@@ -6,19 +6,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cratelm.model.language_model import LanguageModel
+from cratelm.activations.causal_model import causal_model
 from cratelm.whitebox.foreign_wiring import foreign_wiring
 from cratelm.whitebox.parts import LayerWiring, Wiring, seen_norm
 
 
 def wiring(model: nn.Module) -> Wiring:
     """The wiring of one of our models or of a Hugging Face causal language model."""
+    causal = causal_model(model)
     with torch.no_grad():
-        if isinstance(model, LanguageModel):
-            layers = tuple(_own_layer(block) for block in model.blocks)
-            table = model.embedding.weight.detach()
-            return Wiring(layers=layers, embedding=table, head=table, final_norm=seen_norm(model.norm, table))
-        return foreign_wiring(model)
+        if not causal.has_known_parts:
+            return foreign_wiring(model)
+        known: Any = causal.module
+        table = known.embedding.weight.detach()
+        return Wiring(
+            layers=tuple(_own_layer(block) for block in known.blocks), embedding=table, head=table,
+            final_norm=seen_norm(known.norm, table),
+        )  # fmt: skip
 
 
 def _own_layer(block: Any) -> LayerWiring:

@@ -89,13 +89,12 @@ def _is_ours(source: Path) -> bool:
 
 def encode(chosen: Chosen, text: str) -> list[int]:
     """The tokens of a prompt, refused where it is empty or longer than the model's context."""
-    from cratelm.steering.generate import check_length
+    from cratelm.activations.causal_model import causal_model
 
-    tokens = chosen.tokenizer.encode(text).ids
-    if not tokens:
-        raise CrateError("the prompt is empty. Give some text with --prompt")
-    check_length(chosen.model, len(tokens))
-    return list(tokens)
+    causal = causal_model(chosen.model, chosen.tokenizer)
+    tokens = causal.encode(text)
+    causal.check_length(len(tokens))
+    return tokens
 
 
 def one_token(chosen: Chosen, text: str, flag: str = "--token") -> int:

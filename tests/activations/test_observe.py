@@ -11,8 +11,9 @@ from fixtures.hugging_face import FAMILIES, NEURONS, build, save
 from fixtures.tiny import random_model, tiny_config
 from torch import Tensor
 
-from cratelm.activations.foreign import count_parameters, estimate_flops, load_foreign
-from cratelm.activations.observe import observe, row_length
+from cratelm.activations.causal_model import causal_model
+from cratelm.activations.foreign import load_foreign
+from cratelm.activations.observe import observe
 from cratelm.activations.places import decoders, find_places, tap_folder
 from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
@@ -241,12 +242,12 @@ def test_a_capture_of_an_input_and_an_edit_of_one_agree_with_the_module(rng: np.
 
 def test_rows_are_as_long_as_ours_read_and_shorter_for_long_contexts(rng: np.random.Generator) -> None:
     ours = random_model(tiny_config(context_length=1500), rng)
-    assert row_length(ours) == 1500
-    assert row_length(ours, 70) == 70
-    with pytest.raises(CrateError, match="--context is 1501, the model reads 1 to 1500"):
-        row_length(ours, 1501)
-    assert row_length(build("llama", rng, max_position_embeddings=5000)) == 1024
-    assert row_length(build("llama", rng, max_position_embeddings=5000), 3000) == 3000
+    assert causal_model(ours).row_length() == 1500
+    assert causal_model(ours).row_length(70) == 70
+    with pytest.raises(CrateError, match="--context must be 1 to 1500 tokens .*, got 1501"):
+        causal_model(ours).row_length(1501)
+    assert causal_model(build("llama", rng, max_position_embeddings=5000)).row_length() == 1024
+    assert causal_model(build("llama", rng, max_position_embeddings=5000)).row_length(3000) == 3000
 
 
 @families
@@ -292,5 +293,5 @@ def test_missing_weights_are_refused_and_not_drawn_at_random(rng: np.random.Gene
 def test_costs_of_a_gpt2_are_those_of_our_own(rng: np.random.Generator) -> None:
     config = tiny_config("gpt2", bias=True, vocab_size=60, context_length=128, activation="gelu")
     model = build("gpt2", rng, n_inner=64)
-    assert count_parameters(model) == config.num_parameters
-    assert estimate_flops(model) == config.flops_per_token()
+    assert causal_model(model).num_parameters == config.num_parameters
+    assert causal_model(model).flops_per_token == config.flops_per_token()

@@ -61,7 +61,7 @@ class Changing:
 
     def excerpts(self, count: int) -> list[list[int]]:
         """The first neuron's top excerpts up to its peak, as token ids, strongest first; at most a context of each."""
-        from cratelm.steering.generate import context_length
+        from cratelm.activations.causal_model import causal_model
 
         records = self.records(self.requests[0])
         if records is None or count == 0:
@@ -71,7 +71,7 @@ class Changing:
         tops = [excerpts for (wide, _, kind), excerpts in own.items() if wide == width and kind == "top"]
         ranked = sorted((one for top in tops for one in top), key=lambda one: -float(one.activations.max()))
         read = [one.tokens[: int(one.activations.argmax()) + 1].tolist() for one in ranked[:count]]
-        return [tokens[-(context_length(self.chosen.model) or len(tokens)) :] for tokens in read]
+        return [tokens[-(causal_model(self.chosen.model).context_length or len(tokens)) :] for tokens in read]
 
     def _resolve(self, request: "Request") -> "Change":
         from cratelm.steering.reference import reference

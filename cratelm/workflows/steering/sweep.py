@@ -59,8 +59,9 @@ def _point(
 ) -> "SweepPoint":  # fmt: skip
     import torch
 
+    from cratelm.activations.causal_model import causal_model
     from cratelm.steering.effects import SweepPoint
-    from cratelm.steering.generate import context_length, generate
+    from cratelm.steering.generate import generate
     from cratelm.steering.measure import continuation_loss
 
     device = next(chosen.model.parameters()).device
@@ -71,7 +72,7 @@ def _point(
         seed=options.seed,
     )  # fmt: skip
     start = str(chosen.tokenizer.decode(prompt))
-    read = tokens[:, : context_length(chosen.model)]
+    read = tokens[:, : causal_model(chosen.model).context_length]
     return SweepPoint(
         strength=strength, value=float(value), effect=steered.effect,
         text=str(chosen.tokenizer.decode(tokens[0].tolist()))[len(start) :],

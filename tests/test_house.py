@@ -41,6 +41,22 @@ FLOORS = {
 }
 """A room (a file or a folder of the package) -> its floor. A room imports from lower floors and from itself."""
 
+REPORT_FLOORS = {
+    "server": 7,
+    "browser": 6,
+    "page": 5,
+    "export": 5,
+    "contents": 4,
+    "figures": 3,
+    "sentences": 3,
+    "tables": 2,
+    "results": 1,
+    "terminal": 1,
+    "neuron_table": 0,
+    "shown_text": 0,
+}
+"""The same inside `report/`: results are gathered, written as tables, drawn as figures, put together, and shown."""
+
 NO_TORCH = ("interpretation/", "report/", "activations/records.py", "activations/direction_files.py")
 """The record line: whoever has only records explains, scores and browses them without torch."""
 
@@ -94,6 +110,23 @@ def upward_imports(root: Path) -> list[str]:
             there = name.split(".")[1] if "." in name else "the public surface"
             if there != here and not FLOORS.get(there, 9.0) < FLOORS[here]:
                 found.append(f"{file}:{line}: {here} imports {there}")
+    return found
+
+
+def upward_imports_in_report(root: Path) -> list[str]:
+    found = []
+    for file in files(root, "cratelm/report"):
+        here = ".".join(module_name(root, file).split(".")[2:3])
+        if here == "__init__":
+            continue
+        if here not in REPORT_FLOORS:
+            found.append(f"{file}: report.{here} has no floor in tests/test_house.py")
+            continue
+        for line, name in internal_imports(root, file):
+            room, _, inside = name.removeprefix("cratelm.").partition(".")
+            there = inside.partition(".")[0]
+            if room == "report" and there != here and not REPORT_FLOORS.get(there, 9) < REPORT_FLOORS[here]:
+                found.append(f"{file}:{line}: report.{here} imports report.{there}")
     return found
 
 
@@ -199,6 +232,7 @@ def questions_of_kind(root: Path) -> list[str]:
 
 RULES: list[Callable[[Path], list[str]]] = [
     upward_imports,
+    upward_imports_in_report,
     relative_imports,
     import_circles,
     torch_above_the_record_line,
@@ -224,9 +258,12 @@ VIOLATIONS = [
     (upward_imports, "cratelm/steering.py", "import cratelm.sae"),
     (upward_imports, "cratelm/activations/taps.py", "from cratelm import load"),
     (upward_imports, "cratelm/nowhere.py", ""),
+    (upward_imports_in_report, "cratelm/report/results/gather.py", "from cratelm.report.tables.form import Table"),
+    (upward_imports_in_report, "cratelm/report/page/html.py", "from cratelm.report.browser import overview"),
+    (upward_imports_in_report, "cratelm/report/plots.py", ""),
     (relative_imports, "cratelm/data/text.py", "from .tokens import write"),
     (import_circles, "cratelm/data/text.py", "from cratelm.data import text"),
-    (torch_above_the_record_line, "cratelm/report/plots.py", "def f():\n    import torch.nn"),
+    (torch_above_the_record_line, "cratelm/report/figures/sae.py", "def f():\n    import torch.nn"),
     (torch_above_the_record_line, "cratelm/activations/records.py", "from torch import Tensor"),
     (future_annotations, "tests/test_it.py", "from __future__ import annotations"),
     (long_files, "benchmarks/it.py", "x = 1\n" * 351),
@@ -255,7 +292,8 @@ ALLOWED = {
     "cratelm/commands/__init__.py": "",
     "cratelm/commands/train.py": "def f():\n    from cratelm.training.train import train\n    print(1)",
     "cratelm/report/__init__.py": "",
-    "cratelm/report/plots.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
+    "cratelm/report/figures/__init__.py": "",
+    "cratelm/report/figures/sae.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
     "cratelm/steering.py": "import torch\nfrom cratelm.interpretation import score\n",
     "tests/test_long.py": "def f():\n" + "    x = 1\n" * 79 + "y = 1\n" * 270,
 }

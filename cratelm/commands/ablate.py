@@ -276,7 +276,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> Any:
 
 def _draw(console: "Console", chosen: "Chosen", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
     """A figure for each kind of which single neurons were measured."""
-    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ablation_figure
 
     for kind in dict.fromkeys(row.kind for row in rows):

@@ -59,7 +59,7 @@ class Options:
 def run(options: Options) -> None:
     """Find the circuit, write it, draw it, print it."""
     from cratelm.report.figures.circuit import circuit_figure, circuit_lines
-    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.form import write_figures
     from cratelm.rundir import origin, write_json
     from cratelm.whitebox.circuit import CircuitConfig, rank
     from cratelm.workflows.opening import open_run

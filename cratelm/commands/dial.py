@@ -58,9 +58,11 @@ def run(options: Options) -> None:
     """Measure each run at every setting, then draw the curves and print them."""
     from cratelm.commands.report import default_folder
     from cratelm.commands.whitebox import show
-    from cratelm.report.figures.paper import write_figures
-    from cratelm.report.tables.dial import dial_figures, dial_table, open_dials
-    from cratelm.report.tables.paper import write_tables
+    from cratelm.report.figures.dial import dial_figures
+    from cratelm.report.figures.form import write_figures
+    from cratelm.report.results.dial import open_dials
+    from cratelm.report.tables.dial import dial_table
+    from cratelm.report.tables.form import write_tables
 
     if not options.runs:
         raise CrateError("no run directory was named. Run: cratelm dial RUN --data DIR")
@@ -128,7 +130,7 @@ def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of earlier calls; refused where they are of another model or text, so that none is thrown away."""
-    from cratelm.report.tables.dial import points_of
+    from cratelm.report.results.dial import points_of
     from cratelm.rundir import read_json
 
     if not (folder / FILE).exists():

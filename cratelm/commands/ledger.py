@@ -96,7 +96,7 @@ def _print(
     from rich.table import Table
     from rich.text import Text
 
-    from cratelm.report.terminal import visible
+    from cratelm.report.shown_text import visible
 
     read = chosen.tokenizer.decode(tokens[: found.position + 1])
     console.print(f"{chosen.name}, layer {found.layer}: {title_of(chosen, found)} after")
@@ -127,7 +127,7 @@ def _write(
     console: "Console", chosen: "Chosen", found: "Ledger", rows: Sequence["LedgerRow"],
     explanations: Mapping[int, str], tokens: list[int], asked: Path | None,
 ) -> None:  # fmt: skip
-    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ledger_figure
     from cratelm.rundir import origin, write_json, write_text
     from cratelm.steering.ledger_rows import as_csv

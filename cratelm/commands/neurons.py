@@ -162,7 +162,7 @@ def _look(console: "Console", table: NeuronTable, options: Options, index: int) 
 
 def _facts(table: NeuronTable, index: int) -> Iterator[str]:
     """Statistics, scores and explanations of one neuron, a line each."""
-    from cratelm.report.terminal import visible
+    from cratelm.report.shown_text import visible
 
     names = ("density", "max", "min", "mean", "variance", "skewness", "kurtosis")
     values = {name: float(table.column(name)[index]) for name in names}
@@ -185,7 +185,7 @@ def _facts(table: NeuronTable, index: int) -> Iterator[str]:
 def _directions(run: Path, table: NeuronTable, index: int) -> Iterator[str]:
     """What its weights say, a line for each list; nothing before `cratelm directions` or at another tap."""
     from cratelm.activations.direction_files import TOKEN_LISTS, directions_file, read_directions
-    from cratelm.report.terminal import visible
+    from cratelm.report.shown_text import visible
 
     tap, layer = table.records.tap, table.records.layer
     if not directions_file(run, layer, tap).exists():

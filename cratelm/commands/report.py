@@ -23,7 +23,7 @@ import tyro
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from cratelm.report.tables.paper import Table
+    from cratelm.report.tables.form import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +76,11 @@ def _report(options: Options) -> None:
     from rich.console import Console
 
     from cratelm.report.page.html import verdict, write_report
+    from cratelm.report.results.faithfulness import compared
     from cratelm.report.results.gather import gather
-    from cratelm.report.results.study import study_of, study_sentences
-    from cratelm.report.tables.faithfulness import compared, faithfulness_summary
+    from cratelm.report.results.study import study_of
+    from cratelm.report.sentences import study_sentences
+    from cratelm.report.tables.faithfulness import faithfulness_summary
     from cratelm.report.tables.paper import summary
 
     results = gather(
@@ -107,7 +109,7 @@ def _printed(found: "Table", caption: str) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from cratelm.report.tables.paper import written
+    from cratelm.report.tables.form import written
 
     table = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
     table.caption = Text(caption)

@@ -103,7 +103,7 @@ def run(options: Options) -> None:
 
 
 def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[list[int]], options: Options) -> None:
-    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import effect_figure
     from cratelm.rundir import origin, write_json
     from cratelm.steering.measure import steered_effect
@@ -205,7 +205,7 @@ def _print_texts(console: "Console", prompt: str, without: str, with_: str) -> N
     from rich.table import Table
     from rich.text import Text
 
-    from cratelm.report.terminal import visible
+    from cratelm.report.shown_text import visible
 
     console.print(f"\n{_tail(visible(prompt), console.width * 2)}", style="bold")
     if console.width < BESIDE:

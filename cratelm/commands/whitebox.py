@@ -23,7 +23,7 @@ from cratelm.runtime import DeviceName, progress_bar, select_device
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cratelm.report.tables.paper import Table
+    from cratelm.report.tables.form import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,11 @@ def run(options: Options) -> None:
     """Measure each run, then write and print what all have."""
     from cratelm.commands.collect import read_count
     from cratelm.commands.report import default_folder
-    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.whitebox import whitebox_figures
-    from cratelm.report.tables.paper import write_tables
-    from cratelm.report.tables.whitebox import open_views, whitebox_tables
+    from cratelm.report.results.whitebox import open_views
+    from cratelm.report.tables.form import write_tables
+    from cratelm.report.tables.whitebox import whitebox_tables
     from cratelm.whitebox.coding_rate import EPSILON_RANGE
 
     if not options.runs:
@@ -83,7 +84,7 @@ def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
     """Measure one run and write its whitebox.json."""
     from cratelm.commands.collect import open_tokens
     from cratelm.model.weights import weights_hash
-    from cratelm.report.tables.whitebox import FILE
+    from cratelm.report.results.whitebox import FILE
     from cratelm.rundir import claim, origin, write_json
     from cratelm.whitebox.measure import MeasureConfig, measure
     from cratelm.workflows.opening import open_own
@@ -112,7 +113,7 @@ def show(tables: "tuple[Table, ...]") -> None:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    from cratelm.report.tables.paper import written
+    from cratelm.report.tables.form import written
 
     console = Console(highlight=False, markup=False, emoji=False)
     for table in tables:
@@ -158,7 +159,7 @@ def _column_widths(headings: Sequence[str], rows: Sequence[Sequence[str]], width
 
 def _show_lines(console: "Console", headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Each row as a block of lines: a value and what it is."""
-    from cratelm.report.tables.paper import ABSENT
+    from cratelm.report.tables.form import ABSENT
 
     for row in rows:
         console.print(f"{row[0]}, {headings[1].lower()} {row[1]}")

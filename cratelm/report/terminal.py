@@ -1,7 +1,6 @@
 """Neurons on a terminal: excerpts with every token on the colour of its activation, or marked where there is none."""
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from rich.text import Text
 from cratelm.activations.records import Excerpt
 from cratelm.interpretation.lookup.tables import legible
 from cratelm.report.neuron_table import NeuronTable
+from cratelm.report.shown_text import visible
 
 HEAT = ("#fff3bf", "#ffd875", "#ffab49", "#f77f4f")
 """Backgrounds by quarters of the neuron's largest activation; black on them is readable, whatever the terminal's."""
@@ -25,17 +25,6 @@ LONGEST_STATUS = 11
 def shows_colours(console: Console) -> bool:
     """Whether the reader sees colours: not through a pipe, nor with NO_COLOR."""
     return console.color_system is not None and not console.no_color
-
-
-def visible(text: str) -> str:
-    """Text of a corpus on one line: line breaks and tabs as signs, what is invisible or steers a terminal as a code."""
-    return "".join(_sign(letter) for letter in text)
-
-
-def _sign(letter: str) -> str:
-    if letter in "\n\t\r":
-        return {"\n": "↵", "\t": "⇥", "\r": "␍"}[letter]
-    return letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else f"U+{ord(letter):04X}"
 
 
 def excerpt_text(excerpt: Excerpt, strings: Sequence[str], maximum: float, *, colours: bool) -> Text:

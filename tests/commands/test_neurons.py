@@ -18,7 +18,8 @@ from cratelm.cli import main
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.report.neuron_table import as_csv, open_table
-from cratelm.report.terminal import HEAT, visible
+from cratelm.report.shown_text import visible
+from cratelm.report.terminal import HEAT
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 Show = Callable[..., str]

@@ -18,7 +18,9 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.report.page.html import write_report
 from cratelm.report.results.gather import Results, RunResult, gather
-from cratelm.report.results.study import Group, Study, estimate, student, study_of, study_sentences, study_tables
+from cratelm.report.results.study import Group, Study, estimate, student, study_of
+from cratelm.report.sentences import study_sentences
+from cratelm.report.tables.study import study_tables
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from cratelm.cli import main
 from cratelm.commands.whitebox import show
 from cratelm.model.config import Architecture
 from cratelm.report.figures.whitebox import PANELS, whitebox_figures
-from cratelm.report.tables.paper import written
-from cratelm.report.tables.whitebox import View, open_views, whitebox_tables
+from cratelm.report.results.whitebox import View, open_views
+from cratelm.report.tables.form import written
+from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import write_json
 from cratelm.whitebox.measure import MeasureConfig, measure, summary
 from cratelm.workflows.measurements import measurements

@@ -17,7 +17,9 @@ from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.weights import save_model
-from cratelm.report.tables.dial import dial_figures, dial_table, is_own, open_dials, points_of, share_active
+from cratelm.report.figures.dial import dial_figures
+from cratelm.report.results.dial import is_own, open_dials, points_of, share_active
+from cratelm.report.tables.dial import dial_table
 from cratelm.rundir import write_json
 from cratelm.whitebox.dial import Setting, activation_scales, active_neurons, dialled
 

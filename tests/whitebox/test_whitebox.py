@@ -12,7 +12,7 @@ from torch import Tensor
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.language_model import LanguageModel
-from cratelm.report.tables.whitebox import objective_share
+from cratelm.report.results.whitebox import objective_share
 from cratelm.whitebox.coding_rate import (
     check_tokens,
     coding_rate,

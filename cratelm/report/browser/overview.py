@@ -13,18 +13,24 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Model
 from cratelm.report.figures.firing import firing_figures
-from cratelm.report.figures.paper import figures, inline_svg
+from cratelm.report.figures.form import inline_svg
+from cratelm.report.figures.paper import figures
 from cratelm.report.figures.study import study_figures
 from cratelm.report.figures.whitebox import whitebox_figures
 from cratelm.report.page.html import standing_sentences
+from cratelm.report.results.faithfulness import compared
+from cratelm.report.results.firing import gather_firing
 from cratelm.report.results.gather import Results, gather
-from cratelm.report.results.study import study_of, study_sentences, study_tables
-from cratelm.report.results.verdict import verdict
-from cratelm.report.tables.faithfulness import compared, faithfulness
-from cratelm.report.tables.firing import firing_tables, gather_firing
-from cratelm.report.tables.paper import Table, as_csv, summary, tables, written
+from cratelm.report.results.study import study_of
+from cratelm.report.results.whitebox import views_of
+from cratelm.report.sentences import study_sentences, verdict
+from cratelm.report.tables.faithfulness import faithfulness
+from cratelm.report.tables.firing import firing_tables
+from cratelm.report.tables.form import Table, as_csv, written
+from cratelm.report.tables.paper import summary, tables
 from cratelm.report.tables.scorers import judged_tables
-from cratelm.report.tables.whitebox import views_of, whitebox_tables
+from cratelm.report.tables.study import study_tables
+from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import origin
 
 

@@ -42,7 +42,7 @@ from cratelm.report.browser.views import (
     open_layer,
     texts_value,
 )
-from cratelm.report.unseen import visible
+from cratelm.report.shown_text import visible
 from cratelm.rundir import atomic_path, write_json, write_text
 from cratelm.runtime import ProgressBar, progress_bar
 

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cratelm.report.figures.paper import FAINT, INK, STYLE
-from cratelm.report.terminal import visible
+from cratelm.report.figures.form import FAINT, INK, STYLE
+from cratelm.report.shown_text import visible
 
 FOR, AGAINST = "#0072B2", "#D55E00"
 """Colours of what speaks for the target and what against it."""

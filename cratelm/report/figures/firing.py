@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 
 from cratelm.interpretation.firing.means import Mean, ModelFiring
 from cratelm.interpretation.firing.measures import KINDS, STATED, THRESHOLDS
-from cratelm.report.figures.paper import FAINT, INK, RANDOM_INIT, SHUFFLED, STYLE, Look, looks
-from cratelm.report.tables.firing import RunFiring
+from cratelm.report.figures.form import FAINT, INK, RANDOM_INIT, SHUFFLED, STYLE, Look, looks
+from cratelm.report.results.firing import RunFiring
 
 NAMED = (THRESHOLDS[0], THRESHOLDS[STATED], THRESHOLDS[-1])
 """Thresholds that are written beside the first curve."""

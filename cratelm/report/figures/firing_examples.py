@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from cratelm.interpretation.firing.measures import STATED, THRESHOLDS
-from cratelm.report.figures.paper import INK, STYLE
+from cratelm.report.figures.form import INK, STYLE
+from cratelm.report.results.firing import FiringExample, RunFiring, shown_examples
 from cratelm.report.results.gather import matched_pairs
-from cratelm.report.results.verdict import points
 from cratelm.report.shown_text import visible
-from cratelm.report.tables.firing import FiringExample, RunFiring, shown_examples
+from cratelm.report.tables.form import points
 
 HEAT = ("#fff6dd", "#ffedbd", "#ffe19a", "#ffd377", "#ffc353", "#fbb135", "#f49d1f", "#ea8a0c")
 """Behind a token, by the activation in eighths of the neuron's maximum; the page's colours."""

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cratelm.report.figures.paper import FAINT, INK, PALETTE, STYLE, write_figures
+from cratelm.report.figures.form import FAINT, INK, PALETTE, STYLE, write_figures
 
 BAR = PALETTE["crate"][1]
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cratelm.interpretation.lookup.tables import legible
-from cratelm.report.figures.paper import FAINT, INK, STYLE
-from cratelm.report.terminal import visible
+from cratelm.report.figures.form import FAINT, INK, STYLE
+from cratelm.report.shown_text import visible
 from cratelm.steering.effects import Effect, SweepPoint, token_rows
 from cratelm.steering.ledger_rows import LedgerRow
 

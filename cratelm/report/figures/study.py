@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cratelm.report.figures.paper import FAINT, STYLE, Look, figures, looks
+from cratelm.report.figures.form import FAINT, STYLE, Look, looks
+from cratelm.report.figures.paper import figures
 from cratelm.report.results.study import Difference, Estimate, Group, Quantity, Study, display_variant, over_seeds
 
 

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from cratelm.report.figures.paper import FAINT, INK, RANDOM_INIT, STYLE, Look, handle, looks
-from cratelm.report.tables.whitebox import View, maybe_rate, objective_share
+from cratelm.report.figures.form import FAINT, INK, RANDOM_INIT, STYLE, Look, handle, looks
+from cratelm.report.results.whitebox import View, maybe_rate, objective_share
 from cratelm.runtime import human
 
 Quantity = Callable[[Mapping[str, Any]], float | None]

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float32
 
 from cratelm.activations.records import Excerpt
 from cratelm.report.results.examples import NeuronExample, Rank
+from cratelm.report.results.firing import FiringExample, RunFiring, shown_examples
 from cratelm.report.results.gather import Results, RunResult, undefined_neurons
-from cratelm.report.results.verdict import points
 from cratelm.report.shown_text import marked, paragraph, prose, visible
-from cratelm.report.tables.firing import FiringExample, RunFiring, shown_examples
+from cratelm.report.tables.form import points
 
 LEVELS = 8
 """Shades of a token, by the activation in units of the neuron's maximum; of a prediction, of the largest one."""

@@ -20,20 +20,26 @@ from matplotlib.figure import Figure
 
 from cratelm.report.figures.firing import firing_figures
 from cratelm.report.figures.firing_examples import firing_panel
-from cratelm.report.figures.paper import figures, inline_svg, write_figures
+from cratelm.report.figures.form import inline_svg, write_figures
+from cratelm.report.figures.paper import figures
 from cratelm.report.figures.study import study_figures
 from cratelm.report.figures.whitebox import whitebox_figures
 from cratelm.report.page.cards import neurons_of, side_by_side
+from cratelm.report.results.faithfulness import Units, compared
+from cratelm.report.results.firing import RunFiring, gather_firing, relevant_needed
 from cratelm.report.results.gather import RESAMPLES, SEED, Results, RunResult, listed
-from cratelm.report.results.study import Study, study_of, study_sentences, study_tables
-from cratelm.report.results.verdict import verdict
+from cratelm.report.results.study import Study, study_of
+from cratelm.report.results.whitebox import views_of
+from cratelm.report.sentences import firing_sentences, study_sentences, verdict
 from cratelm.report.shown_text import paragraph, prose
 from cratelm.report.tables.explainers import explainer_tables
-from cratelm.report.tables.faithfulness import Units, compared, faithfulness
-from cratelm.report.tables.firing import RunFiring, firing_sentences, firing_tables, gather_firing, relevant_needed
-from cratelm.report.tables.paper import CONTROL_ROWS, Cell, Column, Table, summary, tables, write_tables, written
+from cratelm.report.tables.faithfulness import faithfulness
+from cratelm.report.tables.firing import firing_tables
+from cratelm.report.tables.form import Cell, Column, Table, write_tables, written
+from cratelm.report.tables.paper import CONTROL_ROWS, summary, tables
 from cratelm.report.tables.scorers import judged_tables
-from cratelm.report.tables.whitebox import views_of, whitebox_tables
+from cratelm.report.tables.study import study_tables
+from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import write_text
 
 

@@ -26,7 +26,7 @@ from cratelm.interpretation.store.schema import SetKey, asking
 from cratelm.report.results.examples import NeuronExample, examples_of
 from cratelm.report.results.explainer_choice import choose_explainer, described, scored_taps
 from cratelm.report.results.loss import Loss, read_loss
-from cratelm.report.unseen import visible
+from cratelm.report.shown_text import visible
 from cratelm.rundir import read_json, read_jsonl
 from cratelm.runtime import progress_bar
 

@@ -17,16 +17,18 @@ from typing import Any, Literal
 import numpy as np
 
 from cratelm.report.results.gather import Results, RunResult, display_name
-from cratelm.report.tables.paper import Column, Table
 from cratelm.rundir import read_json
 
 Basis = Literal["size", "parameters", "FLOPs"]
+
 BASES: tuple[Basis, ...] = ("size", "parameters", "FLOPs")
 
 SIZE_FIELDS = ("num_layers", "d_model", "num_heads")
 """What a size consists of; the rest of a model's configuration is its variant."""
+
 TOLERANCE = 0.005
 """A cost so little (as a share) outside the range of the other variant's sizes counts as its end."""
+
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t by degrees of freedom: 97.5 % of the distribution lie below."""
 
@@ -233,84 +235,6 @@ def _cost(group: Group, basis: Basis) -> int:
     return group.parameters if basis == "parameters" else group.flops_per_token
 
 
-def study_tables(study: Study | None) -> tuple[Table, ...]:
-    """One row per group and quantity, and one per difference; nothing where there is no study."""
-    return () if study is None else (_groups_table(study), _differences_table(study))
-
-
-def _groups_table(study: Study) -> Table:
-    columns = (
-        Column("Model"), Column("Quantity"), Column("Mean over seeds", "0.001"), Column("Low", "0.001"),
-        Column("High", "0.001"), Column("Seeds", "count"), Column("Layers", "count"), Column("Parameters", "human"),
-        Column("FLOPs", "human", "per token"),
-    )  # fmt: skip
-    rows = []
-    for group in study.groups:
-        cost = (group.num_layers, group.parameters, group.flops_per_token)
-        for name, of in study.quantities.items():
-            if (found := over_seeds(group, of)) is not None:
-                rows.append((group.title, name, found.mean, found.low, found.high, found.seeds, *cost))
-    return Table(
-        name="seeds", caption="Means over seeds", columns=columns, rows=tuple(rows),
-        notes=(
-            "Scores in points, variance over layers in points², loss in nats per token. Low and High are the 95 % "
-            "interval of the mean over seeds (Student's t): what another training of the same model would change.",
-        ),
-    )  # fmt: skip
-
-
-def _differences_table(study: Study) -> Table:
-    columns = (
-        Column("Model"), Column("Minus"), Column("At equal"), Column("Quantity"), Column("Difference", "0.001"),
-        Column("Low", "0.001"), Column("High", "0.001"), Column("Seeds", "count"),
-    )  # fmt: skip
-    rows = []
-    for one in study.differences:
-        numbers = (None, None, None, 0)
-        if one.found is not None:
-            numbers = (one.found.mean, one.found.low, one.found.high, one.found.seeds)  # type: ignore[assignment]
-        rows.append((one.group.title, display_variant(one.other), one.basis, one.quantity, *numbers))
-    return Table(
-        name="differences", caption="Differences, seed by seed", columns=columns, rows=tuple(rows),
-        notes=(
-            "Seeds are paired: the same seed means the same order of the data. At equal parameters or FLOPs the other "
-            "side is interpolated between its sizes; a dash says that none of its sizes reaches that cost, and where "
-            "no size has an answer there is no row. Low and High are the 95 % interval over seeds (Student's t); one "
-            "seed has none.",
-        ),
-    )  # fmt: skip
-
-
 def display_variant(name: str) -> str:
     """`crate` -> `CRATE`, `gpt2` -> `GPT-2`; any other name as it is."""
     return {"crate": "CRATE", "gpt2": "GPT-2"}.get(name, name)
-
-
-def study_sentences(study: Study) -> list[str]:
-    """What the seeds say, a sentence for each pair and basis and score, and how to read it."""
-    sentences: list[str] = []
-    for one, other in study.pairs:
-        none = f"{display_variant(one)} minus {display_variant(other)}: no two models to compare."
-        before = len(sentences)
-        for basis in BASES:
-            said = [
-                text for difference in study.differences
-                if difference.group.variant == one and difference.other == other and difference.basis == basis
-                and difference.quantity in (*study.results.protocols, "loss") and (text := _clause(difference))
-            ]  # fmt: skip
-            title = f"{display_variant(one)} minus {display_variant(other)} at equal {basis}"
-            sentences += [f"{title}: {'; '.join(said)}."] if said else []
-        sentences += [none] if len(sentences) == before else []
-    return [*sentences, "A difference is clear where its 95 % interval over seeds leaves out 0."]
-
-
-def _clause(difference: Difference) -> str:
-    found = difference.found
-    if found is None:
-        return ""
-    digits = 2 if difference.quantity == "loss" else 1
-    text = f"{difference.group.title} {found.mean:+.{digits}f}"
-    if found.low is not None and found.high is not None:
-        text += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-        text += "" if found.low > 0 or found.high < 0 else " (not clear)"
-    return f"{text} {'nats of loss' if difference.quantity == 'loss' else f'points on {difference.quantity}'}"

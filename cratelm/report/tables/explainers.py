@@ -41,7 +41,7 @@ from cratelm.report.results.gather import (
     other_neurons,
     same_neurons,
 )
-from cratelm.report.tables.paper import Cell, Column, Table
+from cratelm.report.tables.form import Cell, Column, Table
 
 Z_95, Z_POWER = 1.959964, 0.841621
 """Standard errors of a two-sided 95 % test, and of a power of 80 %."""

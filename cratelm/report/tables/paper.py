@@ -1,65 +1,25 @@
-"""The paper's tables, performance and interpretability, and one row per layer, as Markdown, CSV and LaTeX.
+"""The paper's tables: performance, interpretability, and one row per layer."""
 
-A table is columns and rows of plain values; how a value is written depends on its column and on the format alone, so
-that every format shows the same numbers. CSV keeps them unrounded.
-"""
-
-import csv
-import io
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
 
 from cratelm.interpretation.scoring.correlation import LayerAggregate, ModelAggregate
 from cratelm.report.results.gather import Results, RunResult
-from cratelm.rundir import write_text
-from cratelm.runtime import human
-
-Style = Literal["text", "count", "human", "0.1", "0.01", "0.001", "interval", "share"]
-Cell = str | int | float | tuple[float, float] | tuple[int, int] | None
-ABSENT = "\N{EN DASH}"  # where there is no number
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column: what it is, how its values are written, and their unit."""
-
-    title: str
-    style: Style = "text"
-    unit: str = ""
-
-    @property
-    def heading(self) -> str:
-        """Title and unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """A caption, columns, and rows of as many cells."""
-
-    name: str
-    """Name of its files, without suffix."""
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...] = ()
-    """Sentences below the table."""
-
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.columns) for row in self.rows), f"ragged rows in table {self.name}"
-
+from cratelm.report.tables.form import Cell, Column, Table, without_columns, written
 
 LOSS = Column("Loss", "0.001", "nats/token")
+
 PARAMETERS, FLOPS = Column("Parameters", "human"), Column("FLOPs", "human", "per token")
+
 COST = (LOSS, PARAMETERS, FLOPS)
 """What stands beside every interpretability number."""
+
 SCORED = Column("Scored", "share", "of those chosen")
+
 CONTROLS = (Column("Shuffled", "0.1", "points"), Column("Random-init", "0.1", "points"))
+
 INTERVAL = Column("95 % interval", "interval", "points")
+
 ORDER = (Column("Spearman", "0.1", "points"), Column("AUROC", "0.1", "%"))
 
 COUNTING = (
@@ -231,120 +191,3 @@ def _interpretability_notes(results: Results) -> tuple[str, ...]:
     if any(run.num_layers >= 6 for run in results.rows):
         notes.append("From 6 layers on, mean and variance leave the last layer out, as the paper does.")
     return tuple(notes)
-
-
-def without_columns(table: Table, *titles: str) -> Table:
-    """The table with some columns left out."""
-    kept = [i for i, column in enumerate(table.columns) if column.title not in titles]
-    columns = tuple(table.columns[i] for i in kept)
-    return replace(table, columns=columns, rows=tuple(tuple(row[i] for i in kept) for row in table.rows))
-
-
-def written(cell: Cell, style: Style) -> str:
-    """A cell as text: rounded, with a typographic minus, an interval in brackets, a dash where there is nothing."""
-    if isinstance(cell, str):
-        return cell
-    if isinstance(cell, tuple):
-        if style == "share":
-            return "/".join(written(part, "count") for part in cell)
-        return f"[{written(cell[0], '0.1')}, {written(cell[1], '0.1')}]"
-    if cell is None or not math.isfinite(cell):
-        return ABSENT
-    if style == "human":
-        return human(float(cell))
-    digits = len(style) - 2 if style.startswith("0.") else 0
-    text = f"{cell:,.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}") if float(text.replace(",", "")) else text.lstrip("-")
-
-
-def as_markdown(table: Table) -> str:
-    """The table as GitHub's Markdown, numbers right-aligned."""
-    rule = ["---" if column.style == "text" else "---:" for column in table.columns]
-    lines = [[_markdown(column.heading) for column in table.columns], rule]
-    lines += [[_markdown(text) for text in row] for row in _texts(table)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = "".join(f"\n{_markdown(note)}\n" for note in table.notes)
-    return f"**{_markdown(table.caption)}**\n\n{body}\n{notes}"
-
-
-def as_csv(table: Table) -> str:
-    """The table as CSV: unrounded numbers, an interval in two columns, nothing where there is no number."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([heading for column in table.columns for heading in _csv_headings(column)])
-    for row in table.rows:
-        cells = zip(row, table.columns, strict=True)
-        writer.writerow([value for cell, column in cells for value in _csv_values(cell, column)])
-    return out.getvalue()
-
-
-def as_latex(table: Table) -> str:
-    """The table as LaTeX for the booktabs package; every character of a text stands for itself."""
-    alignment = "".join("l" if column.style == "text" else "r" for column in table.columns)
-    head = " & ".join(_latex(column.heading) for column in table.columns)
-    body = [" & ".join(_latex(text) for text in row) + r" \\" for row in _texts(table)]
-    notes = [rf"\par\smallskip\footnotesize {_latex(' '.join(table.notes))}"] if table.notes else []
-    lines = [
-        "% needs \\usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering",
-        rf"\caption{{{_latex(table.caption)}}}", rf"\label{{tab:{table.name}}}", r"\resizebox{\linewidth}{!}{%",
-        rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", head + r" \\", r"\midrule", *body, r"\bottomrule",
-        r"\end{tabular}}", *notes, r"\end{table}",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-FORMATS: dict[str, Callable[[Table], str]] = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
-"""File suffix -> writer."""
-
-
-def write_tables(found: Sequence[Table], out: Path) -> list[Path]:
-    """Write each table in each format."""
-    paths = []
-    for table in found:
-        for suffix, write in FORMATS.items():
-            paths.append(out / f"{table.name}.{suffix}")
-            write_text(paths[-1], write(table))
-    return paths
-
-
-def _texts(table: Table) -> Iterator[list[str]]:
-    for row in table.rows:
-        yield [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)]
-
-
-def _one_line(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _markdown(text: str) -> str:
-    escaped = re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", _one_line(text))
-    return escaped.replace("&", "&amp;")
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "\N{MINUS SIGN}": "$-$", ABSENT: "--",
-    "²": r"\textsuperscript{2}", "ᶜ": r"\textsuperscript{c}", "×": r"$\times$", "‖": r"$\|$", "[": "{[}", "]": "{]}",
-} | {letter: "\\" + letter for letter in "&%$#_{}"}  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in _one_line(text))
-
-
-_ENDS: dict[Style, tuple[str, str]] = {"interval": ("low", "high"), "share": ("neurons", "of")}
-"""The two columns that a pair has in CSV."""
-
-
-def _csv_headings(column: Column) -> list[str]:
-    return [f"{column.heading}, {end}" for end in _ENDS[column.style]] if column.style in _ENDS else [column.heading]
-
-
-def _csv_values(cell: Cell, column: Column) -> list[str | int | float]:
-    if column.style in _ENDS:
-        return list(cell) if isinstance(cell, tuple) else ["", ""]
-    if isinstance(cell, str):
-        # A spreadsheet takes a text that begins so for a formula and runs it.
-        return [f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell]
-    assert not isinstance(cell, tuple)
-    return ["" if cell is None or not math.isfinite(cell) else cell]

@@ -12,7 +12,7 @@ from cratelm.interpretation.stages.judge import aggregate_judged, judged_sets
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.results.gather import Results, RunResult
-from cratelm.report.tables.paper import Cell, Column, Table
+from cratelm.report.tables.form import Cell, Column, Table
 
 COLUMNS = (
     Column("Scorer"), Column("Model"), Column("Explained by"), Column("Asked"), Column("Layer"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def sweep(console: "Console", chosen: "Chosen", changing: "Changing", prompts: list[list[int]], options: Any) -> None:
     """Try every strength that the options of `cratelm steer` name; the text is of the first prompt."""
-    from cratelm.report.figures.paper import write_figures
+    from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import sweep_figure
     from cratelm.rundir import origin, write_json
     from cratelm.steering.changes import parse_strengths
@@ -85,7 +85,7 @@ def _print(console: "Console", chosen: "Chosen", points: list["SweepPoint"]) -> 
     from rich.text import Text
 
     from cratelm.report.figures.steering import label
-    from cratelm.report.terminal import visible
+    from cratelm.report.shown_text import visible
 
     wide = console.width >= 70
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, width=console.width)

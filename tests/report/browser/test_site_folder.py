@@ -13,7 +13,7 @@ from cratelm.errors import CrateError
 from cratelm.report.browser import site
 from cratelm.report.browser.chunks import read_script
 from cratelm.report.browser.site import write_site
-from cratelm.report.unseen import visible
+from cratelm.report.shown_text import visible
 
 
 @pytest.fixture(autouse=True)

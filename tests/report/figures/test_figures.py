@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from cratelm.interpretation.scoring.correlation import LayerAggregate, ModelAggregate
-from cratelm.report.figures.paper import LONGEST_CURVE, PALETTE, figures, inline_svg, looks, write_figures
+from cratelm.report.figures.form import PALETTE, inline_svg, looks, write_figures
+from cratelm.report.figures.paper import LONGEST_CURVE, figures
 from cratelm.report.results.gather import Curve, Results, RunResult
 
 PROTOCOLS = ("top-and-random", "random-only", "anthropic")

@@ -12,11 +12,11 @@ from matplotlib.patches import FancyBboxPatch
 from report.tables.test_tables import scored_runs
 
 from cratelm.report.figures.firing_examples import HEAT, LETTERS, PREDICTED, Token, _lines, firing_panel, width
-from cratelm.report.figures.paper import write_figures
+from cratelm.report.figures.form import write_figures
+from cratelm.report.results.firing import RunFiring, gather_firing
 from cratelm.report.results.gather import gather
-from cratelm.report.results.verdict import points
 from cratelm.report.shown_text import visible
-from cratelm.report.tables.firing import RunFiring, gather_firing
+from cratelm.report.tables.form import points
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from cratelm.report.figures.paper import figures
 from cratelm.report.page import html as report_page
 from cratelm.report.page.cards import excerpt_html
 from cratelm.report.page.html import page, write_report
+from cratelm.report.results.firing import gather_firing
 from cratelm.report.results.gather import Results, display_name, gather
-from cratelm.report.results.verdict import verdict
+from cratelm.report.sentences import verdict
 from cratelm.report.shown_text import marked, prose
-from cratelm.report.tables.firing import gather_firing
 
 EVIL = "<script>alert('corpus')</script>"
 VOID = {"meta", "br", "link", "img", "path", "use", "rect"}

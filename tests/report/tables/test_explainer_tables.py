@@ -26,10 +26,10 @@ from cratelm.interpretation.stages.language_model import Task
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
+from cratelm.report.results.firing import gather_firing
 from cratelm.report.results.gather import gather
-from cratelm.report.results.verdict import verdict
+from cratelm.report.sentences import verdict
 from cratelm.report.tables.explainers import explainer_tables
-from cratelm.report.tables.firing import gather_firing
 from cratelm.report.tables.paper import by_layer, interpretability, summary
 
 NAME, BY = "top-and-random", "by-rule:scripted"

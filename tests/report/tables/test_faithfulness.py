@@ -13,9 +13,10 @@ from cratelm import rundir
 from cratelm.activations.records import layer_file
 from cratelm.commands import interpret, report
 from cratelm.interpretation.store.database import Store
+from cratelm.report.results.faithfulness import compared
 from cratelm.report.results.gather import gather
-from cratelm.report.tables.faithfulness import compared, faithfulness, faithfulness_summary
-from cratelm.report.tables.paper import Table
+from cratelm.report.tables.faithfulness import faithfulness, faithfulness_summary
+from cratelm.report.tables.form import Table
 
 EVALUATION: dict[str, Any] = {
     "name": "a", "kind": "topk", "tap": "neurons", "layer": 1, "parameters": 1000, "sae_hash": "h", "tokens": 5000,

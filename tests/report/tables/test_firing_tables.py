@@ -27,17 +27,11 @@ from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.figures.firing import firing_figures
 from cratelm.report.page.html import write_report
+from cratelm.report.results.firing import RELEVANT_NEEDED, RunFiring, gather_firing, shown_examples
 from cratelm.report.results.gather import Results, RunResult, gather
-from cratelm.report.results.verdict import points
-from cratelm.report.tables.firing import (
-    RELEVANT_NEEDED,
-    RunFiring,
-    difference,
-    firing_sentences,
-    firing_tables,
-    gather_firing,
-    shown_examples,
-)
+from cratelm.report.sentences import difference, firing_sentences
+from cratelm.report.tables.firing import firing_tables
+from cratelm.report.tables.form import points
 from cratelm.report.tables.scorers import judged_tables
 
 

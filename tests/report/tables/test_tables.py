@@ -17,7 +17,7 @@ from cratelm.interpretation.scoring.correlation import aggregate
 from cratelm.interpretation.store.database import Store
 from cratelm.report.results.gather import gather
 from cratelm.report.tables import paper as tables
-from cratelm.report.tables.paper import ABSENT, Column, Table, as_csv, as_latex, as_markdown, written
+from cratelm.report.tables.form import ABSENT, Cell, Column, Style, Table, as_csv, as_latex, as_markdown, written
 
 TABLES = ("performance", "interpretability", "layers", "firing", "firing_layers", "paired")
 FIGURES = ("loss", "scores", "firing", "firing_layers", "firing_examples")
@@ -180,7 +180,7 @@ def test_text_that_means_something_to_a_format_is_only_text_in_it() -> None:
         ((3, 3072), "share", "3/3,072"), (12, "count", "12"),
     ],
 )  # fmt: skip
-def test_a_cell_is_written_as_its_column_says(cell: tables.Cell, style: tables.Style, text: str) -> None:
+def test_a_cell_is_written_as_its_column_says(cell: Cell, style: Style, text: str) -> None:
     assert written(cell, style) == text
 
 

@@ -10,7 +10,7 @@ from report.tables.test_tables import scored_runs
 from cratelm.interpretation.scoring.correlation import ModelAggregate
 from cratelm.report.results.gather import Results, RunResult, gather, outcome
 from cratelm.report.results.loss import DocumentLosses, Loss
-from cratelm.report.results.verdict import verdict
+from cratelm.report.sentences import verdict
 
 
 def rescored(run: RunResult, points: float, half: float, **more: object) -> RunResult:

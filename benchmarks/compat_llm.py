@@ -30,8 +30,9 @@ from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.prompts.explainer import shown
 from cratelm.interpretation.prompts.normalisation import Rounding, shown_maximum
 from cratelm.interpretation.protocols import draw, protocol
-from cratelm.interpretation.simulators.language_model import open_simulator
-from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS, ReadOutRepair
+from cratelm.interpretation.simulators.opening import open_simulator
+from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS
+from cratelm.interpretation.store.identities import ReadOutRepair
 
 WAYS: list[frozenset[ReadOutRepair]] = [
     frozenset(), *(frozenset([one]) for one in READ_OUT_REPAIRS), frozenset(READ_OUT_REPAIRS),

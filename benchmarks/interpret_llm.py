@@ -29,7 +29,7 @@ from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.llm import Message, Sampling
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.simulators.language_model import AllAtOnce
+from cratelm.interpretation.simulators.all_at_once import AllAtOnce
 from cratelm.interpretation.simulators.readout import ReadOut
 from cratelm.interpretation.stages.concurrency import fill
 from cratelm.interpretation.store.answer_cache import Cached

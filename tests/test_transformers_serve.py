@@ -26,7 +26,7 @@ from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import probe
 from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.explainers.language_model import Explainer, explainer_settings
-from cratelm.interpretation.simulators.language_model import open_simulator
+from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.stages import language_model as llm_stages
 from cratelm.interpretation.stages.language_model import failures
 from cratelm.interpretation.store.answer_cache import Cached
@@ -151,7 +151,7 @@ def test_answers_that_do_not_follow_the_form_are_failures_with_their_text(
     async def simulate(endpoint: Endpoint) -> None:
         simulator = await open_simulator("structured", Cached(endpoint, store))
         work = task(run, key, neurons="4-4")
-        await llm_stages.simulate(work, simulator.simulate, simulator.told(), strings(run))
+        await llm_stages.simulate(work, simulator.simulate, simulator.cache_settings(), strings(run))
 
     served.run(simulate)
     failed = failures(store, key, "simulate")

@@ -26,11 +26,12 @@ from typing import Any
 
 from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
-from cratelm.interpretation.explainers.explanation import explain_layer
 from cratelm.interpretation.firing.measures import firing_layer, write_firing
+from cratelm.interpretation.lookup.explain import explain_layer
+from cratelm.interpretation.lookup.simulate import simulate_layer
 from cratelm.interpretation.protocols import Protocol, protocol
 from cratelm.interpretation.scoring.correlation import score_layer
-from cratelm.interpretation.simulators.simulation import check_controls, simulate_layer
+from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.rundir import claim
@@ -94,7 +95,7 @@ def run(options: Options) -> None:
 
         look_up_beside(options, merge_alone(options))
         return
-    check_controls(options.controls)
+    check_controls(options.controls, LOOKUP_CONTROLS)
     for one in check_runs(options):
         with claim(one):
             explain_run(one, options)
@@ -199,5 +200,5 @@ def _missing(run: Path, stage: Stage, selection: Selection, controls: tuple[str,
 def _keys(run: Path, selection: Selection, controls: tuple[str, ...]) -> Iterator[SetKey]:
     for layer in chosen_layers(run, selection):
         for name in chosen_protocols(selection):
-            for control in ("", *check_controls(controls)):
+            for control in ("", *check_controls(controls, LOOKUP_CONTROLS)):
                 yield SetKey(mode=selection.mode, tap=selection.tap, layer=layer, protocol=name, control=control)

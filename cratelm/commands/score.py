@@ -14,7 +14,7 @@ usable answer). Other scorers ask --llm again, about pieces of text; docs/interp
 from dataclasses import dataclass
 
 from cratelm.commands.interpret import ask_others, lookup_sets, score_run
-from cratelm.interpretation.simulators.simulation import check_controls
+from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
 from cratelm.workflows.options.language_model import (
     Controls,
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
 
         ask(Order.of(options, stages=("score",)))
         return
-    check_controls(options.controls)
+    check_controls(options.controls, LOOKUP_CONTROLS)
     for one in check_runs(options):
         with claim(one):
             score_run(one, options, options.controls)

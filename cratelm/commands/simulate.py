@@ -11,7 +11,7 @@ lookup. The next stage is `cratelm score`; `cratelm interpret` runs all three. S
 from dataclasses import dataclass
 
 from cratelm.commands.interpret import simulate_run
-from cratelm.interpretation.simulators.simulation import check_controls
+from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
 from cratelm.workflows.options.language_model import (
     Controls,
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
 
         ask(Order.of(options, stages=("simulate",)))
         return
-    check_controls(options.controls)
+    check_controls(options.controls, LOOKUP_CONTROLS)
     for one in check_runs(options):
         with claim(one):
             simulate_run(one, options, options.controls)

@@ -156,10 +156,10 @@ def _some_neurons(model: "LanguageModel", neurons: int) -> "Subject":
 
 def _points(run: Path, layers: tuple[int, ...], strings: list[str]) -> dict[str, float]:
     from cratelm.activations.records import read_records
-    from cratelm.interpretation.explainers.explanation import explain_layer
+    from cratelm.interpretation.lookup.explain import explain_layer
+    from cratelm.interpretation.lookup.simulate import simulate_layer
     from cratelm.interpretation.protocols import protocol
     from cratelm.interpretation.scoring.correlation import score_layer
-    from cratelm.interpretation.simulators.simulation import simulate_layer
 
     asked, found, scored = protocol("top-and-random"), {}, []
     for layer in layers:

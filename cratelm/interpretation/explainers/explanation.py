@@ -1,24 +1,23 @@
-"""Records -> explanations: what each neuron of a layer stands for, and which neurons cannot be explained, and why."""
+"""Explanations of one neuron and of a layer, and which neurons cannot be explained."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int64
 
 from cratelm.activations.records import LayerRecords, Mode, NeuronId
-from cratelm.interpretation.lookup import tables as lookup
-from cratelm.interpretation.protocols import Part, Protocol, draw
+from cratelm.interpretation.lookup.tables import Tables
+from cratelm.interpretation.protocols import Part, Protocol
 
 DEAD = "dead"
 """Reason: the neuron never fired in the whole collection."""
 TOO_RARE = "too rare"
-"""Reason: it fired in fewer documents than the protocol wants top excerpts, to explain or to score."""
+"""Reason: it fired in fewer documents than the protocol draws top excerpts, to explain or to score."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """What one neuron stands for, in words, and for the lookup explainer the table behind them."""
+    """The explanation of one neuron in words, and by lookup also as a table."""
 
     neuron: NeuronId
     """The neuron explained."""
@@ -27,29 +26,29 @@ class Explanation:
     mode: Mode
     """Which records these come from."""
     explainer: str
-    """Who explained: `lookup`."""
+    """Who explained: `lookup`, or a language model."""
     text: str
     """The explanation as a sentence; activations in it are means in the model's own units."""
     table: dict[int, float] = field(default_factory=dict)
-    """Token id -> mean activation in the model's own units; a token that is not there means 0."""
+    """Token id -> mean activation in the model's own units; 0 for tokens that are not in the table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanations:
-    """The explanations of those neurons of a layer that can be explained, as arrays."""
+    """The explanations of all neurons of a layer that can be explained, as arrays."""
 
     neuron: Int64[np.ndarray, " neurons"]
     """Index of each explained neuron in the layer, ascending."""
     texts: tuple[str, ...]
     """The explanation in words."""
-    tables: lookup.Tables
+    tables: Tables
     """The explanation as a table, in the same order."""
 
 
 def unexplained(records: LayerRecords, protocol: Protocol) -> tuple[str, ...]:
     """Why a neuron cannot be explained and scored, empty where it can.
 
-    The released procedure asks nothing beforehand, so in `compat` mode every neuron can.
+    The released procedure has no such test, so in `compat` mode every neuron can be explained.
     """
     if protocol.mode == "compat":
         return ("",) * records.num_neurons
@@ -59,17 +58,9 @@ def unexplained(records: LayerRecords, protocol: Protocol) -> tuple[str, ...]:
 
 
 def _too_rare(records: LayerRecords, protocol: Protocol, part: Part) -> np.ndarray:
-    """Which neurons fire in fewer documents than asked: their top excerpts come from one document each."""
+    """Which neurons fire in too few documents: each top excerpt comes from another document."""
     width, needed = protocol.top_needed(part)
     if not needed:
         return np.zeros(records.num_neurons, dtype=bool)
     top = records.excerpts(width, part, "top")
     return (top.activations.max(axis=2) > 0).sum(axis=1) < needed
-
-
-def explain_layer(records: LayerRecords, protocol: Protocol, strings: Sequence[str]) -> LayerExplanations:
-    """Explain every neuron of a layer that can be explained, by lookup. `strings` is the text of each token id."""
-    neuron = np.flatnonzero(np.array(unexplained(records, protocol)) == "")
-    tables = lookup.explain(draw(records, protocol.explain, "explain").rows(neuron))
-    texts = tuple(lookup.sentence(*tables.of(row), strings) for row in range(len(tables)))
-    return LayerExplanations(neuron=neuron, texts=texts, tables=tables)

@@ -17,7 +17,7 @@ from cratelm.interpretation.llm import LLM, Sampling
 from cratelm.interpretation.prompts.explainer import ExplainerPrompt, PromptTooLong, explainer_prompt, shown
 from cratelm.interpretation.prompts.normalisation import OWN, Rounding
 from cratelm.interpretation.protocols import Protocol, draw
-from cratelm.interpretation.store.schema import SUFFIXES
+from cratelm.interpretation.store.identities import ExplainerName
 
 MAX_TOKENS: dict[Mode, int] = {"fixed": 100, "compat": 60}
 """Longest answer. The released 60 often cut a sentence."""
@@ -36,10 +36,9 @@ class ExplainerSettings:
     rounding: Rounding
     """How activations become the whole numbers of a prompt (`normalise.py`)."""
 
-    @property
-    def suffix(self) -> str:
-        """What stands behind a model's name in the store where its prompts are not those of the mode."""
-        return "" if self.rounding == OWN[self.mode] else SUFFIXES[self.rounding]
+    def name(self, model: str) -> ExplainerName:
+        """The name of a model's explanations in the store, with the rounding if it is not the mode's default."""
+        return ExplainerName(model=model, rounding=None if self.rounding == OWN[self.mode] else self.rounding)
 
     def sampling(self, sample: int) -> Sampling:
         """How the explanation of this number is drawn."""

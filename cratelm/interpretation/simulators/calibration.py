@@ -9,15 +9,13 @@ knows them.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from cratelm.activations.records import ABSENT, Excerpts, LayerRecords
 from cratelm.interpretation.protocols import Draw, Part, Protocol, draw
-
-CalibrationMethod = Literal["linear", "percentile"]
+from cratelm.interpretation.store.identities import CalibrationMethod
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

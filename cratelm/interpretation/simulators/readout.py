@@ -1,27 +1,24 @@
-"""How an activation is read from what a model expects next: the mean of the numbers it thinks of.
+"""Read an activation from prompt logprobs: the mean of the numbers among the candidates.
 
     E = sum over v of v p(v) / sum over v of p(v)        v a whole number among the most probable next tokens
 
-Everything else the model thinks of, `unknown` above all, is passed over. The released read-out has flaws; `compat`
-keeps them, and each can be repaired by itself.
+All other candidates, such as `unknown`, are ignored. The released read-out has flaws; `compat` keeps them, and each can
+be repaired separately.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from cratelm.activations.records import Mode
+from cratelm.interpretation.llm import LLM, LLMError, PromptLogprobs
+from cratelm.interpretation.store.identities import ReadOutRepair, SimulationMethod, SimulatorName
 
-ReadOutRepair = Literal["fifteen-candidates", "scale-of-nine", "spaced-numbers", "escaped-tokens"]
-"""What each leaves out (`docs/simulators.md`):
-
-fifteen-candidates    15 candidates are read, as OpenAI does, not 5
-scale-of-nine         a model that writes 10 as two tokens is asked for 0-9: its 1 is never the beginning of a 10
-spaced-numbers        ` 7` counts as 7
-escaped-tokens        a token is shown on one line, and a part of a character as its bytes: then all tokens are read
-"""
 READ_OUT_REPAIRS: tuple[ReadOutRepair, ...] = get_args(ReadOutRepair)
+MOST_UNREAD = 0.5
+"""Share of an explanation's tokens without a number among the candidates above which the simulation has failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,19 +26,19 @@ class ReadOut:
     """A way to read activations from candidates."""
 
     candidates: int = 15
-    """How many of the most probable next tokens are read."""
+    """Number of most probable next tokens that are read."""
     top: int = 10
-    """The largest activation there is."""
+    """The largest activation."""
     spaces: bool = True
-    """Whether a number with spaces before or behind it counts."""
+    """Whether a number with spaces around it counts."""
     escaped: bool = True
-    """Whether tokens are shown escaped. If not, one that holds a part of a character is not read and counts as 0."""
+    """Whether tokens are shown escaped. If not, a token that holds part of a character is not read and counts as 0."""
     strict: bool = True
-    """Whether a model that cannot be read somewhere, or hardly ever thinks of a number, is refused; if not, it is 0."""
+    """Whether a missing read-out is an error; if not, it counts as 0."""
 
     @classmethod
     def of(cls, mode: Mode, repairs: frozenset[ReadOutRepair] = frozenset(), *, ten_is_one_token: bool) -> "ReadOut":
-        """The read-out of a mode, for a model that writes 10 as one token or as two; `fixed` has all repairs."""
+        """The read-out of a mode, for a model that writes 10 as one token or as two; `fixed` mode has all repairs."""
         repaired = frozenset(READ_OUT_REPAIRS) if mode == "fixed" else repairs
         return cls(
             candidates=15 if "fifteen-candidates" in repaired else 5,
@@ -52,16 +49,20 @@ class ReadOut:
 
     @property
     def repaired(self) -> tuple[ReadOutRepair, ...]:
-        """What a read-out of `compat` leaves out, beside the scale; nothing in `fixed`, which has all repairs."""
-        there: dict[ReadOutRepair, bool] = {
+        """The repairs in `compat` mode, apart from the scale; empty in `fixed` mode, which has all repairs."""
+        applied: dict[ReadOutRepair, bool] = {
             "fifteen-candidates": self.candidates == 15, "spaced-numbers": self.spaces, "escaped-tokens": self.escaped
         }  # fmt: skip
-        return () if self.strict else tuple(name for name, repaired in there.items() if repaired)
+        return () if self.strict else tuple(name for name, repaired in applied.items() if repaired)
+
+    def name(self, method: SimulationMethod, model: str) -> SimulatorName:
+        """The name of a simulator with this read-out."""
+        return SimulatorName(method=method, model=model, top=self.top, repairs=self.repaired)
 
     def expected(self, candidates: Mapping[str, float]) -> float | None:
-        """The mean of the numbers among the candidates, given as text -> log-probability; None if there is none.
+        """The mean of the numbers among the candidates (text -> log-probability); None without a number.
 
-        Log-probabilities may be raw logits: E does not change when the same number is added to all.
+        Raw logits work too: E does not change when the same number is added to all of them.
         """
         best = sorted(candidates.items(), key=lambda one: -one[1])[: self.candidates]
         numbers = [(value, logprob) for text, logprob in best if (value := self._value(text)) is not None]
@@ -75,3 +76,25 @@ class ReadOut:
         stripped = text.strip(" ") if self.spaces else text
         written = stripped.isascii() and stripped.isdigit() and str(int(stripped)) == stripped
         return int(stripped) if written and int(stripped) <= self.top else None
+
+
+def read_activations(read_out: ReadOut, answer: PromptLogprobs, at: Sequence[int], llm: LLM) -> dict[int, float | None]:
+    """Read the activation at each offset; None if no candidate is a number."""
+    missing = [place for place in at if place not in answer.candidates]
+    if missing and read_out.strict:
+        raise LLMError(f"{llm.name} gave no candidates at {len(missing)} of {len(at)} places of a prompt")
+    return {place: read_out.expected(answer.candidates.get(place, {})) for place in at}
+
+
+def count_unread(
+    counts: Counter[str], reads: Sequence[Mapping[int, float | None]], read_out: ReadOut, llm: LLM
+) -> None:
+    """Count the tokens read and unread. Raises `LLMError` if most are unread."""
+    values = [value for read in reads for value in read.values()]
+    unread = sum(value is None for value in values)
+    counts["tokens"] += len(values)
+    counts["unread"] += unread
+    if read_out.strict and unread > MOST_UNREAD * len(values):
+        raise LLMError(
+            f"{llm.name} expects no number at {unread} of {len(values)} tokens: it does not follow the format"
+        )

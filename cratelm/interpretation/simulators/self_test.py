@@ -16,7 +16,7 @@ import numpy as np
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLMError
 from cratelm.interpretation.prompts.explainer import PromptTooLong
-from cratelm.interpretation.simulators.language_model import Simulator
+from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.rundir import read_json
 
 THRESHOLD = 0.5
@@ -70,12 +70,12 @@ _DONE: dict[str, SelfTest] = {}
 """What simulators did in this process, by all that their simulations depend on."""
 
 
-async def self_test(simulator: Simulator) -> SelfTest:
+async def self_test(simulator: TextSimulator) -> SelfTest:
     """Let a simulator predict the puzzles; once for each in a process.
 
     Raises `PromptTooLong` where they do not fit the model's context.
     """
-    told = json.dumps(simulator.told(), sort_keys=True)
+    told = json.dumps(simulator.cache_settings(), sort_keys=True)
     if told not in _DONE:
         correlations, failures = {}, {}
         for puzzle in puzzles():
@@ -89,11 +89,11 @@ async def self_test(simulator: Simulator) -> SelfTest:
                 continue
             if np.ptp(simulated) > 0:
                 correlations[puzzle.explanation] = float(np.corrcoef(puzzle.activations, simulated)[0, 1])
-        _DONE[told] = SelfTest(simulator=simulator.name, correlations=correlations, failures=failures)
+        _DONE[told] = SelfTest(simulator=str(simulator.name), correlations=correlations, failures=failures)
     return _DONE[told]
 
 
-async def require_self_test(simulator: Simulator) -> SelfTest:
+async def require_self_test(simulator: TextSimulator) -> SelfTest:
     """Refuse a simulator that cannot predict the puzzles, saying what it scored."""
     found = await self_test(simulator)
     if found.passed:

@@ -1,18 +1,17 @@
-"""Explanations -> simulations: how strongly a neuron should fire on each token of text it was not explained from."""
+"""Simulations of one neuron and of a layer, and the protocol of simulators that read an explanation in words."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
-from cratelm.activations.records import LayerRecords, Mode, NeuronId
-from cratelm.errors import CrateError
-from cratelm.interpretation.explainers.explanation import LayerExplanations
-from cratelm.interpretation.lookup import tables as lookup
-from cratelm.interpretation.protocols import Protocol, draw
+from cratelm.activations.records import Mode, NeuronId
+from cratelm.interpretation.store.identities import SimulatorName
 
-CONTROLS = ("shuffled",)
-"""Controls by explanation: `shuffled` gives each neuron the explanation of another neuron of its layer."""
+Activations = Float64[np.ndarray, " _"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +25,11 @@ class Simulation:
     mode: Mode
     """Which records these come from."""
     explainer: str
-    """Who made the explanation and the prediction: `lookup`."""
+    """Who explained: `lookup`, or a language model."""
     control: str
-    """Empty, or how the explanation was falsified on purpose: `shuffled`."""
+    """Empty, or the control: `shuffled` or `constant`."""
     source: int
-    """Index of the neuron whose explanation was used: the same neuron, unless this is a control."""
+    """Index of the neuron whose explanation was used; the same neuron except in a control."""
     activations: Float32[np.ndarray, " tokens"] = field(repr=False)
     """Expected activation, in the explanation's units, on every token of the excerpts one after the other."""
 
@@ -55,46 +54,46 @@ class LayerSimulations:
     def laid_out(
         self, valid: Bool[np.ndarray, "neurons excerpts width"]
     ) -> Float32[np.ndarray, "neurons excerpts width"]:
-        """The same numbers by excerpt, 0 where there is no token."""
-        assert (valid.sum(axis=(1, 2)) == np.diff(self.first)).all(), "these simulations are of other excerpts"
+        """The same numbers by excerpt, 0 for missing tokens."""
+        assert (valid.sum(axis=(1, 2)) == np.diff(self.first)).all(), "these simulations are for other excerpts"
         laid_out = np.zeros(valid.shape, dtype=np.float32)
         laid_out[valid] = self.activations
         return laid_out
 
 
-def simulate_layer(
-    records: LayerRecords, protocol: Protocol, explanations: LayerExplanations, *, control: str = ""
-) -> LayerSimulations:
-    """Simulate every explained neuron of a layer on the excerpts it is scored on."""
-    neuron, rows = explanations.neuron, np.arange(len(explanations.neuron))
-    if control:
-        rows = derangement(len(neuron), np.random.default_rng([records.layer, *protocol.name.encode()]))
-        neuron = neuron[: len(rows)]
-    excerpts = draw(records, protocol.score, "score").rows(neuron)
-    tables = explanations.tables.take(rows) if control else explanations.tables
-    simulated = lookup.simulate(tables, excerpts.tokens)
-    return LayerSimulations(
-        neuron=neuron, source=explanations.neuron[rows], activations=simulated[excerpts.valid],
-        first=np.concatenate([[0], np.cumsum(excerpts.valid.sum(axis=(1, 2)))]).astype(np.int64),
-    )  # fmt: skip
+@runtime_checkable
+class TextSimulator(Protocol):
+    """Predicts activations from an explanation in words."""
 
+    @property
+    def name(self) -> SimulatorName:
+        """Method, scale, repairs and model."""
+        ...
 
-def derangement(size: int, rng: np.random.Generator) -> Int64[np.ndarray, " size"]:
-    """A permutation that leaves nothing in place: each element to the next of one random ring.
+    @property
+    def strings_mode(self) -> Mode:
+        """How tokens are converted to text: `prompt_strings(tokenizer, strings_mode)`."""
+        ...
 
-    A single element has no other to change with: then the permutation is empty.
-    """
-    if size < 2:
-        return np.empty(0, dtype=np.int64)
-    ring = rng.permutation(size)
-    shuffled = np.empty(size, dtype=np.int64)
-    shuffled[ring] = np.roll(ring, 1)
-    return shuffled
+    @property
+    def counts(self) -> Counter[str]:
+        """`tokens` simulated; `unread`: tokens without a number among the candidates, which count as 0.
 
+        `left out`: the largest number of few-shot excerpts that a prompt has no room for.
+        """
+        ...
 
-def check_controls(controls: tuple[str, ...]) -> tuple[str, ...]:
-    """The controls asked for, refused if one does not exist."""
-    for control in controls:
-        if control not in CONTROLS:
-            raise CrateError(f"there is no control {control!r}. Use: {', '.join(CONTROLS)}")
-    return controls
+    def cache_settings(self) -> dict[str, Any]:
+        """Every setting that the simulations depend on, apart from explanations and records."""
+        ...
+
+    def needs(self, excerpts: Iterable[Sequence[str]], /) -> int:
+        """Few-shot neurons that the prompts leave out for the longest of these excerpts to fit the context.
+
+        All neurons of a set are simulated with the same number (`left_out`), so that their prompts are alike.
+        """
+        ...
+
+    async def simulate(self, explanation: str, excerpts: Sequence[Sequence[str]]) -> list[Activations]:
+        """Predict the activation on every token of every excerpt. Raises `LLMError` if the model gives none."""
+        ...

@@ -21,14 +21,12 @@ from cratelm.interpretation.scorers.registry import SCORERS, ScorerAggregate, ag
 from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.scorers.windows import TOO_FEW, contrast
 from cratelm.interpretation.scoring.statistics import generator
+from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_NEURON
 from cratelm.interpretation.stages.concurrency import Tally
 from cratelm.interpretation.stages.language_model import (
-    CONSTANT_EXPLANATION,
-    NOBODY,
     Task,
     explanations_of,
     failures,
-    sources_of,
 )
 from cratelm.interpretation.stages.language_model import made_with as explained_with
 from cratelm.interpretation.store.database import Store
@@ -79,9 +77,9 @@ async def judge_set(task: Task, scorer: str, jury: Jury) -> Tally:
     if SCORERS[scorer].explained:
         explained = explanations_of(task)
         neurons = np.array(sorted(set(explained) & set(task.explainable.tolist())), dtype=np.int64)
-        sources = sources_of(task.key, neurons, task.records.num_neurons)
+        sources = task.sources(neurons)
         texts = {
-            neuron: explained[source] if source != NOBODY else CONSTANT_EXPLANATION
+            neuron: explained[source] if source != NO_NEURON else CONSTANT_EXPLANATION
             for neuron, source in sources.items()
         }
         settings |= {"explained": explained_with(task.store, task.key.explained), "control": task.key.control}

@@ -25,20 +25,18 @@ from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.prompts.explainer import PromptTooLong
 from cratelm.interpretation.protocols import Protocol, draw
 from cratelm.interpretation.scoring.correlation import NO_EXPLANATION, NO_SIMULATION, LayerScores, score_layer
-from cratelm.interpretation.simulators.calibration import CalibrationMethod, calibration_excerpts, fit
+from cratelm.interpretation.simulators.calibration import calibration_excerpts, fit
+from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_NEURON, sources_of
 from cratelm.interpretation.stages.concurrency import Tally, fill
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, Simulated, begun
+from cratelm.interpretation.store.identities import CalibrationMethod
 from cratelm.interpretation.store.neuron_selection import Chosen, keep_chosen, kept_chosen
 from cratelm.interpretation.store.schema import SetKey, Stage
 from cratelm.runtime import ProgressBar
 
 Simulate = Callable[[str, Sequence[Sequence[str]]], Awaitable[Sequence[Float[np.ndarray, " _"]]]]
 """(explanation, tokens of each excerpt) -> the expected activations of each excerpt. Raises `LLMError`."""
-CONSTANT_EXPLANATION = "tokens of any kind, with nothing in common"
-"""What the control `constant` says of every neuron."""
-NOBODY = -1
-"""Source of a simulation whose explanation is no neuron's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +65,11 @@ class Task:
         """Those of the chosen neurons that the protocol can explain and score."""
         possible = np.array(unexplained(self.records, self.protocol)) == ""
         return self.neurons[possible[self.neurons]]
+
+    def sources(self, neurons: Int64[np.ndarray, " neurons"]) -> dict[int, int]:
+        """Whose explanation each of these explained neurons is simulated from."""
+        possible = np.flatnonzero(np.array(unexplained(self.records, self.protocol)) == "")
+        return sources_of(self.key.control, neurons, possible, layer=self.key.layer, protocol=self.protocol.name)
 
     @property
     def share(self) -> set[int]:
@@ -120,7 +123,9 @@ def fitted(task: Task, simulator: Any, strings: Sequence[str], calibrate: Calibr
         [strings[token] for token in excerpt.tokens.tolist()]
         for neuron in task.explainable.tolist() for part in parts for excerpt in part.of(neuron)
     )  # fmt: skip
-    return replace(simulator, left_out=_settled(task, "simulate", simulator.needs(excerpts), simulator.told()))
+    return replace(
+        simulator, left_out=_settled(task, "simulate", simulator.needs(excerpts), simulator.cache_settings())
+    )
 
 
 def _settled(task: Task, stage: Stage, needed: int, told: Mapping[str, Any]) -> int:
@@ -153,7 +158,7 @@ async def simulate(
     """
     texts = explanations_of(task)
     neurons = np.array(sorted(set(texts) & set(task.explainable.tolist())), dtype=np.int64)
-    sources = sources_of(task.key, neurons, task.records.num_neurons)
+    sources = task.sources(neurons)
     made = made_with(task.store, task.key.explained)
     settings = {**settings, "calibrate": calibrate, "explained": made, "sources": _digest(sources)}
     alone = task.store.part and not task.key.control
@@ -163,7 +168,7 @@ async def simulate(
     learning = calibration_excerpts(task.records, task.protocol) if calibrate else None
 
     async def one(neuron: int) -> Simulated:
-        text = texts[sources[neuron]] if sources[neuron] != NOBODY else CONSTANT_EXPLANATION
+        text = texts[sources[neuron]] if sources[neuron] != NO_NEURON else CONSTANT_EXPLANATION
         own, learnt = list(scored.of(neuron)), list(learning.of(neuron)) if learning else []
         tokens = [[strings[token] for token in excerpt.tokens.tolist()] for excerpt in (*own, *learnt)]
         predicted = await simulate(text, tokens)
@@ -191,23 +196,6 @@ def explanations_of(task: Task) -> dict[int, str]:
         growing = GrowingSet(store=task.store, key=key, stage="explain", neurons=started.neurons)
         return {neuron: str(text) for neuron, text in growing.rows().items()}
     return Store.open(task.store.run).texts(key)
-
-
-def sources_of(key: SetKey, neurons: Int64[np.ndarray, " neurons"], num_neurons: int) -> dict[int, int]:
-    """Neuron -> whose explanation it is simulated from.
-
-    For `shuffled` the neurons of a layer stand in one random ring, and each is given the next one's that has an
-    explanation: a sample that grows changes few pairs. A neuron without another in the layer is left out.
-    """
-    if key.control == "constant":
-        return dict.fromkeys(neurons.tolist(), NOBODY)
-    if key.control != "shuffled":
-        return {neuron: neuron for neuron in neurons.tolist()}
-    ring = np.random.default_rng([key.layer, *key.protocol.encode()]).permutation(num_neurons)
-    there = ring[np.isin(ring, neurons)]
-    if len(there) < 2:
-        return {}
-    return dict(sorted(zip(there.tolist(), np.roll(there, -1).tolist(), strict=True)))
 
 
 def score(store: Store, key: SetKey, records: LayerRecords, protocol: Protocol) -> LayerScores:

@@ -13,7 +13,13 @@ import numpy as np
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.lookup.tables import EXPLAINER
-from cratelm.interpretation.prompts.normalisation import Rounding
+from cratelm.interpretation.store.identities import (
+    ExplainerName,
+    JudgeName,
+    SimulatorName,
+    parse_explainer,
+    parse_simulator,
+)
 
 Judging = Literal["detection", "fuzzing", "fuzzing-active", "intruder", "surprisal", "embedding", "example-embedding"]
 JUDGED: tuple[Judging, ...] = get_args(Judging)
@@ -25,8 +31,6 @@ MADE: dict[Stage, str] = {
 }  # fmt: skip
 """Stage -> the table it fills."""
 
-SUFFIXES: dict[Rounding, str] = {"ceil": "+rounded-up", "floor": "+rounded-down"}
-"""What stands behind an explainer's name where its prompts round activations otherwise than the mode does."""
 KEY_COLUMNS = "mode, tap, layer, protocol, explainer, simulator, control, sample"
 """The columns that tell sets apart: the fields of `SetKey`, in their order."""
 SCHEMA = (
@@ -127,8 +131,29 @@ class SetKey:
         return replace(self, control="", simulator="")
 
     @property
+    def explained_by(self) -> ExplainerName:
+        """Who explained."""
+        return parse_explainer(self.explainer)
+
+    @property
+    def simulated_by(self) -> SimulatorName | JudgeName | None:
+        """Who simulated or judged; None for simulation by lookup."""
+        return parse_simulator(self.simulator)
+
+    @property
+    def by_lookup(self) -> bool:
+        """Whether the set involves no language model, so that it depends on the records alone."""
+        return (self.explainer, self.simulator) == (EXPLAINER, "")
+
+    @property
+    def judge(self) -> str:
+        """Name of the model that judged; empty for a set of simulations."""
+        judge = self.simulated_by
+        return judge.model if isinstance(judge, JudgeName) else ""
+
+    @property
     def of_tap(self) -> str:
-        """For messages, after the layer: which tap, where that is not the model's own neurons."""
+        """For messages, after the layer: the tap, unless it is the model's own neurons."""
         return "" if self.tap == "neurons" else f" of {self.tap}"
 
     @property
@@ -145,12 +170,10 @@ class SetKey:
 
 
 def asking(explainer: str) -> str:
-    """The options that ask an explainer of this name."""
-    for rounding, suffix in SUFFIXES.items():
-        if explainer.endswith(suffix):
-            way = {"ceil": "up", "floor": "down"}[rounding]
-            return f" --llm URL --model {explainer.removesuffix(suffix)} --rounding {way}"
-    return f" --llm URL --model {explainer}"
+    """The command-line options that select an explainer of this name."""
+    name = parse_explainer(explainer)
+    rounding = {"ceil": " --rounding up", "floor": " --rounding down", None: ""}[name.rounding]
+    return f" --llm URL --model {name.model}{rounding}"
 
 
 def packed(values: np.ndarray, dtype: str) -> bytes:

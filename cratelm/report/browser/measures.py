@@ -46,7 +46,7 @@ class Measures:
             one, name = by_neuron[index], SCORERS[scorer].number
             numbers = one.numbers()
             found.append({
-                "scorer": scorer, "judge": key.simulator.removeprefix("judge "), "explainer": key.explainer,
+                "scorer": scorer, "judge": key.judge, "explainer": key.explainer,
                 "protocol": key.protocol, "sample": key.sample, "number": name.replace("_", " "),
                 "value": number(round(numbers[name], 4)) if name in numbers else None,
                 "chance": number(round(numbers.get("chance", guessing), 4)), "reason": one.reason,

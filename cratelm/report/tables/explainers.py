@@ -31,6 +31,7 @@ from cratelm.interpretation.scoring.statistics import (
     shown_layers,
 )
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.identities import SimulatorName
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.results.gather import (
     RESAMPLES,
@@ -140,7 +141,7 @@ def _measured(run: RunResult, results: Results) -> Iterator[Measured]:
 
 def _is_asked(key: SetKey) -> bool:
     """Whether a language model explained or simulated."""
-    return (key.explainer, key.simulator) != (EXPLAINER, "")
+    return not key.by_lookup
 
 
 def _not_made(found: Sequence[Measured]) -> Iterator[str]:
@@ -229,7 +230,7 @@ def _simulators(found: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
             other
             for other in found
             if other.run is one.run and replace(other.key, simulator=one.key.simulator) == one.key
-            and "+" not in other.key.simulator.partition(":")[0]
+            and not (isinstance(other.key.simulated_by, SimulatorName) and not other.key.simulated_by.is_plain)
         ]  # fmt: skip
         if one.key.control or len(same) < 2 or one is not same[0]:
             continue

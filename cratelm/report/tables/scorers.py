@@ -49,7 +49,7 @@ def _of_run(run: RunResult, results: Results) -> Iterator[tuple[Cell, ...]]:
             kinds.setdefault((scorer, replace(key, layer=0)), []).append(key)
     for (scorer, kind), keys in kinds.items():
         found = {key.layer: aggregate_judged(store, key, scorer) for key in keys}
-        head = (scorer, run.title, _explained(kind), kind.simulator.removeprefix("judge "))
+        head = (scorer, run.title, _explained(kind), kind.judge)
         for layer, one in sorted(found.items()):
             ends = None if one.low is None or one.high is None else (one.low, one.high)
             yield (*head, str(layer), one.mean, ends, *_cells([one]))

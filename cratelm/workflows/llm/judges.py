@@ -81,7 +81,7 @@ def print_judged(run: Path, wanted: Sequence[tuple[str, SetKey]]) -> None:
 
 
 def _who(kind: SetKey) -> Iterator[str]:
-    yield f"asked: {kind.simulator.removeprefix('judge ')}"
+    yield f"asked: {kind.judge}"
     if kind.explainer:
         yield f"explained by {kind.explainer}"
     if kind.sample:

@@ -15,11 +15,13 @@ from cratelm.interpretation.clients.prompt_logprobs import STYLES
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
-from cratelm.interpretation.simulators.language_model import Simulator, open_simulator
-from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS, ReadOutRepair
+from cratelm.interpretation.simulators.opening import open_simulator
+from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS
 from cratelm.interpretation.simulators.self_test import require_self_test, self_test
+from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.store.answer_cache import Cached, add_calls, lost_row
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.identities import ReadOutRepair
 from cratelm.runtime import console
 from cratelm.workflows.options.language_model import Explaining, Simulating, Spending
 
@@ -195,7 +197,7 @@ def _counter(source: str) -> Any:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities) -> Simulator:
+async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities) -> TextSimulator:
     """How a model simulates, and why. Refused where it cannot do what was asked for."""
     method, why = simulating.simulator, "as asked for"
     if method == "auto" and can.prompt_logprobs:
@@ -225,7 +227,7 @@ def read_out_repairs(simulating: Simulating, mode: Mode) -> frozenset[ReadOutRep
     return frozenset(name for name in READ_OUT_REPAIRS if name in asked)
 
 
-async def examine(simulator: Simulator, *, skip: bool) -> None:
+async def examine(simulator: TextSimulator, *, skip: bool) -> None:
     """Let a simulator predict neurons that everybody knows; refuse one that cannot."""
     if skip:
         found = await self_test(simulator)

@@ -94,7 +94,7 @@ class Order:
 
     def named(self, model: str) -> str:
         """What a model's explanations are called in the store: with the rounding, where that is not the mode's."""
-        return model + self.settings.suffix if model not in ("", EXPLAINER) else model
+        return str(self.settings.name(model)) if model not in ("", EXPLAINER) else model
 
 
 @lru_cache(maxsize=1)

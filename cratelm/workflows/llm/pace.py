@@ -65,7 +65,7 @@ async def tried(simulator: Any, store: Store, in_flight: int) -> Pace | str:
     puzzle, remote = puzzles()[0], isinstance(simulator.llm, Endpoint)
     words = [token for one in puzzles() for token in one.tokens]
     excerpts = [list(islice(cycle(words), 7 * i, 7 * i + WIDTH)) for i in range(1 + min(BURST, in_flight))]
-    if simulator.name.startswith("token-by-token"):  # a call for each token
+    if simulator.name.method == "token-by-token":  # a call for each token
         excerpts = [excerpts[0][:1], excerpts[1][:BURST]]
     alone, together = excerpts[:1], excerpts[1:]
 

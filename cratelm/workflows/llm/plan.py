@@ -17,15 +17,13 @@ from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.scorers.registry import SCORERS, judge
 from cratelm.interpretation.simulators.calibration import calibration_excerpts
+from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_NEURON
 from cratelm.interpretation.stages.estimate import COUNTED, Asked, CountingLLM, estimated
 from cratelm.interpretation.stages.judge import Jury
 from cratelm.interpretation.stages.language_model import (
-    CONSTANT_EXPLANATION,
-    NOBODY,
     Task,
     explain_settings,
     failures,
-    sources_of,
 )
 from cratelm.interpretation.store.database import identity
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
@@ -84,7 +82,7 @@ async def plan_simulate(
 
     `told`: the settings of the set, as far as they are known before its neurons are explained.
     """
-    missing = _missing(line, task, "simulate", told={**simulator.told(), **told})
+    missing = _missing(line, task, "simulate", told={**simulator.cache_settings(), **told})
     parts = [draw(task.records, task.protocol.score, "score")]
     parts += [calibration_excerpts(task.records, task.protocol)] if told["calibrate"] else []
     said = _said(task)
@@ -127,12 +125,12 @@ def _said(task: Task) -> Callable[[int], tuple[str, str]]:
     """
     texts, failed = _explained(task), failures(task.store, task.key.explained, "explain") if _is_there(task) else {}
     expected = [neuron for neuron in task.explainable.tolist() if neuron in texts or neuron not in failed]
-    sources = sources_of(task.key, np.array(expected, dtype=np.int64), task.records.num_neurons)
+    sources = task.sources(np.array(expected, dtype=np.int64))
     excerpts = draw(task.records, task.protocol.explain, "explain")
 
     def said(neuron: int) -> tuple[str, str]:
         source = sources.get(neuron, neuron)
-        if source == NOBODY:
+        if source == NO_NEURON:
             return CONSTANT_EXPLANATION, ""
         if source in texts:
             return texts[source], ""

@@ -17,7 +17,7 @@ from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
-from cratelm.interpretation.simulators.language_model import Simulator
+from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.stages import language_model as llm_stages
 from cratelm.interpretation.stages.judge import judge_set
 from cratelm.interpretation.stages.language_model import Task
@@ -111,13 +111,13 @@ class Work:
             )  # fmt: skip
         return Made(self.explainer_name, kinds, [] if judges is None else await self._judge(judges))
 
-    async def _simulate(self, simulator: Simulator) -> list[SetKey]:
+    async def _simulate(self, simulator: TextSimulator) -> list[SetKey]:
         keys = self.simulated_keys(simulator)
         with self._bar("simulate", keys) as bar:
             for task in self.tasks(keys, bar):
                 strings = self.text(simulator.strings_mode)
                 own = llm_stages.fitted(task, simulator, strings, self._calibrate)
-                await llm_stages.simulate(task, own.simulate, own.told(), strings, calibrate=self._calibrate)
+                await llm_stages.simulate(task, own.simulate, own.cache_settings(), strings, calibrate=self._calibrate)
         return list(dict.fromkeys(replace(key, layer=0, protocol="") for key in keys))
 
     async def _judge(self, judges: Judges) -> list[tuple[str, SetKey]]:
@@ -129,7 +129,7 @@ class Work:
                     await judge_set(task, scorer, judges.jury_for(scorer))
         return wanted
 
-    async def _plan(self, simulator: Simulator | None, judges: Judges | None) -> list[Line]:
+    async def _plan(self, simulator: TextSimulator | None, judges: Judges | None) -> list[Line]:
         found, seen = list[Line](), set[str]()
         if self.explainer is not None and "explain" in self.order.stages:
             found.append(Line("explain"))
@@ -205,9 +205,9 @@ class Work:
             for sample in range(self.order.explaining.samples if name != EXPLAINER else 1)
         ]
 
-    def simulated_keys(self, simulator: Simulator) -> list[SetKey]:
+    def simulated_keys(self, simulator: TextSimulator) -> list[SetKey]:
         """The sets of simulations."""
-        name = calibrated_name(simulator.name, self._calibrate)
+        name = str(replace(simulator.name, calibration=self._calibrate))
         return [
             replace(key, simulator=name, control=control)
             for key in self.explained_keys
@@ -257,9 +257,3 @@ class Work:
         total = sum(len(task.share) for task in self.tasks(keys))
         with progress_bar(f"{what} {self.run.name}", total=total, unit="neurons") as bar:
             yield bar
-
-
-def calibrated_name(simulator: str, method: str | None) -> str:
-    """The name of a simulator whose activations are calibrated: `all-at-once+linear:MODEL`."""
-    how, _, model = simulator.partition(":")
-    return f"{how}+{method}:{model}" if method else simulator

@@ -8,7 +8,6 @@ from fixtures.synthetic import CONSTANT, FIRST_TOKEN_NEURON, NOISE, make_run
 from interpretation.scoring.test_correlation import excerpts_of
 
 from cratelm import read_records
-from cratelm.interpretation.explainers.explanation import explain_layer
 from cratelm.interpretation.firing.means import ALL, mean_firing
 from cratelm.interpretation.firing.measures import (
     MEASURES,
@@ -24,8 +23,9 @@ from cratelm.interpretation.firing.measures import (
     read_firing,
     relevant_tokens,
 )
+from cratelm.interpretation.lookup.explain import explain_layer
+from cratelm.interpretation.lookup.simulate import simulate_layer
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
-from cratelm.interpretation.simulators.simulation import simulate_layer
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 

@@ -18,9 +18,11 @@ from cratelm.interpretation.prompts.explainer import PromptTooLong
 from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
 from cratelm.interpretation.scoring.correlation import compare
 from cratelm.interpretation.simulators import self_test
-from cratelm.interpretation.simulators.calibration import CalibrationMethod, calibration_excerpts, fit
-from cratelm.interpretation.simulators.language_model import METHODS, Structured, open_simulator
+from cratelm.interpretation.simulators.calibration import calibration_excerpts, fit
+from cratelm.interpretation.simulators.opening import METHODS, open_simulator
 from cratelm.interpretation.simulators.self_test import THRESHOLD, puzzles, require_self_test
+from cratelm.interpretation.simulators.structured import Structured
+from cratelm.interpretation.store.identities import CalibrationMethod
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,7 @@ def test_a_model_that_refuses_is_refused_with_what_it_said() -> None:
             )
 
     with pytest.raises(
-        CrateError, match=r'colours failed, .*It said: the answer is no JSON .* "As a language model"\.'
+        CrateError, match=r'colours failed, .*It said: the answer is not JSON .* "As a language model"\.'
     ):
         asyncio.run(require_self_test(Structured(llm=Refusing())))
 

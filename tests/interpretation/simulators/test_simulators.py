@@ -26,27 +26,22 @@ from cratelm.interpretation.prompts.simulator import (
     token_by_token_question,
 )
 from cratelm.interpretation.protocols import draw, protocol
-from cratelm.interpretation.simulators.language_model import (
-    METHODS,
-    AllAtOnce,
-    Simulator,
-    Structured,
-    open_simulator,
-    structured_activations,
-    written,
-)
+from cratelm.interpretation.simulators.all_at_once import AllAtOnce
+from cratelm.interpretation.simulators.opening import METHODS, find_notation, open_simulator
 from cratelm.interpretation.simulators.readout import ReadOut
+from cratelm.interpretation.simulators.simulation import TextSimulator
+from cratelm.interpretation.simulators.structured import Structured, structured_activations
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 TOKENS = ["The", " rain", r"\n", r"\t", r" \xc3", r"\xa9", " :", " 4", ".", "", " [", "10"]
 """Tokens as prompts show them: a line break, a tab, two halves of a letter, one without text."""
 
 
-def simulated(simulator: Simulator, explanation: str, *excerpts: Sequence[str]) -> list[list[float]]:
+def simulated(simulator: TextSimulator, explanation: str, *excerpts: Sequence[str]) -> list[list[float]]:
     return [one.tolist() for one in asyncio.run(simulator.simulate(explanation, excerpts))]
 
 
-def opened(method: str, llm: LLM, mode: Mode = "fixed") -> Simulator:
+def opened(method: str, llm: LLM, mode: Mode = "fixed") -> TextSimulator:
     return asyncio.run(open_simulator(method, llm, mode=mode))
 
 
@@ -82,7 +77,7 @@ def test_a_model_that_follows_rules_is_read_exactly(method: str, explanation: st
     expected = [[rounded(RULES[explanation](tokens, i)) for i in range(len(tokens))] for tokens in excerpts]
     for found, wanted in zip(simulated(simulator, explanation, *excerpts), expected, strict=True):
         assert found == pytest.approx(wanted, abs=1e-9)
-    assert simulator.name == f"{method}:rules"
+    assert str(simulator.name) == f"{method}:rules"
     assert simulator.counts["tokens"] == sum(map(len, excerpts))
     assert simulator.counts["unread"] == 0
 
@@ -115,18 +110,18 @@ class Joining(RuleFollower):
 
 
 def test_how_a_model_writes_numbers_is_found_out() -> None:
-    assert asyncio.run(written(RuleFollower())) == (True, "unknown")
-    assert asyncio.run(written(RuleFollower(ten=False))) == (False, "unknown")
-    assert asyncio.run(written(Joining())) == (True, "?")
+    assert asyncio.run(find_notation(RuleFollower())) == (True, "unknown")
+    assert asyncio.run(find_notation(RuleFollower(ten=False))) == (False, "unknown")
+    assert asyncio.run(find_notation(Joining())) == (True, "?")
 
 
 def test_a_model_that_writes_10_as_two_tokens_is_asked_for_0_to_9() -> None:
     simulator = opened("all-at-once", RuleFollower(ten=False))
-    assert simulator.name == "all-at-once-0-9:rules"
-    assert simulator.told()["top"] == 9
+    assert str(simulator.name) == "all-at-once-0-9:rules"
+    assert simulator.cache_settings()["top"] == 9
     assert simulated(simulator, "brackets", ["(", "a"]) == [[9.0, 0.0]]
     released = opened("all-at-once", RuleFollower(ten=False), "compat")
-    assert released.name == "all-at-once:rules"
+    assert str(released.name) == "all-at-once:rules"
     assert simulated(released, "brackets", ["(", "a"]) == [[1.0, 0.0]]  # 10 is read as the 1 it begins with
 
 
@@ -165,7 +160,7 @@ def test_a_model_that_thinks_of_no_number_is_refused_and_in_compat_mode_read_as_
     fixed, compat = (
         AllAtOnce(llm=mute, read_out=ReadOut.of(mode, ten_is_one_token=True)) for mode in ("fixed", "compat")
     )
-    with pytest.raises(LLMError, match="^rules thinks of no number at 12 of 12 tokens: it does not follow the format$"):
+    with pytest.raises(LLMError, match="^rules expects no number at 12 of 12 tokens: it does not follow the format$"):
         simulated(fixed, "brackets", TOKENS)
     assert simulated(compat, "brackets", TOKENS) == [[0.0] * len(TOKENS)]
     assert compat.counts["unread"] == len(TOKENS)
@@ -194,20 +189,20 @@ def test_solved_neurons_are_left_out_where_the_context_is_short() -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(
-        CrateError, match="^there is no simulator 'sideways'. Use one of: all-at-once, token-by-token, s"
+        CrateError, match="^--simulator must be one of all-at-once, token-by-token, structured, got 'sideways'"
     ):
         opened("sideways", RuleFollower())
 
 
 def test_what_a_simulator_tells_of_itself_changes_with_all_that_matters() -> None:
-    told = [opened(method, llm, mode).told() for method in METHODS for mode in ("fixed", "compat")
+    told = [opened(method, llm, mode).cache_settings() for method in METHODS for mode in ("fixed", "compat")
             for llm in (RuleFollower(), RuleFollower(name="other"))]  # fmt: skip
     assert len({json.dumps(one, sort_keys=True) for one in told}) == len(told)
 
 
 ROWS = [{"token": "a", "activation": 3}, {"token": " b", "activation": 0}]
 BAD: list[tuple[str, str]] = [
-    ("I cannot do that", r'the answer is no JSON \(Expecting value\): "I cannot do that"'),
+    ("I cannot do that", r'the answer is not JSON \(Expecting value\): "I cannot do that"'),
     (json.dumps(ROWS), "the answer has no list of activations: "),
     (json.dumps({"activations": [3, 0]}), "the answer has no list of activations: "),
     (json.dumps({"activations": ROWS[:1]}), "the answer has 1 activations for 2 tokens: "),
@@ -225,7 +220,7 @@ BAD: list[tuple[str, str]] = [
         '{"activations": [{"token": "a", "activation": NaN}, {"token": " b", "activation": 0}]}',
         "token 1 is nan, not a n",
     ),
-    (json.dumps({"activations": ROWS})[:-4], r"the answer is no JSON \("),
+    (json.dumps({"activations": ROWS})[:-4], r"the answer is not JSON \("),
 ]
 
 

@@ -17,7 +17,7 @@ from interpretation.simulators.test_simulators_local import counting_llm
 
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.llm import LLMError
-from cratelm.interpretation.simulators.language_model import open_simulator
+from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.simulators.self_test import require_self_test
 
 EXCERPTS = (["The", " rain", r"\n", "é", r"\xc3", " :", " 4", " [", "10"], [" over", "(", ")"])

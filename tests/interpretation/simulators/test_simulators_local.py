@@ -22,7 +22,8 @@ from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.prompts.simulator import all_at_once_prefix, all_at_once_rows
 from cratelm.interpretation.protocols import draw, protocol
 from cratelm.interpretation.scoring.correlation import compare
-from cratelm.interpretation.simulators.language_model import METHODS, AllAtOnce, open_simulator
+from cratelm.interpretation.simulators.all_at_once import AllAtOnce
+from cratelm.interpretation.simulators.opening import METHODS, open_simulator
 from cratelm.interpretation.simulators.readout import ReadOut
 from cratelm.interpretation.simulators.self_test import require_self_test
 
@@ -117,7 +118,7 @@ def test_every_token_is_read_whatever_the_tokenizer(kind: Kind, rng: np.random.G
     llm = counting_llm(rng, kind)
     simulator = asyncio.run(open_simulator("all-at-once", llm))
     assert isinstance(simulator, AllAtOnce)
-    assert simulator.name == ("all-at-once:small" if kind == "ten" else "all-at-once-0-9:small")
+    assert str(simulator.name) == ("all-at-once:small" if kind == "ten" else "all-at-once-0-9:small")
     tokens = ["The", r"\n", r"\xc3", "é", "", " 10", "х→", r" \t", "."]
     (found,) = asyncio.run(simulator.simulate("brackets", [tokens]))
     prefix = all_at_once_prefix("brackets", few_shot_neurons(), top=simulator.read_out.top, unknown="unknown")

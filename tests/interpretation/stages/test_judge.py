@@ -14,7 +14,7 @@ from fixtures.synthetic import CONSTANT, DEAD, FIRST_TOKEN_NEURON, RARE, make_ru
 from cratelm import CrateError, read_records
 from cratelm.activations.records import records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_bytes
-from cratelm.interpretation.explainers.explanation import explain_layer
+from cratelm.interpretation.lookup.explain import explain_layer
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.classification import Questions

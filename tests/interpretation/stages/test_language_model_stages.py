@@ -20,7 +20,7 @@ from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scoring.correlation import NO_EXPLANATION, NO_SIMULATION, NOT_CHOSEN, LayerScores
 from cratelm.interpretation.stages import language_model as llm_stages
-from cratelm.interpretation.stages.language_model import NOBODY, Task, failures, sources_of
+from cratelm.interpretation.stages.language_model import Task, failures
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
@@ -158,18 +158,6 @@ def test_parts_ask_about_their_own_share(run: Path) -> None:
         asyncio.run(llm_stages.simulate(
             task(run, replace(SIMULATED, control="shuffled"), part=(1, 3)), simulate, {}, strings(run)
         ))  # fmt: skip
-
-
-def test_a_shuffled_pair_stays_when_others_join() -> None:
-    key = replace(KEY, control="shuffled")
-    rings = [sources_of(key, np.arange(0, 100, step), 100) for step in (1, 2)]
-    for ring in rings:
-        assert sorted(ring) == sorted(ring.values())
-        assert all(neuron != source for neuron, source in ring.items())
-    more = sources_of(key, np.array([*range(0, 100, 2), 1]), 100)
-    assert sum(more[neuron] != source for neuron, source in rings[1].items()) == 1
-    assert sources_of(key, np.array([5]), 100) == {}
-    assert sources_of(replace(KEY, control="constant"), np.array([5]), 100) == {5: NOBODY}
 
 
 @pytest.mark.parametrize(("text", "indices"), [

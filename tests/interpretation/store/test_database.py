@@ -12,10 +12,12 @@ from cratelm import rundir
 from cratelm.activations.records import NeuronId, read_records, records_folder
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
-from cratelm.interpretation.explainers.explanation import LayerExplanations, explain_layer
+from cratelm.interpretation.explainers.explanation import LayerExplanations
+from cratelm.interpretation.lookup.explain import explain_layer
+from cratelm.interpretation.lookup.simulate import simulate_layer
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scoring.correlation import LayerScores, score_layer
-from cratelm.interpretation.simulators.simulation import LayerSimulations, simulate_layer
+from cratelm.interpretation.simulators.simulation import LayerSimulations
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 

@@ -18,7 +18,7 @@ from fakes.llm_server import Answer, Body, Server, completion
 from cratelm.cli import main
 from cratelm.interpretation.prompts import explainer as prompts
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
-from cratelm.interpretation.simulators import language_model as simulators
+from cratelm.interpretation.simulators import prompt_fitting as simulators
 from cratelm.interpretation.simulators.self_test import puzzles
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey

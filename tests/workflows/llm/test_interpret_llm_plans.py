@@ -22,7 +22,7 @@ from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.llm import Prompt
 from cratelm.interpretation.prompts import explainer as prompts
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
-from cratelm.interpretation.simulators import language_model as simulators
+from cratelm.interpretation.simulators import prompt_fitting as simulators
 from cratelm.interpretation.stages.estimate import Asked, CountingLLM
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store

@@ -1,0 +1,107 @@
+"""The names in a `SetKey` as typed records: who explained, who simulated, who judged.
+
+    explainer    lookup            MODEL    MODEL+rounded-up
+    simulator    (empty: lookup)   METHOD[-0-TOP][+REPAIR...][+CALIBRATION]:MODEL    judge MODEL
+
+`str` of a record is the stored name, and `parse_explainer` and `parse_simulator` are the only code that takes a stored
+name apart; `str(parse(name)) == name` for every name.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cratelm.interpretation.lookup.tables import EXPLAINER
+from cratelm.interpretation.prompts.normalisation import Rounding
+
+SimulationMethod = Literal["all-at-once", "token-by-token", "structured"]
+CalibrationMethod = Literal["linear", "percentile"]
+ReadOutRepair = Literal["fifteen-candidates", "scale-of-nine", "spaced-numbers", "escaped-tokens"]
+"""Repairs of the released read-out (`docs/simulators.md`):
+
+fifteen-candidates    reads 15 candidates, as OpenAI does, instead of 5
+scale-of-nine         uses the scale 0-9 for a model that writes 10 as two tokens: its 1 never begins a 10
+spaced-numbers        counts ` 7` as 7
+escaped-tokens        shows a token on one line, and part of a character as its bytes, so that all tokens are read
+"""
+SUFFIXES: dict[Rounding, str] = {"ceil": "+rounded-up", "floor": "+rounded-down"}
+"""Appended to an explainer's name when its prompts round activations differently from the mode's default."""
+_JUDGE = "judge "
+_SIMULATOR = re.compile(rf"({'|'.join(get_args(SimulationMethod))})(?:-0-([1-9]\d*))?((?:\+[^:+]+)*):(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainerName:
+    """Who explained."""
+
+    model: str
+    """Name of a language model, or `lookup`."""
+    rounding: Rounding | None = None
+    """How prompts round activations, if not by the mode's default."""
+
+    def __str__(self) -> str:
+        return self.model + (SUFFIXES[self.rounding] if self.rounding else "")
+
+    @property
+    def by_lookup(self) -> bool:
+        """Whether explanations are tables of tokens."""
+        return self.model == EXPLAINER and not self.rounding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulatorName:
+    """Which language model simulated, and how."""
+
+    method: str
+    """One of `SimulationMethod`; the whole name if it has another form."""
+    model: str | None = None
+    """Name of the language model; None if the name has another form."""
+    top: int = 10
+    """Largest activation on the scale of the prompts."""
+    repairs: tuple[str, ...] = ()
+    """Repairs of the read-out in `compat` mode, apart from the scale."""
+    calibration: str | None = None
+    """How simulated activations were mapped to the neuron's own units."""
+
+    def __str__(self) -> str:
+        scale = "" if self.top == 10 else f"-0-{self.top}"
+        additions = (*self.repairs, *([self.calibration] if self.calibration else []))
+        return "+".join((self.method + scale, *additions)) + ("" if self.model is None else f":{self.model}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither repairs nor a calibration."""
+        return not (self.repairs or self.calibration)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeName:
+    """Which model answered the questions of a scorer."""
+
+    model: str
+
+    def __str__(self) -> str:
+        return _JUDGE + self.model
+
+
+def parse_explainer(name: str) -> ExplainerName:
+    """Parse the name of an explainer."""
+    for rounding, suffix in SUFFIXES.items():
+        if name.endswith(suffix):
+            return ExplainerName(model=name.removesuffix(suffix), rounding=rounding)
+    return ExplainerName(model=name)
+
+
+def parse_simulator(name: str) -> SimulatorName | JudgeName | None:
+    """Parse the name of a simulator or judge; None for simulation by lookup, whose name is empty."""
+    if not name:
+        return None
+    if name.startswith(_JUDGE):
+        return JudgeName(model=name.removeprefix(_JUDGE))
+    match = _SIMULATOR.fullmatch(name)
+    if match is None or match[2] == "10":
+        return SimulatorName(method=name)
+    method, top, additions, model = match.groups()
+    names = additions.split("+")[1:]
+    calibration = names.pop() if names and names[-1] in get_args(CalibrationMethod) else None
+    return SimulatorName(method=method, model=model, top=int(top or 10), repairs=tuple(names), calibration=calibration)

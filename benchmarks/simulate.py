@@ -78,7 +78,7 @@ def measure(llm: LocalLLM, excerpts: int, width: int, neurons: int, alone: int, 
 
     def one_at_a_time() -> None:
         for one in asked[:alone]:
-            row = llm._tokens.prompt(one).row
+            row = llm._tokenizer.tokenize(one).row
             llm.reader.read([Row(tokens=row.tokens, shared=0, at=row.at)], top=15)
 
     before = llm.reader.tokens_computed

@@ -1,7 +1,7 @@
-"""A Hugging Face causal language model in this process as an `LLM`: what `interpretation/` asks, without a server.
+"""A Hugging Face causal language model in this process as an `LLM`, without a server.
 
-Coroutines that ask at the same time are answered together: while one batch is computed, in a thread of its own, the
-next gathers. What prompts have in common is computed once (`shared_prefix/reader.py`).
+Coroutines that ask at the same time are answered together: while one batch is computed in a thread, the next batch
+collects requests. What prompts have in common is computed once (`shared_prefix/reader.py`).
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,13 @@ from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.runtime import DeviceName, console, select_device
 from cratelm.shared_prefix.generation import Request, generate
 from cratelm.shared_prefix.reader import Reader
-from cratelm.shared_prefix.tokens import Tokenizer
+from cratelm.shared_prefix.tokens import PromptTokenizer
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384, "mps": 4096}
-"""Most tokens of one pass; halved when a GPU's memory is too small for them."""
+TOKENS_AT_ONCE = {"cpu": 544, "cuda": 2048, "mps": 2048}
+"""Tokens of one forward pass, each of which attends to all others; halved if a GPU runs out of memory."""
 REQUESTS_AT_ONCE = 512
-"""Most requests that are worked on before anybody has an answer."""
+"""Requests that are computed before the first of them is answered."""
 
 
 class LocalLLM:
@@ -37,27 +37,33 @@ class LocalLLM:
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, tokens_at_once: int | None = None) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise CrateError(f"the tokenizer of {name} has no tokenizer.json. Save it anew with transformers")
+            raise CrateError(
+                f"the tokenizer of {name} must have a tokenizer.json, got none. Hint: save it again with transformers"
+            )
         self.name, self.tokenizer = name, tokenizer
         device = next(model.parameters()).device.type
-        self.reader = Reader(model, tokens_at_once=tokens_at_once or TOKENS_AT_ONCE.get(device, 2048))
+        self.reader = Reader(model, tokens_at_once=tokens_at_once or TOKENS_AT_ONCE.get(device, 544))
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._tokens = Tokenizer(tokenizer.backend_tokenizer, bos=tokenizer.bos_token_id)
+        self._tokenizer = PromptTokenizer(tokenizer.backend_tokenizer, bos=tokenizer.bos_token_id)
         self._strings = token_strings(tokenizer.backend_tokenizer)
-        self._waiting: list[_Asked] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = asyncio.Lock()
+        self._batches: dict[str, _Batch] = {}
+        """Kind of request -> the batch that still takes requests."""
 
     @classmethod
     def open(cls, source: str | Path, *, device: DeviceName = "auto", dtype: DType = "auto") -> "LocalLLM":
-        """Load a model directory (also one of cratelm's) or a name on the hub.
+        """Load a model directory (a run's `model` too) or a name on the hub.
 
-        `auto` takes the type of the stored weights, but float32 on a CPU.
+        The dtype `auto` is that of the stored weights, and float32 on a CPU.
         """
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
-            raise CrateError("a model in the process needs transformers. Run: pip install 'cratelm[llm]'") from None
-        importlib.import_module("cratelm.huggingface")  # CRATE in transformers
+            raise CrateError(
+                "a language model in this process needs transformers. Hint: pip install 'cratelm[llm]'"
+            ) from None
+        importlib.import_module("cratelm.huggingface")  # registers CRATE
         where = select_device(device)
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
         try:
@@ -67,20 +73,23 @@ class LocalLLM:
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise CrateError(
-                f"{source} is no causal language model with a tokenizer ({reason}). "
-                "Give a model directory or a name on the Hugging Face hub"
+                f"{source} must be a causal language model with a tokenizer, got: {reason}. "
+                "Hint: give a model directory or a name on the Hugging Face hub"
             ) from None
         llm = cls(model.to(where), tokenizer, name=name_of(str(source)))
         if not llm.reader.shares:
-            console.print(f"{llm.name}: its cache cannot be shared, so every prompt is computed whole")
+            console.print(
+                f"{llm.name} does not support sharing a cache between prompts; every prompt is computed whole (slower)"
+            )
         return llm
 
     @cached_property
     def identity(self) -> str:
-        """What tells its weights from others, whatever the directory is called: 16 hexadecimal digits."""
+        """Hash of tokenizer and weights, independent of the directory's name: 16 hexadecimal digits."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         for name, weight in self.reader.model.state_dict().items():
-            sums = [one.double().sum().item() for one in (weight, weight[..., ::2].abs())] if weight.dim() else []
+            parts = (weight, weight[..., ::2].abs()) if weight.dim() else ()
+            sums = [part.double().sum().item() for part in parts]
             digest.update(repr((name, tuple(weight.shape), str(weight.dtype), sums)).encode())
         return digest.hexdigest()[:16]
 
@@ -89,18 +98,22 @@ class LocalLLM:
         return len(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False))
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
-        """What the model expected at each wanted token of each prompt's rest."""
-        tokenized = [self._tokens.prompt(prompt) for prompt in prompts]
-        for one in tokenized:
-            self._check_length(len(one.row.tokens), 0)
-        rows = [one.row for one in tokenized if one.row.at]
+        """The model's predictions at each wanted token of each prompt's rest."""
+        tokenized = [self._tokenizer.tokenize(prompt) for prompt in prompts]
+        for tokens in tokenized:
+            self._check_length(len(tokens.row.tokens), 0)
+        rows = [tokens.row for tokens in tokenized if tokens.row.at]
         readings = iter(await self._ask(f"prompt logprobs, {top} candidates", rows, partial(self.reader.read, top=top)))
-        return [one.prompt_logprobs(next(readings) if one.row.at else None, self._strings) for one in tokenized]
+        return [
+            tokens.prompt_logprobs(next(readings) if tokens.row.at else None, self._strings) for tokens in tokenized
+        ]
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Answer a chat. The schema of an answer cannot be enforced here: whoever asks checks what comes."""
+        """Answer a chat. The schema of an answer is not enforced; the caller checks the answer."""
         if self.tokenizer.chat_template is None:
-            raise LLMError(f"{self.name} has no chat template, so it cannot be asked. Use an instruction-tuned model")
+            raise LLMError(
+                f"{self.name} must have a chat template to answer chats, got none. Hint: use an instruction-tuned model"
+            )
         text = self._templated(messages)
         tokens = tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         self._check_length(len(tokens), sampling.max_tokens)
@@ -112,91 +125,84 @@ class LocalLLM:
         )  # fmt: skip
 
     def _templated(self, messages: Sequence[Message]) -> str:
-        """The chat as the model was trained to read it; where it knows no system turn, that goes before the first.
+        """The chat in the model's template. Without support for system turns, their text goes before the first turn.
 
-        Some templates raise where there is one, others leave it out without a word.
+        Some of these templates raise at a system turn, others drop it silently.
         """
         merged = without_system(messages)
         turns = [{"role": message.role, "content": message.text} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise exceptions of any kind
             if len(merged) == len(messages):
-                raise LLMError(f"the chat template of {self.name} refuses this chat ({error})") from None
+                raise LLMError(f"the chat template of {self.name} rejects this chat: {error}") from None
             return self._templated(merged)
-        left_out = len(merged) < len(messages) and messages[0].text.strip() not in text
-        return self._templated(merged) if left_out else text
+        dropped = len(merged) < len(messages) and messages[0].text.strip() not in text
+        return self._templated(merged) if dropped else text
 
     @cached_property
     def _ends(self) -> frozenset[int]:
         """Tokens that end an answer."""
         configured = self.reader.model.generation_config.eos_token_id
-        several = configured if isinstance(configured, list) else [configured]
-        return frozenset(one for one in (*several, self.tokenizer.eos_token_id) if one is not None)
+        tokens = [*(configured if isinstance(configured, list) else [configured]), self.tokenizer.eos_token_id]
+        return frozenset(token for token in tokens if token is not None)
 
     def _check_length(self, prompt: int, answer: int) -> None:
         if self.context is not None and prompt + answer > self.context:
             raise LLMError(
-                f"{self.name} reads at most {self.context} tokens, and this prompt has {prompt}"
-                f"{f' before an answer of {answer}' if answer else ''}. Use a model with a longer context"
+                f"a prompt for {self.name} must have at most {self.context} tokens, got {prompt}"
+                f"{f' and an answer of {answer}' if answer else ''}. Hint: use a model with a longer context"
             )
 
-    async def _ask(self, kind: str, requests: Sequence[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """Answers to requests, worked on together with those of the same kind that others make meanwhile."""
+    async def _ask(self, kind: str, requests: list[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Answers to requests, computed together with those of the same kind that other coroutines made meanwhile."""
         if not requests:
             return []
-        asked = _Asked(kind, list(requests), work, asyncio.get_running_loop().create_future())
-        self._waiting.append(asked)
-        if self._worker is None or self._worker.done():
-            self._waiting = [asked]  # of a loop that was left before its end nobody waits any more
-            self._worker = asyncio.create_task(self._work())
-        return await asked.answer
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._lock, self._batches = loop, asyncio.Lock(), {}
+        batch = self._batches.get(kind)
+        if batch is None or len(batch.requests) + len(requests) > REQUESTS_AT_ONCE:
+            batch = self._batches[kind] = _Batch()
+            batch.task = loop.create_task(self._compute(kind, batch, work))
+        first = len(batch.requests)
+        batch.requests += requests
+        assert batch.task is not None
+        answers = await asyncio.shield(batch.task)  # other coroutines wait for the same batch
+        return answers[first : first + len(requests)]
 
-    async def _work(self) -> None:
-        """Work off what is waiting, all of a kind in one go; in a thread, so that others can queue up meanwhile."""
-        await asyncio.sleep(0.001)  # whoever is about to ask, asks
-        while self._waiting:
-            if not (together := self._next()):
-                break
+    async def _compute(self, kind: str, batch: "_Batch", work: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Compute a batch in a thread once no other is being computed; until then requests can join it."""
+        async with self._lock:
+            await asyncio.sleep(0.001)  # coroutines that are about to ask can join
+            if self._batches.get(kind) is batch:
+                del self._batches[kind]
             try:
-                answers = await asyncio.to_thread(
-                    together[0].work, [one for asked in together for one in asked.requests]
-                )
+                return await asyncio.to_thread(work, batch.requests)
             except torch.cuda.OutOfMemoryError:
-                _refuse(together, LLMError(
-                    f"the GPU's memory is too small for {self.name} and one of these prompts. "
+                raise LLMError(
+                    f"{self.name} and one of these prompts do not fit into the GPU's memory. "
                     "Use a smaller model, or a server"
-                ))  # fmt: skip
-            except Exception as error:
-                _refuse(together, error)
-            else:
-                for asked in together:
-                    own, answers = answers[: len(asked.requests)], answers[len(asked.requests) :]
-                    if not asked.answer.done():
-                        asked.answer.set_result(own)
+                ) from None
 
-    def _next(self) -> list["_Asked"]:
-        """Take those that go together with who waits longest."""
-        together, size = list[_Asked](), 0
-        for one in list(self._waiting):
-            if one.answer.done():  # cancelled
-                self._waiting.remove(one)
-            elif not together or (one.kind == together[0].kind and size + len(one.requests) <= REQUESTS_AT_ONCE):
-                self._waiting.remove(one)
-                together.append(one)
-                size += len(one.requests)
-        return together
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Batch:
+    """Requests that are computed together."""
+
+    requests: list[Any] = field(default_factory=list)
+    task: "asyncio.Task[list[Any]] | None" = None
 
 
 def name_of(source: str) -> str:
-    """What a model is called: the last part of its path or hub name; of a run's `model`, the run's name."""
+    """The name of a model: the last part of its path or hub name; for a run's `model`, the name of the run."""
     parts = [part for part in source.split("/") if part]
     return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers on the terminal inside the block."""
+    """Hide the progress bars of transformers inside the block."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -206,19 +212,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    """What one coroutine asked and waits for."""
-
-    kind: str
-    requests: list[Any]
-    work: Callable[[list[Any]], list[Any]]
-    answer: "asyncio.Future[list[Any]]"
-
-
-def _refuse(together: Sequence[_Asked], error: Exception) -> None:
-    for asked in together:
-        if not asked.answer.done():
-            asked.answer.set_exception(error)

@@ -1,4 +1,4 @@
-"""A model in the process: its echoes and answers against one text, and one token, at a time without a cache."""
+"""A language model in this process: its prompt logprobs and answers against one text at a time without a cache."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,17 +19,18 @@ from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Sampling
 from cratelm.local_llm import LocalLLM, name_of
+from cratelm.shared_prefix.reader import Row
 
 PREFIX = "the storm came over the ridge before supper, and by morning there was hail in the grass.\n" * 4
 RESTS = (" a\tunknown\n the\tunknown\n", " rain\t10\n snow\t3\n\n wind\tunknown\n", "х é\t9\n", " of\t0")
 SLIDING: dict[str, Any] = {"sliding_window": 24}
 
 
-def echoes(llm: LocalLLM, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
+def logprobs_of(llm: LocalLLM, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
     async def ask() -> list[Sequence[PromptLogprobs]]:
         return await asyncio.gather(*(llm.prompt_logprobs([prompt], top=top) for prompt in prompts))
 
-    return [echo for one in asyncio.run(ask()) for echo in one]
+    return [logprobs for answer in asyncio.run(ask()) for logprobs in answer]
 
 
 def expected_at(llm: LocalLLM, prompt: Prompt) -> dict[int, tuple[float, dict[str, float]]]:
@@ -50,8 +51,8 @@ def expected_at(llm: LocalLLM, prompt: Prompt) -> dict[int, tuple[float, dict[st
 
 
 def check(llm: LocalLLM, prompts: Sequence[Prompt], tolerance: float) -> None:
-    """Everything that an echo says, against `expected_at`."""
-    for prompt, echo in zip(prompts, echoes(llm, prompts), strict=True):
+    """Compare every field of the prompt logprobs with `expected_at`."""
+    for prompt, echo in zip(prompts, logprobs_of(llm, prompts), strict=True):
         assert "".join(echo.tokens) == prompt.rest
         expected = expected_at(llm, prompt)
         begins = np.cumsum([0, *map(len, echo.tokens)]).tolist()
@@ -63,7 +64,7 @@ def check(llm: LocalLLM, prompts: Sequence[Prompt], tolerance: float) -> None:
 
 
 def prompts_of(rng: np.random.Generator) -> list[Prompt]:
-    """Two families that share a beginning, rests of all lengths, all tokens and some."""
+    """Prompts of two neurons that share a beginning, with rests of several lengths; some ask for every token."""
     prompts = []
     for who in ("words for rain", "numbers before a unit"):
         for rest in (*RESTS, "".join(rng.choice(RESTS, 3))):
@@ -80,71 +81,94 @@ def test_prompt_logprobs_equal_one_token_at_a_time(rng: np.random.Generator, kin
     check(llm, prompts_of(rng), 1e-9 if dtype == torch.float64 else 1e-5)
 
 
-FAMILIES_TRIED: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in FAMILIES] + [("mistral", SLIDING)]
+FAMILIES_TRIED: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in (*FAMILIES, "gemma2")] + [
+    ("mistral", SLIDING)
+]
 
 
 @pytest.mark.parametrize(
     ("family", "changes"), FAMILIES_TRIED, ids=[f"{a}{'-sliding' * bool(b)}" for a, b in FAMILIES_TRIED]
 )
-def test_every_family_gives_the_same_with_a_shared_prefix(
+def test_every_family_has_the_same_logprobs_with_a_shared_prefix(
     rng: np.random.Generator, family: str, changes: dict[str, Any]
 ) -> None:
     llm = make_llm(rng, family=family, tokens_at_once=60, **changes)
     assert llm.reader.shares
     prompts = prompts_of(rng)[::3]
-    check(llm, prompts, 1e-9)
-    assert any(len(one.tokens) for one in llm.reader.prefixes.values())
+    check(llm, prompts, 1e-6 if family == "gemma2" else 1e-9)  # gemma2 normalises in float32
+    assert llm.reader.prefixes
 
 
-def test_prompts_may_have_no_prefix_and_need_not_be_asked_for_anything(rng: np.random.Generator) -> None:
+def test_prompts_can_have_no_prefix_and_no_wanted_offsets(rng: np.random.Generator) -> None:
     llm = make_llm(rng)
     check(
         llm,
         [Prompt(prefix="", rest="the rain\t10\n"), Prompt(prefix="a", rest="b\t1"), Prompt(prefix="", rest="a")],
         1e-9,
     )
-    (nothing,) = echoes(llm, [Prompt(prefix=PREFIX, rest="the", at=())])
+    (nothing,) = logprobs_of(llm, [Prompt(prefix=PREFIX, rest="the", at=())])
     assert (nothing.tokens, dict(nothing.candidates)) == (("the",), {})
     assert np.isnan(nothing.logprobs).all()
 
 
 def test_an_offset_inside_a_token_has_no_candidates(rng: np.random.Generator) -> None:
     llm = make_llm(rng)
-    (echo,) = echoes(llm, [Prompt(prefix=PREFIX, rest=" the\t10\n", at=(5, 6))])
+    (echo,) = logprobs_of(llm, [Prompt(prefix=PREFIX, rest=" the\t10\n", at=(5, 6))])
     assert "10" in echo.tokens
     assert list(echo.candidates) == [5]
 
 
-def test_what_prompts_have_in_common_is_computed_once(rng: np.random.Generator) -> None:
-    """The tokens computed for an excerpt are those after the prefix that it shares, and no more."""
+def test_common_beginnings_are_computed_once(rng: np.random.Generator) -> None:
+    """A call computes each distinct beginning of its prompts once, and later calls reuse the cached ones."""
     llm = make_llm(rng)
-    size = llm.count
-    said = ["this neuron fires on words for rain\n", "this neuron fires on numbers before a unit\n"]
+    explanations = ["this neuron fires on words for rain\n", "this neuron fires on numbers before a unit\n"]
     excerpts = [f"{i}\tunknown\n the\tunknown\n" * 3 for i in range(8)]
-    prompts = [Prompt(prefix=PREFIX + one, rest=rest, at=(rest.index("\t") + 1,)) for one in said for rest in excerpts]
-    start = len(llm._tokens.start)
-    wholes = [size(PREFIX + one) for one in said]
-    ids = [llm.tokenizer.backend_tokenizer.encode(PREFIX + one, add_special_tokens=False).ids for one in said]
-    together = next(i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
-    echoes(llm, prompts)
-    once = start + together + sum(whole - together for whole in wholes)
-    assert llm.reader.tokens_computed == once + 2 * sum(map(size, excerpts))
-    before = llm.reader.tokens_computed
-    echoes(llm, prompts[:8])
-    assert llm.reader.tokens_computed - before == sum(map(size, excerpts))
+    prompts = [Prompt(prefix=PREFIX + explanation, rest=rest, at=(rest.index("\t") + 1,))
+               for explanation in explanations for rest in excerpts]  # fmt: skip
+    texts = [llm._tokenizer.tokenize(prompt).row.tokens for prompt in prompts]
+    distinct = len({text[: i + 1] for text in texts for i in range(len(text))})
+    logprobs_of(llm, prompts)
+    assert llm.reader.tokens_computed == distinct < 0.3 * sum(map(len, texts))
+    before, beginning = llm.reader.tokens_computed, len(llm._tokenizer.start) + llm.count(PREFIX)
+    logprobs_of(llm, prompts[:8])
+    assert llm.reader.tokens_computed - before <= sum(len(text) - beginning for text in texts[:8])
 
 
-def test_batches_are_filled_by_length(rng: np.random.Generator) -> None:
+def test_a_batch_has_no_more_tokens_than_its_limit(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm(rng, tokens_at_once=64)
-    lengths = rng.permutation([1, 1, 1, 1, 14, 14, 14, 14])
-    prompts = [Prompt(prefix=PREFIX, rest=" the\t10\n" * int(n), at=(5,)) for n in lengths]
-    echoes(llm, prompts)
-    own = llm.reader.columns_computed - llm.count(PREFIX) - len(llm._tokens.start)
-    assert own <= 1.3 * sum(llm.count(prompt.rest) for prompt in prompts)
+    widths: list[int] = []
+    forward = llm.reader.model.forward
+
+    def record(**options: Any) -> Any:
+        widths.append(options["input_ids"].shape[1])
+        return forward(**options)
+
+    monkeypatch.setattr(llm.reader.model, "forward", record)
+    logprobs_of(llm, [Prompt(prefix=PREFIX, rest=f"{i} the\t10\n", at=(2,)) for i in range(40)])
+    prefix, *batches = widths
+    assert prefix > 64
+    assert 32 <= max(batches) <= 64
+    assert sum(batches) < 5 * 40
 
 
-def test_a_model_whose_cache_cannot_be_shared_is_computed_whole(rng: np.random.Generator, tmp_path: Path) -> None:
-    """CRATE's cache is its own; its directory opens as any other's, and echoes and answers are right."""
+def test_texts_that_branch_anywhere_have_the_logits_of_whole_texts(rng: np.random.Generator) -> None:
+    """Random texts over two tokens: many begin alike, some are the beginning of another, some are equal."""
+    llm = make_llm(rng, family="gemma2", sliding_window=4)
+    texts = [tuple(rng.integers(2, size=rng.integers(1, 12)).tolist()) for _ in range(30)]
+    rows = [Row(tokens=text, shared=0, at=tuple(range(1, len(text)))) for text in texts]
+    for text, reading in zip(texts, llm.reader.read(rows, top=3), strict=True):
+        with torch.no_grad():
+            logprobs = torch.log_softmax(llm.reader.model(input_ids=torch.tensor([text])).logits[0], dim=-1)
+        expected = [float(logprobs[i - 1, text[i]]) for i in range(1, len(text))]
+        assert reading.logprobs.tolist() == pytest.approx(expected, abs=1e-6)
+    assert llm.reader.shares
+    assert llm.reader.tokens_computed == len({text[: i + 1] for text in texts for i in range(len(text))})
+
+
+def test_prompts_of_a_model_without_a_shareable_cache_are_computed_whole(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """CRATE has a cache of its own; its directory opens like any other and its logprobs are correct."""
     from cratelm.model.weights import save_model
 
     tokenizer = make_fast_tokenizer("ten")
@@ -168,11 +192,11 @@ def chats_of(count: int) -> list[list[Message]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_answers_written_together_are_those_written_alone(rng: np.random.Generator, family: str) -> None:
-    """Against transformers' own generation without a cache, one prompt at a time."""
+def test_answers_generated_together_equal_answers_generated_alone(rng: np.random.Generator, family: str) -> None:
+    """Compare with the `generate` of transformers, without a cache, one prompt at a time."""
     llm = make_llm(rng, family=family, **SLIDING if family == "mistral" else {})
     replies = chat(llm, chats_of(5), [Sampling(max_tokens=n) for n in (9, 4, 12, 1, 7)])
-    # An answer ends with the model's own end of text as with the tokenizer's, which here are two tokens.
+    # The end-of-text token of the model ends an answer, and so does that of the tokenizer; here they differ.
     ends = sorted({llm.tokenizer.eos_token_id, llm.reader.model.generation_config.eos_token_id} - {None})
     for one, reply, budget in zip(chats_of(5), replies, (9, 4, 12, 1, 7), strict=True):
         text = llm.tokenizer.apply_chat_template(
@@ -190,7 +214,7 @@ def test_answers_written_together_are_those_written_alone(rng: np.random.Generat
     assert llm.reader.tokens_computed < 0.6 * sum(reply.prompt_tokens + reply.new_tokens for reply in replies)
 
 
-def test_a_drawn_answer_depends_on_its_seed_alone(rng: np.random.Generator) -> None:
+def test_a_sampled_answer_depends_only_on_its_seed(rng: np.random.Generator) -> None:
     llm = make_llm(rng)
     drawn = [Sampling(max_tokens=8, temperature=1.0, top_p=0.9, seed=seed) for seed in (1, 2, 1)]
     together = chat(llm, [*[chats_of(1)[0]] * 3, *chats_of(3)], [*drawn, *[Sampling(max_tokens=5)] * 3])
@@ -199,20 +223,20 @@ def test_a_drawn_answer_depends_on_its_seed_alone(rng: np.random.Generator) -> N
     assert together[0].text != together[1].text
 
 
-def test_drawing_follows_temperature_and_top_p(rng: np.random.Generator) -> None:
-    from cratelm.shared_prefix.generation import _Draw
+def test_sampling_follows_temperature_and_top_p(rng: np.random.Generator) -> None:
+    from cratelm.shared_prefix.generation import Sampler
 
     logits = torch.from_numpy(rng.normal(0, 2, 12))
     shares = torch.softmax(logits / 0.7, dim=0)
-    draw = _Draw(Sampling(max_tokens=1, temperature=0.7, seed=3))
+    draw = Sampler(Sampling(max_tokens=1, temperature=0.7, seed=3))
     counts = np.bincount([draw.next(logits) for _ in range(4000)], minlength=12) / 4000
     assert np.abs(counts - shares.numpy()).max() < 0.05
     best = int(shares.argmax())
-    only = _Draw(Sampling(max_tokens=1, temperature=0.7, top_p=float(shares[best]) * 0.99))
+    only = Sampler(Sampling(max_tokens=1, temperature=0.7, top_p=float(shares[best]) * 0.99))
     assert {only.next(logits) for _ in range(50)} == {best}
 
 
-def test_a_template_without_a_system_turn_gets_it_before_the_first(rng: np.random.Generator) -> None:
+def test_without_system_turns_in_a_template_their_text_goes_before_the_first_turn(rng: np.random.Generator) -> None:
     llm = make_llm(rng)
     turns, each = [Message("system", " Say S. "), Message("user", "U")], "[{{ m['role'] }}] {{ m['content'] | trim }} "
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -224,21 +248,25 @@ def test_a_template_without_a_system_turn_gets_it_before_the_first(rng: np.rando
         llm.tokenizer.chat_template = template
         assert llm._templated(turns) == text
     llm.tokenizer.chat_template = "{{ raise_exception('no chats') }}"
-    with pytest.raises(LLMError, match="refuses this chat .no chats"):
+    with pytest.raises(LLMError, match="rejects this chat: no chats"):
         llm._templated(turns)
 
 
-def test_what_cannot_be_done_is_said_in_one_line(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_unsupported_requests_raise_one_line(rng: np.random.Generator, tmp_path: Path) -> None:
     llm = make_llm(rng, chat=False, max_position_embeddings=128)
-    with pytest.raises(LLMError, match=r"^small has no chat template, so it cannot be asked. Use an instruction-tuned"):
+    with pytest.raises(LLMError, match=r"^small must have a chat template to answer chats, got none"):
         chat(llm, chats_of(1), [Sampling(max_tokens=1)])
-    with pytest.raises(LLMError, match=r"^small reads at most 128 tokens, and this prompt has \d+\. Use a model"):
-        echoes(llm, [Prompt(prefix=PREFIX * 3, rest="a")])
-    with pytest.raises(CrateError, match=r"nothing is no causal language model with a tokenizer \(.*\)\. Give a model"):
+    with pytest.raises(
+        LLMError, match=r"^a prompt for small must have at most 128 tokens, got \d+\. Hint: use a model"
+    ):
+        logprobs_of(llm, [Prompt(prefix=PREFIX * 3, rest="a")])
+    with pytest.raises(
+        CrateError, match=r"nothing must be a causal language model with a tokenizer, got: .*Hint: give a model"
+    ):
         LocalLLM.open(tmp_path / "nothing", device="cpu")
 
 
-def test_an_error_in_one_batch_reaches_everyone_who_waits_and_nobody_else(
+def test_an_error_in_a_batch_reaches_every_request_in_it_and_no_other(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make_llm(rng)
@@ -257,7 +285,7 @@ def test_an_error_in_one_batch_reaches_everyone_who_waits_and_nobody_else(
     assert worked[0].tokens == ("b",)
 
 
-def test_a_directory_opens_and_its_identity_is_that_of_its_weights(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_the_identity_of_a_directory_follows_its_weights(rng: np.random.Generator, tmp_path: Path) -> None:
     llm = make_llm(rng, dtype=torch.float32)
     for name in ("one", "two"):
         save(llm.reader.model, tmp_path / name)

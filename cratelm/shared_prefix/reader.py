@@ -1,20 +1,16 @@
-"""Forward passes of a Hugging Face language model in which what many texts begin with is computed once.
+"""Read many texts with a causal language model of transformers; what texts have in common is computed once.
 
-The keys and values of a beginning are kept and read by every text that goes on from it. A beginning can itself go on
-from another: first what all prompts of a kind have in common, then what those about one neuron have. Texts are read in
-batches. Those with the same beginning are laid one after the other into one row, behind the beginning and blind to each
-other: nothing is filled up, nothing copied. Where that does not work, or beginnings differ, each text has a row of its
-own, beginnings filled up on the left and what follows on the right, each token at its true position, so columns of a
-row lie as far apart as its tokens do and sliding windows stay what they are. The head is computed at the wanted
-positions alone.
+The texts of a batch form a tree: each text branches off the text before it, in sorted order, where their tokens
+differ. All branches lie one after the other in a single row of the model. An attention mask lets a token see exactly
+its own text, and position ids place it as if the text were alone, so the row needs no padding and its logits equal
+those of the separate texts. The keys and values of the beginning of a batch (few-shot examples, mostly) are cached
+between batches.
 
-Some models keep a state that cannot be shared so, or no cache at all. A trial on a few tokens at the start finds that
-out; their texts are then computed whole, in batches all the same.
+Models that do not support such a mask, or keep a state other than keys and values, are detected by a trial on a few
+tokens when the reader is made; their texts are computed whole, one at a time.
 """
 
-import contextlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer
 
-from cratelm.shared_prefix.beginnings import Prefix, SharedLayer, Tokens, alike, cut, length_of
+Tokens = tuple[int, ...]
+Numbers = Int[np.ndarray, " _"]
+Layers = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, of shape (rows, heads, tokens, dim)."""
 
-SHORTEST = 16
-"""Fewer tokens in common are not worth a pass of their own."""
-KEPT_BYTES = 1 << 31
-"""Keys and values of beginnings that are kept, those used last."""
-LAID_TOGETHER = {"cpu": 544, "cuda": 2048}
-"""Tokens of texts in one row: each of them costs attention to all, so not many where products are slow."""
+SHORTEST = 32
+"""Fewer additional common tokens are not worth a forward pass of their own."""
+CACHE_BYTES = 1 << 31
+"""Limit of the keys and values that are kept between batches."""
 LOGITS_AT_ONCE = 1 << 27
-"""Most numbers in the logits of one pass: 512 MB in float32."""
+"""Limit of the logits of one forward pass: 512 MB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,271 +41,273 @@ class Row:
 
     tokens: Tokens
     shared: int
-    """How many tokens at its beginning it may have in common with others; at least one token is left."""
+    """How many tokens at the beginning may come from the cache; less than every index in `at`."""
     at: tuple[int, ...]
-    """Indices of the tokens whose probabilities are wanted, none of them 0."""
+    """Indices of the tokens whose probabilities are wanted; 0 has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What the model expected at the wanted tokens of a row."""
+    """What the model predicted at the wanted tokens of a row."""
 
     logprobs: Float[np.ndarray, " wanted"]
-    """Of the token that is there."""
+    """Of the actual token."""
     top: Int[np.ndarray, "wanted top"]
     """The most probable tokens, most probable first."""
     top_logprobs: Float[np.ndarray, "wanted top"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """The beginning of a text with its keys and values."""
+
+    tokens: Tokens
+    layers: Layers
+
+    def crop(self, length: int) -> "Prefix":
+        """Its first tokens."""
+        layers = [(keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers]
+        return Prefix(self.tokens[:length], layers if length else [])
+
+    @property
+    def size(self) -> int:
+        """Bytes of keys and values."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+NOTHING = Prefix((), [])
+
+
 class Reader:
-    """A model that reads many texts with few computations. Not for several threads at once."""
+    """A causal language model that reads many texts in few forward passes. Not thread-safe."""
 
     def __init__(self, model: Any, *, tokens_at_once: int) -> None:
         self.model, self.tokens_at_once = model.eval(), tokens_at_once
-        self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        self.vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.layers = model.config.get_text_config().num_hidden_layers
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.prefixes: OrderedDict[Tokens, Prefix] = OrderedDict()
-        self.tokens_computed = self.columns_computed = 0
-        self.shares, self.lays_together = self._can_share()
+        weight, config = next(model.parameters()), model.config.get_text_config()
+        self.device, self.dtype = weight.device, weight.dtype
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self.num_layers: int = config.num_hidden_layers
+        self.window: int | None = getattr(config, "sliding_window", None)
+        self.attention = attention_kinds(config)
+        self.slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.prefixes: list[Prefix] = []
+        """Last used last."""
+        self.tokens_computed = 0
+        self.shares = self._matches_uncached()
 
+    @torch.inference_mode()
     def read(self, rows: Sequence[Row], *, top: int) -> list[Reading]:
-        """Read texts; the answers come in their order."""
-        prefixes = self._prefixes(rows)
-        # Texts with the same beginning come together, and of those the ones of a length.
-        first = {prefix: i for i, prefix in reversed(list(enumerate(prefixes)))}
-        order = sorted(
-            range(len(rows)),
-            key=lambda i: (self.lays_together and first[prefixes[i]], len(rows[i].tokens) - length_of(prefixes[i]), i),
-        )
-        found: dict[int, Reading] = {}
+        """The readings of texts, in their order."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
+        readings: dict[int, Reading] = {}
         while order:
-            batch = self._together(order, rows, prefixes) or self._filled(order, rows, prefixes)
+            batch = order[: self._fitting([rows[i] for i in order]) if self.shares else 1]
             try:
-                found |= zip(
-                    batch, self._read([rows[i] for i in batch], [prefixes[i] for i in batch], top), strict=True
-                )
+                readings |= zip(batch, self._read([rows[i] for i in batch], top), strict=True)
             except torch.cuda.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-                self.tokens_at_once = self.tokens_at_once // 2
+                self.tokens_at_once //= 2
                 torch.cuda.empty_cache()
                 continue
             order = order[len(batch) :]
-        return [found[i] for i in range(len(rows))]
-
-    def _together(self, order: list[int], rows: Sequence[Row], prefixes: Sequence[Prefix | None]) -> list[int]:
-        """The rows that come next and fit into one behind their beginning; none if it would be one alone."""
-        prefix, tokens, wanted = prefixes[order[0]], 0, 0
-        most = LAID_TOGETHER.get(self.device.type, 544)
-        count = 0
-        while self.lays_together and prefix and count < len(order) and prefixes[order[count]] is prefix:
-            tokens += len(rows[order[count]].tokens) - len(prefix.tokens)
-            wanted += len(rows[order[count]].at)
-            if tokens > most or wanted * self.vocabulary > LOGITS_AT_ONCE:
-                break
-            count += 1
-        return order[:count] if count > 1 else []
-
-    def _filled(self, order: list[int], rows: Sequence[Row], prefixes: Sequence[Prefix | None]) -> list[int]:
-        """As many rows as one pass may have; they come shortest first, so the last gives the width."""
-        wanted = 0
-        for count, i in enumerate(order):
-            width = len(rows[i].tokens) - length_of(prefixes[i])
-            wanted += len(rows[i].at)
-            if count and self.lays_together and prefixes[i] is not prefixes[order[0]]:
-                return order[:count]
-            if count and ((count + 1) * width > self.tokens_at_once or wanted * self.vocabulary > LOGITS_AT_ONCE):
-                return order[:count]
-        return order
+        return [readings[i] for i in range(len(rows))]
 
     @torch.inference_mode()
-    def _read(self, rows: Sequence[Row], prefixes: Sequence[Prefix | None], top: int) -> Iterator[Reading]:
-        """One pass."""
-        own = [row.tokens[length_of(prefix) :] for row, prefix in zip(rows, prefixes, strict=True)]
-        # The token before says what is expected next.
-        places = [(r, i - 1 - length_of(prefixes[r])) for r, row in enumerate(rows) for i in row.at]
-        together = self.lays_together and prefixes[0] is not None and len(rows) > 1 and len(set(prefixes)) == 1
-        together = together and sum(map(len, own)) <= LAID_TOGETHER.get(self.device.type, 544)
-        logits = self.forward_together(own, prefixes[0], places) if together else self.forward(own, prefixes, places)[0]
+    def begin(self, texts: Sequence[Tokens]) -> tuple[Float[Tensor, "rows vocab"], Cache, Bool[Tensor, "rows columns"]]:
+        """Read texts that will be continued.
+
+        Returns the logits after each, a cache in which each text has a row, padded on the left, and where it is not
+        padding.
+        """
+        order = sorted(range(len(texts)), key=lambda i: texts[i])
+        first, last = texts[order[0]], texts[order[-1]]
+        prefix = self._prefix(first[: min(common_length(first, last), len(first) - 1)])
+        rows = [Row(tokens=text, shared=len(prefix.tokens), at=(len(text),)) for text in texts]
+        width = max(map(len, texts))
+        logits: dict[int, Tensor] = {}
+        layers: dict[int, Layers] = {}
+        while order:
+            batch = order[: self._fitting([rows[i] for i in order])]
+            wanted = [[len(texts[i]) - 1] for i in batch]
+            batch_logits, cache, paths = self._forward([texts[i] for i in batch], prefix, wanted)
+            for i, path, text_logits in zip(batch, paths, batch_logits, strict=True):
+                gap, columns = width - len(path), torch.from_numpy(path).to(self.device)
+                layers[i] = [
+                    (pad(layer.keys[:, :, columns], (0, 0, gap, 0)), pad(layer.values[:, :, columns], (0, 0, gap, 0)))
+                    for layer in cache.layers
+                ]
+                logits[i] = text_logits
+            order = order[len(batch) :]
+        joined = [
+            tuple(torch.cat([layers[i][layer][part] for i in range(len(texts))]) for part in (0, 1))
+            for layer in range(self.num_layers)
+        ]
+        filled = torch.arange(width) >= width - torch.tensor([len(text) for text in texts])[:, None]
+        return torch.stack([logits[i] for i in range(len(texts))]), self._cache(joined), filled
+
+    @torch.inference_mode()
+    def step(
+        self, tokens: Int[Tensor, " rows"], filled: Bool[Tensor, "rows columns"], cache: Cache
+    ) -> Float[Tensor, "rows vocab"]:
+        """Read one more token in every row; `filled` includes it."""
+        self.tokens_computed += len(tokens)
+        positions = filled.sum(dim=1, keepdim=True) - 1
+        return self.model(
+            input_ids=tokens[:, None].to(self.device), attention_mask=filled.long().to(self.device),
+            position_ids=positions.to(self.device), past_key_values=cache, use_cache=True,
+        ).logits[:, -1]  # fmt: skip
+
+    def _fitting(self, rows: Sequence[Row]) -> int:
+        """How many of the rows, which are sorted, fit into one forward pass."""
+        size = wanted = 0
+        common = rows[0].shared
+        for count, row in enumerate(rows):
+            branches_at = common_length(rows[count - 1].tokens, row.tokens) if count else 0
+            common = min(common, row.shared, branches_at) if count else common
+            size, wanted = size + len(row.tokens) - branches_at, wanted + len(row.at)
+            if count and (size - common > self.tokens_at_once or wanted * self.vocabulary > LOGITS_AT_ONCE):
+                return count
+        return len(rows)
+
+    def _read(self, rows: Sequence[Row], top: int) -> Iterator[Reading]:
+        """The readings of rows in one forward pass; the rows are sorted."""
+        texts, wanted = [row.tokens for row in rows], [[i - 1 for i in row.at] for row in rows]
+        if self.shares:
+            shared = min(common_length(texts[0], texts[-1]), *(row.shared for row in rows))
+            logits, _, _ = self._forward(texts, self._prefix(texts[0][:shared]), wanted)
+        else:
+            logits = self._whole(texts[0], wanted[0])
         logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        there = torch.tensor([row.tokens[i] for row in rows for i in row.at], device=self.device, dtype=torch.int64)
+        actual = torch.tensor([row.tokens[i] for row in rows for i in row.at], device=self.device, dtype=torch.int64)
         values, indices = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
-        arrays = [one.cpu().numpy() for one in (logprobs.gather(1, there[:, None])[:, 0], indices, values)]
+        arrays = [tensor.cpu().numpy() for tensor in (logprobs.gather(1, actual[:, None])[:, 0], indices, values)]
         ends = np.cumsum([len(row.at) for row in rows])[:-1]
         parts = zip(*(np.split(array, ends) for array in arrays), strict=True)
         return (Reading(logprobs=a.astype(np.float64), top=b, top_logprobs=c.astype(np.float64)) for a, b, c in parts)
 
-    def forward(
-        self, own: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], places: Sequence[tuple[int, int]]
-    ) -> tuple[Float[Tensor, "places vocab"], Cache]:
-        """Read each row's own tokens after its beginning; logits at places, each a row and an index in its tokens."""
-        width, past = max(map(len, own)), max(map(length_of, prefixes))
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in own])
-        before = torch.tensor([length_of(one) for one in prefixes])[:, None]
-        lengths = torch.tensor([len(row) for row in own])[:, None]
-        columns = torch.arange(past + width)
-        there = (columns >= past - before) & (columns < past + lengths)
-        cache = Cache(layers=[SharedLayer(prefixes, layer) for layer in range(self.layers)])
-        self.tokens_computed += int(lengths.sum())
-        self.columns_computed += tokens.numel()
-        # Fillings get some position that exists; nobody looks at what comes of them.
-        positions = torch.where(there[:, past:], before + torch.arange(width), 0)
-        logits = self._run(tokens, there.long(), positions, cache if self.shares else None, places)
-        return logits, cache
+    def _prefix(self, tokens: Tokens) -> Prefix:
+        """Keys and values of these tokens, or of the first of them where few are missing from the cache."""
+        lengths = [common_length(prefix.tokens, tokens) for prefix in self.prefixes]
+        cached, start = NOTHING, max(lengths, default=0)
+        if start:
+            self.prefixes.append(self.prefixes.pop(lengths.index(start)))
+            cached = self.prefixes[-1].crop(start)
+        if len(tokens) - start < SHORTEST:
+            return cached
+        _, cache, _ = self._forward([tokens], cached, [[]])
+        self.prefixes.append(Prefix(tokens, [(layer.keys, layer.values) for layer in cache.layers]))
+        while len(self.prefixes) > 1 and sum(prefix.size for prefix in self.prefixes) > CACHE_BYTES:
+            self.prefixes.pop(0)
+        return self.prefixes[-1]
 
-    def forward_together(
-        self, own: Sequence[Sequence[int]], prefix: Prefix | None, places: Sequence[tuple[int, int]]
-    ) -> Float[Tensor, "places vocab"]:
-        """The same for rows with one beginning, laid one after the other into one row."""
-        lengths = torch.tensor([len(row) for row in own])
-        which = torch.repeat_interleave(torch.arange(len(own)), lengths)
-        index = torch.cat([torch.arange(len(row)) for row in own])
-        starts = (lengths.cumsum(0) - lengths).tolist()
-        seen = (which[:, None] == which) & (index[:, None] >= index)
-        past = length_of(prefix)
-        mask = torch.zeros(1, 1, len(which), past + len(which), dtype=self.dtype)
-        mask[0, 0, :, past:].masked_fill_(~seen, torch.finfo(self.dtype).min)
-        cache = Cache(layers=[SharedLayer([prefix], layer) for layer in range(self.layers)])
-        self.tokens_computed += len(which)
-        self.columns_computed += len(which)
-        tokens = torch.tensor([[token for row in own for token in row]])
-        placed = [(0, starts[row] + i) for row, i in places]
-        return self._run(tokens, mask, (past + index)[None], cache, placed)
+    def _forward(
+        self, texts: Sequence[Tokens], prefix: Prefix, wanted: Sequence[Sequence[int]]
+    ) -> tuple[Float[Tensor, "wanted vocab"], Cache, list[Numbers]]:
+        """One forward pass over sorted texts that begin with the prefix.
 
-    def step(
-        self, tokens: Int[Tensor, " rows"], there: Bool[Tensor, "rows columns"], cache: Cache
-    ) -> Float[Tensor, "rows vocab"]:
-        """Read one more token in every row; `there` says which columns are tokens, these last ones included."""
+        Returns the logits after the wanted tokens of each text, the cache, and the columns of each text in it.
+        """
+        start = len(prefix.tokens)
+        tokens, positions, paths = branches(texts, start)
+        visible = np.zeros((len(tokens), start + len(tokens)), dtype=bool)
+        for path in paths:  # a token sees its text up to itself; tokens in common have the same past in each text
+            visible[path[start:, None] - start, path] = np.arange(len(path)) <= np.arange(start, len(path))[:, None]
+        at = [int(path[i]) - start for path, indices in zip(paths, wanted, strict=True) for i in indices]
+        cache = self._cache(prefix.layers)
         self.tokens_computed += len(tokens)
-        self.columns_computed += len(tokens)
-        positions = there.sum(dim=1, keepdim=True) - 1
-        places = [(row, 0) for row in range(len(tokens))]
-        return self._run(tokens[:, None], there.long(), positions, cache, places)
+        logits = self._logits(
+            tokens, at, position_ids=torch.from_numpy(positions)[None].to(self.device), past_key_values=cache,
+            attention_mask=self._mask(visible, positions, np.concatenate([np.arange(start), positions])),
+        )  # fmt: skip
+        return logits, cache, paths
 
-    def _run(
-        self, tokens: Int[Tensor, "rows width"], mask: Int[Tensor, "rows columns"] | Float[Tensor, "1 1 width columns"],
-        positions: Int[Tensor, "rows width"], cache: Cache | None, places: Sequence[tuple[int, int]],
-    ) -> Float[Tensor, "places vocab"]:  # fmt: skip
-        options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self.takes_positions else {}
-        with _at(self.model.get_output_embeddings(), places or [(0, 0)]):
-            output = self.model(
-                input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), past_key_values=cache,
-                use_cache=cache is not None, **options,
-            )  # fmt: skip
-        return output.logits[0]
+    def _whole(self, text: Tokens, wanted: Sequence[int]) -> Float[Tensor, "wanted vocab"]:
+        """The logits after some tokens of a text, without a cache."""
+        self.tokens_computed += len(text)
+        return self._logits(text, wanted, use_cache=False)
 
-    def _prefixes(self, rows: Sequence[Row]) -> list[Prefix | None]:
-        """The beginning of each row, computed where it is not there yet."""
-        wanted = [row.tokens[: row.shared] if self.shares and row.shared >= SHORTEST else () for row in rows]
-        self.prepare([one for one in dict.fromkeys(wanted) if one])
-        return [self.prefixes[one] if one else None for one in wanted]
+    def _logits(self, tokens: Sequence[int], at: Sequence[int], **options: Any) -> Float[Tensor, "at vocab"]:
+        index = torch.tensor(at or [0], dtype=torch.int64, device=self.device)
+        options |= {"logits_to_keep": index} if self.slices_logits else {}
+        logits = self.model(input_ids=torch.tensor([tokens], device=self.device), **options).logits[0]
+        return logits if self.slices_logits else logits[index]
 
-    @torch.inference_mode()
-    def prepare(self, wanted: Sequence[Tokens]) -> None:
-        """Compute beginnings: first what all of them have in common, then each from the longest that is there."""
-        missing = [one for one in dict.fromkeys(wanted) if one not in self.prefixes]
-        if len(missing) > 1:
-            common = missing[0][: min(alike(missing[0], one) for one in missing)]
-            if len(common) - self._longest(common)[1] >= SHORTEST:
-                self.prepare([common])
-                missing = [one for one in missing if one != common]
-        for first in range(0, len(missing), 64):
-            self._extend(missing[first : first + 64])
-        for one in wanted:
-            self.prefixes.move_to_end(one)
-        held, needed = sum(one.size for one in self.prefixes.values()), len(set(wanted))
-        while held > KEPT_BYTES and len(self.prefixes) > needed:
-            held -= self.prefixes.popitem(last=False)[1].size
+    def _mask(
+        self, visible: Bool[np.ndarray, "tokens columns"], positions: Numbers, column_positions: Numbers
+    ) -> Tensor | dict[str, Tensor]:
+        """The additive attention mask; one for each kind of layer where a model has several."""
+        masks = {"full_attention": visible}
+        if self.window is not None:
+            near = positions[:, None] - column_positions < self.window
+            masks["sliding_attention"] = visible & near
+        smallest = torch.finfo(self.dtype).min
+        additive = {
+            kind: torch.zeros(1, 1, *visible.shape, dtype=self.dtype, device=self.device).masked_fill_(
+                torch.from_numpy(~masks[kind]).to(self.device), smallest
+            )
+            for kind in self.attention if kind in masks
+        }  # fmt: skip
+        return additive if len(additive) > 1 else next(iter(additive.values()))
 
-    def _extend(self, missing: Sequence[Tokens]) -> None:
-        parents = [self._longest(one) for one in missing]
-        # A parent used in part is cut to what is taken.
-        starts = [cut(parent, taken) for parent, taken in parents]
-        own = [one[taken:] for one, (_, taken) in zip(missing, parents, strict=True)]
-        _, cache = self.forward(own, starts, [])
-        for row, (tokens, (parent, taken)) in enumerate(zip(missing, parents, strict=True)):
-            size = len(own[row])
-            keys = tuple(layer.keys[row, :, :size].clone() for layer in cache.layers)
-            values = tuple(layer.values[row, :, :size].clone() for layer in cache.layers)
-            self.prefixes[tokens] = Prefix(tokens=tokens, parent=parent, taken=taken, keys=keys, values=values)
-
-    def _longest(self, tokens: Tokens) -> tuple[Prefix | None, int]:
-        """The beginning that goes furthest, and how far; one token is always left."""
-        best: tuple[Prefix | None, int] = (None, SHORTEST - 1)
-        for one in self.prefixes.values():
-            common = min(alike(one.tokens, tokens), len(tokens) - 1)
-            if common > best[1]:
-                best = one, common
-        if best[0] is None:
-            return None, 0
-        self.prefixes.move_to_end(best[0].tokens)
-        return best
+    def _cache(self, layers: Sequence[tuple[Tensor, ...]]) -> Cache:
+        cache = Cache(layers=[DynamicLayer() for _ in range(self.num_layers)])
+        for layer, (keys, values) in zip(cache.layers, layers, strict=False):
+            layer.update(keys, values)
+        return cache
 
     @torch.inference_mode()
-    def _can_share(self) -> tuple[bool, bool]:
-        """Whether short texts give the same logits read whole, read in two parts, and laid together."""
-        self.shares = True
-        generator = np.random.default_rng(0)
-        texts = [tuple(generator.integers(self.vocabulary, size=size).tolist()) for size in (11, 8)]
-        texts.append(texts[0][:5] + texts[1][:2])
-        wholes = [self._logits_whole(text) for text in texts]
+    def _matches_uncached(self) -> bool:
+        """Whether random texts that share tokens, read together and then continued, have the logits of whole texts."""
+        if not self.attention <= {"full_attention", "sliding_attention"}:
+            return False
+        numbers = np.random.default_rng(0).integers(self.vocabulary, size=15).tolist()
+        texts = sorted([tuple(numbers[:11]), tuple(numbers[:6] + numbers[11:])])
         try:
-            _, cache = self.forward([texts[0][:5], texts[1][:3]], [None, None], [])
-            prefixes = [
-                Prefix(
-                    tokens=text[:size], parent=None, taken=0,
-                    keys=tuple(layer.keys[row, :, :size] for layer in cache.layers),
-                    values=tuple(layer.values[row, :, :size] for layer in cache.layers),
-                )
-                for row, (text, size) in enumerate(zip(texts, (5, 3), strict=False))
-            ]  # fmt: skip
-            places = [(0, i) for i in range(6)] + [(1, i) for i in range(5)]
-            logits, _ = self.forward([texts[0][5:], texts[1][3:]], prefixes, places)
-            shares = self._near(logits, torch.cat([wholes[0][5:], wholes[1][3:]]))
-        except Exception:  # whatever a model does with a cache that it does not know
-            self.tokens_computed = self.columns_computed = 0
-            return False, False
-        try:
-            laid = self.forward_together([texts[0][5:], texts[2][5:]], prefixes[0], [*places[:6], (1, 0), (1, 1)])
-            together = self._near(laid, torch.cat([wholes[0][5:], wholes[2][5:]]))
-        except Exception:  # or with a mask of four dimensions
-            together = False
+            _, cache, _ = self._forward([texts[0][:3]], NOTHING, [[]])
+            prefix = Prefix(texts[0][:3], [(layer.keys, layer.values) for layer in cache.layers])
+            whole = [self._whole(text, range(3, len(text))) for text in texts]
+            together, _, _ = self._forward(texts, prefix, [range(3, len(text)) for text in texts])
+            _, cache, filled = self.begin([text[:-1] for text in texts])
+            filled = torch.cat([filled, torch.ones(2, 1, dtype=torch.bool)], dim=1)
+            continued = self.step(torch.tensor([text[-1] for text in texts]), filled, cache)
+            expected = torch.cat([*whole, whole[0][-1:], whole[1][-1:]]).double()
+            error = (torch.cat([together, continued]).double() - expected).norm()
+            allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+            return bool(error <= allowed * expected.norm())
+        except Exception:  # models fail in their own ways at a cache or a mask that they do not support
+            return False
         finally:
-            self.tokens_computed = self.columns_computed = 0
-        # A window slides over columns, which here are not as far apart as their tokens.
-        return shares, shares and together and self.takes_positions and not _slides(self.model.config.get_text_config())
-
-    def _near(self, logits: Float[Tensor, "places vocab"], expected: Float[Tensor, "places vocab"]) -> bool:
-        allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
-        return bool((logits.double() - expected.double()).norm() <= allowed * expected.double().norm())
-
-    def _logits_whole(self, text: Tokens) -> Float[Tensor, "seq vocab"]:
-        return self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False).logits[0]
+            self.tokens_computed = 0
 
 
-def _slides(config: Any) -> bool:
-    """Whether some layer sees a window alone."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None
+def branches(texts: Sequence[Tokens], start: int) -> tuple[list[int], Numbers, list[Numbers]]:
+    """Lay sorted texts into one row behind `start` columns that all of them begin with; each new token appears once.
 
-
-@contextlib.contextmanager
-def _at(head: nn.Module, places: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """Inside the block the head is given what stands at these places alone, as one row.
-
-    What a model does to its logits afterwards, such as a soft cap, is thereby done as always.
+    Returns the new tokens, their positions, and the columns of each text.
     """
-    rows, columns = zip(*places, strict=True)
+    tokens: list[int] = []
+    positions: list[Numbers] = []
+    paths = [np.arange(start)]
+    for i, text in enumerate(texts):
+        branches_at = max(start, common_length(texts[i - 1], text)) if i else start
+        first = start + len(tokens)
+        paths.append(np.concatenate([paths[-1][:branches_at], np.arange(first, first + len(text) - branches_at)]))
+        tokens += text[branches_at:]
+        positions.append(np.arange(branches_at, len(text)))
+    return tokens, np.concatenate(positions), paths[1:]
 
-    def pick(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][list(rows), list(columns)][None], *arguments[1:])
 
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+def attention_kinds(config: Any) -> set[str]:
+    """The kinds of attention in a model's layers, by transformers' names."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds is None:
+        kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
+    return set(kinds)
+
+
+def common_length(a: Tokens, b: Tokens) -> int:
+    """How many tokens at their beginning two texts have in common."""
+    size = min(len(a), len(b))
+    differs = np.not_equal(a[:size], b[:size])
+    return int(differs.argmax()) if differs.any() else size

@@ -1,4 +1,4 @@
-"""Small language models for what `interpretation/` asks of one: tokenizers of three kinds, models of random weights."""
+"""Small language models for the tests of `interpretation/`: tokenizers of three kinds, models of random weights."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 @functools.cache
 def make_tokenizer(kind: Kind) -> Tokenizer:
-    """A tokenizer trained on what prompts are made of."""
+    """A tokenizer trained on the words of prompts."""
     text = [NUMBERS] * 20 + ["".join(record.tokens) for neuron in few_shot_neurons() for record in neuron.records]
     tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "pieces", unk_token=None))
     specials = ["<s>", "</s>"]
@@ -53,7 +53,7 @@ def make_tokenizer(kind: Kind) -> Tokenizer:
 
 
 def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
-    """The same with a token for each byte that has none yet, for characters that it does not know."""
+    """Add a token for each missing byte, for characters outside the vocabulary."""
     layout = json.loads(tokenizer.to_str())
     vocabulary = layout["model"]["vocab"]
     missing = [byte for byte in range(256) if byte > 127 or chr(byte) not in vocabulary]
@@ -62,7 +62,7 @@ def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def make_fast_tokenizer(kind: Kind, *, chat: bool = True) -> Any:
-    """The same as transformers has it."""
+    """The same tokenizer as a transformers object."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
     tokenizer = make_tokenizer(kind)
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])

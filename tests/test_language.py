@@ -73,7 +73,6 @@ def swept_files() -> list[Path]:
     files = []
     for name in SWEPT:
         path = REPOSITORY / name
-        assert path.exists(), f"{name} of SWEPT does not exist"
         files += [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in SUFFIXES]
     return sorted({file for file in files if file != REPOSITORY / THIS_FILE})
 

@@ -24,6 +24,7 @@ from cratelm.interpretation.scoring.correlation import LayerScores, aggregate
 from cratelm.interpretation.scoring.statistics import interval, shown_layers
 from cratelm.interpretation.store.database import Store
 from cratelm.runtime import console
+from cratelm.workflows.lookup import explain_run, score_run, simulate_run
 
 RELEASED = "as released"
 VARIANTS: dict[str, tuple[int, tuple[Repair, ...]]] = {
@@ -45,9 +46,9 @@ def scored(source: Path, run: Path, options: argparse.Namespace, seed: int, repa
         )
     )  # fmt: skip
     selection = interpret.Selection(runs=(run,), mode="compat")
-    interpret.explain_run(run, selection)
-    interpret.simulate_run(run, selection, ())
-    interpret.score_run(run, selection, ())
+    explain_run(run, selection)
+    simulate_run(run, selection, ())
+    score_run(run, selection, ())
 
 
 def read_scores(run: Path, protocol: str) -> list[LayerScores]:

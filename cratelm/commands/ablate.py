@@ -26,11 +26,10 @@ from cratelm.runtime import DeviceName, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cratelm.data.tokens import TokenDirectory
     from cratelm.steering.ablation import Ablation
     from cratelm.steering.ablation_file import AblationFile, AblationRow
     from cratelm.steering.place import SparseCoder
-    from cratelm.workflows.subject import Chosen
+    from cratelm.workflows.opening import OpenModel
 
 Kind = Literal["zero", "mean"]
 Task = tuple[tuple[tuple[int, int], ...], Kind]
@@ -76,23 +75,22 @@ def run(options: Options) -> None:
     """Measure what is not measured yet, then print and draw."""
     from rich.console import Console
 
-    from cratelm.commands.collect import open_tokens, read_count
     from cratelm.rundir import claim, origin
     from cratelm.steering.ablation import Ablation, held_out, mean_change
     from cratelm.steering.ablation_file import AblationFile
-    from cratelm.workflows.subject import choose
+    from cratelm.workflows.opening import open_model
+    from cratelm.workflows.token_data import open_tokens, read_count
 
     limit = read_count(options.tokens)
     if not (options.neuron or options.group or options.layer or options.all):
         raise CrateError("no neuron was named. Give --neuron 1/85, --group 1/85,1/235, --layer 1 or --all")
     if not options.kind:
         raise CrateError("--kind names nothing. Give zero, mean or both")
-    chosen = choose(options.run, options.device, hashed=True)
+    chosen = open_model(options.run, options.device)
     folder, own, coders, tap = _places(options, chosen)
     tasks = tasks_of(options, chosen, coders)
-    data = open_tokens(options.data, options.tokenizer, chosen.tokenizer, options.run)
+    data = open_tokens(chosen, options.data, options.tokenizer)
     tokens = data.tokens(options.split)
-    _check_vocabulary(data, chosen, options)
     text = held_out(tokens, data.documents(options.split), chosen.model, limit)
     console = Console(highlight=False, markup=False, emoji=False)
     with claim(folder):
@@ -112,7 +110,7 @@ def run(options: Options) -> None:
     _report(console, chosen, folder, tap, [row for row in file.rows() if row.key in wanted], loss, settings, options)
 
 
-def _places(options: Options, chosen: "Chosen") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
+def _places(options: Options, chosen: "OpenModel") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
     """Where the numbers go, what the file says of the autoencoder, the autoencoder by layer, and the records' tap."""
     if options.sae is None:
         if (folder := options.out or chosen.run) is None:
@@ -130,7 +128,7 @@ def _places(options: Options, chosen: "Chosen") -> tuple[Path, dict[str, str], d
     return options.out or found, own, {coder.layer: coder}, tap
 
 
-def tasks_of(options: Options, chosen: "Chosen", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
+def tasks_of(options: Options, chosen: "OpenModel", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
     """Everything to measure, each thing once: groups and named neurons first, then whole layers.
 
     Of latents where there are `coders`.
@@ -181,16 +179,6 @@ def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ..
     return tuple(f"{SAE if layer in coders else ''}{layer}/{neuron}" for layer, neuron in neurons), kind
 
 
-def _check_vocabulary(data: "TokenDirectory", chosen: "Chosen", options: Options) -> None:
-    from cratelm.activations.places import vocabulary_rows
-
-    if data.vocab_size > (rows := vocabulary_rows(chosen.model)):
-        raise CrateError(
-            f"the tokens of {options.data} are of {data.vocab_size} kinds, the model of {options.run} knows {rows}. "
-            "Tokenize with the model's own tokenizer"
-        )
-
-
 def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) -> None:
     """Groups one by one, single neurons of a layer many at a time; every result is written when it is there."""
     from cratelm.steering.ablation import mean_change
@@ -230,7 +218,7 @@ def _finite(number: float) -> float | None:
 
 
 def _report(
-    console: "Console", chosen: "Chosen", folder: Path, tap: str, rows: list["AblationRow"], loss: dict[str, Any],
+    console: "Console", chosen: "OpenModel", folder: Path, tap: str, rows: list["AblationRow"], loss: dict[str, Any],
     settings: dict[str, Any], options: Options,
 ) -> None:  # fmt: skip
     from cratelm.steering.ablation_file import strongest_first
@@ -274,7 +262,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> Any:
     return table
 
 
-def _draw(console: "Console", chosen: "Chosen", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
+def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
     """A figure for each kind of which single neurons were measured."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ablation_figure
@@ -291,7 +279,7 @@ def _draw(console: "Console", chosen: "Chosen", tap: str, rows: Sequence["Ablati
             console.print(f"\n{out / f'ablation-{kind}.svg'}, ablation-{kind}.png")
 
 
-def _scores(chosen: "Chosen", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
+def _scores(chosen: "OpenModel", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
     """The score of each neuron where the run has one."""
     from cratelm.interpretation.store.database import Store
     from cratelm.report.neuron_table import open_table

@@ -11,7 +11,7 @@ nodes carry, and drawn: RUN/circuits gets a .json, an .svg and a .png.
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, progress_bar, select_device
+from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import result_name
 
 if TYPE_CHECKING:
     import torch
-    from tokenizers import Tokenizer
 
     from cratelm.whitebox.circuit import CircuitConfig, Subject
-    from cratelm.workflows.opening import OpenedRun
+    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +61,14 @@ def run(options: Options) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.rundir import origin, write_json
     from cratelm.whitebox.circuit import CircuitConfig, rank
-    from cratelm.workflows.opening import open_run
+    from cratelm.workflows.opening import open_model
 
     for name in ("nodes", "batch"):
         if getattr(options, name) < 1:
             raise CrateError(f"--{name} is {getattr(options, name)}, it must be at least 1")
     if options.candidates < 0:
         raise CrateError(f"--candidates is {options.candidates}, it must be 0 or more")
-    opened = open_run(options.run)
-    opened.model.to(select_device(options.device))
+    opened = open_model(options.run, options.device, expected="run")
     subject = _subject(opened, options)
     config = CircuitConfig(
         nodes=options.nodes, method=options.method, candidates=options.candidates, batch=options.batch
@@ -80,7 +78,7 @@ def run(options: Options) -> None:
     found = {
         "prompt": options.prompt, "method": options.method, "baseline": options.baseline,
         "candidates": options.candidates, "model_hash": opened.model_hash,
-        **_described(opened, options, subject, ranked, config), "origin": origin(),
+        **_described(opened, subject, ranked, config), "origin": origin(),
     }  # fmt: skip
     out = options.out or options.run / "circuits"
     name = _name(options, found["target"])
@@ -92,18 +90,15 @@ def run(options: Options) -> None:
     print(f"\n{out / name}.svg")
 
 
-def _subject(opened: "OpenedRun", options: Options) -> "Subject":
+def _subject(opened: "OpenModel", options: Options) -> "Subject":
     import torch
 
-    from cratelm.activations.causal_model import causal_model
     from cratelm.whitebox.circuit import Subject
 
-    causal = causal_model(opened.model, opened.tokenizer)
-    tokens = causal.encode(options.prompt)
-    causal.check_length(len(tokens))
-    prompt, places = torch.tensor(tokens, device=causal.device), causal.places()
-    target = -1 if options.token is None else target_token(opened.tokenizer, options.token)
-    baselines = _means(opened.run, places) if options.baseline == "mean" else None
+    causal = opened.causal
+    prompt, places = torch.tensor(opened.prompt(options.prompt), device=causal.device), causal.places()
+    target = -1 if options.token is None else opened.one_token(options.token)
+    baselines = _means(options.run, places) if options.baseline == "mean" else None
     subject = Subject(opened.model, places, prompt, max(target, 0), baselines)
     if target < 0:
         with torch.no_grad():
@@ -114,16 +109,6 @@ def _subject(opened: "OpenedRun", options: Options) -> "Subject":
             "Use another prompt or model"
         )
     return subject
-
-
-def target_token(tokenizer: "Tokenizer", text: str) -> int:
-    """The id of a text that is one token; another is refused with the tokens that it is."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if len(ids) == 1:
-        return int(ids[0])
-    parts = ", ".join(repr(tokenizer.decode([one])) for one in ids[:6])
-    said = f"{len(ids)} tokens ({parts}{', ...' if len(ids) > 6 else ''})" if ids else "no token"
-    raise CrateError(f"--token {text!r} is {said}, it must be one, with its space if it has one")
 
 
 def _means(run: Path, places: Mapping[int, str]) -> "dict[int, torch.Tensor]":
@@ -141,21 +126,20 @@ def _work(subject: "Subject", config: "CircuitConfig") -> int:
 
 
 def _described(
-    opened: "OpenedRun", options: Options, subject: "Subject",
+    opened: "OpenModel", subject: "Subject",
     ranked: Mapping[tuple[int, int, int], float], config: "CircuitConfig",
 ) -> dict[str, Any]:  # fmt: skip
     """Nodes, edges and shares, as they are written."""
-    from cratelm.data.tokenizer import token_strings
     from cratelm.whitebox.circuit import choose, edges, explained
 
-    strings, prompt = token_strings(opened.tokenizer), subject.prompt.tolist()
+    strings, prompt = opened.strings, subject.prompt.tolist()
     chosen = choose(ranked, config)
-    said = _explanations(options.run, chosen)
+    explanations = {layer: opened.explanations(layer) for layer in {layer for layer, _, _ in chosen}}
     nodes = [
         {
             "layer": layer, "position": position, "neuron": neuron, "effect": ranked[layer, position, neuron],
             "code": float(subject.codes[layer][0, position, neuron]), "token": strings[prompt[position]],
-            "explanation": said.get((layer, neuron)),
+            "explanation": explanations[layer].get(neuron),
         }
         for layer, position, neuron in chosen
     ]  # fmt: skip
@@ -165,20 +149,6 @@ def _described(
         "edges": edges(subject, {node: ranked[node] for node in chosen}, config),
         "explained": explained(subject, list(ranked), chosen),
     }  # fmt: skip
-
-
-def _explanations(run: Path, chosen: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int], str]:
-    """What `cratelm interpret` says about the chosen neurons; nothing where it has not been run."""
-    from cratelm.interpretation.store.database import Store
-
-    if not (run / "interpretation.sqlite").exists():
-        return {}
-    store = Store.open(run)
-    found: dict[tuple[int, int], str] = {}
-    for layer in {layer for layer, _, _ in chosen}:
-        texts = store.read_explanations(layer, "top-and-random")
-        found |= {(layer, neuron): texts[neuron] for one, _, neuron in chosen if one == layer and neuron in texts}
-    return found
 
 
 def _name(options: Options, target: str) -> str:

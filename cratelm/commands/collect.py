@@ -21,18 +21,16 @@ from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
 from cratelm.activations.repairs import Repair
 from cratelm.errors import CrateError
-from cratelm.rundir import atomic_path, claim, read_json
+from cratelm.rundir import atomic_path, claim
 from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
-from cratelm.workflows.options.counts import whole_number
+from cratelm.workflows.opening import OpenModel, open_for_run
+from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from torch import nn
 
-    from cratelm.activations.foreign import ForeignModel
     from cratelm.activations.subject import Corpus, Subject
-    from cratelm.data.tokens import TokenDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,26 +74,14 @@ class Options:
     """Where to compute."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A model to collect from and the run directory that its records go to."""
-
-    model: "nn.Module"
-    tokenizer: "Tokenizer | None"
-    model_hash: str
-    run: Path
-    foreign: "ForeignModel | None"
-    """None for a run of ours."""
-
-
 def run(options: Options) -> None:
     """Collect the records of each run."""
     if not options.runs:
         raise CrateError("no run and no model was named. Run: cratelm collect RUN --data DIR")
     if options.out is not None and len(options.runs) > 1:
         raise CrateError(f"--out is the run of one model, {len(options.runs)} were named. Collect them one by one")
-    for one in options.runs:
-        collect_run(one, options)
+    for source in options.runs:
+        collect_run(source, options)
 
 
 def collect_run(source: Path, options: Options) -> None:
@@ -106,25 +92,25 @@ def collect_run(source: Path, options: Options) -> None:
     if options.repair and options.mode != "compat":
         raise CrateError(f"--repair {options.repair[0]} is for the released procedure. Use it with --mode compat")
     device = own_device(options.device)
-    opened = open_model(source, options)
-    corpus, tokenizer = open_corpus(opened, source, options)
-    subjects = _subjects(opened, options, device)
-    with Team.joined() as team, claim(opened.run) if team.rank == 0 else contextlib.nullcontext():
+    opened, home = open_for_run(source, device, out=options.out, data=options.data)
+    corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
+    subjects = _subjects(opened, home, options)
+    with Team.joined() as team, claim(home) if team.rank == 0 else contextlib.nullcontext():
         if team.rank == 0:
-            _write_head(opened, tokenizer, options.mode)
+            _write_head(opened, home, tokenizer, options.mode)
         for subject in subjects:
-            _collect(subject, corpus, opened.run, options, max_tokens, device, team)
+            _collect(subject, corpus, home, options, max_tokens, device, team)
             if team.rank == 0:
-                _report(opened.run, options, subject)
+                _report(home, options, subject)
 
 
-def _subjects(opened: Opened, options: Options, device: "torch.device") -> "list[Subject]":
-    """What to observe: the tap that was asked for, or the latents of each autoencoder."""
+def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]":
+    """What to observe: the requested tap, or the latents of each autoencoder."""
     from cratelm.activations.observe import observe
 
     def at(tap: str, layers: tuple[int, ...]) -> "Subject":
         return observe(
-            opened.model.to(device), model_hash=opened.model_hash, tap=tap, sign=options.sign, layers=layers,
+            opened.model, model_hash=opened.model_hash, tap=tap, sign=options.sign, layers=layers,
             context=options.context, bf16=options.bf16,
         )  # fmt: skip
 
@@ -135,22 +121,22 @@ def _subjects(opened: Opened, options: Options, device: "torch.device") -> "list
     from cratelm.sae.latents import observe_latents
     from cratelm.sae.loading import check_trained_on, load_sae
 
-    found = []
+    subjects = []
     for name in options.sae:
-        sae = load_sae(opened.run, name, device=device)
-        check_trained_on(sae, opened.model_hash, opened.run)
+        sae = load_sae(home, name, device=opened.causal.device)
+        check_trained_on(sae, opened.model_hash, home)
         sae.place(opened.model)
-        found.append(observe_latents(at(sae.tap, (sae.layer,)), sae))
-    return found
+        subjects.append(observe_latents(at(sae.tap, (sae.layer,)), sae))
+    return subjects
 
 
-def _write_head(opened: Opened, tokenizer: "Tokenizer", mode: Mode) -> None:
-    """What lies beside the records: the tokenizer, and whose they are."""
+def _write_head(opened: OpenModel, home: Path, tokenizer: "Tokenizer", mode: Mode) -> None:
+    """Write what records come with: the tokenizer, and the `run.json` of a foreign model."""
     from cratelm.activations.foreign import write_foreign_run
 
     if opened.foreign is not None:
-        write_foreign_run(opened.run, opened.foreign)
-    with atomic_path(records_folder(opened.run, mode) / "tokenizer.json") as temporary:
+        write_foreign_run(home, opened.foreign)
+    with atomic_path(records_folder(home, mode) / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
 
 
@@ -182,97 +168,6 @@ def own_device(name: DeviceName) -> "torch.device":
 
     device = select_device(name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
-
-
-def read_count(text: str) -> int | None:
-    """`8.2M` -> 8200000, `all` -> None."""
-    if text == "all":
-        return None
-    try:
-        count = whole_number(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise CrateError(f"--tokens is {text!r}. Write a number such as 200000, 200k, 8.2M or 1G, or all")
-    return count
-
-
-def open_model(source: Path, options: Options) -> Opened:
-    """Load the model of a run, or a foreign model with its `--out`; the run of a foreign model remembers its source."""
-    from cratelm.activations.foreign import load_foreign
-    from cratelm.model.weights import load, weights_hash
-
-    described = source / "run.json"
-    description = read_json(described, made_by="cratelm train") if described.is_file() else {}
-    remembered = description.get("source")
-    is_run = described.is_file() or (source / "model" / "config.json").is_file()
-    if is_run and options.out is not None:
-        raise CrateError(f"{source} is a run, which keeps its records itself. Leave --out away")
-    if is_run and remembered is None:
-        model, tokenizer = load(source)
-        return Opened(model=model, tokenizer=tokenizer, model_hash=weights_hash(model), run=source, foreign=None)
-    if not is_run and options.out is None:
-        what = "is a model and no run" if (source / "config.json").exists() else "is no run directory"
-        raise CrateError(
-            f"{source} {what}. For the records of a Hugging Face model name the run to write: "
-            f"cratelm collect {source} --data {options.data} --out runs/{source.name}"
-        )
-    foreign = load_foreign(remembered or source)
-    return Opened(
-        model=foreign.model, tokenizer=foreign.tokenizer, model_hash=foreign.model_hash,
-        run=options.out or source, foreign=foreign,
-    )  # fmt: skip
-
-
-def open_corpus(opened: Opened, source: Path, options: Options) -> "tuple[Corpus, Tokenizer]":
-    """The tokens that a model is to read and the tokenizer that made them, which is the model's own."""
-    tokenizer = _tokenizer_of(opened, source, options.tokenizer)
-    return _corpus(
-        open_tokens(options.data, options.tokenizer, tokenizer, source), options.split, opened.model
-    ), tokenizer
-
-
-def _tokenizer_of(opened: Opened, source: Path, named: str | None) -> "Tokenizer":
-    """The model's own tokenizer, or the one that was named for a model without."""
-    from cratelm.data.tokenizer import load_tokenizer
-
-    if opened.tokenizer is not None:
-        return opened.tokenizer
-    if named is None:
-        raise CrateError(
-            f"the model of {source} has no tokenizer.json, so nothing says that the tokens are its own. "
-            "Put it there, or name its tokenizer with --tokenizer"
-        )
-    return load_tokenizer(named)
-
-
-def open_tokens(folder: Path, named: str | None, tokenizer: "Tokenizer | None", source: Path) -> "TokenDirectory":
-    """Open a token directory and check that its tokenizer is the model's."""
-    from cratelm.data.tokenizer import tokenizer_hash
-    from cratelm.data.tokens import TokenDirectory
-
-    data = TokenDirectory.open(folder, tokenizer=named)
-    if tokenizer is not None and tokenizer_hash(tokenizer) != data.tokenizer_hash:
-        inside = source / "model" / "tokenizer.json"
-        raise CrateError(
-            f"the tokens of {folder} come from another tokenizer than the model of {source}. "
-            f"Run: cratelm tokenize SOURCE --tokenizer {inside if inside.exists() else source} --out DIR"
-        )
-    return data
-
-
-def _corpus(data: "TokenDirectory", split: str, model: "nn.Module") -> "Corpus":
-    from cratelm.activations.places import vocabulary_rows
-    from cratelm.activations.subject import Corpus
-
-    tokens, rows = data.tokens(split), vocabulary_rows(model)
-    if data.vocab_size > rows and (largest := int(tokens.max())) >= rows:
-        raise CrateError(
-            f"{data.path / split}.bin holds token {largest}, the model's vocabulary ends at {rows - 1}. "
-            "Tokenize with the model's own tokenizer"
-        )
-    identity = {"split": split, "tokenizer_hash": data.tokenizer_hash, "data_hash": data.splits[split].sha256}
-    return Corpus(tokens=tokens, documents=data.documents(split), end_of_text=data.end_of_text, identity=identity)
 
 
 def _report(run: Path, options: Options, subject: "Subject") -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.model.config import Architecture
+from cratelm.model.config import Architecture, padded_vocabulary, sized
 from cratelm.rundir import append_jsonl, claim
 from cratelm.runtime import DeviceName, ProgressBar, console, progress_bars, select_device
 from cratelm.training.config import TrainConfig
@@ -83,7 +83,6 @@ def _train(options: Options, config: TrainConfig) -> None:
     """Both models at once, each on half of the cores; a mistake or Ctrl-C in one stops the other."""
     import torch
 
-    from cratelm.commands.train import model_for, padded
     from cratelm.data.tokens import TokenDirectory
     from cratelm.training.train import train
 
@@ -93,7 +92,7 @@ def _train(options: Options, config: TrainConfig) -> None:
 
     def train_one(arch: Architecture, bar: ProgressBar) -> None:
         torch.set_num_threads(threads)
-        model = model_for(arch, "2l", vocab_size=padded(data.vocab_size), context=config.context)
+        model = sized(arch, "2l", vocab_size=padded_vocabulary(data.vocab_size), context_length=config.context)
         train(config, model, data, options.out / f"{arch}-2l", device=device, bar=bar, stop=stop.is_set)
 
     before = torch.get_num_threads()
@@ -128,19 +127,20 @@ def _collect(options: Options, runs: list[Path]) -> None:
     from cratelm.commands import collect
 
     for one in runs:
-        collect.collect_run(one, collect.Options(runs=(one,), data=options.out / "tokens", device=options.device))
+        collect.run(collect.Options(runs=(one,), data=options.out / "tokens", device=options.device))
 
 
 def _interpret(runs: list[Path], controls: list[Path]) -> None:
     from cratelm.commands import interpret
+    from cratelm.workflows.lookup import explain_run, score_run, simulate_run
 
     for one in runs + controls:
         shuffled = () if one in controls else ("shuffled",)
         options = interpret.Options(runs=(one,), controls=shuffled)
         with claim(one):
-            interpret.explain_run(one, options)
-            interpret.simulate_run(one, options, shuffled)
-            interpret.score_run(one, options, shuffled)
+            explain_run(one, options)
+            simulate_run(one, options, shuffled)
+            score_run(one, options, shuffled)
 
 
 def _report(options: Options, runs: list[Path]) -> None:

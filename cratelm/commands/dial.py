@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, progress_bar, select_device
+from cratelm.runtime import DeviceName, progress_bar
 
 if TYPE_CHECKING:
     from cratelm.data.tokens import TokenDirectory
@@ -56,13 +56,13 @@ class Options:
 
 def run(options: Options) -> None:
     """Measure each run at every setting, then draw the curves and print them."""
-    from cratelm.commands.report import default_folder
-    from cratelm.commands.whitebox import show
     from cratelm.report.figures.dial import dial_figures
     from cratelm.report.figures.form import write_figures
     from cratelm.report.results.dial import open_dials
     from cratelm.report.tables.dial import dial_table
     from cratelm.report.tables.form import write_tables
+    from cratelm.workflows.naming import report_folder
+    from cratelm.workflows.printed_tables import print_tables
 
     if not options.runs:
         raise CrateError("no run directory was named. Run: cratelm dial RUN --data DIR")
@@ -70,10 +70,10 @@ def run(options: Options) -> None:
     for one in options.runs:
         dial_run(one, settings, options)
     dials = open_dials(options.runs)
-    table, out = dial_table(dials), options.out or default_folder(options.runs)
+    table, out = dial_table(dials), options.out or report_folder(options.runs)
     write_tables((table,), out)
     write_figures(dial_figures(dials), out)
-    show((table,))
+    print_tables((table,))
     print(f"{(out / 'dial.svg') if not out.is_relative_to('..') else (out / 'dial.svg').resolve()}")
 
 
@@ -88,22 +88,20 @@ def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":
 
 def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Options) -> None:
     """Measure one run at the settings that it allows and that are not measured yet."""
-    from cratelm.commands.collect import open_tokens, read_count
-    from cratelm.model.weights import weights_hash
     from cratelm.rundir import claim, origin, read_json, write_json
     from cratelm.workflows.measurements import lookup
     from cratelm.workflows.opening import open_own
+    from cratelm.workflows.token_data import open_tokens, read_count
 
-    model, tokenizer = open_own(folder)
-    data = open_tokens(options.data, None, tokenizer, folder)
-    model.to(select_device(options.device))
+    opened, model = open_own(folder, options.device)
+    data = open_tokens(opened, options.data)
     ista = model.config.arch == "crate"
     settings = [(dial, one) for dial, one in settings if ista or dial == "threshold"]
     if not settings:
         raise CrateError(f"{folder} has no ISTA block: of a GPT-2 only --threshold can be turned")
     held_out = data.tokens("val")
     count = min(read_count(options.tokens) or len(held_out), len(held_out))
-    identity = {"model_hash": weights_hash(model), "data_hash": data.splits["val"].sha256}
+    identity = {"model_hash": opened.model_hash, "data_hash": data.splits["val"].sha256}
     points = _measured(folder, identity)
     measure = None if options.loss_only else lookup(data)
     with claim(folder), progress_bar(f"dial {folder.name}", total=len(settings), unit="points") as bar:

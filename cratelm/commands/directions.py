@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, console, progress_bar, select_device
+from cratelm.runtime import DeviceName, console, progress_bar
 
 if TYPE_CHECKING:
-    from cratelm.workflows.opening import OpenedRun
+    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ def directions_run(folder: Path, options: Options) -> None:
     from cratelm.activations.direction_files import directions_folder
     from cratelm.data.tokenizer import tokenizer_hash
     from cratelm.rundir import claim, origin, write_json
-    from cratelm.workflows.opening import open_run
+    from cratelm.workflows.opening import open_model
 
-    opened = open_run(folder)
+    opened = open_model(folder, options.device, expected="run")
     settings = {
         "model_hash": opened.model_hash, "tokenizer_hash": tokenizer_hash(opened.tokenizer), "keep": options.keep,
     }  # fmt: skip
@@ -74,31 +74,27 @@ def _is_there(folder: Path, settings: dict[str, object]) -> bool:
     return all(found.get(name) == value for name, value in settings.items())
 
 
-def _write(opened: "OpenedRun", options: Options) -> dict[str, list[str]]:
+def _write(opened: "OpenModel", options: Options) -> dict[str, list[str]]:
     """Write a file for each layer and the tokenizer; return the lists of each layer."""
-    from cratelm.activations.causal_model import causal_model
     from cratelm.activations.observe import observe
     from cratelm.data.tokenizer import vocabulary_size
     from cratelm.rundir import atomic_path
     from cratelm.whitebox.directions import layer_directions, tokens_alone, write_layer
     from cratelm.whitebox.wiring import wiring
 
-    device = select_device(options.device)
-    opened.model.to(device)
-    causal = causal_model(opened.model, opened.tokenizer)
-    found = wiring(opened.model)
+    causal, found = opened.causal, wiring(opened.model)
     vocabulary = min(vocabulary_size(opened.tokenizer), causal.vocabulary_rows)
     subject = observe(opened.model, model_hash=opened.model_hash)
-    with atomic_path(opened.run / "directions" / "tokenizer.json") as temporary:
+    with atomic_path(opened.source / "directions" / "tokenizer.json") as temporary:
         opened.tokenizer.save(str(temporary))
     written = {}
-    with progress_bar(f"directions {opened.run.name}", total=2 * vocabulary) as bar:
+    with progress_bar(f"directions {opened.source.name}", total=2 * vocabulary) as bar:
         alone = tokens_alone(
-            subject, vocabulary=vocabulary, start=causal.start_token, device=device, bar=bar, keep=options.keep
+            subject, vocabulary=vocabulary, start=causal.start_token, device=causal.device, bar=bar, keep=options.keep
         )  # fmt: skip
         for layer in range(len(found.layers)):
             arrays = layer_directions(found, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]
-            write_layer(opened.run, layer, arrays)
+            write_layer(opened.source, layer, arrays)
             written[str(layer)] = sorted({name.split(".")[0] for name in arrays if name.endswith(".index")})
             bar.advance(vocabulary / len(found.layers))
     return written

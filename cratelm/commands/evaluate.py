@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, progress_bar, select_device
+from cratelm.runtime import DeviceName, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,24 +63,19 @@ def run(options: Options) -> None:
 
 def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[str, object]:
     """Evaluate one run on held-out tokens and write its evaluation.json."""
-    from cratelm.commands.collect import open_tokens
-    from cratelm.model.weights import load
     from cratelm.rundir import claim, origin
     from cratelm.training.evaluate import document_losses, summarise
+    from cratelm.workflows.opening import open_own
+    from cratelm.workflows.token_data import open_tokens
 
     if options.batch < 1:
         raise CrateError(f"--batch is {options.batch}, it must be at least 1")
-    model, tokenizer = load(run_folder)
-    data = open_tokens(data_folder, options.tokenizer, tokenizer, run_folder)
-    if data.vocab_size > model.config.vocab_size:
-        raise CrateError(
-            f"the tokens of {data_folder} are of {data.vocab_size} kinds, the model of {run_folder} knows "
-            f"{model.config.vocab_size}. Tokenize with the model's own tokenizer"
-        )
+    opened, model = open_own(run_folder, options.device)
+    data = open_tokens(opened, data_folder, options.tokenizer)
     tokens = data.tokens(options.split)
     with claim(run_folder), progress_bar(f"evaluate {run_folder.name}", total=len(tokens)) as bar:
         losses = document_losses(
-            model.to(select_device(options.device)), tokens, data.documents(options.split),
+            model, tokens, data.documents(options.split),
             batch=options.batch, bar=bar,
         )  # fmt: skip
         evaluation = summarise(losses, text_bytes=data.text_bytes(options.split))
@@ -92,14 +87,12 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
 
 def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any]]:
     """Evaluate one run on the named texts and write what was found under `zero_shot` of its evaluation.json."""
-    from cratelm.model.weights import load
     from cratelm.rundir import claim, origin
     from cratelm.training.zero_shot import zero_shot
+    from cratelm.workflows.opening import open_own
 
-    model, tokenizer = load(run_folder)
-    if tokenizer is None:
-        raise CrateError(f"{run_folder} holds no tokenizer.json. Put the model's tokenizer beside its weights")
-    model.to(select_device(options.device))
+    opened, model = open_own(run_folder, options.device)
+    tokenizer = opened.tokenizer
     found = {}
     with claim(run_folder):
         for name in _names(options):

@@ -10,8 +10,8 @@ stage is `cratelm simulate`; `cratelm interpret` runs all three. Stopped and sta
 
 from dataclasses import dataclass
 
-from cratelm.commands.interpret import explain_run
 from cratelm.rundir import claim
+from cratelm.workflows.lookup import explain_run
 from cratelm.workflows.options.language_model import Explained, Explaining, Spending, Spent, asks, group
 from cratelm.workflows.options.selection import Selection, check_runs
 

@@ -19,8 +19,8 @@ from typing import Literal
 import tyro
 
 from cratelm.activations.records import Mode
-from cratelm.commands.neurons import check_layers, find_layers
 from cratelm.errors import CrateError
+from cratelm.workflows.recorded import check_layers, find_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""Continue a text with a trained model, or let it begin one.
+"""Continue a text with a trained model, or let the model begin one.
 
     cratelm generate runs/crate-2l --prompt "def read_file("
     cratelm generate runs/crate-2l --temperature 0.5 --seed 1
 
-The text is written as it is made. Temperature 0 takes the most probable token each time.
+The text is printed as it is generated. Temperature 0 takes the most probable token each time.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, select_device
+from cratelm.runtime import DeviceName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Options:
     """Options of `cratelm generate`."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
-    """Run directory or model directory."""
+    """Run directory, model directory, or a Hugging Face name."""
     prompt: str | None = None
     """Text to continue; left out, the model begins a document of its own."""
     tokens: int = 100
@@ -44,8 +44,8 @@ def run(options: Options) -> None:
     """Stream the continuation to standard output."""
     import torch
 
-    from cratelm.activations.causal_model import causal_model
-    from cratelm.model.weights import load
+    from cratelm.steering.generate import generate
+    from cratelm.workflows.opening import open_model
 
     if (
         not 0 <= options.temperature < math.inf
@@ -53,22 +53,19 @@ def run(options: Options) -> None:
         or (options.top_k is not None and options.top_k < 1)
     ):
         raise CrateError("--temperature must be 0 or more, --tokens and --top-k at least 1")
-    model, tokenizer = load(options.run)
-    if tokenizer is None:
-        raise CrateError(f"{options.run} holds no tokenizer.json. Put the model's tokenizer beside its weights")
-    causal = causal_model(model, tokenizer)
+    opened = open_model(options.run, options.device)
+    causal, tokenizer = opened.causal, opened.tokenizer
     if options.prompt is not None:
         prompt = causal.encode(options.prompt)
     elif causal.start_token is not None:
         prompt = [causal.start_token]
     else:
         raise CrateError("the model's tokenizer has no end-of-text token to begin from. Give a text with --prompt")
-    model.to(select_device(options.device))
     made: list[int] = [] if options.prompt is None else list(prompt)
     shown = tokenizer.decode(made)
     sys.stdout.write(shown)
 
-    def show(new: torch.Tensor) -> None:
+    def show(new: torch.Tensor, _logits: torch.Tensor) -> None:
         nonlocal shown
         made.append(int(new[0]))
         text = tokenizer.decode(made)
@@ -77,8 +74,8 @@ def run(options: Options) -> None:
             sys.stdout.flush()
             shown = text
 
-    model.generate(
-        torch.tensor([prompt], device=model.device), options.tokens, temperature=options.temperature,
-        top_k=options.top_k, top_p=options.top_p, seed=options.seed, on_token=show,
+    generate(
+        opened.model, torch.tensor([prompt], device=causal.device), options.tokens, temperature=options.temperature,
+        top_k=options.top_k, top_p=options.top_p, seed=options.seed, on_step=show,
     )  # fmt: skip
     sys.stdout.write(tokenizer.decode(made)[len(shown) :] + "\n")

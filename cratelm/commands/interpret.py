@@ -18,24 +18,13 @@ which models to take and which numbers to trust.
 Stopped and started again, it goes on; nothing is done, and no answer is paid for, twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
-from cratelm.data.tokenizer import load_tokenizer, token_strings
-from cratelm.interpretation.firing.measures import firing_layer, write_firing
-from cratelm.interpretation.lookup.explain import explain_layer
-from cratelm.interpretation.lookup.simulate import simulate_layer
-from cratelm.interpretation.protocols import Protocol, protocol
-from cratelm.interpretation.scoring.correlation import score_layer
 from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
-from cratelm.interpretation.store.database import Store
-from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.rundir import claim
-from cratelm.runtime import console, progress_bar
+from cratelm.workflows.lookup import ask_others, explain_run, lookup_sets, missing_sets, score_run, simulate_run
 from cratelm.workflows.options.language_model import (
     Controls,
     Explained,
@@ -49,11 +38,8 @@ from cratelm.workflows.options.language_model import (
     asks,
     group,
 )
-from cratelm.workflows.options.selection import Selection, check_runs, chosen_layers, chosen_protocols
+from cratelm.workflows.options.selection import Selection, check_runs
 from cratelm.workflows.score_table import print_scores
-
-Work = Callable[[LayerRecords, Protocol, Store, SetKey], None]
-"""One stage of one set: reads what the stage before wrote, writes its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,90 +101,10 @@ def look_up_beside(options: Options, protocols: Mapping[Path, tuple[str, ...]]) 
         if names and not options.skip_lookup:
             own = replace(options, runs=(one,), protocol=names)
             with claim(one):
-                if _missing(one, "explain", own, ()):
+                if missing_sets(one, "explain", own, ()):
                     explain_run(one, own)
-                if _missing(one, "simulate", own, ("shuffled",)):
+                if missing_sets(one, "simulate", own, ("shuffled",)):
                     simulate_run(one, own, ("shuffled",))
-                if _missing(one, "score", own, ("shuffled",)):
+                if missing_sets(one, "score", own, ("shuffled",)):
                     score_run(one, own, ("shuffled",))
             print(f"\n{one.name}: scored by lookup too; cratelm report sets both side by side")
-
-
-def ask_others(options: Any) -> None:
-    """Apply the scorers beside simulation to explanations by lookup, where any was asked for."""
-    if any(scorer != "simulation" for scorer in options.scorer):
-        from cratelm.workflows.llm.run import Order, ask
-
-        ask(Order.of(options, stages=()))
-
-
-def lookup_sets(selection: Selection, controls: tuple[str, ...]) -> list[SetKey]:
-    """The kinds of sets that lookup makes; layer and protocol are open."""
-    return [
-        SetKey(mode=selection.mode, tap=selection.tap, layer=0, protocol="", control=control)
-        for control in ("", *controls)
-    ]
-
-
-def explain_run(run: Path, selection: Selection) -> None:
-    """Explain what is not explained yet."""
-
-    @cache
-    def strings() -> list[str]:
-        return token_strings(load_tokenizer(records_tokenizer(run, selection.mode)))
-
-    def explain(records: LayerRecords, by: Protocol, store: Store, key: SetKey) -> None:
-        store.write_explanations(key, explain_layer(records, by, strings()))
-
-    _do(run, "explain", selection, (), explain)
-
-
-def simulate_run(run: Path, selection: Selection, controls: tuple[str, ...]) -> None:
-    """Simulate what is not simulated yet."""
-
-    def simulate(records: LayerRecords, by: Protocol, store: Store, key: SetKey) -> None:
-        explanations = store.explanations(key.explained)
-        store.write_simulations(key, simulate_layer(records, by, explanations, control=key.control))
-
-    _do(run, "simulate", selection, controls, simulate)
-
-
-def score_run(run: Path, selection: Selection, controls: tuple[str, ...]) -> None:
-    """Score what is not scored yet."""
-
-    def score(records: LayerRecords, by: Protocol, store: Store, key: SetKey) -> None:
-        simulations = store.simulations(key)
-        write_firing(store, key, firing_layer(records, by, simulations))
-        store.write_scores(key, score_layer(records, by, simulations))
-
-    _do(run, "score", selection, controls, score)
-
-
-def _do(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...], work: Work) -> None:
-    """Run one stage on all sets that are asked for and not there, with a progress bar."""
-    layers, keys = chosen_layers(run, selection), list(_keys(run, selection, controls))
-    store, missing = Store.create(run), _missing(run, stage, selection, controls)
-    if not missing:
-        console.print(f"{run}: the {MADE[stage]} asked for are there already")
-        return
-    with progress_bar(f"{stage} {run.name}", total=len(keys), done=len(keys) - len(missing), unit="sets") as bar:
-        for layer in layers:
-            todo = [key for key in missing if key.layer == layer]
-            records = read_records(run, layer, mode=selection.mode, tap=selection.tap) if todo else None
-            for key in todo:
-                assert records is not None
-                work(records, protocol(key.protocol, key.mode), store, key)
-                bar.advance(1, note=f"layer {layer}, {key.what}, {records.num_neurons} neurons")
-
-
-def _missing(run: Path, stage: Stage, selection: Selection, controls: tuple[str, ...]) -> list[SetKey]:
-    """The sets that are asked for and not there."""
-    store = Store.create(run)
-    return [key for key in _keys(run, selection, controls) if not store.is_done(key, stage)]
-
-
-def _keys(run: Path, selection: Selection, controls: tuple[str, ...]) -> Iterator[SetKey]:
-    for layer in chosen_layers(run, selection):
-        for name in chosen_protocols(selection):
-            for control in ("", *check_controls(controls, LOOKUP_CONTROLS)):
-                yield SetKey(mode=selection.mode, tap=selection.tap, layer=layer, protocol=name, control=control)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cratelm.steering.ledger import Ledger
     from cratelm.steering.ledger_rows import LedgerRow
-    from cratelm.workflows.subject import Chosen
+    from cratelm.workflows.opening import OpenModel
 
 EXPLAINED = 72
 """Columns of the terminal from which explanations have room."""
@@ -60,14 +60,15 @@ def run(options: Options) -> None:
 
     from cratelm.steering.ledger import ledger
     from cratelm.steering.ledger_rows import ledger_rows
-    from cratelm.workflows.subject import choose, encode, one_token, read_prompts
+    from cratelm.workflows.opening import open_model
+    from cratelm.workflows.prompts import read_prompts
 
     if options.show < 1:
         raise CrateError(f"--show is {options.show}, it must be at least 1")
-    chosen = choose(options.run, options.device)
-    tokens = encode(chosen, read_prompts([options.prompt], None)[0])
-    token = None if options.token is None else one_token(chosen, options.token)
-    versus = None if options.versus is None else one_token(chosen, options.versus, "--versus")
+    chosen = open_model(options.run, options.device)
+    tokens = chosen.prompt(read_prompts([options.prompt], None)[0])
+    token = None if options.token is None else chosen.one_token(options.token)
+    versus = None if options.versus is None else chosen.one_token(options.versus, "--versus")
     device = next(chosen.model.parameters()).device
     found = ledger(
         chosen.model, torch.tensor([tokens], device=device), token=token, versus=versus, position=options.position
@@ -79,7 +80,7 @@ def run(options: Options) -> None:
     _write(console, chosen, found, rows, explanations, tokens, options.out)
 
 
-def title_of(chosen: "Chosen", found: "Ledger") -> str:
+def title_of(chosen: "OpenModel", found: "Ledger") -> str:
     """Which logit it is."""
     from cratelm.report.figures.steering import label
 
@@ -91,7 +92,7 @@ def title_of(chosen: "Chosen", found: "Ledger") -> str:
 
 
 def _print(
-    console: "Console", chosen: "Chosen", found: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
+    console: "Console", chosen: "OpenModel", found: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -124,7 +125,7 @@ def _tail(text: str, longest: int) -> str:
 
 
 def _write(
-    console: "Console", chosen: "Chosen", found: "Ledger", rows: Sequence["LedgerRow"],
+    console: "Console", chosen: "OpenModel", found: "Ledger", rows: Sequence["LedgerRow"],
     explanations: Mapping[int, str], tokens: list[int], asked: Path | None,
 ) -> None:  # fmt: skip
     from cratelm.report.figures.form import write_figures

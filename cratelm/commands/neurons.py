@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from cratelm.activations.records import Mode, recorded_layers
-from cratelm.errors import CrateError
+from cratelm.activations.records import Mode
 from cratelm.report.neuron_table import Column, NeuronTable, open_table
+from cratelm.workflows.recorded import check_layers, find_layers, layer_spans
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,40 +87,13 @@ def run(options: Options) -> None:
         _look(console, table, options, options.neuron)
 
 
-def find_layers(run: Path, mode: Mode, tap: str) -> list[int]:
-    """The layers with records; a run without any is told what it has, or what to run."""
-    if not run.is_dir():
-        raise CrateError(f"there is no run directory {run}. Run: cratelm train --data DIR --out {run}")
-    if found := recorded_layers(run, mode=mode, tap=tap):
-        return found
-    folders = {file.parent for file in (run / "records").rglob("layer_*.safetensors")}
-    others = sorted(folder.relative_to(run / "records").parts for folder in folders)
-    if others:
-        has = "; ".join(f"--mode {mode} --tap {'/'.join(tap)}" for mode, *tap in others)
-        raise CrateError(f"{run} has no {mode} records of the tap {tap}. It has: {has}")
-    raise CrateError(f"{run} has no records. Run: cratelm collect {run} --data DIR")
-
-
-def check_layers(run: Path, asked: Sequence[int], found: Sequence[int]) -> None:
-    """Refuse a layer that is not there."""
-    for layer in asked:
-        if layer not in found:
-            raise CrateError(f"{run} has no records of layer {layer}. Use --layer with one of: {_spans(found)}")
-
-
-def _spans(layers: Sequence[int]) -> str:
-    """`0 to 11`, or a list where some are missing."""
-    whole = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
 def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequence[int]) -> None:
     from cratelm.report.terminal import layer_table
 
     rows = table.choose(options.filter, options.sort, reverse=options.reverse)
     shown = rows[: options.limit] if options.limit > 0 else rows
     total = table.records.num_neurons
-    console.print(f"{options.run.name}, layer {table.records.layer} of {_spans(layers)}: {total} neurons")
+    console.print(f"{options.run.name}, layer {table.records.layer} of {layer_spans(layers)}: {total} neurons")
     if table.scores is not None:
         console.print(f"scores and explanations: {table.protocol}, by {options.explainer}")
     console.print()

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from cratelm.workflows.naming import report_folder
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -53,7 +55,7 @@ def run(options: Options) -> None:
         from cratelm.report.browser.site import write_site
 
         _refuse_ignored(options)
-        _print_path(write_site(options.runs, options.out or default_folder(options.runs, "site"), mode=options.mode))
+        _print_path(write_site(options.runs, options.out or report_folder(options.runs, "site"), mode=options.mode))
     else:
         _report(options)
 
@@ -87,7 +89,7 @@ def _report(options: Options) -> None:
         options.runs, mode=options.mode, taps=options.tap, explainer=options.explainer, simulator=options.simulator
     )
     units = compared(results)
-    page = write_report(results, options.out or default_folder(options.runs), units)
+    page = write_report(results, options.out or report_folder(options.runs), units)
     console = Console(highlight=False, markup=False)
     brief = summary(results)
     console.print(_printed(brief, "loss in nats per token, scores in points with 95 % intervals"))
@@ -123,13 +125,3 @@ def _printed(found: "Table", caption: str) -> "RichTable":
 
 def _print_path(page: Path) -> None:
     print(page if not page.is_relative_to("..") else page.resolve())
-
-
-def default_folder(runs: tuple[Path, ...], name: str = "report") -> Path:
-    """A folder of this name in the folder that holds all the runs; inside the run if there is one."""
-    import os
-
-    if len(runs) == 1:
-        return runs[0] / name
-    common = Path(os.path.commonpath([path.resolve() for path in runs]))
-    return Path(os.path.relpath(common)) / name

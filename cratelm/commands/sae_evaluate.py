@@ -81,20 +81,20 @@ def run(options: Options) -> None:
 def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
     """Evaluate some autoencoders of one run and write evaluation.json and a figure beside each."""
     from cratelm.activations.observe import observe
-    from cratelm.commands.collect import Options as CollectOptions
-    from cratelm.commands.collect import open_corpus, open_model, open_tokens, read_count
+    from cratelm.data.tokens import TokenDirectory
     from cratelm.report.figures.sae import write_density
     from cratelm.rundir import claim, origin, write_json
     from cratelm.sae.evaluation import evaluate_sae
     from cratelm.sae.loading import check_trained_on, find_sae, load_sae, saes_folder
+    from cratelm.workflows.opening import open_for_run
+    from cratelm.workflows.token_data import open_corpus, read_count
 
     max_tokens, device = read_count(options.tokens), select_device(options.device)
     saes = [load_sae(source, name, tap=options.tap, layer=options.layer, device=device) for name in names]
-    asked = CollectOptions(runs=(source,), data=options.data, tokenizer=options.tokenizer, split=options.split)
-    opened = open_model(source, asked)
-    corpus, tokenizer = open_corpus(opened, source, asked)
-    frequencies = _frequencies(open_tokens(options.data, options.tokenizer, tokenizer, source), options.split)
-    model, found = opened.model.to(device), {}
+    opened, _ = open_for_run(source, device, out=None, data=options.data)
+    corpus, _ = open_corpus(opened, options.data, options.split, options.tokenizer)
+    frequencies = _frequencies(TokenDirectory.open(options.data, tokenizer=options.tokenizer), options.split)
+    model, found = opened.model, {}
     total = 2 * min(max_tokens or len(corpus.tokens), len(corpus.tokens)) * len(saes)
     with progress_bar(f"evaluate {source.name}", total=total) as bar:
         for name, sae in zip(names, saes, strict=True):

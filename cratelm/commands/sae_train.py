@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
+from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.sae.config import SaeConfig
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cratelm.activations.subject import Corpus, Subject
-    from cratelm.commands.collect import Opened
     from cratelm.sae.stream import ActivationStream
     from cratelm.sae.training import Place, Trainer
+    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Train one autoencoder for each run and layer."""
-    from cratelm.commands.collect import read_count
     from cratelm.sae.library import import_sae_lens
+    from cratelm.workflows.token_data import read_count
 
     if not options.runs:
         raise CrateError("no run directory was named. Run: cratelm sae train RUN --data DIR --layer N")
@@ -131,18 +131,15 @@ class Job:
 
 def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
     from cratelm.activations.foreign import write_foreign_run
-    from cratelm.commands.collect import Options as CollectOptions
-    from cratelm.commands.collect import open_corpus, open_model
-    from cratelm.commands.train import stopping
     from cratelm.rundir import claim
     from cratelm.sae.training import is_trained, settings_of, train_sae
+    from cratelm.workflows.opening import open_for_run
+    from cratelm.workflows.stopping import stopping
+    from cratelm.workflows.token_data import open_corpus
 
-    asked = CollectOptions(
-        runs=(source,), data=options.data, out=options.out, tokenizer=options.tokenizer, split=options.split
-    )
-    opened = open_model(source, asked)
-    corpus, _ = open_corpus(opened, source, asked)
-    job = _job(opened, corpus, layer, tokens, options)
+    opened, home = open_for_run(source, options.device, out=options.out, data=options.data)
+    corpus, _ = open_corpus(opened, options.data, options.split, options.tokenizer)
+    job = _job(opened, home, corpus, layer, tokens, options)
     console.print(preview(job), soft_wrap=True)
     if options.dry_run:
         console.print(forecast(job), soft_wrap=True)
@@ -152,30 +149,28 @@ def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
             console.print(f"{job.folder} is trained already")
             return
         if opened.foreign is not None:
-            write_foreign_run(opened.run, opened.foreign)
+            write_foreign_run(home, opened.foreign)
         with progress_bar(f"sae {job.folder.name}", total=job.config.steps(tokens) * job.config.batch_tokens) as bar:
             train_sae(
                 job.config, job.place, job.stream, job.folder, tokens=tokens, device=job.device, bar=bar, stop=stop,
                 candidates=job.candidates,
             )  # fmt: skip
     console.print(
-        f"autoencoder in {job.folder}. Next: cratelm sae evaluate {opened.run} --sae {job.folder.name} "
-        f"--data {options.data}",
+        f"autoencoder in {job.folder}. Next: cratelm sae evaluate {home} --sae {job.folder.name} --data {options.data}",
         soft_wrap=True,
     )
 
 
-def _job(opened: "Opened", corpus: "Corpus", layer: int, tokens: int, options: Options) -> Job:
-    from cratelm.activations.causal_model import causal_model
+def _job(
+    opened: "OpenModel", home: Path, corpus: "Corpus", layer: int, tokens: int, options: Options
+) -> Job:  # fmt: skip
     from cratelm.activations.observe import observe
     from cratelm.sae.loading import saes_folder
     from cratelm.sae.training import Place
 
-    device = select_device(options.device)
-    model = opened.model.to(device)
-    causal = causal_model(model)
+    causal = opened.causal
     subject = observe(
-        model, model_hash=opened.model_hash, tap=options.tap, layers=(layer,), context=options.context,
+        opened.model, model_hash=opened.model_hash, tap=options.tap, layers=(layer,), context=options.context,
         bf16=options.bf16,
     )  # fmt: skip
     place = Place(
@@ -186,10 +181,10 @@ def _job(opened: "Opened", corpus: "Corpus", layer: int, tokens: int, options: O
     )  # fmt: skip
     config = options.training
     config.width(place.d_in)
-    folder = saes_folder(opened.run) / (options.name or sae_name(config, options.tap, layer))
+    folder = saes_folder(home) / (options.name or sae_name(config, options.tap, layer))
     return Job(
-        config=config, model=model, subject=subject, corpus=corpus, place=place, folder=folder, tokens=tokens,
-        device=device,
+        config=config, model=opened.model, subject=subject, corpus=corpus, place=place, folder=folder, tokens=tokens,
+        device=causal.device,
     )  # fmt: skip
 
 

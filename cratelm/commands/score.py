@@ -13,9 +13,9 @@ usable answer). Other scorers ask --llm again, about pieces of text; docs/interp
 
 from dataclasses import dataclass
 
-from cratelm.commands.interpret import ask_others, lookup_sets, score_run
 from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
+from cratelm.workflows.lookup import ask_others, lookup_sets, score_run
 from cratelm.workflows.options.language_model import (
     Controls,
     Explained,

@@ -144,9 +144,9 @@ def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
 def _open(run: Path, options: Options) -> "LiveModel":
     from cratelm.activations.records import layer_file, read_records
     from cratelm.live_models import LiveModel
-    from cratelm.workflows.subject import choose
+    from cratelm.workflows.opening import open_model
 
-    chosen = choose(run, options.device)
+    chosen = open_model(run, options.device)
     maxima: dict[int, Sequence[float]] = {}
 
     def maximum(layer: int, neuron: int) -> float | None:

@@ -10,9 +10,9 @@ lookup. The next stage is `cratelm score`; `cratelm interpret` runs all three. S
 
 from dataclasses import dataclass
 
-from cratelm.commands.interpret import simulate_run
 from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
+from cratelm.workflows.lookup import simulate_run
 from cratelm.workflows.options.language_model import (
     Controls,
     Explained,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cratelm.steering.changes import Change
     from cratelm.steering.effects import Steered
     from cratelm.steering.measure import How
-    from cratelm.workflows.subject import Chosen
+    from cratelm.workflows.opening import OpenModel
 
 CONTROL_TOKENS = 10
 """The controls' `on_tokens` is over so many of the tokens that the changes raise most."""
@@ -82,16 +82,17 @@ def run(options: Options) -> None:
     """Change, print, write."""
     from rich.console import Console
 
+    from cratelm.workflows.opening import open_model
+    from cratelm.workflows.prompts import read_prompts
     from cratelm.workflows.steering.changes import open_changes
-    from cratelm.workflows.subject import choose, encode, read_prompts
 
     if options.tokens < 1 or options.temperature < 0 or options.show < 1 or options.excerpts < 0:
         raise CrateError("--tokens and --show must be at least 1, --temperature and --excerpts 0 or more")
     texts = read_prompts(options.prompt, options.prompts)
     if not texts:
         raise CrateError('there is no prompt. Give some text with --prompt "..." or a file with --prompts')
-    chosen = choose(options.run, options.device, hashed=bool(options.sae))
-    prompts = [encode(chosen, text) for text in texts]
+    chosen = open_model(options.run, options.device)
+    prompts = [chosen.prompt(text) for text in texts]
     changing = open_changes(chosen, options)
     console = Console(highlight=False, markup=False, emoji=False)
     if options.sweep is not None:
@@ -102,7 +103,7 @@ def run(options: Options) -> None:
     _steer(console, chosen, changing, prompts, options)
 
 
-def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[list[int]], options: Options) -> None:
+def _steer(console: "Console", chosen: "OpenModel", changing: Any, prompts: list[list[int]], options: Options) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import effect_figure
     from cratelm.rundir import origin, write_json
@@ -149,7 +150,7 @@ def _steer(console: "Console", chosen: "Chosen", changing: Any, prompts: list[li
         console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
 
 
-def _continue(chosen: "Chosen", prompt: list[int], changes: Any, how: "How", options: Options) -> str:
+def _continue(chosen: "OpenModel", prompt: list[int], changes: Any, how: "How", options: Options) -> str:
     import torch
 
     from cratelm.steering.generate import generate
@@ -165,7 +166,7 @@ def _continue(chosen: "Chosen", prompt: list[int], changes: Any, how: "How", opt
 
 
 def _exactness(
-    console: "Console", chosen: "Chosen", prompt: list[int], changes: Sequence["Change"], how: "How"
+    console: "Console", chosen: "OpenModel", prompt: list[int], changes: Sequence["Change"], how: "How"
 ) -> dict[str, Any]:
     """What a change of nothing, to the very neurons or latents that are turned, does to the prompt's logits.
 
@@ -224,7 +225,7 @@ def _tail(text: str, longest: int) -> str:
     return text if len(text) <= longest else "…" + text[1 - longest :]
 
 
-def _print_effect(console: "Console", name: str, steered: "Steered", chosen: "Chosen", show: int) -> None:
+def _print_effect(console: "Console", name: str, steered: "Steered", chosen: "OpenModel", show: int) -> None:
     """Tokens that rise and fall, and the controls."""
     from rich.table import Table
     from rich.text import Text

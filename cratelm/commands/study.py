@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.model.config import SIZES, ModelConfig, Size, sized
+from cratelm.model.config import SIZES, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
 from cratelm.training.config import Execution, TrainConfig
@@ -105,7 +105,6 @@ def run(options: Options) -> None:
 
 def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
     """All trainings of the study: seed by seed, so that a study that is stopped has whole seeds."""
-    from cratelm.commands.train import padded
 
     sizes = [size.strip() for size in options.sizes.split(",")]
     if unknown := [size for size in sizes if size not in SIZES]:
@@ -115,7 +114,7 @@ def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
     names = [text.partition(":")[0] for text in options.variant]
     if twice := [name for name in names if names.count(name) > 1]:
         raise CrateError(f"two variants are named {twice[0]!r}. Give each a name of its own: NAME:FIELD=VALUE,...")
-    vocab = options.vocab_size or padded(data.vocab_size)
+    vocab = options.vocab_size or padded_vocabulary(data.vocab_size)
     for number in range(options.seeds):
         for size in cast(list[Size], sizes):
             for text in options.variant:
@@ -175,9 +174,9 @@ def _check_documents(options: Options, data: "TokenDirectory") -> None:
 
 
 def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.device") -> None:
-    from cratelm.commands.train import stopping
     from cratelm.training.opening import open_run
     from cratelm.training.train import train, write_control
+    from cratelm.workflows.stopping import stopping
 
     if (part.run / "run.json").exists():
         open_run(part.run, part.config, part.model, data)
@@ -195,21 +194,22 @@ def _measure(options: Options, part: Part) -> None:
     """Evaluate, collect and score the model and its control."""
     from cratelm.commands import collect, evaluate, interpret
     from cratelm.rundir import claim
+    from cratelm.workflows.lookup import explain_run, score_run, simulate_run
 
     controlled: tuple[tuple[Path, tuple[str, ...]], ...] = ((part.run, ("shuffled",)), (part.control, ()))
     for one, controls in controlled:
         if not (one / "evaluation.json").exists():
             asked = evaluate.Options(runs=(one,), data=options.data, tokenizer=options.tokenizer, device=options.device)
-            evaluate.evaluate_run(one, options.data, asked)
-        collect.collect_run(one, collect.Options(
+            evaluate.run(asked)
+        collect.run(collect.Options(
             runs=(one,), data=options.data, tokenizer=options.tokenizer, tokens=str(options.collect_tokens or "all"),
             device=options.device,
         ))  # fmt: skip
         selection = interpret.Options(runs=(one,), controls=controls)
         with claim(one):
-            interpret.explain_run(one, selection)
-            interpret.simulate_run(one, selection, selection.controls)
-            interpret.score_run(one, selection, selection.controls)
+            explain_run(one, selection)
+            simulate_run(one, selection, selection.controls)
+            score_run(one, selection, selection.controls)
 
 
 def _report(options: Options, parts: list[Part]) -> None:

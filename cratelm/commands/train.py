@@ -13,11 +13,6 @@ On several GPUs, with the same batches in the same order:
     torchrun --nproc-per-node 8 --max-restarts 3 -m cratelm train --data tokens --out runs/crate-b --size b
 """
 
-import contextlib
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -25,11 +20,12 @@ from typing import Literal
 import tyro
 
 from cratelm.errors import CrateError
-from cratelm.model.config import Architecture, ModelConfig, Size, sized
+from cratelm.model.config import Architecture, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.training.config import Execution, TrainConfig
 from cratelm.workflows.measurements import MeasurementName
+from cratelm.workflows.stopping import stopping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +89,8 @@ def _train(options: Options, data_folder: Path) -> None:
 
     data = TokenDirectory.open(data_folder, tokenizer=options.tokenizer)
     config, execution = options.training, options.execution
-    model_config = model_for(
-        options.arch, options.size, vocab_size=options.vocab_size or padded(data.vocab_size), context=config.context
-    )
+    rows = options.vocab_size or padded_vocabulary(data.vocab_size)
+    model_config = sized(options.arch, options.size, vocab_size=rows, context_length=config.context)
     if options.arch == "gpt2":
         model_config = replace(model_config, activation=options.activation)
     model_config = depart(model_config, options.variant)
@@ -120,28 +115,6 @@ def _train(options: Options, data_folder: Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, or a scheduler's SIGTERM, asks the training to write a checkpoint and stop; a second Ctrl-C does at once.
-
-    Under torchrun a second one is ignored: it passes on the Ctrl-C that the terminal has sent to every process already.
-    """
-    asked = threading.Event()
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-    def ask(number: int, _frame: object) -> None:
-        if asked.is_set() and number == signal.SIGINT and alone:
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
     """The configuration with some fields changed, each as FIELD=VALUE."""
     changes = {}
@@ -151,16 +124,6 @@ def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
             raise CrateError(f"--variant {setting!r} is no FIELD=VALUE of a model. See docs/variants.md")
         changes[key] = field_value(setting, key, value)
     return replace(model_config, **changes)
-
-
-def model_for(arch: Architecture, size: Size, *, vocab_size: int, context: int) -> ModelConfig:
-    """One of the paper's models for this vocabulary and context."""
-    return sized(arch, size, vocab_size=vocab_size, context_length=context)
-
-
-def padded(vocab_size: int) -> int:
-    """The vocabulary rounded up to a multiple of 64, as the paper pads 50257 to 50304."""
-    return -(-vocab_size // 64) * 64
 
 
 def preview(config: TrainConfig, model_config: ModelConfig) -> str:

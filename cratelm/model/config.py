@@ -219,3 +219,8 @@ def sized(arch: Architecture, size: Size, *, vocab_size: int = 50304, **changes:
     if changes.get("dictionary") == "complete":
         changes = {"expansion": 1, "ista_steps": 1} | changes
     return replace(config, **changes)
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """The vocabulary rounded up to a multiple of 64, as the paper pads 50257 to 50304."""
+    return -(-vocab_size // 64) * 64

@@ -1,15 +1,17 @@
-"""Names of result files: readable, and others for other settings, so that no call overwrites what another asked for."""
+"""Names of result files and folders. Different settings give different names, so no result is overwritten."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cratelm.workflows.subject import Chosen
+    from cratelm.workflows.opening import OpenModel
 
 LEAVE_OUT = ("run", "prompt", "prompts", "show", "out", "device")
-"""Options of `cratelm steer` that do not decide what is measured, or are named otherwise."""
+"""Options of `cratelm steer` that do not affect the numbers, or are in the name already."""
 
 
 def result_name(words: str, settings: object, *, kind: str = "") -> str:
@@ -19,8 +21,16 @@ def result_name(words: str, settings: object, *, kind: str = "") -> str:
     return "-".join(part for part in (kind, readable, digest) if part)
 
 
-def steering_name(kind: str, chosen: "Chosen", prompts: Sequence[Sequence[int]], options: Any) -> str:
-    """Of the files of `cratelm steer`: the end of the first prompt, and a digest of all that decides the numbers."""
+def steering_name(kind: str, opened: "OpenModel", prompts: Sequence[Sequence[int]], options: Any) -> str:
+    """Name of the files of `cratelm steer`: the end of the first prompt and a digest of what affects the numbers."""
     settings = sorted((name, value) for name, value in vars(options).items() if name not in LEAVE_OUT)
-    words = str(chosen.tokenizer.decode(list(prompts[0])))[-30:]
-    return result_name(words, (chosen.name, [list(one) for one in prompts], settings), kind=kind)
+    words = str(opened.tokenizer.decode(list(prompts[0])))[-30:]
+    return result_name(words, (opened.name, [list(prompt) for prompt in prompts], settings), kind=kind)
+
+
+def report_folder(runs: Sequence[Path], name: str = "report") -> Path:
+    """A folder of this name in the folder that holds all the runs; in the run itself if there is one."""
+    if len(runs) == 1:
+        return runs[0] / name
+    common = Path(os.path.commonpath([path.resolve() for path in runs]))
+    return Path(os.path.relpath(common)) / name

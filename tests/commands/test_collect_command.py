@@ -14,9 +14,9 @@ from cratelm import cli
 from cratelm.activations import collect as collecting
 from cratelm.activations.records import layer_file, read_collection, read_records, records_folder
 from cratelm.commands import collect, interpret
-from cratelm.commands.collect import read_count
 from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
+from cratelm.workflows.token_data import read_count
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_records_of_another_model_are_not_mixed(data: TokenDirectory, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tokens": "many"}, "--tokens is 'many'. Write a number such as"),
-        ({"tokens": "0"}, "--tokens is '0'"),
+        ({"tokens": "many"}, "--tokens must be all or a number such as"),
+        ({"tokens": "0"}, "got '0'"),
         ({"tokens": "200"}, "documents fall to the half for .* Collect over more documents"),
         ({"batch_rows": 0}, "--batch-rows is 0, it must be at least 1"),
         ({"split": "test"}, "has no split test"),

@@ -112,7 +112,7 @@ def test_a_foreign_model_needs_a_run_and_a_run_has_one(foreign: Path, data: Toke
     assert f"cratelm collect {foreign} --data {data.path} --out runs/model" in message(options(foreign, data))
     ours, _ = make_run(tmp_path / "ours", data)
     assert "is a run, which keeps its records itself" in message(options(ours, data, out=tmp_path / "other"))
-    assert "is no run directory" in message(options(tmp_path / "nowhere", data))
+    assert "is not a run directory" in message(options(tmp_path / "nowhere", data))
     several = Options(runs=(foreign, foreign), data=data.path, out=tmp_path / "x")
     assert "--out is the run of one model, 2 were named" in message(several)
 

@@ -275,7 +275,7 @@ def test_what_cannot_be_ablated_is_told_in_one_line(
     for more, said in (
         ((), "no neuron was named"), (("--neuron", "1/64"), "layer 1 has neurons 0 to 63"),
         (("--neuron", "x"), "--neuron 'x' is not understood"), (("--layer", 2), "there is no layer 2 with neurons"),
-        (("--neuron", "1/2,1/3"), "Use --group"), (("--all", "--tokens", "few"), "--tokens is 'few'"),
+        (("--neuron", "1/2,1/3"), "Use --group"), (("--all", "--tokens", "few"), "got 'few'"),
     ):  # fmt: skip
         _, err = command("ablate", runs / "bare", "--data", data.path, *more, "--out", tmp_path / "out", code=2)
         assert said in err

@@ -10,7 +10,6 @@ from fixtures.synthetic import make_run
 from fixtures.tiny import hidden_bar, make_tokens, random_model, short_training, tiny_config, train_quietly
 
 from cratelm.cli import main
-from cratelm.commands.whitebox import show
 from cratelm.model.config import Architecture
 from cratelm.report.figures.whitebox import PANELS, whitebox_figures
 from cratelm.report.results.whitebox import View, open_views
@@ -19,6 +18,7 @@ from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import write_json
 from cratelm.whitebox.measure import MeasureConfig, measure, summary
 from cratelm.workflows.measurements import measurements
+from cratelm.workflows.printed_tables import print_tables
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.rand
     ("arguments", "said"),
     [
         (["--tokens", "15"], "15 tokens are too few for a coding rate: the model is 16 wide, so a set needs 16 tokens"),
-        (["--tokens", "0"], "--tokens is '0'"),
+        (["--tokens", "0"], "got '0'"),
         (["--epsilon", "0"], "--epsilon is 0, it must be between 1e-06 and 1e+06"),
         (["--epsilon", "nan"], "--epsilon is nan"),
         (["--epsilon", "1e-200"], "--epsilon is 1e-200"),
@@ -148,7 +148,7 @@ def test_no_name_heading_or_number_breaks_in_the_terminal(
     monkeypatch.setenv("COLUMNS", str(columns))
     tables = whitebox_tables(views)
     capsys.readouterr()
-    show(tables)
+    print_tables(tables)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     words = set(out.replace(",", " ").split())

@@ -180,7 +180,7 @@ def test_the_command_writes_draws_and_tells(run: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--token", "zzzz qqqq"], "it must be one"),
+        (["--token", "zzzz qqqq"], "must be one token of this model"),
         (["--prompt", "a crate holds rain. " * 9], "the model's context is 16"),
         (["--nodes", "0"], "--nodes is 0, it must be at least 1"),
         (["--candidates", "-1"], "--candidates is -1"),

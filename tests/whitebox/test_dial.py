@@ -234,7 +234,7 @@ def test_only_what_was_measured_is_drawn(runs: tuple[list[Path], Path]) -> None:
     [
         (["--penalty", "0"], "penalty is 0.0, it must be above 0"),
         (["--steps", "0"], "steps is 0, it must be at least 1"),
-        (["--tokens", "no"], "--tokens is 'no'"),
+        (["--tokens", "no"], "got 'no'"),
     ],
 )
 def test_mistakes_get_one_line(

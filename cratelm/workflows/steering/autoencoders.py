@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cratelm.steering.place import SparseCoder
-    from cratelm.workflows.subject import Chosen
+    from cratelm.workflows.opening import OpenModel
 
 ROWS_AT_ONCE = 256
 
 
-def open_coder(chosen: "Chosen", name: Path) -> tuple["SparseCoder", str]:
+def open_coder(chosen: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
     """The autoencoder, and the tap of its latents' records in the run."""
     import torch
 
@@ -19,8 +19,7 @@ def open_coder(chosen: "Chosen", name: Path) -> tuple["SparseCoder", str]:
 
     device = next(chosen.model.parameters()).device
     sae = load_sae(chosen.run or Path("."), name, device=device)
-    if chosen.model_hash:
-        check_trained_on(sae, chosen.model_hash, chosen.run or Path(chosen.name))
+    check_trained_on(sae, chosen.model_hash, chosen.run or Path(chosen.name))
     nothing = sae.decode(torch.zeros(1, sae.width, device=device))
     rows = []  # by what decoding does, so that it holds for decoders that scale their latents too
     for first in range(0, sae.width, ROWS_AT_ONCE):

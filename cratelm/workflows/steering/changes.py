@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from cratelm.steering.changes import Change, Request, Strength
     from cratelm.steering.measure import How
     from cratelm.steering.place import SparseCoder
-    from cratelm.workflows.subject import Chosen
+    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changing:
     """What to change, and everything about it that depends on the model and the run."""
 
-    chosen: "Chosen"
+    chosen: "OpenModel"
     requests: tuple["Request", ...]
     how: "How"
     taps: dict[int, str]
@@ -61,8 +61,6 @@ class Changing:
 
     def excerpts(self, count: int) -> list[list[int]]:
         """The first neuron's top excerpts up to its peak, as token ids, strongest first; at most a context of each."""
-        from cratelm.activations.causal_model import causal_model
-
         records = self.records(self.requests[0])
         if records is None or count == 0:
             return []
@@ -71,7 +69,7 @@ class Changing:
         tops = [excerpts for (wide, _, kind), excerpts in own.items() if wide == width and kind == "top"]
         ranked = sorted((one for top in tops for one in top), key=lambda one: -float(one.activations.max()))
         read = [one.tokens[: int(one.activations.argmax()) + 1].tolist() for one in ranked[:count]]
-        return [tokens[-(causal_model(self.chosen.model).context_length or len(tokens)) :] for tokens in read]
+        return [tokens[-(self.chosen.causal.context_length or len(tokens)) :] for tokens in read]
 
     def _resolve(self, request: "Request") -> "Change":
         from cratelm.steering.reference import reference
@@ -88,18 +86,17 @@ class Changing:
         return request.resolve(reference(records, request.index, self.which))
 
 
-def open_changes(chosen: "Chosen", options: Any) -> Changing:
+def open_changes(chosen: "OpenModel", options: Any) -> Changing:
     """Read and check what the options of `cratelm steer` ask for, before anything is computed."""
     from cratelm.steering.changes import check_indices, parse_request
     from cratelm.steering.measure import How
     from cratelm.steering.place import check_coder, neuron_places
     from cratelm.steering.positions import parse_positions
-    from cratelm.workflows.subject import one_token
 
     if not options.neuron:
         raise CrateError("no neuron was named. Give --neuron LAYER/NEURON=HOW:STRENGTH, as in 1/85=set:2x")
     requests = tuple(parse_request(text, swept=options.sweep is not None) for text in options.neuron)
-    after = None if options.after is None else one_token(chosen, options.after, "--after")
+    after = None if options.after is None else chosen.one_token(options.after, "--after")
     positions = parse_positions(options.positions, after=after)
     coders, taps = _coders(chosen, options.sae)
     for coder in coders:
@@ -114,7 +111,7 @@ def open_changes(chosen: "Chosen", options: Any) -> Changing:
     )  # fmt: skip
 
 
-def _coders(chosen: "Chosen", names: Sequence[Path]) -> tuple[list["SparseCoder"], dict[int, str]]:
+def _coders(chosen: "OpenModel", names: Sequence[Path]) -> tuple[list["SparseCoder"], dict[int, str]]:
     """The autoencoders that were named, as steering takes them, and the taps of their latents' records."""
     if not names:
         return [], {}

@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cratelm.steering.effects import SweepPoint
+    from cratelm.workflows.opening import OpenModel
     from cratelm.workflows.steering.changes import Changing
-    from cratelm.workflows.subject import Chosen
 
 
-def sweep(console: "Console", chosen: "Chosen", changing: "Changing", prompts: list[list[int]], options: Any) -> None:
+def sweep(
+    console: "Console", chosen: "OpenModel", changing: "Changing", prompts: list[list[int]], options: Any
+) -> None:
     """Try every strength that the options of `cratelm steer` name; the text is of the first prompt."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import sweep_figure
@@ -54,12 +56,11 @@ def sweep(console: "Console", chosen: "Chosen", changing: "Changing", prompts: l
 
 
 def _point(
-    chosen: "Chosen", changing: "Changing", prompt: list[int], strength: str, value: float, changes: Any,
+    chosen: "OpenModel", changing: "Changing", prompt: list[int], strength: str, value: float, changes: Any,
     steered: Any, options: Any,
 ) -> "SweepPoint":  # fmt: skip
     import torch
 
-    from cratelm.activations.causal_model import causal_model
     from cratelm.steering.effects import SweepPoint
     from cratelm.steering.generate import generate
     from cratelm.steering.measure import continuation_loss
@@ -72,7 +73,7 @@ def _point(
         seed=options.seed,
     )  # fmt: skip
     start = str(chosen.tokenizer.decode(prompt))
-    read = tokens[:, : causal_model(chosen.model).context_length]
+    read = tokens[:, : chosen.causal.context_length]
     return SweepPoint(
         strength=strength, value=float(value), effect=steered.effect,
         text=str(chosen.tokenizer.decode(tokens[0].tolist()))[len(start) :],
@@ -80,7 +81,7 @@ def _point(
     )  # fmt: skip
 
 
-def _print(console: "Console", chosen: "Chosen", points: list["SweepPoint"]) -> None:
+def _print(console: "Console", chosen: "OpenModel", points: list["SweepPoint"]) -> None:
     from rich.table import Table
     from rich.text import Text
 

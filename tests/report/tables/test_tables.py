@@ -18,6 +18,7 @@ from cratelm.interpretation.store.database import Store
 from cratelm.report.results.gather import gather
 from cratelm.report.tables import paper as tables
 from cratelm.report.tables.form import ABSENT, Cell, Column, Style, Table, as_csv, as_latex, as_markdown, written
+from cratelm.workflows.naming import report_folder
 
 TABLES = ("performance", "interpretability", "layers", "firing", "firing_layers", "paired")
 FIGURES = ("loss", "scores", "firing", "firing_layers", "firing_examples")
@@ -235,8 +236,8 @@ def test_the_command_writes_every_file_and_prints_a_table_of_80_columns(
 
 
 def test_a_report_of_one_run_lies_in_the_run() -> None:
-    assert report.default_folder((Path("runs/a"),)) == Path("runs/a/report")
-    assert report.default_folder((Path("runs/a"), Path("runs/b/c"))) == Path("runs/report")
+    assert report_folder((Path("runs/a"),)) == Path("runs/a/report")
+    assert report_folder((Path("runs/a"), Path("runs/b/c"))) == Path("runs/report")
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -1,0 +1,87 @@
+"""The tokens that a command reads, checked against the model that is to read them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cratelm.errors import CrateError
+from cratelm.workflows.options.counts import whole_number
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from cratelm.activations.subject import Corpus
+    from cratelm.data.tokens import TokenDirectory
+    from cratelm.workflows.opening import OpenModel
+
+
+def read_count(text: str) -> int | None:
+    """`8.2M` -> 8200000, `all` -> None."""
+    if text == "all":
+        return None
+    try:
+        count = whole_number(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise CrateError(f"--tokens must be all or a number such as 200000, 200k, 8.2M or 1G, got {text!r}")
+    return count
+
+
+def open_tokens(opened: "OpenModel", folder: Path, tokenizer: str | None = None) -> "TokenDirectory":
+    """Open a token directory and check that its tokenizer is the model's and that the model has all its tokens.
+
+    `tokenizer` names the tokenizer of a nanoGPT directory, which has no tokens.json.
+    """
+    data = _open_checked(opened, folder, tokenizer)
+    if data.vocab_size > (rows := opened.causal.vocabulary_rows):
+        raise CrateError(
+            f"the vocabulary of {folder} has {data.vocab_size} tokens, the model of {opened.source} has {rows}. "
+            "Tokenize with the model's own tokenizer"
+        )
+    return data
+
+
+def open_corpus(
+    opened: "OpenModel", folder: Path, split: str, tokenizer: str | None = None
+) -> "tuple[Corpus, Tokenizer]":  # fmt: skip
+    """A split for a model to read, and the tokenizer that made it: the model's own, or the named one if it has none.
+
+    Only the token ids that occur must be in the model's vocabulary.
+    """
+    from cratelm.activations.subject import Corpus
+    from cratelm.data.tokenizer import load_tokenizer
+
+    if opened.known_tokenizer is None and tokenizer is None:
+        raise CrateError(
+            f"the model of {opened.source} has no tokenizer.json, so nothing says that the tokens are its own. "
+            "Put it there, or name its tokenizer with --tokenizer"
+        )
+    known = opened.known_tokenizer or load_tokenizer(str(tokenizer))
+    data = _open_checked(opened, folder, tokenizer, known)
+    tokens, rows = data.tokens(split), opened.causal.vocabulary_rows
+    if data.vocab_size > rows and (largest := int(tokens.max())) >= rows:
+        raise CrateError(
+            f"{data.path / split}.bin holds token {largest}, the model's vocabulary ends at {rows - 1}. "
+            "Tokenize with the model's own tokenizer"
+        )
+    identity = {"split": split, "tokenizer_hash": data.tokenizer_hash, "data_hash": data.splits[split].sha256}
+    corpus = Corpus(
+        tokens=tokens, documents=data.documents(split), end_of_text=data.end_of_text, identity=identity
+    )  # fmt: skip
+    return corpus, known
+
+
+def _open_checked(
+    opened: "OpenModel", folder: Path, named: str | None, tokenizer: "Tokenizer | None" = None
+) -> "TokenDirectory":  # fmt: skip
+    from cratelm.data.tokenizer import tokenizer_hash
+    from cratelm.data.tokens import TokenDirectory
+
+    data, known = TokenDirectory.open(folder, tokenizer=named), tokenizer or opened.known_tokenizer
+    if known is not None and tokenizer_hash(known) != data.tokenizer_hash:
+        inside = opened.source / "model" / "tokenizer.json"
+        raise CrateError(
+            f"the tokens of {folder} come from another tokenizer than the model of {opened.source}. "
+            f"Run: cratelm tokenize SOURCE --tokenizer {inside if inside.exists() else opened.source} --out DIR"
+        )
+    return data

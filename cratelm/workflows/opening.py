@@ -144,7 +144,7 @@ def open_model(
         )
     model: nn.Module
     foreign = None
-    if remembered is None and (is_run or expected != "anything" or _is_crate(source)):
+    if remembered is None and (is_run or expected != "anything"):
         model, tokenizer = load(source)
     else:
         foreign = load_foreign(remembered or source)
@@ -191,12 +191,6 @@ def describe(source: Path) -> tuple[dict[str, Any], bool]:
     path = source / "run.json"
     description = read_json(path, made_by="cratelm train") if path.is_file() else {}
     return description, path.is_file() or (source / "model" / "config.json").is_file()
-
-
-def _is_crate(source: Path) -> bool:
-    """Whether the source is the directory of a CRATE, which needs no transformers."""
-    path = source / "config.json"
-    return path.is_file() and read_json(path, made_by="cratelm train").get("model_type") == "crate"
 
 
 def _check_directory(folder: Path) -> None:

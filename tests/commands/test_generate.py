@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.hugging_face import build, save
 from fixtures.synthetic import make_tokenizer
 from fixtures.tiny import random_model, tiny_config
 from tokenizers import Tokenizer
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from cratelm import cli
 from cratelm.errors import CrateError
-from cratelm.model.language_model import LanguageModel, sample
+from cratelm.model.language_model import sample
 from cratelm.model.weights import load, save_model
+from cratelm.steering import generate
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -100,13 +102,29 @@ def test_without_a_prompt_the_model_begins_a_document(folder: Path, capsys: pyte
 
 
 def generates(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
-    """Make every model go on with these tokens."""
+    """Make every model continue with these tokens."""
 
-    def generate(*_: object, on_token: Any, **__: object) -> None:
+    def continue_with(*_: object, on_step: Any, **__: object) -> None:
         for token in ids:
-            on_token(torch.tensor([token]))
+            on_step(torch.tensor([token]), torch.zeros(1, 1))
 
-    monkeypatch.setattr(LanguageModel, "generate", generate)
+    monkeypatch.setattr(generate, "generate", continue_with)
+
+
+def test_a_hugging_face_model_continues_a_text(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = build("llama", rng, vocab=tokenizer.get_vocab_size())
+    save(model, tmp_path / "llama", tmp_path / "tokenizer.json")
+    tokens = torch.tensor([tokenizer.encode("the neuron").ids])
+    for _ in range(6):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    flags = ["--prompt", "the neuron", "--tokens", "6", "--temperature", "0", "--device", "cpu"]
+    assert cli.main(["generate", str(tmp_path / "llama"), *flags]) == 0
+    assert capsys.readouterr().out == tokenizer.decode(tokens[0].tolist()) + "\n"
 
 
 @pytest.mark.parametrize("text", ["жар→漢字", "漢字 😀😀!", "ends in half a smile \N{GRINNING FACE}"])

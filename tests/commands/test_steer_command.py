@@ -155,7 +155,7 @@ def test_what_cannot_be_steered_is_told_in_one_line(runs: Path, tmp_path: Path, 
         (crate, "1/9=set:1e38", (), "logits are not finite with 1/9=set:1e+38"),
         (crate, "sae:1/3=silence", (), "no layer 1 with latents of a --sae (found: none)"),
         (crate, "1/9", ("--positions", "first"), "the positions 'first' are not understood"),
-        (crate, "1/9", ("--after", "the neuron"), "'the neuron' is"),
+        (crate, "1/9", ("--after", "the neuron"), "--after must be one token"),
         (crate, "1/9=set", ("--sweep", "1x"), "less than two strengths"),
         (crate, "1/9=scale", ("--sweep", "1x,2x"), "takes factors"),
         (crate, "1/9", ("--tokens", 0), "--tokens and --show must be at least 1"),
@@ -214,7 +214,7 @@ def test_ledger_prints_and_writes_what_adds_up(runs: Path, tmp_path: Path, comma
     assert written(tmp_path, "ledger")["versus"] == 6
     assert " minus that of " in out
     for words, said in (
-        (("--token", "the neuron"), "--token 'the neuron' is"), (("--token", "#9999"), "not in the vocabulary"),
+        (("--token", "the neuron"), "--token must be one token"), (("--token", "#9999"), "the vocabulary, got #9999"),
         (("--position", 99), "position 99 is not in the text"), (("--show", 0), "--show is 0"),
     ):  # fmt: skip
         assert said in command("ledger", runs / "bare", "--prompt", PROMPT, *words, code=2)[1]

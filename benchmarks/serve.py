@@ -54,7 +54,7 @@ class Target:
         model = rng.choice([one for one in self.site["models"] if one["taps"]])
         layer = rng.choice(model["taps"][0]["layers"])
         kind = rng.choices(
-            ["neuron", "layer", "list", "overview", "site", "search", "look", "effect", "continue"],
+            ["neuron", "layer", "list", "overview", "site", "search", "activations", "effect", "continue"],
             [40, 8, 8, 4, 4, 8, 12, 10, 6],
         )[0]
         neurons, texts = self.sizes[layer["folder"]]
@@ -72,8 +72,8 @@ class Target:
             case "search":
                 words = " ".join(rng.sample(self.words, rng.choice((1, 1, 2))))
                 return kind, f"/api/search?q={quote(words)}", None
-            case "look":
-                return kind, "/api/look", json.dumps(asked).encode()
+            case "activations":
+                return kind, "/api/activations", json.dumps(asked).encode()
             case _:
                 return kind, f"/api/{kind}", json.dumps(asked | {"changes": [change], "tokens": 20}).encode()
 
@@ -151,7 +151,7 @@ def opened(place: str) -> Target:
     target, words = Target(place, token[1], json.loads(connection.getresponse().read()), {}, ()), {"fires"}
     for model in target.site["models"]:
         body = json.dumps({"model": model["slug"], "text": "warm"}).encode()
-        target.ask(connection, "/api/look", body)
+        target.ask(connection, "/api/activations", body)
         for folder in (layer["folder"] for tap in model["taps"][:1] for layer in tap["layers"]):
             told = json.loads(target.ask(connection, f"/data/{folder}/layer.json")[1])
             target.sizes[folder] = (

@@ -1,7 +1,7 @@
-"""The models behind a live browser: what each layer makes of a text that is typed in, and the text with neurons turned.
+"""The models of `cratelm serve`: the activations of a text that a user types, and its continuation under steering.
 
-One request at a time works in a model, because hooks are the model's and not the request's; a continuation gives the
-model up between tokens, so that a short request does not wait for a long one.
+One request at a time runs in a model, because hooks belong to the model, not to the request. A continuation releases
+the model between tokens, so a short request does not wait for a long one.
 """
 
 import threading
@@ -18,29 +18,27 @@ from torch import Tensor, nn
 from cratelm.activations.causal_model import CausalModel, causal_model
 from cratelm.activations.taps import capture
 from cratelm.errors import CrateError
-from cratelm.model.generate import sample
 from cratelm.report.server.requests import Limits, SteerRequest, TextRequest
-from cratelm.steering.changes import Change
 from cratelm.steering.effects import token_rows
-from cratelm.steering.generate import check_finite
+from cratelm.steering.generate import Continuation, Decoding
+from cratelm.steering.intervention import NO_INTERVENTION, Intervention
 from cratelm.steering.measure import next_token_effect
-from cratelm.steering.positions import Text
-from cratelm.steering.steer import check_changes, steer
+from cratelm.steering.steer import steering_edits
 
 SHOWN = 10
-"""Tokens listed whose probability rises, and falls."""
+"""Tokens listed whose probability rises, and whose probability falls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveModel:
-    """A model, its tokenizer, and how strongly its neurons fire at most."""
+    """A model, its tokenizer, and the largest recorded activations of its neurons."""
 
     model: nn.Module
     tokenizer: Tokenizer
     strings: Sequence[str]
     """Text of each token id."""
     maximum: Callable[[int, int], float | None]
-    """(layer, neuron) -> its largest recorded activation; None where none is recorded."""
+    """(layer, neuron) -> its largest recorded activation; None without records."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -49,31 +47,32 @@ class LiveModel:
         return causal_model(self.model, self.tokenizer)
 
     def tokens(self, text: str, limits: Limits) -> Tensor:
-        """Token ids of a text, (1, seq). Raises CrateError for an empty text and for one above the limits."""
+        """Token ids of a text, (1, seq). Raises `CrateError` for an empty text and for one above the limits."""
         causal = self.causal
         ids = causal.encode(text)
         most = min(limits.text_tokens, causal.context_length or limits.text_tokens)
         if len(ids) > most:
-            raise CrateError(f"the text has {len(ids)} tokens, at most {most} are read. Shorten it")
+            raise CrateError(f"the text must have at most {most} tokens, got {len(ids)}")
         return torch.tensor([ids], device=causal.device)
 
-    def changes(self, request: SteerRequest) -> list[Change]:
-        """What is to be done, in the model's own units."""
-        made = []
-        for turned in request.changes:
-            maximum = self.maximum(turned.layer, turned.index) if turned.strength.of_maximum else None
-            if turned.strength.of_maximum and maximum is None:
+    def intervention(self, request: SteerRequest) -> Intervention:
+        """The requested changes in activation units, checked against the model."""
+        changes = []
+        for neuron in request.changes:
+            maximum = self.maximum(neuron.layer, neuron.index) if neuron.strength.of_maximum else None
+            if neuron.strength.of_maximum and maximum is None:
                 raise CrateError(
-                    f"no activation of neuron {turned.layer}/{turned.index} is recorded, so multiples of its largest "
-                    "mean nothing. Give its strength in the model's own units"
+                    f"neuron {neuron.layer}/{neuron.index} has no recorded activations, so multiples of its largest "
+                    "are not defined. Use an absolute strength"
                 )
-            made.append(turned.resolve(maximum))
-        check_changes(self.model, made)
-        return made
+            changes.append(neuron.resolve(maximum))
+        intervention = Intervention(changes=changes)
+        steering_edits(self.causal.module, intervention)
+        return intervention
 
 
 class LiveModels:
-    """Models by slug, opened when they are first asked for; see `report.live.Live`."""
+    """Models by slug, opened at their first request; see `report.server.requests.Live`."""
 
     def __init__(self, contexts: Mapping[str, int], opener: Callable[[str], LiveModel], *, limits: Limits) -> None:
         self._contexts, self._opener, self.limits = dict(contexts), opener, limits
@@ -81,121 +80,99 @@ class LiveModels:
         self._opening = threading.Lock()
 
     def contexts(self) -> Mapping[str, int]:
-        """The models there are, and the longest text each reads, in tokens."""
+        """Slug of each model -> its longest text in tokens."""
         return self._contexts
 
-    def look(self, request: TextRequest) -> dict[str, Any]:
-        """Every layer's strongest neurons at each token, or one neuron along the text. Activations in own units."""
+    def activations(self, request: TextRequest) -> dict[str, Any]:
+        """The strongest neurons of every layer at each token, or one neuron at every token."""
         live = self._model(request.model)
         tokens = live.tokens(request.text, self.limits)
         places = live.causal.places()
         if request.layer is not None and request.layer not in places:
-            raise CrateError(f"there is no layer {request.layer}; there are {min(places)} to {max(places)}")
-        wanted = places if request.layer is None else {request.layer: places[request.layer]}
-        with live.lock, torch.inference_mode(), capture(live.model, wanted.values()) as codes:
-            live.causal.read(tokens, list(wanted.values()))
-        found = {layer: codes[tap][0].float().cpu().numpy() for layer, tap in wanted.items()}
-        shown = {"tokens": [live.strings[token] for token in tokens[0].tolist()]}
+            raise CrateError(f"layer must be {min(places)} to {max(places)}, got {request.layer}")
+        taps = places if request.layer is None else {request.layer: places[request.layer]}
+        with live.lock, torch.inference_mode(), capture(live.model, taps.values()) as captured:
+            live.causal.read(tokens, list(taps.values()))
+        codes = {layer: captured[tap][0].float().cpu().numpy() for layer, tap in taps.items()}
+        answer = {"tokens": [live.strings[token] for token in tokens[0].tolist()]}
         if request.neuron is None:
-            return shown | {"layers": [_strongest(layer, code, request.strongest) for layer, code in found.items()]}
+            return answer | {"layers": [_strongest(layer, code, request.strongest) for layer, code in codes.items()]}
         assert request.layer is not None
-        code = found[request.layer]
+        code = codes[request.layer]
         if request.neuron >= code.shape[1]:
-            raise CrateError(f"layer {request.layer} has neurons 0 to {code.shape[1] - 1}, not {request.neuron}")
-        return shown | {"values": _numbers(code[:, request.neuron])}
+            raise CrateError(f"layer {request.layer} has neurons 0 to {code.shape[1] - 1}, got {request.neuron}")
+        return answer | {"values": [_finite(value) for value in code[:, request.neuron]]}
 
     def effect(self, request: SteerRequest) -> dict[str, Any]:
-        """Probabilities of the next token without and with the changes: those that rise and fall most."""
+        """Probabilities of the next token without and with the changes: the tokens that rise and fall most."""
         live = self._model(request.model)
-        tokens, changes = live.tokens(request.text, self.limits), live.changes(request)
+        tokens, intervention = live.tokens(request.text, self.limits), live.intervention(request)
         with live.lock, torch.inference_mode():
-            effect = next_token_effect(live.model, [tokens[0].tolist()], changes)
+            effect = next_token_effect(live.model, [tokens[0].tolist()], intervention)
         likeliest = np.argsort(-effect.before, kind="stable")[:SHOWN]
         return {
-            "changes": list(map(str, changes)), "divergence": effect.divergence, "moved": effect.moved,
+            "changes": list(map(str, intervention.changes)), "divergence": effect.divergence, "moved": effect.moved,
             "likeliest": token_rows(effect, likeliest, live.strings),
             "rises": token_rows(effect, effect.largest(SHOWN), live.strings),
             "falls": token_rows(effect, effect.largest(SHOWN, decreases=True), live.strings),
         }  # fmt: skip
 
     def continuations(self, request: SteerRequest) -> Iterator[dict[str, Any]]:
-        """`{"plain": text}` and `{"steered": text}`, piece by piece in turns; `{"done": true}` at last.
+        """Pieces `{"plain": text}` and `{"steered": text}` in turn, then `{"done": true}`.
 
-        Both are drawn with the same seed, so they differ by nothing but the changes. What is wrong with the request is
-        raised here, before the first piece.
+        Both texts are drawn with the same seed, so they differ only by the changes. Errors in the request are raised
+        here, before the first piece.
         """
         live = self._model(request.model)
-        tokens, changes = live.tokens(request.text, self.limits), live.changes(request)
-        return self._pieces(live, tokens, changes, request)
+        tokens, intervention = live.tokens(request.text, self.limits), live.intervention(request)
+        return self._pieces(live, tokens, intervention, request)
 
     def _pieces(
-        self, live: LiveModel, tokens: Tensor, changes: Sequence[Change], request: SteerRequest
+        self, live: LiveModel, tokens: Tensor, intervention: Intervention, request: SteerRequest
     ) -> Iterator[dict[str, Any]]:
+        slide = max(1, (live.causal.context_length or 4) // 4)
+        decoding = Decoding(temperature=request.temperature, seed=request.seed, slide=slide)
         sides = {
-            name: _Side(live, tokens, made, request) for name, made in (("plain", ()), ("steered", tuple(changes)))
+            name: (
+                Continuation(live.model, tokens, request.tokens, side, decoding),
+                Pieces(live.tokenizer, tokens[0].tolist()),
+            )
+            for name, side in (("plain", NO_INTERVENTION), ("steered", intervention))
         }
         for _ in range(request.tokens):
-            for name, side in sides.items():
+            for name, (continuation, pieces) in sides.items():
                 with live.lock:
-                    piece = side.next()
-                if piece:
+                    token, _logits = continuation.step()
+                if piece := pieces.add(int(token)):
                     yield {name: piece}
-        for name, side in sides.items():
-            if piece := side.rest():
+        for name, (_, pieces) in sides.items():
+            if piece := pieces.rest():
                 yield {name: piece}
         yield {"done": True}
 
     def _model(self, slug: str) -> LiveModel:
         if slug not in self._contexts:
-            raise CrateError(f"there is no model {slug[:60]!r} to run here; there are {', '.join(self._contexts)}")
+            raise CrateError(f"model must be one of {', '.join(self._contexts)}, got {slug[:60]!r}")
         with self._opening:
             if slug not in self._open:
                 self._open[slug] = self._opener(slug)
             return self._open[slug]
 
 
-class _Side:
-    """One of the two texts as it grows."""
-
-    def __init__(self, live: LiveModel, tokens: Tensor, changes: Sequence[Change], request: SteerRequest) -> None:
-        self.model, self.changes, self.request = live.causal.module, changes, request
-        self.text = Text(tokens)
-        self.generator = torch.Generator(tokens.device)
-        self.generator.manual_seed(request.seed)
-        slide = max(1, (live.causal.context_length or 4) // 4)
-        longest = tokens.shape[1] + request.tokens
-        self.reader = live.causal.reader(longest=longest, mask=None, slide=slide, use_cache=True)
-        self.pieces = Pieces(live.tokenizer, tokens[0].tolist())
-
-    def next(self) -> str:
-        """Draw one more token; the text it adds, which is empty while a character is not complete."""
-        with torch.inference_mode(), steer(self.model, self.changes, text=self.text):
-            logits = check_finite(self.reader.logits(self.text.tokens), self.changes)
-        new = sample(
-            logits, temperature=self.request.temperature, top_k=None, top_p=None, generator=self.generator
-        )  # fmt: skip
-        self.text.append(new)
-        return self.pieces.add(int(new))
-
-    def rest(self) -> str:
-        """What was held back, with signs for broken characters."""
-        return self.pieces.rest()
-
-
 class Pieces:
-    """Text of tokens as they come: a character that several tokens make is held back until it is whole."""
+    """Text of streamed tokens: a character that spans several tokens is held back until it is complete."""
 
     MOST_HELD = 8
-    """Tokens held back; more can be no character, and are shown with signs for what is broken."""
+    """Most tokens held back; more cannot be one character, so they are shown with replacement characters."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self._stream, self._held = DecodeStream(skip_special_tokens=False), list[int]()
-        for token in before[-self.MOST_HELD :]:  # what a token adds can depend on those before it
+        for token in before[-self.MOST_HELD :]:  # the text of a token can depend on the tokens before it
             self.add(token)
 
     def add(self, token: int) -> str:
-        """The text that one more token adds."""
+        """The text that this token completes."""
         self._held.append(token)
         text = self._stream.step(self.tokenizer, token)
         if text is None:
@@ -204,14 +181,14 @@ class Pieces:
         return str(text)
 
     def rest(self) -> str:
-        """What is held back, broken as it is."""
+        """The text held back, with replacement characters."""
         text = str(self.tokenizer.decode(self._held, skip_special_tokens=False))
         self._stream, self._held = DecodeStream(skip_special_tokens=False), []
         return text
 
 
 def _strongest(layer: int, code: np.ndarray, count: int) -> dict[str, Any]:
-    """Of each token the neurons that fire most, strongest first: [neuron, activation] pairs."""
+    """[neuron, activation] pairs of the strongest neurons at each token, strongest first."""
     count = min(count, code.shape[1])
     top = np.argpartition(-code, count - 1, axis=1)[:, :count]
     rows = []
@@ -221,10 +198,6 @@ def _strongest(layer: int, code: np.ndarray, count: int) -> dict[str, Any]:
     return {"layer": layer, "density": float((code > 0).mean()), "strongest": rows}
 
 
-def _numbers(values: np.ndarray) -> list[float]:
-    return [_finite(value) for value in values]
-
-
 def _finite(value: float | np.floating) -> float:
-    """A number that JSON can hold."""
+    """The nearest number that JSON can represent."""
     return float(np.nan_to_num(value, posinf=3e38, neginf=-3e38))

@@ -1,41 +1,43 @@
-"""Take neurons out and measure what the model loses: the change of loss on held-out text, document by document.
+"""Ablate neurons: measure the change of loss on held-out text when neurons are removed.
 
     cratelm ablate runs/crate-2l --data tokens --neuron 1/85 1/235
     cratelm ablate runs/crate-2l --data tokens --layer 1 --kind zero mean --tokens 20k
     cratelm ablate runs/crate-2l --data tokens --group 1/85,1/235
     cratelm ablate runs/crate-2l --data tokens --sae topk-4x-layer1 --layer 1
 
-Each neuron is set to zero, or to its mean over the text, at every token. A positive change says that the model is worse
-without it. --layer and --all measure every neuron, one at a time: in the last layer without running the model again,
-since its logits are exact sums over neurons. The numbers go to ablation.json and ablation.jsonl in the run (or --out),
-a figure to `report`; stopped and run again, it goes on where it was. With --sae the latents of an autoencoder are taken
-out in the same way, its error kept (sae:1/85, --layer, --all); their numbers go to its folder in the run.
+A neuron's activation is set to zero, or to its mean over the text, at every token. A positive change means that the
+model is worse without the neuron. --layer and --all ablate every neuron, one at a time; in the last layer without
+running the model again, because its logits are exact sums over neurons. The numbers go to ablation.json and
+ablation.jsonl in the run (or --out), a figure to `report`. An interrupted command resumes. --sae ablates latents of an
+autoencoder with its error kept (sae:1/85, --layer, --all); their numbers go to the autoencoder's folder.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, progress_bar
+from cratelm.steering.ablation_file import AblationKind
+from cratelm.workflows.steering.printing import plain_console, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from cratelm.steering.ablation import Ablation
     from cratelm.steering.ablation_file import AblationFile, AblationRow
     from cratelm.steering.place import SparseCoder
     from cratelm.workflows.opening import OpenModel
 
-Kind = Literal["zero", "mean"]
-Task = tuple[tuple[tuple[int, int], ...], Kind]
-"""Neurons that are taken out together, and how."""
+Task = tuple[tuple[tuple[int, int], ...], AblationKind]
+"""(layer, neuron) of the neurons that are ablated together, and the kind."""
 TOGETHER = 64
-"""Neurons of a layer that are measured in one go: what a kill can cost."""
+"""Single neurons per pass over the text; an interrupt loses at most this many results."""
 SHOWN = 12
 
 
@@ -46,35 +48,34 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Run directory, model directory, or a Hugging Face name."""
     data: Path
-    """Token directory to predict."""
+    """Token directory with the held-out text."""
     neuron: tuple[str, ...] = ()
-    """Neurons to take out one at a time, as LAYER/NEURON."""
+    """Neurons to ablate one at a time, as LAYER/NEURON."""
     group: tuple[str, ...] = ()
-    """Neurons to take out together, as in 1/85,1/235; several groups one after the other."""
+    """Neurons to ablate together, as in 1/85,1/235; each group is one measurement."""
     layer: tuple[int, ...] = ()
-    """Zero-based layers whose neurons to take out, all of them, one at a time."""
+    """Layers (zero-based) to ablate all neurons of, one at a time."""
     all: bool = False
-    """The same for every layer."""
+    """Ablate the neurons of every layer, one at a time."""
     sae: Path | None = None
-    """Sparse autoencoder whose latents to take out: a name in the run, or a folder that sae-lens wrote."""
-    kind: tuple[Kind, ...] = ("zero",)
-    """zero, mean, or both."""
+    """Ablate latents of this sparse autoencoder: a name in the run, or a folder in the format of sae-lens."""
+    kind: tuple[AblationKind, ...] = ("zero",)
+    """Value that replaces the activation: zero, mean (over the text), or both in turn."""
     tokens: str = "20k"
-    """Read the beginnings, a context each, of the first documents that hold so many tokens, as in 20k; or all."""
+    """About how many tokens to read, as in 20k: the first context of each document, so that many documents count; or
+    all."""
     split: str = "val"
-    """Split to predict; held-out text by default."""
+    """Split to read; the default is held-out text."""
     tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
+    """Tokenizer of --data if that is a nanoGPT directory, which has no tokens.json."""
     out: Path | None = None
-    """Folder for the numbers and the figure; the run itself if left out."""
+    """Folder for the numbers and the figure; by default the run."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(options: Options) -> None:
-    """Measure what is not measured yet, then print and draw."""
-    from rich.console import Console
-
+    """Measure what is missing, then print and draw."""
     from cratelm.rundir import claim, origin
     from cratelm.steering.ablation import Ablation, held_out, mean_change
     from cratelm.steering.ablation_file import AblationFile
@@ -83,16 +84,15 @@ def run(options: Options) -> None:
 
     limit = read_count(options.tokens)
     if not (options.neuron or options.group or options.layer or options.all):
-        raise CrateError("no neuron was named. Give --neuron 1/85, --group 1/85,1/235, --layer 1 or --all")
+        raise CrateError("no neuron was given. Use --neuron 1/85, --group 1/85,1/235, --layer 1 or --all")
     if not options.kind:
-        raise CrateError("--kind names nothing. Give zero, mean or both")
+        raise CrateError("--kind must be zero, mean or both, got nothing")
     chosen = open_model(options.run, options.device)
-    folder, own, coders, tap = _places(options, chosen)
+    folder, sae_settings, coders, tap = _places(options, chosen)
     tasks = tasks_of(options, chosen, coders)
     data = open_tokens(chosen, options.data, options.tokenizer)
     tokens = data.tokens(options.split)
     text = held_out(tokens, data.documents(options.split), chosen.model, limit)
-    console = Console(highlight=False, markup=False, emoji=False)
     with claim(folder):
         layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})
         ablation = Ablation(chosen.model, text, layers, coders=coders)
@@ -100,39 +100,45 @@ def run(options: Options) -> None:
         settings = {
             "model_hash": chosen.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
             "read": options.tokens, "tokens": int(text.real.sum()), "documents": len(text.sizes),
-            "context": text.context, **own,
+            "context": text.context, **sae_settings,
         }  # fmt: skip
         loss = {"nats_per_token": float(plain), "standard_error": _finite(float(error))}
         file = AblationFile(folder)
         done = file.open(settings, {"run": chosen.name, "plain": loss, "origin": origin()})
         _measure(ablation, file, [task for task in tasks if _key(task, coders) not in done])
-    wanted = {_key(task, coders) for task in tasks}
-    _report(console, chosen, folder, tap, [row for row in file.rows() if row.key in wanted], loss, settings, options)
+    keys = {_key(task, coders) for task in tasks}
+    rows = [row for row in file.rows() if row.key in keys]
+    console = plain_console()
+    plain_error = "" if loss["standard_error"] is None else f" ± {loss['standard_error']:.4f}"
+    console.print(
+        f"{chosen.name}: {plain:.4f}{plain_error} nats per token on {settings['tokens']} tokens of "
+        f"{settings['documents']} documents ({options.split})"
+    )
+    _print(console, rows)
+    _draw(console, chosen, tap, rows, options.out or (folder if options.sae else folder / "report"))
+    console.print(f"{folder / 'ablation.json'}, ablation.jsonl")
 
 
 def _places(options: Options, chosen: "OpenModel") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
-    """Where the numbers go, what the file says of the autoencoder, the autoencoder by layer, and the records' tap."""
+    """The folder for the numbers, the settings and layer of the autoencoder, and the tap of the records."""
     if options.sae is None:
         if (folder := options.out or chosen.run) is None:
-            raise CrateError(f"{options.run} is a model and no run. Name a folder for the result with --out")
+            raise CrateError(f"{options.run} is a model, not a run, so --out must name a folder for the numbers")
         return folder, {}, {}, "neurons"
     from cratelm.sae.loading import find_sae, load_sae, saes_folder
     from cratelm.workflows.steering.autoencoders import open_coder
 
     coder, tap = open_coder(chosen, options.sae)
-    found = find_sae(chosen.run or Path("."), options.sae)
-    inside = chosen.run is not None and found.parent.resolve() == saes_folder(chosen.run).resolve()
+    folder = find_sae(chosen.run or Path("."), options.sae)
+    inside = chosen.run is not None and folder.parent.resolve() == saes_folder(chosen.run).resolve()
     if options.out is None and not inside:
-        raise CrateError(f"{options.sae} is no autoencoder of a run. Name a folder for the result with --out")
-    own = {"sae_hash": load_sae(chosen.run or Path("."), options.sae).sae_hash}
-    return options.out or found, own, {coder.layer: coder}, tap
+        raise CrateError(f"{options.sae} is not an autoencoder of a run, so --out must name a folder for the numbers")
+    settings = {"sae_hash": load_sae(chosen.run or Path("."), options.sae).sae_hash}
+    return options.out or folder, settings, {coder.layer: coder}, tap
 
 
 def tasks_of(options: Options, chosen: "OpenModel", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
-    """Everything to measure, each thing once: groups and named neurons first, then whole layers.
-
-    Of latents where there are `coders`.
-    """
+    """All measurements without duplicates: groups, single neurons, then whole layers. With `coders`, of latents."""
     from cratelm.steering.changes import Change, check_indices
     from cratelm.steering.place import neuron_places
 
@@ -142,34 +148,34 @@ def tasks_of(options: Options, chosen: "OpenModel", coders: Mapping[int, "Sparse
     what, latent = ("latents of the --sae", True) if coders else ("neurons", False)
     groups = [_neurons(text, "--group", latent) for text in options.group]
     for text in options.neuron:
-        if len(found := _neurons(text, "--neuron", latent)) > 1:
-            raise CrateError(f"--neuron {text!r} names several. Use --group to take them out together")
-        groups.append(found)
+        if len(neurons := _neurons(text, "--neuron", latent)) > 1:
+            raise CrateError(f"--neuron takes single neurons, got {text!r}. Use --group to ablate them together")
+        groups.append(neurons)
     if missing := [layer for layer in options.layer if layer not in sizes]:
-        there = f"there are {min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"there is {min(sizes)}"
-        raise CrateError(f"there is no layer {missing[0]} with {what} ({there}). Give another --layer")
+        layers = ", ".join(map(str, sorted(sizes)))
+        raise CrateError(f"--layer must be a layer with {what} ({layers}), got {missing[0]}")
     for layer in sorted(sizes) if options.all else options.layer:
         groups += [((layer, neuron),) for neuron in range(sizes[layer])]
-    asked = [
-        Change(layer=layer, index=neuron, how="silence", latent=latent) for group in groups for layer, neuron in group
-    ]
-    check_indices(asked, sizes, what)
+    check_indices(
+        [Change(layer=layer, index=index, how="silence", latent=latent) for group in groups for layer, index in group],
+        sizes, what,
+    )  # fmt: skip
     return list(dict.fromkeys((group, kind) for kind in options.kind for group in groups))
 
 
 def _neurons(text: str, flag: str, latent: bool) -> tuple[tuple[int, int], ...]:
-    found = []
+    neurons = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:sae:)?(\d+)/(\d+)\s*", part)
         if match is not None and ("sae:" in part) != latent:
             raise CrateError(
-                f"{flag} {text!r} names a neuron, and with --sae latents are taken out. Write sae:{part.strip()}"
-                if latent else f"{flag} {text!r} names a latent of no autoencoder. Say which with --sae"
+                f"{flag} must name latents with --sae, got {text!r}. Write sae:{part.strip()}"
+                if latent else f"{flag} {text!r} names a latent, so --sae must name its autoencoder"
             )  # fmt: skip
         if match is None:
-            raise CrateError(f"{flag} {text!r} is not understood. Write LAYER/NEURON, as in 1/85 (a group: 1/85,1/235)")
-        found.append((int(match[1]), int(match[2])))
-    return tuple(sorted(set(found)))
+            raise CrateError(f"{flag} must be LAYER/NEURON, such as 1/85 (a group: 1/85,1/235), got {text!r}")
+        neurons.append((int(match[1]), int(match[2])))
+    return tuple(sorted(set(neurons)))
 
 
 def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ...], str]:
@@ -180,79 +186,59 @@ def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ..
 
 
 def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) -> None:
-    """Groups one by one, single neurons of a layer many at a time; every result is written when it is there."""
+    """Measure groups one by one and single neurons `TOGETHER` at a time, writing each result at once."""
     from cratelm.steering.ablation import mean_change
     from cratelm.steering.ablation_file import AblationRow
 
-    singles: dict[tuple[int, Kind], list[int]] = {}
+    def record(task: Task, nats: Any, error: Any, density: float | None) -> None:
+        names, kind = _key(task, ablation.coders)[0], task[1]
+        file.append(AblationRow(
+            neurons=names, kind=kind, nats=float(nats), standard_error=_finite(float(error)), density=density
+        ))  # fmt: skip
+
+    singles: dict[tuple[int, AblationKind], list[int]] = {}
     with progress_bar(f"ablate {file.folder.name}", total=len(tasks), unit="ablations") as bar:
         for neurons, kind in tasks:
             if len(neurons) == 1:
                 singles.setdefault((neurons[0][0], kind), []).append(neurons[0][1])
                 continue
             nats, error = mean_change(ablation.together(neurons, kind), ablation.text.sizes)
-            names, _ = _key((neurons, kind), ablation.coders)
-            file.append(
-                AblationRow(
-                    neurons=names, kind=kind, nats=float(nats), standard_error=_finite(float(error)), density=None
-                )
-            )
+            record((neurons, kind), nats, error, None)
             bar.advance(1)
         for (layer, kind), indices in singles.items():
             for first in range(0, len(indices), TOGETHER):
-                some = indices[first : first + TOGETHER]
-                nats, error = mean_change(ablation.each(layer, some, kind), ablation.text.sizes)
-                for at, neuron in enumerate(some):
-                    file.append(
-                        AblationRow(
-                            neurons=_key((((layer, neuron),), kind), ablation.coders)[0], kind=kind,
-                            nats=float(nats[at]), standard_error=_finite(float(error[at])),
-                            density=float(ablation.densities[layer][neuron]),
-                        )
-                    )  # fmt: skip
-                bar.advance(len(some), f"layer {layer}, {kind}")
+                chunk = indices[first : first + TOGETHER]
+                nats, error = mean_change(ablation.each(layer, chunk, kind), ablation.text.sizes)
+                for at, neuron in enumerate(chunk):
+                    record((((layer, neuron),), kind), nats[at], error[at], float(ablation.densities[layer][neuron]))
+                bar.advance(len(chunk), f"layer {layer}, {kind}")
 
 
 def _finite(number: float) -> float | None:
     return None if number != number else number
 
 
-def _report(
-    console: "Console", chosen: "OpenModel", folder: Path, tap: str, rows: list["AblationRow"], loss: dict[str, Any],
-    settings: dict[str, Any], options: Options,
-) -> None:  # fmt: skip
-    from cratelm.steering.ablation_file import strongest_first
-
-    error = "" if loss["standard_error"] is None else f" ± {loss['standard_error']:.4f}"
-    console.print(
-        f"{chosen.name}: {loss['nats_per_token']:.4f}{error} nats per token on {settings['tokens']} tokens of "
-        f"{settings['documents']} documents ({options.split})"
-    )
-    for kind in dict.fromkeys(options.kind):
-        of_kind = strongest_first([row for row in rows if row.kind == kind])
-        console.print(f"\nwithout them ({kind}), change of loss in nats per token", style="bold")
-        console.print(_table(of_kind, console.width))
-        certain = [abs(row.nats) > 2 * row.standard_error for row in of_kind if row.standard_error is not None]
-        if len(of_kind) > 2 * SHOWN and certain:
-            worse = sum(row.nats > 0 for row in of_kind)
+def _print(console: "Console", rows: Sequence["AblationRow"]) -> None:
+    for kind in dict.fromkeys(row.kind for row in rows):
+        strongest = sorted((row for row in rows if row.kind == kind), key=lambda row: -row.nats)
+        console.print(f"\nablated ({kind}), change of loss in nats per token", style="bold")
+        console.print(_table(strongest, console.width))
+        certain = [abs(row.nats) > 2 * row.standard_error for row in strongest if row.standard_error is not None]
+        if len(strongest) > 2 * SHOWN and certain:
             console.print(
-                f"{len(of_kind)} in all: the loss rises without {worse} of them; for {sum(certain)} the change is more "
-                "than two standard errors"
+                f"{len(strongest)} measured: ablating {sum(row.nats > 0 for row in strongest)} of them raises the "
+                f"loss; {sum(certain)} changes exceed two standard errors"
             )
-    _draw(console, chosen, tap, rows, options.out or (folder if options.sae else folder / "report"))
-    console.print(f"{folder / 'ablation.json'}, ablation.jsonl")
 
 
-def _table(rows: Sequence["AblationRow"], columns: int) -> Any:
-    from rich.table import Table
+def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     table.add_column("neuron", overflow="fold", max_width=max(12, columns - 40))
     for head in ("change", "± s.e.", "density %"):
         table.add_column(head, justify="right", no_wrap=True)
-    shown = [*rows] if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], None, *rows[-SHOWN // 2 :]]
-    for row in shown:
+    for row in [*rows] if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], None, *rows[-SHOWN // 2 :]]:
         if row is None:
             table.add_row("...")
             continue
@@ -263,7 +249,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> Any:
 
 
 def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
-    """A figure for each kind of which single neurons were measured."""
+    """One figure per kind, of the single neurons, if there are enough."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ablation_figure
 
@@ -272,7 +258,7 @@ def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["Abl
         if len(single) < SHOWN:
             continue
         scores, what = _scores(chosen, tap, single), "neuron" if tap == "neurons" else "latent"
-        title = f"{chosen.name}: loss without a {what} ({kind}), {len(single)} {what}s"
+        title = f"{chosen.name}: change of loss when one {what} is ablated ({kind}), {len(single)} {what}s"
         figure = ablation_figure([row.nats for row in single], [row.density or 0.0 for row in single], scores, title)
         if figure is not None:
             write_figures({f"ablation-{kind}": figure}, out)
@@ -280,19 +266,18 @@ def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["Abl
 
 
 def _scores(chosen: "OpenModel", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
-    """The score of each neuron where the run has one."""
+    """The score of each neuron; None if the run has none."""
     from cratelm.interpretation.store.database import Store
     from cratelm.report.neuron_table import open_table
 
     places = [tuple(map(int, row.neurons[0].removeprefix("sae:").split("/"))) for row in rows]
-    found: dict[int, Any] = {}
+    tables: dict[int, Any] = {}
     if chosen.run is not None and Store(chosen.run).path.exists():
         for layer in {layer for layer, _ in places}:
             if chosen.records(layer, tap) is not None:
-                found[layer] = open_table(chosen.run, layer, tap=tap).scores
+                tables[layer] = open_table(chosen.run, layer, tap=tap).scores
     scores = []
     for layer, neuron in places:
-        own = found.get(layer)
-        value = None if own is None else float(own.correlation[neuron])
-        scores.append(None if value is None or value != value else value)
+        table = tables.get(layer)
+        scores.append(None if table is None else _finite(float(table.correlation[neuron])))
     return scores

@@ -1,13 +1,12 @@
-"""Account for a logit: what every neuron of the last layer contributes to it, to the last digit.
+"""Decompose a logit into contributions of the last layer's neurons.
 
     cratelm ledger runs/crate-2l --prompt "import os, "
     cratelm ledger runs/crate-2l --prompt "import os, " --token "sys" --versus "re"
 
-The logit of a token (left out: the most probable one) after the prompt is, under the final LayerNorm of that very
-position, a sum over the neurons of the last layer and a few named terms: CRATE has the bias of the final norm alone,
-GPT-2 the residual stream that goes round its neurons as well. The sum is printed with its remainder to the model's own
-logit. --versus gives the difference of two tokens. A .json, a .csv and a figure, named by prompt and token, go to
-`report` in the run, or to --out.
+At one position the final norm divides by a known number, so a token's logit is a sum over the last layer's neurons and
+a few named terms: the bias of the final norm, and in GPT-2 the residual stream that bypasses the neurons. The sum is
+printed with its remainder to the logit that the model computes. --versus decomposes the difference of two logits.
+A .json, a .csv and a figure, named by prompt and token, go to `report` in the run, or to --out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from cratelm.workflows.opening import OpenModel
 
 EXPLAINED = 72
-"""Columns of the terminal from which explanations have room."""
+"""Narrowest terminal, in columns, in which explanations are printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,95 +37,89 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Run directory, model directory, or a Hugging Face name."""
     prompt: str
-    """Text after which the logit is; \\n in it is a line break."""
+    """Text that the model reads; \\n in it is a line break."""
     token: str | None = None
-    """Token whose logit to account for, as text or as #17; the most probable one if left out."""
+    """Token whose logit to decompose, as text or as #17 (token id); by default the most probable one."""
     versus: str | None = None
-    """Token whose logit to take away."""
+    """Token whose logit to subtract."""
     position: int = -1
-    """Token of the prompt after which the logit is read; -1 is the last."""
+    """Position in the prompt whose next-token logit to decompose; -1 is the last token."""
     show: int = 10
-    """Neurons to list on either side."""
+    """Positive and negative neurons to list, each."""
     out: Path | None = None
-    """Folder for numbers and the figure."""
+    """Folder for numbers and the figure; by default `report` in the run."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(options: Options) -> None:
     """Compute, print, write."""
     import torch
-    from rich.console import Console
 
     from cratelm.steering.ledger import ledger
     from cratelm.steering.ledger_rows import ledger_rows
     from cratelm.workflows.opening import open_model
     from cratelm.workflows.prompts import read_prompts
+    from cratelm.workflows.steering.printing import plain_console
 
     if options.show < 1:
-        raise CrateError(f"--show is {options.show}, it must be at least 1")
+        raise CrateError(f"--show must be at least 1, got {options.show}")
     chosen = open_model(options.run, options.device)
     tokens = chosen.prompt(read_prompts([options.prompt], None)[0])
     token = None if options.token is None else chosen.one_token(options.token)
     versus = None if options.versus is None else chosen.one_token(options.versus, "--versus")
     device = next(chosen.model.parameters()).device
-    found = ledger(
+    result = ledger(
         chosen.model, torch.tensor([tokens], device=device), token=token, versus=versus, position=options.position
     )
-    explanations = chosen.explanations(found.layer)
-    rows = ledger_rows(found.as_dict(), options.show, explanations)
-    console = Console(highlight=False, markup=False, emoji=False)
-    _print(console, chosen, found, rows, tokens)
-    _write(console, chosen, found, rows, explanations, tokens, options.out)
+    explanations = chosen.explanations(result.layer)
+    rows = ledger_rows(result.as_dict(), options.show, explanations)
+    console = plain_console()
+    _print(console, chosen, result, rows, tokens)
+    if (out := chosen.out(options.out)) is not None:
+        _write(console, chosen, result, rows, explanations, tokens, out)
 
 
-def title_of(chosen: "OpenModel", found: "Ledger") -> str:
-    """Which logit it is."""
+def title_of(chosen: "OpenModel", ledger: "Ledger") -> str:
+    """Name of the logit."""
     from cratelm.report.figures.steering import label
+    from cratelm.steering.effects import token_text
 
-    names = [
-        label(chosen.strings[one]) if one < len(chosen.strings) else f"#{one}"
-        for one in (found.token, found.versus) if one is not None
-    ]  # fmt: skip
-    return f"logit of {' minus that of '.join(names)}"
+    tokens = [token for token in (ledger.token, ledger.versus) if token is not None]
+    return "logit of " + " minus that of ".join(label(token_text(token, chosen.strings)) for token in tokens)
 
 
 def _print(
-    console: "Console", chosen: "OpenModel", found: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
+    console: "Console", chosen: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
 ) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from cratelm.report.shown_text import visible
+    from cratelm.workflows.steering.printing import plain_table, tail
 
-    read = chosen.tokenizer.decode(tokens[: found.position + 1])
-    console.print(f"{chosen.name}, layer {found.layer}: {title_of(chosen, found)} after")
-    console.print(_tail(visible(read), console.width), style="bold")
-    said = console.width >= EXPLAINED and any(row.explanation for row in rows)
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, width=console.width if said else None)
-    grid.add_column("", overflow="fold")
-    grid.add_column("activation", justify="right", no_wrap=True)
-    grid.add_column("contribution", justify="right", no_wrap=True)
-    if said:
-        grid.add_column("explanation", ratio=1, no_wrap=True, overflow="ellipsis")
+    console.print(f"{chosen.name}, layer {ledger.layer}: {title_of(chosen, ledger)} after")
+    console.print(tail(visible(chosen.tokenizer.decode(tokens[: ledger.position + 1])), console.width), style="bold")
+    explained = console.width >= EXPLAINED and any(row.explanation for row in rows)
+    table = plain_table(console.width if explained else None)
+    table.add_column("", overflow="fold")
+    table.add_column("activation", justify="right", no_wrap=True)
+    table.add_column("contribution", justify="right", no_wrap=True)
+    if explained:
+        table.add_column("explanation", ratio=1, no_wrap=True, overflow="ellipsis")
     for row in rows:
         activation = "" if row.activation is None else f"{row.activation:.3g}"
-        cells = [row.name, activation, f"{row.contribution:+.4f}", *([visible(row.explanation)] if said else [])]
-        grid.add_row(*map(Text, cells))
-    console.print(grid)
+        cells = [row.name, activation, f"{row.contribution:+.4f}", *([visible(row.explanation)] if explained else [])]
+        table.add_row(*map(Text, cells))
+    console.print(table)
     console.print(
-        f"sum {found.total:.6f}, the model's own logit {found.logit:.6f}, remainder {found.remainder:.1e}; "
-        f"sigma {found.sigma:.4g}"
+        f"sum {ledger.total:.6f}, the model's own logit {ledger.logit:.6f}, remainder {ledger.remainder:.1e}; "
+        f"sigma {ledger.sigma:.4g}"
     )
 
 
-def _tail(text: str, longest: int) -> str:
-    return text if len(text) <= longest else "…" + text[1 - longest :]
-
-
 def _write(
-    console: "Console", chosen: "OpenModel", found: "Ledger", rows: Sequence["LedgerRow"],
-    explanations: Mapping[int, str], tokens: list[int], asked: Path | None,
+    console: "Console", chosen: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"],
+    explanations: Mapping[int, str], tokens: list[int], out: Path,
 ) -> None:  # fmt: skip
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ledger_figure
@@ -134,14 +127,11 @@ def _write(
     from cratelm.steering.ledger_rows import as_csv
     from cratelm.workflows.naming import result_name
 
-    if (out := chosen.out(asked)) is None:
-        return
-    title = title_of(chosen, found)
     prompt = str(chosen.tokenizer.decode(tokens))
-    settings = (chosen.name, tokens, found.token, found.versus, found.position)
+    settings = (chosen.name, tokens, ledger.token, ledger.versus, ledger.position)
     name = result_name(prompt[-30:], settings, kind="ledger")
-    write_figures({name: ledger_figure(rows, f"{chosen.name}: {title}", found.total)}, out)
-    described = found.as_dict()
-    write_json(out / f"{name}.json", {"run": chosen.name, "prompt": prompt, **described, "origin": origin()})
-    write_text(out / f"{name}.csv", as_csv(described, explanations))
+    write_figures({name: ledger_figure(rows, f"{chosen.name}: {title_of(chosen, ledger)}", ledger.total)}, out)
+    values = ledger.as_dict()
+    write_json(out / f"{name}.json", {"run": chosen.name, "prompt": prompt, **values, "origin": origin()})
+    write_text(out / f"{name}.csv", as_csv(values, explanations))
     console.print(f"\n{out / name}.svg, .png, .json, .csv", soft_wrap=True)

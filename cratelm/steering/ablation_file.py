@@ -1,6 +1,6 @@
-"""`ablation.json` and `ablation.jsonl`: what taking neurons out cost, row by row as it is measured. No torch here."""
+"""`ablation.json` and `ablation.jsonl`: changes of loss, one row per ablation. Does not import torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,39 +8,39 @@ from typing import Any, Literal
 from cratelm.errors import CrateError
 from cratelm.rundir import append_jsonl, differing_fields, read_json, read_jsonl, write_json
 
-Kind = Literal["zero", "mean"]
+AblationKind = Literal["zero", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AblationRow:
-    """What taking one neuron, or several together, out of a model does to its loss."""
+    """Change of loss when one neuron, or several together, are ablated."""
 
     neurons: tuple[str, ...]
-    """`LAYER/NEURON` of all that were taken out together."""
-    kind: Kind
+    """`LAYER/NEURON` of all neurons ablated together."""
+    kind: AblationKind
     """Set to zero, or to the mean over the text."""
     nats: float
-    """Change of loss in nats per token; above 0 the model is worse without."""
+    """Change of loss in nats per token; positive if the model is worse without them."""
     standard_error: float | None
-    """Of `nats`, over documents; None for a single document."""
+    """Of `nats`, over documents; None for one document."""
     density: float | None
-    """Share of the text's tokens on which it is above 0; None for several neurons."""
+    """Share of tokens with an activation above 0; None for several neurons."""
 
     @property
     def key(self) -> tuple[tuple[str, ...], str]:
-        """What a row is of."""
+        """Identifies the measurement."""
         return self.neurons, self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class AblationFile:
-    """The two files in a folder: the first says of which model and text, the second grows by a row at a time."""
+    """The two files of a folder: settings, and rows that are appended one at a time."""
 
     folder: Path
 
     @property
     def head(self) -> Path:
-        """Settings and the loss without any change."""
+        """Settings and the loss of the intact model."""
         return self.folder / "ablation.json"
 
     @property
@@ -49,13 +49,13 @@ class AblationFile:
         return self.folder / "ablation.jsonl"
 
     def open(self, settings: Mapping[str, Any], more: Mapping[str, Any]) -> set[tuple[tuple[str, ...], str]]:
-        """Begin, or go on with what is there if it is of the same model and text; gives the rows that are there."""
+        """Create the files, or resume them if the settings match; return the keys of the existing rows."""
         if self.head.exists():
-            found = read_json(self.head, made_by="cratelm ablate RUN --data DIR")
-            if different := differing_fields({key: found.get(key) for key in settings}, settings):
+            existing = read_json(self.head, made_by="cratelm ablate RUN --data DIR")
+            if different := differing_fields({key: existing.get(key) for key in settings}, settings):
                 raise CrateError(
-                    f"{self.head} is of another model or text ({different}). Give another --out, or remove it and "
-                    f"{self.body.name}"
+                    f"{self.head} must have the same model and text to resume, got other values ({different}). Use "
+                    f"another --out, or remove it and {self.body.name}"
                 )
         else:
             self.body.unlink(missing_ok=True)
@@ -63,22 +63,11 @@ class AblationFile:
         return {row.key for row in self.rows()}
 
     def append(self, row: AblationRow) -> None:
-        """Add a row that is measured."""
+        """Append a row."""
         append_jsonl(self.body, asdict(row))
 
     def rows(self) -> Iterator[AblationRow]:
-        """The rows there are, in the order in which they were measured."""
-        for one in read_jsonl(self.body):
-            known = {name: one.get(name) for name in AblationRow.__dataclass_fields__}
-            yield AblationRow(**known | {"neurons": tuple(one["neurons"])})
-
-
-def read_ablation(folder: Path) -> tuple[dict[str, Any], list[AblationRow]]:
-    """What `cratelm ablate` wrote in a run: settings and plain loss, and the rows."""
-    file = AblationFile(folder)
-    return read_json(file.head, made_by=f"cratelm ablate {folder} --data DIR"), list(file.rows())
-
-
-def strongest_first(rows: Sequence[AblationRow]) -> list[AblationRow]:
-    """From what costs most to what the model is better without."""
-    return sorted(rows, key=lambda row: -row.nats)
+        """All rows, in the order of measurement."""
+        for row in read_jsonl(self.body):
+            fields = {name: row.get(name) for name in AblationRow.__dataclass_fields__}
+            yield AblationRow(**fields | {"neurons": tuple(row["neurons"])})

@@ -1,43 +1,43 @@
-"""What is done to a neuron: set, add, scale, clamp or silence, read from `1/85=set:2x`. No torch is loaded here."""
+"""Changes of neurons: set, add, scale, clamp or silence, parsed from `1/85=set:2x`. Does not import torch."""
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cratelm.errors import CrateError
 
 How = Literal["set", "add", "scale", "clamp", "silence"]
 SAE = "sae:"
-"""Stands before the layer of a latent of a sparse autoencoder."""
+"""Prefix of the name of a latent of a sparse autoencoder."""
 EXAMPLES = "1/85=set:2x, 1/85=add:0.5, 1/85=scale:0, 1/85=clamp:0..1 or 1/85=silence"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What is done to one neuron, or to one latent of a sparse autoencoder, at a token.
+    """A change of the activation of one neuron, or of one latent of a sparse autoencoder.
 
     | how     | new activation               | identity at             |
     |---------|------------------------------|-------------------------|
     | set     | value                        |                         |
     | add     | activation + value           | value 0                 |
     | scale   | activation * value           | value 1                 |
-    | clamp   | min(max(activation, value), most) | no bound within reach |
+    | clamp   | min(max(activation, value), most) | infinite bounds |
     | silence | 0                            |                         |
     """
 
     layer: int
     """Zero-based."""
     index: int
-    """Zero-based, in that layer's code."""
+    """Zero-based, within the layer."""
     how: How
     value: float | int = 0.0
-    """In the model's own units; a factor for `scale`, the least for `clamp`."""
+    """In activation units; a factor for `scale`, the lower bound for `clamp`."""
     most: float | int = math.inf
-    """The most for `clamp`, in the model's own units."""
+    """The upper bound for `clamp`, in activation units."""
     latent: bool = False
-    """Whether it is a latent of the sparse autoencoder of that layer, not a neuron."""
+    """Whether `index` names a latent of the layer's sparse autoencoder."""
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Change:
             case "silence":
                 return f"{self.name}=silence"
             case "clamp":
-                low, high = ("" if math.isinf(one) else f"{one:.4g}" for one in (self.value, self.most))
+                low, high = ("" if math.isinf(bound) else f"{bound:.4g}" for bound in (self.value, self.most))
                 return f"{self.name}=clamp:{low}..{high}"
             case _:
                 return f"{self.name}={self.how}:{self.value:.4g}"
@@ -57,7 +57,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strength:
-    """A number as it was asked for: in the model's own units, or in multiples of the neuron's own maximum."""
+    """A strength as the user wrote it: in activation units, or in multiples of the neuron's maximum."""
 
     number: float | int
     of_maximum: bool = False
@@ -66,28 +66,28 @@ class Strength:
         return f"{self.number:g}{'x' if self.of_maximum else ''}"
 
     def resolve(self, maximum: float | int | None) -> float | int:
-        """The number in the model's own units."""
+        """The strength in activation units."""
         if not self.of_maximum:
             return self.number
-        assert maximum is not None, "a strength in multiples needs the maximum of its neuron"
+        assert maximum is not None, "a relative strength needs the maximum of its neuron"
         return self.number * maximum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A change as it was asked for, before its strengths are in the model's own units."""
+    """A change as the user wrote it, with strengths that may be relative."""
 
     layer: int
     index: int
     how: How
     strengths: tuple[Strength, ...]
-    """None for `silence`, least and most for `clamp`, one for all others; empty too where a sweep gives it."""
+    """Two bounds for `clamp`, none for `silence` or if a sweep sets it, otherwise one."""
     latent: bool = False
 
     @property
     def needs_maximum(self) -> bool:
-        """Whether a strength is in multiples of the neuron's maximum."""
-        return any(one.of_maximum and math.isfinite(one.number) for one in self.strengths)
+        """Whether a strength is relative to the neuron's maximum."""
+        return any(strength.of_maximum for strength in self.strengths)
 
     @property
     def name(self) -> str:
@@ -95,43 +95,41 @@ class Request:
         return f"{SAE if self.latent else ''}{self.layer}/{self.index}"
 
     def resolve(self, maximum: float | int | None = None) -> Change:
-        """The change in the model's own units; `maximum` is the neuron's, needed where strengths are multiples."""
-        numbers = [one.resolve(maximum) if math.isfinite(one.number) else one.number for one in self.strengths]
-        value, most = (*numbers, 0.0, math.inf)[:2] if len(numbers) < 2 else numbers
-        if self.how != "clamp":
-            most = math.inf
+        """The change in activation units; `maximum` is the neuron's, required for relative strengths."""
+        numbers = [strength.resolve(maximum) for strength in self.strengths]
+        value, most = numbers if self.how == "clamp" else (*(numbers or [0.0]), math.inf)
         return Change(
             layer=self.layer, index=self.index, how=self.how, value=value, most=most, latent=self.latent
         )  # fmt: skip
 
 
 def parse_strength(text: str) -> Strength:
-    """`0.5` in the model's own units, `2x` in multiples of the neuron's own maximum."""
+    """Parse `0.5` (activation units) or `2x` (multiples of the neuron's maximum)."""
     number, of_maximum = (text[:-1], True) if text.endswith("x") else (text, False)
     try:
         value = float(number)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise CrateError(f"the strength {text!r} is no number. Write 0.5 (the model's units) or 2x (neuron's maximum)")
+        raise CrateError(f"a strength must be a number such as 0.5, or 2x for twice the neuron's maximum, got {text!r}")
     return Strength(number=value, of_maximum=of_maximum)
 
 
 def parse_request(text: str, *, swept: bool = False) -> Request:
-    """Read `LAYER/NEURON=HOW:STRENGTH`; a neuron alone is set to its own maximum, or, when `swept`, to each strength.
+    """Parse `LAYER/NEURON=HOW:STRENGTH`, or `sae:LAYER/LATENT=...` for a latent of a sparse autoencoder.
 
-    `sae:LAYER/LATENT` is a latent of a sparse autoencoder.
+    A neuron alone is set to its maximum. `swept` requests have no strength: the sweep sets it.
     """
     match = re.fullmatch(r"\s*(sae:)?(\d+)/(\d+)\s*(?:=\s*([a-z]+)\s*(?::\s*(\S+))?)?\s*", text)
     if match is None:
-        raise CrateError(f"{text!r} names no neuron to change. Write LAYER/NEURON=HOW:STRENGTH, as in {EXAMPLES}")
+        raise CrateError(f"a change must be LAYER/NEURON=HOW:STRENGTH, such as {EXAMPLES}, got {text!r}")
     latent, layer, index, how, strength = match.groups()
     how = how or "set"
     if how not in get_args(How):
-        raise CrateError(f"{text!r} asks for {how!r}, possible are {', '.join(get_args(How))}. Write as in {EXAMPLES}")
+        raise CrateError(f"HOW must be one of {', '.join(get_args(How))}, got {how!r} in {text!r}")
     if swept:
         if strength is not None or how in ("clamp", "silence"):
-            raise CrateError(f"{text!r} cannot be swept. Write {layer}/{index}=set, =add or =scale without a strength")
+            raise CrateError(f"a sweep needs {layer}/{index}=set, =add or =scale without a strength, got {text!r}")
         strengths: tuple[Strength, ...] = ()
     else:
         strengths = _strengths(text, how, strength if match[4] else "1x")
@@ -143,53 +141,52 @@ def parse_request(text: str, *, swept: bool = False) -> Request:
 def _strengths(text: str, how: str, strength: str | None) -> tuple[Strength, ...]:
     if how == "silence":
         if strength is not None:
-            raise CrateError(f"{text!r} gives silence a strength. Write {text.rpartition(':')[0]}")
+            raise CrateError(f"silence takes no strength, got {text!r}. Write {text.rpartition(':')[0]}")
         return ()
     if strength is None:
-        raise CrateError(f"{text!r} gives no strength. Write as in {EXAMPLES}")
+        raise CrateError(f"{how} needs a strength, got {text!r}. Examples: {EXAMPLES}")
     if how == "clamp":
-        low, between, high = strength.partition("..")
-        if not between or not (low or high):
-            raise CrateError(f"{text!r} gives no range. Write clamp:0..1, clamp:0.. or clamp:..2x")
-        bounds = (
-            parse_strength(low) if low else Strength(number=-math.inf),
-            parse_strength(high) if high else Strength(number=math.inf),
-        )
-        if bounds[0].of_maximum == bounds[1].of_maximum and bounds[0].number > bounds[1].number:
-            raise CrateError(f"{text!r} clamps to a range that ends below its start. Write the smaller number first")
-        return bounds
-    found = parse_strength(strength)
-    if how == "scale" and found.of_maximum:
-        raise CrateError(f"{text!r}: scale takes a factor, not a multiple of the maximum. Write scale:{found.number:g}")
-    return (found,)
+        return _bounds(text, strength)
+    parsed = parse_strength(strength)
+    if how == "scale" and parsed.of_maximum:
+        raise CrateError(f"scale takes a factor, got the relative strength {text!r}. Write scale:{parsed.number:g}")
+    return (parsed,)
+
+
+def _bounds(text: str, strength: str) -> tuple[Strength, Strength]:
+    low, between, high = strength.partition("..")
+    if not between or not (low or high):
+        raise CrateError(f"clamp needs a range such as 0..1, 0.. or ..2x, got {text!r}")
+    lower = parse_strength(low) if low else Strength(number=-math.inf)
+    upper = parse_strength(high) if high else Strength(number=math.inf)
+    if lower.of_maximum == upper.of_maximum and lower.number > upper.number:
+        raise CrateError(f"the range of clamp must start at the smaller number, got {text!r}")
+    return lower, upper
 
 
 def swept(request: Request, strength: Strength) -> Request:
-    """The same request at one strength of a sweep."""
+    """The request with a strength of the sweep."""
     if request.how == "scale" and strength.of_maximum:
-        raise CrateError(f"the sweep of {request.name} takes factors, not {strength}. Write numbers, as in 0,0.5,1,2")
-    return Request(
-        layer=request.layer, index=request.index, how=request.how, strengths=(strength,), latent=request.latent
-    )  # fmt: skip
+        raise CrateError(f"a sweep of scale takes factors such as 0,0.5,1,2, got {strength} for {request.name}")
+    return replace(request, strengths=(strength,))
 
 
 def parse_strengths(text: str) -> tuple[Strength, ...]:
-    """`0x,1x,2x` -> strengths, each once, ascending."""
-    found = dict.fromkeys(parse_strength(part.strip()) for part in text.split(",") if part.strip())
-    if len(found) < 2:
-        raise CrateError(f"a sweep over {text!r} has less than two strengths. Write numbers, as in 0x,1x,2x,4x")
-    if len({one.of_maximum for one in found}) > 1:
-        raise CrateError(f"a sweep over {text!r} mixes multiples and the model's own units. Write all with x or none")
-    return tuple(sorted(found, key=lambda one: one.number))
+    """`0x,1x,2x` -> distinct strengths, ascending."""
+    strengths = dict.fromkeys(parse_strength(part.strip()) for part in text.split(",") if part.strip())
+    if len(strengths) < 2:
+        raise CrateError(f"a sweep needs at least 2 strengths, such as 0x,1x,2x,4x, got {text!r}")
+    if len({strength.of_maximum for strength in strengths}) > 1:
+        raise CrateError(f"the strengths of a sweep must all be relative (2x) or all absolute, got {text!r}")
+    return tuple(sorted(strengths, key=lambda strength: strength.number))
 
 
-def check_indices(requests: Sequence[Request | Change], neurons: dict[int, int], what: str = "neurons") -> None:
-    """Refuse a layer or an index that is not there; `neurons` is layer -> how many."""
-    for one in requests:
-        if one.layer not in neurons:
-            there = ", ".join(map(str, sorted(neurons))) or "none"
-            raise CrateError(f"{one.name}: there is no layer {one.layer} with {what} (found: {there}). Use one of them")
-        if one.index >= neurons[one.layer]:
-            raise CrateError(
-                f"{one.name}: layer {one.layer} has {what} 0 to {neurons[one.layer] - 1}, not {one.index}. Use another"
-            )
+def check_indices(requests: Sequence[Request | Change], sizes: Mapping[int, int], what: str = "neurons") -> None:
+    """Raise `CrateError` for a layer or index that does not exist; `sizes` is layer -> number of neurons or latents."""
+    for request in requests:
+        layer, size = request.layer, sizes.get(request.layer)
+        if size is None:
+            layers = ", ".join(map(str, sorted(sizes))) or "none"
+            raise CrateError(f"{request.name}: layer must be one with {what} ({layers}), got {layer}")
+        if request.index >= size:
+            raise CrateError(f"{request.name}: layer {layer} has {what} 0 to {size - 1}, got {request.index}")

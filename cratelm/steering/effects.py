@@ -1,4 +1,4 @@
-"""What turning neurons did to the next token, as numbers. No torch is loaded here: figures and pages read these."""
+"""The effect of steering on the next token, as numbers for figures and pages. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from jaxtyping import Float, Int
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Effect:
-    """Probabilities of the next token without and with the changes, averaged over texts."""
+    """Probabilities of the next token without and with an intervention, averaged over texts."""
 
     before: Float[np.ndarray, " vocab"]
     """Mean probability of each token, in [0, 1]."""
     after: Float[np.ndarray, " vocab"]
-    """The same with the changes."""
+    """The same with the intervention."""
     spread: Float[np.ndarray, " vocab"]
     """Standard error of `after - before` over texts; zeros for one text."""
     divergence: float
-    """Mean Kullback-Leibler divergence of `after` from `before`, in nats: 0 where nothing changes."""
+    """Mean Kullback-Leibler divergence of `after` from `before`, in nats; 0 if nothing changes."""
     texts: int
-    """How many texts."""
+    """Number of texts."""
 
     @cached_property
     def change(self) -> Float[np.ndarray, " vocab"]:
@@ -31,41 +31,41 @@ class Effect:
 
     @property
     def moved(self) -> float:
-        """The probability that went to other tokens: half the sum of |after - before|, in [0, 1]."""
+        """Probability that moved to other tokens: half the sum of |after - before|, in [0, 1]."""
         return float(np.abs(self.change).sum() / 2)
 
     def largest(self, count: int, *, decreases: bool = False) -> Int[np.ndarray, " tokens"]:
         """Ids of the tokens whose probability rises (or falls) most, the largest change first."""
         order = np.argsort(self.change if decreases else -self.change, kind="stable")[:count]
-        rises = self.change[order] < 0 if decreases else self.change[order] > 0
-        return order[rises]
+        changed = self.change[order] < 0 if decreases else self.change[order] > 0
+        return order[changed]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Steered:
-    """One set of changes, what it did, and what its controls did at the same texts."""
+    """The effect of an intervention and of its controls on the same texts."""
 
     changes: tuple[str, ...]
-    """As a user writes them, in the model's own units."""
+    """As a user writes them, in activation units."""
     effect: Effect
     controls: tuple[tuple[str, Effect], ...]
-    """Name of the control, and the same measurement with it in place of the changes."""
+    """(name, effect) of each control."""
     reconstruction: Effect | None = None
-    """What dropping the autoencoders' errors does by itself to the model as it is; None where they are kept."""
+    """Effect of dropping the autoencoders' errors, without changes; None if they are kept."""
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        """The changes and their controls as rows: what moved, and what of it reached the changes' own tokens.
+        """One row for the intervention and one for each control.
 
-        `on_tokens` is the summed change of probability of the `count` tokens that the changes raise most.
+        `on_tokens` is the summed change of probability of the `count` tokens that the intervention raises most.
         """
         tokens = self.effect.largest(count)
-        alone = () if self.reconstruction is None else (("reconstruction alone", self.reconstruction),)
+        extra = () if self.reconstruction is None else (("reconstruction alone", self.reconstruction),)
         return [
             {
-                "name": name, "divergence": one.divergence, "moved": one.moved,
-                "on_tokens": float(one.change[tokens].sum()),
+                "name": name, "divergence": effect.divergence, "moved": effect.moved,
+                "on_tokens": float(effect.change[tokens].sum()),
             }
-            for name, one in (("steered", self.effect), *self.controls, *alone)
+            for name, effect in (("steered", self.effect), *self.controls, *extra)
         ]  # fmt: skip
 
     def as_dict(self, strings: Sequence[str], count: int) -> dict[str, Any]:
@@ -81,10 +81,10 @@ class Steered:
 def token_rows(
     effect: Effect, tokens: Int[np.ndarray, " tokens"], strings: Sequence[str]
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Some tokens of an effect as JSON values: id, text, probability before and after, standard error of the change."""
+    """The given tokens as JSON values: id, text, probability before and after, standard error of the change."""
     return [
         {
-            "token": int(token), "text": strings[token] if token < len(strings) else f"#{token}",
+            "token": int(token), "text": token_text(int(token), strings),
             "before": float(effect.before[token]), "after": float(effect.after[token]),
             "standard_error": float(effect.spread[token]) if effect.texts > 1 else None,
         }
@@ -92,16 +92,21 @@ def token_rows(
     ]  # fmt: skip
 
 
+def token_text(token: int, strings: Sequence[str]) -> str:
+    """Text of a token; `#17` for an id that the tokenizer does not have."""
+    return strings[token] if token < len(strings) else f"#{token}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SweepPoint:
     """One strength of a sweep."""
 
     strength: str
-    """As it was asked for: `2x`."""
+    """As the user wrote it: `2x`."""
     value: float
-    """Its number, without the x."""
+    """The number without the x."""
     effect: Effect
     text: str
     """The continuation."""
     nats_per_token: float
-    """What the unchanged model pays for the new text: how odd it finds it."""
+    """Loss of the continuation under the unchanged model."""

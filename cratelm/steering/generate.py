@@ -1,6 +1,7 @@
-"""Read and continue texts with neurons turned, by our models and Hugging Face ones alike, with and without a cache."""
+"""Generate text and read logits under an intervention, for `LanguageModel`s and Hugging Face models alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,84 +10,102 @@ from torch import Tensor, nn
 from cratelm.activations.causal_model import causal_model
 from cratelm.errors import CrateError
 from cratelm.model.generate import check_sampling, sample
-from cratelm.steering.changes import Change
-from cratelm.steering.place import SparseCoder
-from cratelm.steering.positions import EVERYWHERE, Positions, Text
-from cratelm.steering.steer import Control, steer
+from cratelm.steering.intervention import NO_INTERVENTION, Intervention
+from cratelm.steering.positions import Text
+from cratelm.steering.steer import apply_edits, steer, steering_edits
 
-Step = Callable[[Int[Tensor, " batch"], Float[Tensor, "batch vocab"]], None]
-"""Called with each new token of every row and the logits that it was drawn from."""
+OnStep = Callable[[Int[Tensor, " batch"], Float[Tensor, "batch vocab"]], None]
+"""Called with the new token of every row and the logits that it was drawn from."""
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How tokens are drawn; the meaning of each field is that of `LanguageModel.generate`."""
+
+    temperature: float | int = 1.0
+    top_k: int | None = None
+    top_p: float | int | None = None
+    seed: int | None = None
+    slide: int = 1
+    """Tokens that are dropped at once when the context is full."""
+    use_cache: bool = True
+
+
+class Continuation:
+    """Continue a text one token at a time under an intervention.
+
+    Positions count in the whole text, so the changes depend neither on the cache nor on where the context has slid to.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokens: Int[Tensor, "batch seq"], max_new_tokens: int, intervention: Intervention,
+        decoding: Decoding, mask: Bool[Tensor, "batch seq"] | None = None,
+    ) -> None:  # fmt: skip
+        check_sampling(temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
+        causal = causal_model(model)
+        self.model, self.intervention, self.decoding = causal.module, intervention, decoding
+        self.text = Text(tokens, mask)
+        self._edits = steering_edits(self.model, intervention, self.text)
+        self._reader = causal.reader(
+            longest=tokens.shape[1] + max_new_tokens, mask=mask, slide=decoding.slide, use_cache=decoding.use_cache
+        )
+        self._generator = torch.Generator(tokens.device)
+        if decoding.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(decoding.seed)
+
+    @torch.inference_mode()
+    def step(self) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch vocab"]]:
+        """Append one token to each row; return the tokens and the logits that they were drawn from."""
+        options = self.decoding
+        with apply_edits(self.model, self._edits):
+            logits = check_finite(self._reader.logits(self.text.tokens), self.intervention)
+        new = sample(
+            logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+            generator=self._generator,
+        )  # fmt: skip
+        self.text.append(new)
+        return new, logits
+
+
 def generate(
     model: nn.Module,
     tokens: Int[Tensor, "batch seq"],
     max_new_tokens: int,
+    intervention: Intervention = NO_INTERVENTION,
     *,
-    changes: Sequence[Change] = (),
-    positions: Positions = EVERYWHERE,
-    coders: Sequence[SparseCoder] = (),
-    keep_error: bool = True,
-    control: Control | None = None,
+    decoding: Decoding = Decoding(),
     mask: Bool[Tensor, "batch seq"] | None = None,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | int | None = None,
-    seed: int | None = None,
-    slide: int = 1,
-    use_cache: bool = True,
-    on_step: Step | None = None,
+    on_step: OnStep | None = None,
 ) -> Int[Tensor, "batch longer"]:
-    """Continue each sequence with the changes made; without any, the model's own text.
+    """Continue each sequence under the intervention.
 
-    The options are those of `LanguageModel.generate` and of `steer`. Positions are those of the whole text, so what is
-    changed does not depend on the cache or on where the context has slid to. `on_step` is called as tokens are made,
-    for streaming. Raises `CrateError` where the changes give logits that are not finite.
+    Pad shorter texts on the left and pass `mask`. `on_step` streams the tokens as they are drawn. Raises `CrateError`
+    if the intervention makes logits that are not finite.
     """
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    causal = causal_model(model)
-    longest = tokens.shape[1] + max_new_tokens
-    reader = causal.reader(longest=longest, mask=mask, slide=slide, use_cache=use_cache)
-    generator = torch.Generator(tokens.device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    text = Text(tokens, mask)
-    with steer(
-        causal.module, changes, text=text, positions=positions, coders=coders, keep_error=keep_error, control=control
-    ):  # fmt: skip
-        for _ in range(max_new_tokens):
-            logits = check_finite(reader.logits(text.tokens), changes)
-            new = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            text.append(new)
-            if on_step is not None:
-                on_step(new, logits)
-    return text.tokens
+    continuation = Continuation(model, tokens, max_new_tokens, intervention, decoding, mask)
+    for _ in range(max_new_tokens):
+        new, logits = continuation.step()
+        if on_step is not None:
+            on_step(new, logits)
+    return continuation.text.tokens
 
 
 @torch.inference_mode()
 def next_logits(
     model: nn.Module,
     tokens: Int[Tensor, "batch seq"],
+    intervention: Intervention = NO_INTERVENTION,
     *,
-    changes: Sequence[Change] = (),
-    positions: Positions = EVERYWHERE,
-    coders: Sequence[SparseCoder] = (),
-    keep_error: bool = True,
-    control: Control | None = None,
     mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of the token after each text, in float32, with the changes made. Texts are padded on the left."""
+    """Logits of the token after each text, in float32, under the intervention. Texts are padded on the left."""
     causal = causal_model(model)
     causal.check_length(tokens.shape[1])
-    with steer(
-        causal.module, changes, text=Text(tokens, mask), positions=positions, coders=coders, keep_error=keep_error,
-        control=control,
-    ):  # fmt: skip
+    with steer(causal.module, intervention, text=Text(tokens, mask)):
         logits = causal.last_logits(tokens, mask)
-    return check_finite(logits, changes)
+    return check_finite(logits, intervention)
 
 
 def all_logits(model: nn.Module, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
@@ -94,9 +113,8 @@ def all_logits(model: nn.Module, tokens: Int[Tensor, "batch seq"]) -> Float[Tens
     return causal_model(model).logits(tokens)
 
 
-def check_finite(logits: Float[Tensor, "batch vocab"], changes: Sequence[Change]) -> Float[Tensor, "batch vocab"]:
-    """Refuse logits that are infinite or no numbers, naming the changes they come from."""
+def check_finite(logits: Float[Tensor, "batch vocab"], intervention: Intervention) -> Float[Tensor, "batch vocab"]:
+    """Return the logits; raise `CrateError` if one is inf or NaN, naming the changes."""
     if not bool(logits.isfinite().all()):
-        made = ", ".join(map(str, changes)) or "no change"
-        raise CrateError(f"the logits are not finite with {made}. Use a smaller strength, such as 2x")
+        raise CrateError(f"the logits are not finite with {intervention}. Use a smaller strength, such as 2x")
     return logits

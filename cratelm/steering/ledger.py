@@ -4,8 +4,8 @@ At one position, with the token's own sigma,
 
     contribution of neuron i = a_i W[t] . (g * (d_i - mean(d_i))) / sigma
 
-and beside the neurons: the residual stream that goes round them (GPT-2, the residual variant of CRATE; CRATE itself has
-none), the biases. `t` may be the difference of two tokens: then everything is, and shared terms cancel.
+plus named terms: the residual stream that bypasses the neurons (GPT-2 and the residual variant of CRATE, but not plain
+CRATE) and the biases. `t` may be the difference of two tokens; then shared terms cancel.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from cratelm.activations.causal_model import causal_model
 from cratelm.activations.taps import capture, find_tap
 from cratelm.errors import CrateError
-from cratelm.steering.exit import Exit, find_exit
 from cratelm.steering.place import Place
+from cratelm.steering.readout import Readout, find_readout
 
 NEURONS, RESIDUAL, MAP_BIAS, NORM_BIAS, HEAD_BIAS = (
     "neurons", "residual stream", "bias of the neurons' map", "bias of the final norm", "bias of the head",
@@ -30,7 +30,7 @@ NEURONS, RESIDUAL, MAP_BIAS, NORM_BIAS, HEAD_BIAS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Ledger:
-    """A logit, or the difference of two, as a sum."""
+    """A logit, or the difference of two logits, as a sum of contributions."""
 
     layer: int
     """Zero-based; the model's last."""
@@ -38,16 +38,16 @@ class Ledger:
     """Of the token after which the logit is read, zero-based."""
     token: int
     versus: int | None
-    """The token whose logit is taken away, if any."""
+    """The token whose logit is subtracted, if any."""
     logit: float
-    """What the model itself says."""
+    """As the model computes it."""
     activations: Float[np.ndarray, " neurons"]
     contributions: Float[np.ndarray, " neurons"]
-    """In logits, one for each neuron."""
+    """In logits, one per neuron."""
     terms: Mapping[str, float]
-    """Everything that is no neuron, by name, in logits."""
+    """Contributions other than neurons, by name, in logits."""
     sigma: float
-    """What the final norm divided by at this position."""
+    """The divisor of the final norm at this position."""
 
     @property
     def total(self) -> float:
@@ -59,14 +59,8 @@ class Ledger:
         """logit - total: rounding, about 1e-5 in float32."""
         return self.logit - self.total
 
-    def largest(self, count: int) -> tuple[Int[np.ndarray, " top"], Int[np.ndarray, " top"]]:
-        """Neurons with the most positive and with the most negative contributions, strongest first."""
-        order = np.argsort(self.contributions, kind="stable")
-        positive, negative = order[::-1][:count], order[:count]
-        return positive[self.contributions[positive] > 0], negative[self.contributions[negative] < 0]
-
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values; neurons whose activation is 0 contribute nothing and are left out."""
+        """As JSON values, without the neurons whose activation is 0: they contribute nothing."""
         active = np.flatnonzero(self.activations)
         order = active[np.argsort(-np.abs(self.contributions[active]), kind="stable")]
         return {
@@ -90,41 +84,41 @@ def ledger(
     token: int | None = None,
     versus: int | None = None,
     position: int = -1,
-    exit: Exit | None = None,
+    readout: Readout | None = None,
 ) -> Ledger:
     """The ledger of the logit of `token` after `position` of a text (negative: from its end).
 
-    Without a `token`, the one the model finds most probable. With `versus` the ledger is of logit[token] -
-    logit[versus]. `exit` may be given where many are made of one model. The sums are made in float64 from what the
-    model computed in its own precision; `remainder` is the difference to the model's own logit.
+    `token` defaults to the most probable token. With `versus` the ledger is of logit[token] - logit[versus]. Pass
+    `readout` to reuse it over many ledgers of one model. The sums are in float64, from activations in the model's own
+    precision.
     """
     causal = causal_model(model)
-    model, found = causal.module, find_exit(model) if exit is None else exit
-    place = found.place
-    around = causal.streams_around(place.layer)
-    with capture(model, [place.tap, place.written, found.block, *(around or {}).values()]) as seen:
+    readout = find_readout(model) if readout is None else readout
+    place = readout.place
+    bypass = causal.streams_around(place.layer)
+    with capture(causal.module, [place.tap, place.written, readout.block, *(bypass or {}).values()]) as seen:
         logits = causal.logits(tokens)
     count = tokens.shape[1]
     if not -count <= position < count:
-        raise CrateError(f"position {position} is not in the text: it has {count} tokens, 0 to {count - 1}")
+        raise CrateError(f"position must be {-count} to {count - 1} in a text of {count} tokens, got {position}")
     position %= count
     row = logits[0, position].double()
     if not bool(row.isfinite().all()):
-        raise CrateError("the logits of this text are not finite, so there is no ledger. Use another text or model")
+        raise CrateError("the logits of this text are not finite, so they have no ledger. Use another text or model")
     token = int(row.argmax()) if token is None else token
-    for one in (token, versus):
-        if one is not None and not 0 <= one < len(row):
-            raise CrateError(f"token {one} is not in the vocabulary: it has 0 to {len(row) - 1}. Name another")
-    wide = found.double()
+    for name, wanted in (("token", token), ("versus", versus)):
+        if wanted is not None and not 0 <= wanted < len(row):
+            raise CrateError(f"{name} must be a token id from 0 to {len(row) - 1}, got {wanted}")
+    wide = readout.double()
     here = {tap: _at(value, position, count).double() for tap, value in seen.items()}
-    x, code = here[found.block], here[place.tap]
+    x, code = here[readout.block], here[place.tap]
     weights = wide.head[token] - (0 if versus is None else wide.head[versus])
     reading, sigma = wide.reading(weights), wide.sigma(x)
-    if around is None:  # `find_exit` checked that the neurons are added to the rest of the stream
+    if bypass is None:  # `find_readout` has checked that the neurons' output is added to the rest of the stream
         vectors = {RESIDUAL: x - here[place.written]}
     else:
-        vectors = {f"{RESIDUAL}: {name}": here[tap] for name, tap in around.items()}
-    vectors[MAP_BIAS] = _map_bias(model, place).to(x)
+        vectors = {f"{RESIDUAL}: {name}": here[tap] for name, tap in bypass.items()}
+    vectors[MAP_BIAS] = _map_bias(causal.module, place).to(x)
     terms = {name: float(vector @ reading / sigma) for name, vector in vectors.items()}
     terms[NORM_BIAS] = float(weights @ wide.bias)
     if wide.head_bias is not None:
@@ -139,12 +133,12 @@ def ledger(
 
 
 def _map_bias(model: nn.Module, place: Place) -> Float[Tensor, " d_model"]:
-    """What the map behind the neurons adds beside them."""
+    """Bias of the linear map that reads the neurons."""
     module = find_tap(model, place.written)
     bias = getattr(getattr(module, "down", module), "bias", None)
     return torch.zeros_like(place.directions[0]) if bias is None else bias.detach()
 
 
 def _at(value: Tensor, position: int, count: int) -> Tensor:
-    """The vector of one token of the only row; OPT lays the tokens of all rows behind each other."""
+    """The vector at one token of a batch of one row. OPT flattens batch and tokens."""
     return (value if value.ndim == 2 else value[0])[position - count]

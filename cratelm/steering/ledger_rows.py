@@ -1,4 +1,4 @@
-"""The rows of a ledger as a reader wants them: the largest neurons with what explains them, then all other terms."""
+"""The rows of a ledger as displayed: the largest neurons with their explanations, then all other terms."""
 
 import csv
 import io
@@ -12,49 +12,48 @@ class LedgerRow:
     """One line of a ledger."""
 
     name: str
-    """`neuron 1/85`, a term's name, or how many neurons are taken together."""
+    """`neuron 1/85`, the name of a term, or `N other neurons`."""
     contribution: float
     """In logits."""
     neuron: int | None = None
     activation: float | None = None
-    """In the model's own units."""
+    """In activation units."""
     explanation: str = ""
 
 
-def ledger_rows(found: Mapping[str, Any], count: int, explanations: Mapping[int, str]) -> list[LedgerRow]:
-    """The rows of `Ledger.as_dict()`: the most positive neurons, the most negative, the rest together, the terms.
+def ledger_rows(ledger: Mapping[str, Any], count: int, explanations: Mapping[int, str]) -> list[LedgerRow]:
+    """The rows of `Ledger.as_dict()`: the most positive neurons, the most negative, the rest in one row, the terms.
 
-    All rows together are the ledger's total.
+    The rows sum to the ledger's total.
     """
-    neurons = sorted(found["neurons"], key=lambda row: -row["contribution"])
+    neurons = sorted(ledger["neurons"], key=lambda row: -row["contribution"])
     positive = [row for row in neurons if row["contribution"] > 0][:count]
     negative = [row for row in neurons if row["contribution"] < 0][::-1][:count][::-1]
     rows = [
         LedgerRow(
-            name=f"neuron {found['layer']}/{row['neuron']}", contribution=row["contribution"], neuron=row["neuron"],
+            name=f"neuron {ledger['layer']}/{row['neuron']}", contribution=row["contribution"], neuron=row["neuron"],
             activation=row["activation"], explanation=explanations.get(row["neuron"], ""),
         )
         for row in (*positive, *negative)
     ]  # fmt: skip
-    rest = len(neurons) - len(rows)
-    terms = dict(found["terms"])
-    left = terms.pop("neurons") - sum(row.contribution for row in rows)
-    if rest:
-        rows.append(LedgerRow(name=f"{rest} other neurons", contribution=left))
+    terms = dict(ledger["terms"])
+    rest = terms.pop("neurons") - sum(row.contribution for row in rows)
+    if others := len(neurons) - len(rows):
+        rows.append(LedgerRow(name=f"{others} other neurons", contribution=rest))
     return rows + [LedgerRow(name=name, contribution=value) for name, value in terms.items()]
 
 
-def as_csv(found: Mapping[str, Any], explanations: Mapping[int, str]) -> str:
-    """Every active neuron and every term, unrounded, strongest first, then the model's logit."""
+def as_csv(ledger: Mapping[str, Any], explanations: Mapping[int, str]) -> str:
+    """Every active neuron, largest contribution first, then every term and the model's logit; unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["name", "neuron", "activation", "contribution", "explanation"])
-    for row in found["neurons"]:
-        said = explanations.get(row["neuron"], "")
+    for row in ledger["neurons"]:
         writer.writerow([
-            f"{found['layer']}/{row['neuron']}", row["neuron"], row["activation"], row["contribution"], said
+            f"{ledger['layer']}/{row['neuron']}", row["neuron"], row["activation"], row["contribution"],
+            explanations.get(row["neuron"], ""),
         ])  # fmt: skip
-    terms: Sequence[tuple[str, float]] = [item for item in found["terms"].items() if item[0] != "neurons"]
-    for name, value in (*terms, ("remainder", found["remainder"]), ("logit", found["logit"])):
+    terms: Sequence[tuple[str, float]] = [item for item in ledger["terms"].items() if item[0] != "neurons"]
+    for name, value in (*terms, ("remainder", ledger["remainder"]), ("logit", ledger["logit"])):
         writer.writerow([name, "", "", value, ""])
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Where a layer's neurons can be changed, and where the sum of what they write can be."""
+"""The taps of a layer's neurons: where their activations can be changed, and where their joint output can."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ class Place:
 
     layer: int
     tap: str
-    """Where their code is read and changed."""
+    """Tap of their activations."""
     written: str
-    """The tap of what they write together."""
+    """Tap of their joint output."""
     directions: Float[Tensor, "neurons d_model"]
-    """What each adds there per unit of its activation."""
+    """Decoder direction of each neuron: what it adds to the output per unit of activation."""
 
     @property
     def neurons(self) -> int:
-        """How many there are."""
+        """Number of neurons."""
         return len(self.directions)
 
 
 @runtime_checkable
 class SparseCoder(Protocol):
-    """What steering needs of a sparse autoencoder: a dictionary over what one tap of the model gives."""
+    """What steering needs of a sparse autoencoder: a dictionary of the activations at one tap of the model."""
 
     @property
     def tap(self) -> str: ...
@@ -42,7 +42,7 @@ class SparseCoder(Protocol):
 
     @property
     def directions(self) -> Float[Tensor, "latents width"]:
-        """What each latent adds to the reconstruction per unit of its activation."""
+        """Decoder direction of each latent: what it adds to the reconstruction per unit of activation."""
 
     def encode(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens latents"]: ...
 
@@ -54,7 +54,7 @@ class Coder:
     """A `SparseCoder` from two functions, for an autoencoder of any library."""
 
     tap: str
-    """Path of the module whose output it codes, or with `:input` what that module reads."""
+    """Path of the module whose output it encodes, or with `:input` that module's input."""
     layer: int
     directions: Float[Tensor, "latents width"]
     """Rows of its decoder."""
@@ -62,20 +62,22 @@ class Coder:
     decoder: Callable[[Tensor], Tensor]
 
     def encode(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens latents"]:
-        """Latents of what the tap gives."""
+        """Latents of the activations at the tap."""
         return self.encoder(x)
 
     def decode(self, latents: Float[Tensor, "*tokens latents"]) -> Float[Tensor, "*tokens width"]:
-        """What the latents stand for."""
+        """The reconstruction."""
         return self.decoder(latents)
 
 
 def neuron_places(model: nn.Module) -> Mapping[int, Place]:
-    """Layer -> its neurons, for our models and for Hugging Face ones whose structure is known."""
+    """Layer -> its neurons, for a `LanguageModel` or a Hugging Face model whose structure is known."""
     taps = find_places(model, "neurons")
     directions = decoders(model, taps)
     if directions is None:
-        raise CrateError(f"what the neurons of {type(model).__name__} write is not known. Use a model with plain MLPs")
+        raise CrateError(
+            f"the neurons of {type(model).__name__} have no known decoder directions. Use a model with plain MLPs"
+        )
     return {
         layer: Place(layer=layer, tap=tap, written=_written(tap), directions=directions[layer])
         for layer, tap in taps.items()
@@ -83,19 +85,18 @@ def neuron_places(model: nn.Module) -> Mapping[int, Place]:
 
 
 def check_coder(model: nn.Module, coder: SparseCoder) -> None:
-    """Refuse a sparse autoencoder whose tap the model has not, or does not have in that width where it is known."""
+    """Raise `CrateError` if the model lacks the autoencoder's tap, or if the tap has another width."""
     module = find_tap(model, coder.tap)
     width = coder.directions.shape[1]
-    named = "in_features" if coder.tap.endswith(INPUT) else "out_features"
-    found = getattr(module, named, None)
-    found = next((place.neurons for place in neuron_places(model).values() if place.tap == coder.tap), found)
-    if found is not None and found != width:
+    features = getattr(module, "in_features" if coder.tap.endswith(INPUT) else "out_features", None)
+    features = next((place.neurons for place in neuron_places(model).values() if place.tap == coder.tap), features)
+    if features is not None and features != width:
         raise CrateError(
-            f"the sparse autoencoder codes a width of {width}, {coder.tap} of this model gives {found}. "
+            f"the sparse autoencoder reads a width of {width}, but {coder.tap} of this model has {features}. "
             "Use one that was trained on this model"
         )
 
 
 def _written(tap: str) -> str:
-    """A linear map that reads the code puts out what it writes; our code lies inside the module that decodes it."""
+    """The tap of the output: the linear map that reads the code, or the module that contains the code."""
     return tap.removesuffix(INPUT) if tap.endswith(INPUT) else tap.rpartition(".")[0]

@@ -1,18 +1,16 @@
-"""Turn neurons while a model runs: the changes of `changes.py` at the positions of `positions.py`, through taps.
+"""Steer neurons while a model runs: the changes of an `Intervention`, applied through taps.
 
-    with steer(model, [Change(layer=1, index=85, how="set", value=3.0)]):
+    with steer(model, Intervention(changes=[Change(layer=1, index=85, how="set", value=3.0)])):
         logits = model(tokens)
 
-The model's `forward` knows nothing of it. What a neuron writes is linear in its activation, so a change moves what its
-layer writes by exactly (new - old) * direction and there is no error term; a latent of a sparse autoencoder moves it
-likewise, if the autoencoder's error is kept, and otherwise its reconstruction takes the place of the activation.
+The model's `forward` does not change. A neuron's output is linear in its activation, so a change moves the layer's
+output by exactly (new - old) * direction, without an error term. A latent of a sparse autoencoder moves the
+activation in the same way if the autoencoder's error is kept; otherwise the reconstruction replaces the activation.
 """
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,74 +19,71 @@ from torch import Tensor, nn
 from cratelm.activations.taps import Edit, edit
 from cratelm.errors import CrateError
 from cratelm.steering.changes import Change, check_indices
+from cratelm.steering.intervention import Intervention
 from cratelm.steering.place import Place, SparseCoder, check_coder, neuron_places
-from cratelm.steering.positions import EVERYWHERE, Positions, Text
+from cratelm.steering.positions import Positions, Text
 
 Code = Float[Tensor, "*tokens neurons"]
-Where = Callable[[Tensor], Bool[Tensor, "*tokens 1"] | None]
-"""A pass's tensor -> at which of its tokens codes are changed; None at all of them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Control:
-    """The same changes made into a control: of the same size, in a direction that means something else.
-
-    `opposite` moves each activation as far the other way: old - (new - old). `random-direction` leaves the activation
-    and adds (new - old) times a random direction, as long as the neuron's own, to what the layer writes.
-    """
-
-    kind: Literal["opposite", "random-direction"]
-    seed: int = 0
+TokenMask = Callable[[Tensor], Bool[Tensor, "*tokens 1"] | None]
+"""The tensor of a forward pass -> True at the tokens to change; None means every token."""
+TapEdit = tuple[str, Edit]
 
 
 @contextlib.contextmanager
-def steer(
-    model: nn.Module,
-    changes: Sequence[Change],
-    *,
-    text: Text | None = None,
-    positions: Positions = EVERYWHERE,
-    coders: Sequence[SparseCoder] = (),
-    keep_error: bool = True,
-    control: Control | None = None,
-) -> Iterator[None]:
-    """Make the changes in every forward pass inside the block.
+def steer(model: nn.Module, intervention: Intervention, *, text: Text | None = None) -> Iterator[None]:
+    """Apply the intervention to every forward pass inside the block.
 
-    `text` is what the passes read: each reads its last so many tokens, as passes with and without a cache do, and
-    whoever makes new tokens appends them. It is needed where `positions` are not everywhere. Changes to one neuron are
-    made in the order given. `coders` are the sparse autoencoders that changes of latents refer to, by layer; without
-    `keep_error` each puts its reconstruction in the place of the activation, at all tokens, changed or not.
+    `text` holds the tokens that the passes read, with or without a cache; whoever generates appends each new token. It
+    is required unless the positions are everywhere.
 
-    Works on our models and on Hugging Face ones whose neurons `activations.places` finds. A layer, neuron or latent
-    that does not exist is a `CrateError` with the valid range. Costs a copy of the code of each changed layer.
+    Works on `LanguageModel`s and on Hugging Face models whose neurons `activations.places` finds. Raises `CrateError`
+    for a layer, neuron or latent that does not exist. Costs one copy of the code of each changed layer.
     """
-    if text is None and not positions.everywhere:
-        raise CrateError("positions are counted in a text, and none was given. Use steer(..., text=Text(tokens))")
-    edits = _edits(model, changes, _where(text, positions), coders, keep_error, control)
+    with apply_edits(model, steering_edits(model, intervention, text)):
+        yield
+
+
+@contextlib.contextmanager
+def apply_edits(model: nn.Module, edits: Sequence[TapEdit]) -> Iterator[None]:
+    """Apply edits that `steering_edits` made. A tap may occur several times."""
     with contextlib.ExitStack() as stack:
         for tap, change in edits:
             stack.enter_context(edit(model, {tap: change}))
         yield
 
 
-def check_changes(model: nn.Module, changes: Sequence[Change], coders: Sequence[SparseCoder] = ()) -> None:
-    """Refuse changes to what the model or the autoencoders do not have, before anything runs."""
-    _edits(model, changes, lambda _: None, coders, True, None)
+def steering_edits(model: nn.Module, intervention: Intervention, text: Text | None = None) -> list[TapEdit]:
+    """Check the intervention against the model and convert it to edits of taps."""
+    if text is None and not intervention.positions.everywhere:
+        raise CrateError("positions need the text they count in. Use steer(..., text=Text(tokens))")
+    mask, edits = _token_mask(text, intervention.positions), list[TapEdit]()
+    neurons, latents = (_by_layer(intervention.changes, latent=latent) for latent in (False, True))
+    if neurons:
+        places = neuron_places(model)
+        check_indices([*_flat(neurons)], {layer: place.neurons for layer, place in places.items()})
+        for layer, changes in neurons.items():
+            edits += _neuron_edits(places[layer], changes, mask, intervention)
+    coders = _coders_by_layer(model, intervention.coders)
+    check_indices([*_flat(latents)], {layer: len(coder.directions) for layer, coder in coders.items()}, "latents")
+    for layer, coder in coders.items():
+        if layer in latents or not intervention.keep_error:
+            edits.append((coder.tap, _latent_edit(coder, latents.get(layer, []), mask, intervention)))
+    return edits
 
 
-def changed(code: Code, changes: Sequence[Change], where: Bool[Tensor, "*tokens 1"] | None = None) -> Code:
-    """A copy of a code with the changes made, at some tokens or at all."""
+def apply_changes(code: Code, changes: Sequence[Change], mask: Bool[Tensor, "*tokens 1"] | None = None) -> Code:
+    """A copy of a code with the changes applied, at the tokens of `mask` or at all tokens."""
     result = code.clone()
     for change in changes:
         column = result[..., change.index : change.index + 1]
         new = _new_value(change, column)
-        result[..., change.index : change.index + 1] = new if where is None else torch.where(where, new, column)
+        result[..., change.index : change.index + 1] = new if mask is None else torch.where(mask, new, column)
     return result
 
 
 def _new_value(change: Change, old: Tensor) -> Tensor:
-    # As tensors: a number beyond the type's range becomes infinite there, and is found in the logits.
-    value, most = (torch.tensor(one, dtype=torch.float64).to(old) for one in (change.value, change.most))
+    # As tensors: a number outside the range of the type becomes inf, and `check_finite` then reports it.
+    value, most = (torch.tensor(number, dtype=torch.float64).to(old) for number in (change.value, change.most))
     match change.how:
         case "set":
             return value.expand_as(old)
@@ -102,88 +97,72 @@ def _new_value(change: Change, old: Tensor) -> Tensor:
             return torch.zeros_like(old)
 
 
-def _where(text: Text | None, positions: Positions) -> Where:
-    def where(value: Tensor) -> Bool[Tensor, "*tokens 1"] | None:
+def _token_mask(text: Text | None, positions: Positions) -> TokenMask:
+    def mask(value: Tensor) -> Bool[Tensor, "*tokens 1"] | None:
         if text is None or (positions.everywhere and bool(text.real.all())):
             return None
-        # OPT lays the tokens of all rows behind each other.
-        rows = len(text.tokens)
-        count = value.shape[1] if value.ndim == 3 else len(value) // rows
-        chosen = text.chosen(positions, count).to(value.device)
-        return (chosen if value.ndim == 3 else chosen.flatten())[..., None]
+        # OPT flattens the rows of a batch into one sequence of tokens.
+        count = value.shape[1] if value.ndim == 3 else len(value) // len(text.tokens)
+        selected = text.select(positions, count).to(value.device)
+        return (selected if value.ndim == 3 else selected.flatten())[..., None]
 
-    return where
-
-
-def _edits(
-    model: nn.Module, changes: Sequence[Change], where: Where, coders: Sequence[SparseCoder], keep_error: bool,
-    control: Control | None,
-) -> list[tuple[str, Edit]]:  # fmt: skip
-    found: list[tuple[str, Edit]] = []
-    for layer, own in _by_layer(changes, latent=False).items():
-        places = neuron_places(model)
-        check_indices(own, {number: place.neurons for number, place in places.items()})
-        found += _neuron_edits(places[layer], own, where, control)
-    by_layer = _coders_by_layer(model, coders)
-    latents = _by_layer(changes, latent=True)
-    asked = [change for own in latents.values() for change in own]
-    check_indices(asked, {layer: len(coder.directions) for layer, coder in by_layer.items()}, "latents")
-    for layer, coder in by_layer.items():
-        own = latents.get(layer, [])
-        if own or not keep_error:
-            found.append((coder.tap, _latent_edit(coder, own, where, keep_error, control)))
-    return found
+    return mask
 
 
 def _by_layer(changes: Sequence[Change], *, latent: bool) -> Mapping[int, list[Change]]:
-    found: dict[int, list[Change]] = defaultdict(list)
+    by_layer: dict[int, list[Change]] = defaultdict(list)
     for change in changes:
         if change.latent == latent:
-            found[change.layer].append(change)
-    return dict(found)
+            by_layer[change.layer].append(change)
+    return dict(by_layer)
+
+
+def _flat(by_layer: Mapping[int, list[Change]]) -> Iterator[Change]:
+    return (change for changes in by_layer.values() for change in changes)
 
 
 def _coders_by_layer(model: nn.Module, coders: Sequence[SparseCoder]) -> dict[int, SparseCoder]:
-    found: dict[int, SparseCoder] = {}
+    by_layer: dict[int, SparseCoder] = {}
     for coder in coders:
         check_coder(model, coder)
-        if coder.layer in found:
-            raise CrateError(f"two sparse autoencoders of layer {coder.layer} were given. Give one for each layer")
-        found[coder.layer] = coder
-    return found
+        if coder.layer in by_layer:
+            raise CrateError(f"each layer takes one sparse autoencoder, got two for layer {coder.layer}")
+        by_layer[coder.layer] = coder
+    return by_layer
 
 
 def _neuron_edits(
-    place: Place, changes: Sequence[Change], where: Where, control: Control | None
-) -> list[tuple[str, Edit]]:
+    place: Place, changes: Sequence[Change], mask: TokenMask, intervention: Intervention
+) -> list[TapEdit]:
+    control = intervention.control
     if control is None:
-        return [(place.tap, lambda code: changed(code, changes, where(code)))]
+        return [(place.tap, lambda code: apply_changes(code, changes, mask(code)))]
     if control.kind == "opposite":
-        return [(place.tap, lambda code: 2 * code - changed(code, changes, where(code)))]
+        return [(place.tap, lambda code: 2 * code - apply_changes(code, changes, mask(code)))]
     index, random = _random_directions(place.directions, changes, control.seed)
-    moved: list[Tensor] = []  # what the pass that is under way changes, between its two taps
+    move: list[Tensor] = []  # carries the move of the running pass from the first tap to the second
 
-    def remember(code: Tensor) -> Tensor:
-        moved[:] = [(changed(code, changes, where(code)) - code)[..., index] @ random.to(code)]
+    def compute(code: Tensor) -> Tensor:
+        move[:] = [(apply_changes(code, changes, mask(code)) - code)[..., index] @ random.to(code)]
         return code
 
     def add(written: Tensor) -> Tensor:
-        return written + moved[0].view_as(written)
+        return written + move[0].view_as(written)
 
-    return [(place.tap, remember), (place.written, add)]
+    return [(place.tap, compute), (place.written, add)]
 
 
-def _latent_edit(
-    coder: SparseCoder, changes: Sequence[Change], where: Where, keep_error: bool, control: Control | None
-) -> Edit:
+def _latent_edit(coder: SparseCoder, changes: Sequence[Change], mask: TokenMask, intervention: Intervention) -> Edit:
+    keep_error, control = intervention.keep_error, intervention.control
+
     def replace(x: Tensor) -> Tensor:
         if (width := coder.directions.shape[1]) != x.shape[-1]:
             raise CrateError(
-                f"the sparse autoencoder codes a width of {width}, {coder.tap} of this model gives {x.shape[-1]}. "
+                f"the sparse autoencoder reads a width of {width}, but {coder.tap} of this model has {x.shape[-1]}. "
                 "Use one that was trained on this model"
             )
         latents = coder.encode(x)
-        new = changed(latents, changes, where(x))
+        new = apply_changes(latents, changes, mask(x))
         if control is not None and control.kind == "opposite":
             new = 2 * latents - new
         if control is not None and control.kind == "random-direction":
@@ -198,7 +177,7 @@ def _latent_edit(
 def _random_directions(
     directions: Float[Tensor, "neurons width"], changes: Sequence[Change], seed: int
 ) -> tuple[list[int], Float[Tensor, "changed width"]]:
-    """The changed neurons, and for each a random direction as long as its own; the same seed gives the same."""
+    """The changed neurons, and for each a random direction of the same length; reproducible by seed."""
     index = sorted({change.index for change in changes})
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(len(index), directions.shape[1], generator=generator)

@@ -1,4 +1,4 @@
-"""`cratelm steer`, `ablate` and `ledger`: what they print and write, and what they refuse."""
+"""`cratelm steer`, `ablate` and `ledger`: output, files and errors."""
 
 import csv
 import json
@@ -19,9 +19,10 @@ from cratelm import cli
 from cratelm.activations.records import read_records
 from cratelm.data.tokens import TokenDirectory, tokenize
 from cratelm.model.weights import load, save_model
-from cratelm.steering.ablation_file import read_ablation
+from cratelm.steering.ablation_file import AblationFile, AblationRow
 from cratelm.steering.changes import Change
-from cratelm.steering.generate import generate
+from cratelm.steering.generate import Decoding, generate
+from cratelm.steering.intervention import Intervention
 from cratelm.steering.reference import reference
 
 Run = Callable[..., tuple[str, str]]
@@ -29,7 +30,7 @@ Run = Callable[..., tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a model and made-up records and scores of its neurons, and a model without records."""
+    """A run with a model and synthetic records and scores of its neurons, and a run with only a model."""
     folder = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(4)
     make_records(folder / "crate", rng, layers=2, neurons=64)
@@ -48,7 +49,7 @@ def data(runs: Path) -> TokenDirectory:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command that must succeed (or, with code=2, be refused in one line); what it said."""
+    """Run a command that must succeed, or with code=2 fail with one line; return its output."""
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(*words: object, code: int = 0) -> tuple[str, str]:
@@ -76,31 +77,22 @@ def written(folder: Path, kind: str = "steer") -> Any:
 def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_path: Path, command: Run) -> None:
     run = runs / "crate"
     words = (
-        "steer",
-        run,
-        "--neuron",
-        "1/9=set:20x",
-        "--prompt",
-        PROMPT,
-        "--tokens",
-        8,
-        "--out",
-        tmp_path,
-        "--excerpts",
-        3,
-    )
-    out, _ = command(*words)  # fmt: skip
+        "steer", run, "--neuron", "1/9=set:20x", "--prompt", PROMPT, "--tokens", 8, "--out", tmp_path, "--excerpts", 3,
+    )  # fmt: skip
+    out, _ = command(*words)
     found = written(tmp_path)
     model, tokenizer = load(run)
     assert tokenizer is not None
     prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
     value = 20 * float(read_records(run, 1).statistics["maximum"][9])
+    decoding = Decoding(temperature=0.8, seed=0)
     for key, changes in (("without", []), ("with", [Change(layer=1, index=9, how="set", value=value)])):
-        text = tokenizer.decode(generate(model, prompt, 8, changes=changes, temperature=0.8, seed=0)[0].tolist())
+        tokens = generate(model, prompt, 8, Intervention(changes=changes), decoding=decoding)
+        text = tokenizer.decode(tokens[0].tolist())
         assert PROMPT + found["texts"][0][key] == text
     assert found["changes"] == [f"1/9=set:{value:.4g}"]
     assert found["strength_0_is_exact"] is True
-    assert "not one bit of the logits changes" in out
+    assert "strength 0: the logits are identical" in out
     assert [row["name"] for row in found["prompts"]["rows"]][2:] == ["opposite sign", "random direction"]
     assert found["prompts"]["rows"][1]["name"].startswith("matched neuron 1/")
     assert (found["prompts"]["texts"], found["excerpts"]["texts"]) == (1, 3)
@@ -145,33 +137,33 @@ def test_a_sweep_tries_every_strength(runs: Path, tmp_path: Path, command: Run) 
     assert "40x" in out
 
 
-def test_what_cannot_be_steered_is_told_in_one_line(runs: Path, tmp_path: Path, command: Run) -> None:
+def test_steer_refuses_wrong_options_in_one_line(runs: Path, tmp_path: Path, command: Run) -> None:
     crate, bare = runs / "crate", runs / "bare"
-    for run, neuron, more, said in (
-        (crate, "1/64", (), "layer 1 has neurons 0 to 63, not 64"),
-        (crate, "2/0", (), "no layer 2 with neurons (found: 0, 1)"),
-        (crate, "1-9", (), "names no neuron to change"),
-        (crate, "1/0=set:1x", (), "never fires in the records"),  # the made-up neuron 0 is dead
+    for run, neuron, more, message in (
+        (crate, "1/64", (), "layer 1 has neurons 0 to 63, got 64"),
+        (crate, "2/0", (), "layer must be one with neurons (0, 1), got 2"),
+        (crate, "1-9", (), "a change must be LAYER/NEURON=HOW:STRENGTH"),
+        (crate, "1/0=set:1x", (), "never fires in the records"),  # the synthetic neuron 0 is dead
         (crate, "1/9=set:1e38", (), "logits are not finite with 1/9=set:1e+38"),
-        (crate, "sae:1/3=silence", (), "no layer 1 with latents of a --sae (found: none)"),
-        (crate, "1/9", ("--positions", "first"), "the positions 'first' are not understood"),
+        (crate, "sae:1/3=silence", (), "layer must be one with latents of a --sae (none), got 1"),
+        (crate, "1/9", ("--positions", "first"), "positions must be all, prompt, generated"),
         (crate, "1/9", ("--after", "the neuron"), "--after must be one token"),
-        (crate, "1/9=set", ("--sweep", "1x"), "less than two strengths"),
-        (crate, "1/9=scale", ("--sweep", "1x,2x"), "takes factors"),
-        (crate, "1/9", ("--tokens", 0), "--tokens and --show must be at least 1"),
+        (crate, "1/9=set", ("--sweep", "1x"), "at least 2 strengths"),
+        (crate, "1/9=scale", ("--sweep", "1x,2x"), "a sweep of scale takes factors"),
+        (crate, "1/9", ("--tokens", 0), "--tokens must be at least 1, got 0"),
         (bare, "1/9=set:2x", (), "multiples of its maximum need records"),
     ):
         _, err = command("steer", run, "--neuron", neuron, "--prompt", PROMPT, *more, "--out", tmp_path / "out", code=2)
-        assert said in err
-    for prompt, said in (("", "the prompt is empty"), ("a " * 80, "the model's context is 32")):
+        assert message in err
+    for prompt, message in (("", "the prompt is empty"), ("a " * 80, "the model's context is 32")):
         _, err = command("steer", crate, "--neuron", "1/9", "--prompt", prompt, code=2)
-        assert said in err
+        assert message in err
     _, err = command("steer", crate, "--neuron", "1/9", code=2)
-    assert "there is no prompt" in err
+    assert "no prompt was given" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_reference_is_the_maximum_or_nearly_that(rng: np.random.Generator) -> None:
+def test_the_reference_is_the_maximum_or_the_99_9th_percentile(rng: np.random.Generator) -> None:
     from cratelm.activations.running import Moments
 
     values = np.abs(rng.normal(size=(400_000, 2))).astype(np.float32) * (rng.random((400_000, 2)) < 0.2)
@@ -213,12 +205,18 @@ def test_ledger_prints_and_writes_what_adds_up(runs: Path, tmp_path: Path, comma
     out, _ = command("ledger", runs / "bare", "--prompt", PROMPT, "--token", "#5", "--versus", "#6", "--out", tmp_path)
     assert written(tmp_path, "ledger")["versus"] == 6
     assert " minus that of " in out
-    for words, said in (
+    for words, message in (
         (("--token", "the neuron"), "--token must be one token"), (("--token", "#9999"), "the vocabulary, got #9999"),
-        (("--position", 99), "position 99 is not in the text"), (("--show", 0), "--show is 0"),
+        (("--position", 99), "got 99"), (("--show", 0), "--show must be at least 1, got 0"),
     ):  # fmt: skip
-        assert said in command("ledger", runs / "bare", "--prompt", PROMPT, *words, code=2)[1]
+        assert message in command("ledger", runs / "bare", "--prompt", PROMPT, *words, code=2)[1]
     assert "the prompt is empty" in command("ledger", runs / "bare", "--prompt", "", code=2)[1]
+
+
+def ablation_of(folder: Path) -> tuple[dict[str, Any], list[AblationRow]]:
+    """Settings and rows that `cratelm ablate` wrote."""
+    file = AblationFile(folder)
+    return json.loads(file.head.read_text()), list(file.rows())
 
 
 def test_ablate_measures_resumes_and_draws(
@@ -230,12 +228,12 @@ def test_ablate_measures_resumes_and_draws(
     monkeypatch.setattr(ablate, "TOGETHER", 16)
     words = ("ablate", runs / "crate", "--data", data.path, "--tokens", 300, "--out", tmp_path)
     out, _ = command(*words, "--neuron", "1/9", "0/3", "--group", "1/9,1/10", "--kind", "zero", "mean")
-    head, rows = read_ablation(tmp_path)
+    head, rows = ablation_of(tmp_path)
     assert {(row.neurons, row.kind) for row in rows} == {
         (neurons, kind) for neurons in (("1/9",), ("0/3",), ("1/9", "1/10")) for kind in ("zero", "mean")
     }
     assert head["plain"]["nats_per_token"] > 0
-    assert "without them (mean)" in out
+    assert "ablated (mean), change of loss" in out
 
     measured = []
     each = Ablation.each
@@ -248,10 +246,10 @@ def test_ablate_measures_resumes_and_draws(
 
     monkeypatch.setattr(Ablation, "each", counted)
     assert cli.main([str(word) for word in (*words, "--layer", "1")]) == 130
-    assert sum(1 for row in read_ablation(tmp_path)[1] if row.kind == "zero" and row.density is not None) == 2 + 32
+    assert sum(1 for row in ablation_of(tmp_path)[1] if row.kind == "zero" and row.density is not None) == 2 + 32
     command(*words, "--layer", "1")
     assert measured == [16, 16, 16, 16, 15]
-    rows = read_ablation(tmp_path)[1]
+    rows = ablation_of(tmp_path)[1]
     assert len({row.key for row in rows}) == len(rows) == 6 + 63
     assert ">score (points)</text>" in (tmp_path / "ablation-zero.svg").read_text()
     whole = Ablation(load(runs / "crate")[0], _text(data, runs, 300), [1])
@@ -259,7 +257,7 @@ def test_ablate_measures_resumes_and_draws(
     assert {row.neurons: row.nats for row in rows}[("1/20",)] == pytest.approx(wanted, rel=1e-6)
     before = (tmp_path / "ablation.jsonl").read_bytes()
     _, err = command(*words[:-4], "--tokens", 3000, "--out", tmp_path, "--layer", "1", code=2)
-    assert "is of another model or text (context" in err or "(documents" in err
+    assert "must have the same model and text to resume" in err
     assert (tmp_path / "ablation.jsonl").read_bytes() == before
 
 
@@ -269,22 +267,23 @@ def _text(data: TokenDirectory, runs: Path, limit: int) -> Any:
     return held_out(data.tokens("val"), data.documents("val"), load(runs / "crate")[0], limit)
 
 
-def test_what_cannot_be_ablated_is_told_in_one_line(
+def test_ablate_refuses_wrong_options_in_one_line(
     runs: Path, data: TokenDirectory, tmp_path: Path, command: Run
 ) -> None:
-    for more, said in (
-        ((), "no neuron was named"), (("--neuron", "1/64"), "layer 1 has neurons 0 to 63"),
-        (("--neuron", "x"), "--neuron 'x' is not understood"), (("--layer", 2), "there is no layer 2 with neurons"),
+    for more, message in (
+        ((), "no neuron was given"), (("--neuron", "1/64"), "layer 1 has neurons 0 to 63"),
+        (("--neuron", "x"), "--neuron must be LAYER/NEURON"),
+        (("--layer", 2), "--layer must be a layer with neurons (0, 1), got 2"),
         (("--neuron", "1/2,1/3"), "Use --group"), (("--all", "--tokens", "few"), "got 'few'"),
     ):  # fmt: skip
         _, err = command("ablate", runs / "bare", "--data", data.path, *more, "--out", tmp_path / "out", code=2)
-        assert said in err
+        assert message in err
     _, err = command("ablate", runs / "bare" / "model", "--data", data.path, "--neuron", "1/2", code=2)
-    assert "is a model and no run" in err
+    assert "is a model, not a run" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hugging_face_model_is_steered_ablated_and_accounted_for(
+def test_a_hugging_face_model_is_steered_ablated_and_decomposed(
     data: TokenDirectory, tmp_path: Path, command: Run, rng: np.random.Generator
 ) -> None:
     model = build("gpt2", rng, vocab=data.vocab_size)
@@ -295,7 +294,7 @@ def test_a_hugging_face_model_is_steered_ablated_and_accounted_for(
     out, _ = command("ledger", folder, "--prompt", PROMPT, "--out", tmp_path / "out")
     assert "residual stream" in out
     command("ablate", folder, "--data", data.path, "--tokens", 200, "--neuron", "1/9", "0/9", "--out", tmp_path / "out")
-    assert len(read_ablation(tmp_path / "out")[1]) == 2
+    assert len(ablation_of(tmp_path / "out")[1]) == 2
 
 
 def test_latents_are_ablated_like_neurons(runs: Path, data: TokenDirectory, tmp_path: Path, command: Run) -> None:
@@ -304,7 +303,7 @@ def test_latents_are_ablated_like_neurons(runs: Path, data: TokenDirectory, tmp_
     folder = runs / "bare" / "saes" / "taken"
     words = ("ablate", runs / "bare", "--data", data.path, "--tokens", 200, "--sae", "taken")
     out, _ = command(*words, "--layer", 1, "--group", "sae:1/3,sae:1/4", "--kind", "zero", "mean")
-    head, rows = read_ablation(folder)
+    head, rows = ablation_of(folder)
     assert len(head["sae_hash"]) == 64
     assert len(rows) == 2 * (20 + 1)
     assert max(abs(row.nats) for row in rows) > 1e-4
@@ -313,16 +312,16 @@ def test_latents_are_ablated_like_neurons(runs: Path, data: TokenDirectory, tmp_
     before = (folder / "ablation.jsonl").read_bytes()
     command(*words, "--neuron", "sae:1/3")
     assert (folder / "ablation.jsonl").read_bytes() == before
-    for more, said in (
-        (("--neuron", "sae:1/20"), "sae:1/20: layer 1 has latents of the --sae 0 to 19, not 20"),
-        (("--neuron", "sae:0/2"), "there is no layer 0 with latents of the --sae (found: 1)"),
-        (("--layer", 0), "there is no layer 0 with latents of the --sae (there is 1)"),
+    for more, message in (
+        (("--neuron", "sae:1/20"), "sae:1/20: layer 1 has latents of the --sae 0 to 19, got 20"),
+        (("--neuron", "sae:0/2"), "sae:0/2: layer must be one with latents of the --sae (1), got 0"),
+        (("--layer", 0), "--layer must be a layer with latents of the --sae (1), got 0"),
         (("--neuron", "1/3"), "Write sae:1/3"),
     ):
-        assert said in command(*words, *more, code=2)[1]
+        assert message in command(*words, *more, code=2)[1]
     _, err = command(*words[:-2], "--neuron", "sae:1/3", code=2)
-    assert "names a latent of no autoencoder. Say which with --sae" in err
+    assert "names a latent, so --sae must name its autoencoder" in err
     elsewhere = (*words[:-1], folder.rename(tmp_path / "elsewhere"), "--neuron", "sae:1/3")
-    assert "Name a folder for the result with --out" in command(*elsewhere, code=2)[1]
+    assert "--out must name a folder" in command(*elsewhere, code=2)[1]
     command(*elsewhere, "--out", tmp_path / "out")
-    assert [row.neurons for row in read_ablation(tmp_path / "out")[1]] == [("sae:1/3",)]
+    assert [row.neurons for row in ablation_of(tmp_path / "out")[1]] == [("sae:1/3",)]

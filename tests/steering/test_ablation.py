@@ -1,4 +1,4 @@
-"""Taking neurons out: the quick ways give what a forward pass with an edited code gives."""
+"""Ablation: the fast methods give the same numbers as forward passes with an edited code."""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ def text_of(rng: np.random.Generator, model: Any, vocab: int = 272, tokens: int 
 
 
 def by_hand(model: Any, text: Any, layer: int, neurons: list[int], kind: str) -> np.ndarray:
-    """Change of every document's loss with these neurons out, one window at a time."""
+    """Change of every document's loss when these neurons are ablated, one window at a time."""
     place, change = neuron_places(model)[layer], np.zeros(len(text.sizes))
     codes = []
     with torch.no_grad():
@@ -59,16 +59,16 @@ def by_hand(model: Any, text: Any, layer: int, neurons: list[int], kind: str) ->
 
 @pytest.mark.parametrize("kind", ["zero", "mean"])
 @pytest.mark.parametrize("variant", MODELS, ids=str)
-def test_the_quick_ways_are_the_direct_one(variant: dict[str, Any], kind: Any, rng: np.random.Generator) -> None:
+def test_the_fast_methods_equal_the_direct_one(variant: dict[str, Any], kind: Any, rng: np.random.Generator) -> None:
     model = random_model(tiny_config(**variant), rng).double()
     text = text_of(rng, model)
     found = Ablation(model, text, [0, 1])
     neurons = rng.choice(found.places[0].neurons, 4, replace=False).tolist()
     for layer in (0, 1):
-        quick, direct = (found.each(layer, neurons, kind, method=way) for way in ("auto", "direct"))
-        np.testing.assert_allclose(quick, direct, rtol=1e-7, atol=1e-9)
-        np.testing.assert_allclose(quick[2], by_hand(model, text, layer, neurons[2:3], kind), rtol=1e-7, atol=1e-9)
-        assert abs(quick).max() > 1e-4
+        fast, direct = (found.each(layer, neurons, kind, method=method) for method in ("auto", "direct"))
+        np.testing.assert_allclose(fast, direct, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(fast[2], by_hand(model, text, layer, neurons[2:3], kind), rtol=1e-7, atol=1e-9)
+        assert abs(fast).max() > 1e-4
     group = found.together([(1, neuron) for neuron in neurons], kind)
     np.testing.assert_allclose(group, by_hand(model, text, 1, neurons, kind), rtol=1e-7, atol=1e-9)
     loud = int(np.abs(found.each(1, range(found.places[1].neurons), kind)).sum(1).argmax())
@@ -77,17 +77,17 @@ def test_the_quick_ways_are_the_direct_one(variant: dict[str, Any], kind: Any, r
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_hugging_face_models_lose_what_a_forward_pass_says(family: str, rng: np.random.Generator) -> None:
+def test_ablating_hugging_face_models_equals_edited_forward_passes(family: str, rng: np.random.Generator) -> None:
     model = build(family, rng)
     text = text_of(rng, model, vocab=60)
     found = Ablation(model, text, [0, 1])
     for layer, kind in ((0, "zero"), (1, "zero"), (1, "mean")):
         change = found.each(layer, [3, 8], kind)  # type: ignore[arg-type]
         np.testing.assert_allclose(change[1], by_hand(model, text, layer, [8], kind), rtol=1e-3, atol=1e-4)
-    assert (found.exit is None) == (family == "opt")
+    assert (found.readout is None) == (family == "opt")
 
 
-def test_the_plain_losses_are_those_of_evaluate(rng: np.random.Generator) -> None:
+def test_the_losses_of_the_intact_model_equal_those_of_evaluate(rng: np.random.Generator) -> None:
     from fixtures.tiny import hidden_bar
 
     from cratelm.training.evaluate import document_losses
@@ -101,7 +101,7 @@ def test_the_plain_losses_are_those_of_evaluate(rng: np.random.Generator) -> Non
     assert text.sizes.tolist() == wanted.tokens.tolist()
 
 
-def test_a_silent_neuron_costs_exactly_nothing(rng: np.random.Generator) -> None:
+def test_ablating_a_silent_neuron_changes_nothing(rng: np.random.Generator) -> None:
     model: Any = random_model(tiny_config(), rng)
     for layer in (0, 1):
         model.blocks[layer].ista.atoms.data[5] = 0
@@ -121,7 +121,7 @@ def test_the_standard_error_is_that_of_a_ratio_over_documents(rng: np.random.Gen
     assert np.isnan(mean_change(sums[:, :1], sizes[:1])[1]).all()
 
 
-def test_the_beginnings_of_the_first_documents_are_read(rng: np.random.Generator) -> None:
+def test_a_limit_reads_the_beginnings_of_the_first_documents(rng: np.random.Generator) -> None:
     model = random_model(tiny_config(), rng)
     tokens, bounds = rng.integers(272, size=71), np.array([0, 9, 30, 44, 71])  # the context is 16
     two = held_out(tokens, bounds, model, 10)
@@ -130,21 +130,21 @@ def test_the_beginnings_of_the_first_documents_are_read(rng: np.random.Generator
     assert held_out(tokens, bounds, model, 9).tokens.tolist() == tokens[:9].tolist()
     assert held_out(tokens, bounds, model, 1000).documents.tolist() == [0, 9, 25, 39, 55]
     assert len(held_out(tokens, bounds, model, None).tokens) == 71
-    assert two.real.nonzero()[0].tolist() == [*range(24)]  # the end of the second document, which was cut
+    assert two.real.nonzero()[0].tolist() == [*range(24)]  # the end of the second document, which is truncated
     assert two.sizes.tolist() == [8, 15]
     assert held_out(tokens, bounds, model, None).real.all()
-    with pytest.raises(CrateError, match="1 tokens hold nothing to predict"):
+    with pytest.raises(CrateError, match="must have at least 2 tokens, got 1"):
         held_out(tokens[:1], np.array([0, 1]), model, None)
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean"])
-def test_the_end_of_a_document_that_was_cut_is_not_scored(kind: Any, rng: np.random.Generator) -> None:
-    """Against the losses of the tokens that are there, in the documents as they are."""
+def test_the_end_token_of_a_truncated_document_is_not_scored(kind: Any, rng: np.random.Generator) -> None:
+    """Compared with the losses of the tokens that the documents really contain."""
     model = random_model(tiny_config(), rng)
     tokens, bounds = rng.integers(1, 272, size=71), np.array([0, 9, 30, 44, 71])  # the context is 16
     tokens[bounds[1:] - 1] = 0
     text = held_out(tokens, bounds, model, 1000)
-    scored = [*range(1, 24), *range(25, 39), *range(39, 54)]  # all but the first token and the two ends put in
+    scored = [*range(1, 24), *range(25, 39), *range(39, 54)]  # all but the first token and the two inserted ends
     found = Ablation(model, text, [0, 1])
     plain, _ = mean_change(text.by_document(1, found.plain), text.sizes)
     assert text.sizes.sum() == len(scored)
@@ -169,7 +169,7 @@ def test_the_end_of_a_document_that_was_cut_is_not_scored(kind: Any, rng: np.ran
 
 
 def per_token(model: Any, text: Any, layer: int, neuron: int, kind: str, means: torch.Tensor) -> np.ndarray:
-    """Change of the loss of every predicted token with one neuron out."""
+    """Change of the loss of every predicted token when one neuron is ablated."""
     place, level = neuron_places(model)[layer], float(means[neuron]) if kind == "mean" else 0.0
 
     def out(code: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ def per_token(model: Any, text: Any, layer: int, neuron: int, kind: str, means: 
 @pytest.mark.parametrize(("architecture", "layer", "tap"), [
     ("topk", 1, "neurons"), ("jumprelu", 0, "neurons"), ("gated", 1, "residual"),
 ])  # fmt: skip
-def test_a_latent_is_taken_out_of_what_it_writes(
+def test_ablating_a_latent_moves_its_tap_by_its_direction(
     architecture: str, layer: int, tap: str, kind: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     model = random_model(tiny_config(arch="crate"), rng)

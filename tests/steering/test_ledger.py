@@ -1,4 +1,4 @@
-"""The ledger of the last layer adds up to the model's own logit, on our models, their variants and foreign ones."""
+"""The ledger of the last layer adds up to the model's own logit, for `LanguageModel`s and Hugging Face models."""
 
 import importlib
 from typing import Any
@@ -12,9 +12,11 @@ from torch import nn
 
 from cratelm.errors import CrateError
 from cratelm.steering.changes import Change
-from cratelm.steering.exit import find_exit
 from cratelm.steering.generate import all_logits, next_logits
+from cratelm.steering.intervention import Intervention
 from cratelm.steering.ledger import ledger
+from cratelm.steering.readout import find_readout
+from cratelm.steering.steer import steer
 
 COMPLETE = {"dictionary": "complete", "expansion": 1, "ista_steps": 1}
 OURS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -32,11 +34,11 @@ OURS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 HEAD_BIAS = {"phi"}
 FLOAT32_INSIDE = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
-"""Families whose RMSNorm computes in float32 in a float64 model too."""
+"""Families whose RMSNorm computes in float32 even in a float64 model."""
 
 
-@pytest.mark.parametrize(("variant", "named"), OURS, ids=lambda one: str(one))
-def test_every_ledger_of_ours_adds_up(
+@pytest.mark.parametrize(("variant", "named"), OURS, ids=str)
+def test_ledgers_of_language_models_add_up(
     variant: dict[str, Any], named: tuple[str, ...], rng: np.random.Generator
 ) -> None:
     model = random_model(tiny_config(**variant), rng)
@@ -70,7 +72,7 @@ def test_ledgers_of_hugging_face_models_add_up(family: str, rng: np.random.Gener
     assert ("bias of the head" in found.terms) == (family in HEAD_BIAS)
 
 
-def test_a_ledger_is_written_out_by_hand(rng: np.random.Generator) -> None:
+def test_a_ledger_equals_a_computation_by_hand(rng: np.random.Generator) -> None:
     model: Any = random_model(tiny_config("crate"), rng).double()
     tokens = torch.from_numpy(rng.integers(272, size=(1, 5)))
     found = ledger(model, tokens, token=3)
@@ -86,65 +88,49 @@ def test_a_ledger_is_written_out_by_hand(rng: np.random.Generator) -> None:
     wanted = code * ((centred * model.norm.weight) @ model.embedding.weight[3]) / sigma
     np.testing.assert_allclose(found.contributions, wanted.detach().numpy(), rtol=1e-9, atol=1e-12)
     assert found.sigma == pytest.approx(float(sigma.detach()))
-    positive, negative = found.largest(4)
-    assert found.contributions[positive[0]] == found.contributions.max() > 0
-    assert found.contributions[negative[0]] == found.contributions.min() < 0
     rows = found.as_dict()["neurons"]
     assert sum(row["contribution"] for row in rows) + sum(found.terms.values()) == pytest.approx(found.total)
     assert all(row["activation"] != 0 for row in rows)
 
 
 @pytest.mark.parametrize("arch", ["crate", "gpt2"])
-def test_a_ledger_foretells_what_silencing_does_at_the_same_sigma(arch: Any, rng: np.random.Generator) -> None:
+def test_a_ledger_predicts_the_effect_of_silencing_at_the_same_sigma(arch: Any, rng: np.random.Generator) -> None:
     model: Any = random_model(tiny_config(arch), rng).double()
     tokens = torch.from_numpy(rng.integers(272, size=(1, 5)))
-    found, way = ledger(model, tokens, token=3), find_exit(model)
+    found = ledger(model, tokens, token=3)
     neuron = int(np.abs(found.contributions).argmax())
-    turned = ledger_after(model, tokens, neuron)
-    with_its_sigma = (found.total - bias(found) - found.contributions[neuron]) * found.sigma / turned.sigma + bias(
-        found
-    )
-    assert turned.logit == pytest.approx(with_its_sigma, abs=1e-9)
-    assert way.place.layer == 1
+    silence = Intervention(changes=[Change(layer=1, index=neuron, how="silence")])
+    with steer(model, silence):
+        silenced = ledger(model, tokens, token=3)
+    linear = found.total - bias(found) - found.contributions[neuron]
+    assert silenced.logit == pytest.approx(linear * found.sigma / silenced.sigma + bias(found), abs=1e-9)
+    assert find_readout(model).place.layer == 1
 
 
 def bias(found: Any) -> float:
     return found.terms.get("bias of the final norm", 0.0)
 
 
-def ledger_after(model: Any, tokens: Any, neuron: int) -> Any:
-    from cratelm.steering.steer import steer
-
-    with steer(model, [Change(layer=1, index=neuron, how="silence")]):
-        return ledger(model, tokens, token=3)
-
-
-def test_a_model_that_is_no_sum_over_neurons_is_refused(rng: np.random.Generator) -> None:
+def test_a_model_whose_logits_are_not_sums_over_neurons_is_refused(rng: np.random.Generator) -> None:
     with pytest.raises(CrateError, match="the norm between the last layer of OPTForCausalLM"):
-        find_exit(build("opt", rng))
+        find_readout(build("opt", rng))
     behind = build("llama", rng)
 
     class Shrunk(nn.Module):
         def __init__(self, mlp: Any) -> None:
             super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
-                mlp.gate_proj,
-                mlp.up_proj,
-                mlp.down_proj,
-                mlp.act_fn,
-            )
+            self.gate_proj, self.up_proj = mlp.gate_proj, mlp.up_proj
+            self.down_proj, self.act_fn = mlp.down_proj, mlp.act_fn
 
         def forward(self, x: Any) -> Any:
             return 0.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # fmt: skip
 
     behind.model.layers[1].mlp = Shrunk(behind.model.layers[1].mlp)
-    with pytest.raises(CrateError, match="passes what its neurons write through another map"):
-        find_exit(behind)
+    with pytest.raises(CrateError, match="passes the neurons' output through another map"):
+        find_readout(behind)
     gemma = softcapped(rng)
-    with pytest.raises(
-        CrateError, match=r"changes its logits after the head|through another map|is none that is known"
-    ):
-        find_exit(gemma)
+    with pytest.raises(CrateError, match=r"changes its logits after the head|through another map|must be a LayerNorm"):
+        find_readout(gemma)
     assert next_logits(gemma, torch.tensor([[1, 2]])).isfinite().all()
 
 
@@ -158,16 +144,16 @@ def softcapped(rng: np.random.Generator) -> Any:
     return transformers.Gemma2ForCausalLM(config).float().eval()
 
 
-def test_what_is_not_there_is_refused(rng: np.random.Generator) -> None:
+def test_a_token_or_position_outside_the_text_is_refused(rng: np.random.Generator) -> None:
     model = random_model(tiny_config(), rng)
     tokens = torch.tensor([[1, 2, 3]])
-    for options, said in (
-        ({"token": 272}, "token 272 is not in the vocabulary: it has 0 to 271"),
-        ({"token": 1, "versus": -1}, "token -1 is not in the vocabulary"),
-        ({"position": 3}, "position 3 is not in the text: it has 3 tokens, 0 to 2"),
-        ({"position": -4}, "position -4 is not in the text"),
+    for options, message in (
+        ({"token": 272}, "token must be a token id from 0 to 271, got 272"),
+        ({"token": 1, "versus": -1}, "versus must be a token id from 0 to 271, got -1"),
+        ({"position": 3}, "position must be -3 to 2 in a text of 3 tokens, got 3"),
+        ({"position": -4}, "got -4"),
     ):
-        with pytest.raises(CrateError, match=said):
+        with pytest.raises(CrateError, match=message):
             ledger(model, tokens, **options)  # type: ignore[arg-type]
     with pytest.raises(CrateError, match="17 tokens, the model's context is 16"):
         ledger(model, torch.ones(1, 17, dtype=torch.long))

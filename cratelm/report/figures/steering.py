@@ -1,4 +1,4 @@
-"""Figures of turned neurons: what the next token gains and loses, a sweep over strengths, the ledger of a logit."""
+"""Figures of steering: effect on the next token, sweep over strengths, ablation, ledger of a logit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,19 +13,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from cratelm.interpretation.lookup.tables import legible
 from cratelm.report.figures.form import FAINT, INK, STYLE
 from cratelm.report.shown_text import visible
-from cratelm.steering.effects import Effect, SweepPoint, token_rows
+from cratelm.steering.effects import Effect, SweepPoint, token_rows, token_text
 from cratelm.steering.ledger_rows import LedgerRow
 
 RISE, FALL, OTHER = "#0072B2", "#D55E00", "#999999"
-"""Okabe and Ito's blue and vermilion, told apart with any colour vision."""
+"""Okabe and Ito's blue and vermilion, distinguishable with any colour vision."""
 SHOWN, LINES = 10, 6
 LONGEST_LABEL, LONGEST_TEXT = 16, 66
 NOTE_ROOM = 0.62
-"""Room beside bars for the notes, as a share of what the bars take."""
+"""Width for the notes next to the bars, as a fraction of the bars' width."""
 
 
 def effect_figure(effects: Mapping[str, Effect], strings: Sequence[str], title: str) -> Figure:
-    """Largest increases and decreases of the next token's probability; a row of two panels for each effect."""
+    """Largest increases and decreases of the next token's probability: a row of two panels per effect."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 0.55 + 2.75 * len(effects)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -59,24 +59,24 @@ def ledger_figure(rows: Sequence[LedgerRow], title: str, total: float) -> Figure
         colors = [OTHER if row.neuron is None else RISE if row.contribution > 0 else FALL for row in rows]
         _bars(axes, [_cut(visible(row.name), 44) for row in rows], values, colors, notes=[f"{v:+.3f}" for v in values])
         axes.set_title(_cut(title, 80))
-        axes.set_xlabel(f"contribution to the logit; all together {total:.3f}")
+        axes.set_xlabel(f"contribution to the logit; sum {total:.3f}")
     return figure
 
 
 def sweep_figure(points: Sequence[SweepPoint], strings: Sequence[str], title: str, unit: str) -> Figure:
-    """Probability of the tokens that the strongest changes raise most, against strength; beside it the texts."""
+    """Probability of the tokens that the strongest changes raise most, against strength, next to the continuations."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, max(3.4, 1.1 + 0.36 * len(points))), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
         figure.suptitle(_cut(title, 120), fontsize=10, fontweight="bold", x=0.01, ha="left")
-        tokens = _risen(points)
+        tokens = _most_raised(points)
         values = [point.value for point in points]
         for number, token in enumerate(tokens):
             chance = [100 * point.effect.after[token] for point in points]
             left.plot(
                 values, chance, marker="o^sDvP"[number % 6], markersize=4, linewidth=1.4,
-                color=f"C{number}", label=label(strings[token] if token < len(strings) else f"#{token}"),
+                color=f"C{number}", label=label(token_text(token, strings)),
             )  # fmt: skip
         left.set_xlabel(f"strength ({unit})")
         left.set_ylabel("probability of the next token (%)")
@@ -97,11 +97,11 @@ def sweep_figure(points: Sequence[SweepPoint], strings: Sequence[str], title: st
 def ablation_figure(
     nats: Sequence[float], densities: Sequence[float], scores: Sequence[float | None], title: str
 ) -> Figure | None:
-    """Change of loss of each neuron against its density and, where there are scores, against its score."""
+    """Change of loss of each neuron against its density and, if any neuron has a score, against its score."""
     if not len(nats):
         return None
     loss = np.array(nats, dtype=np.float64)
-    scored = np.array([np.nan if one is None else one for one in scores], dtype=np.float64)
+    scored = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
     panels = 1 + bool(np.isfinite(scored).any())
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.0 + 3.6 * panels, 3.5), layout="constrained")
@@ -135,15 +135,15 @@ def _bars(
     axes: Axes, labels: Sequence[str], values: np.ndarray, color: Any, *, notes: Sequence[str],
     error: Sequence[float] | None = None,
 ) -> None:  # fmt: skip
-    """Horizontal bars from the top down, each with a note at its end."""
-    places = list(range(len(values)))
+    """Horizontal bars from top to bottom, each with a note at its end."""
+    rows = list(range(len(values)))
     axes.grid(False)
     axes.axvline(0, color=FAINT, linewidth=0.8)
     axes.barh(
-        places, values, color=color, height=0.72, xerr=error,
+        rows, values, color=color, height=0.72, xerr=error,
         error_kw={"ecolor": INK, "elinewidth": 0.8, "capsize": 2, "capthick": 0.8},
     )  # fmt: skip
-    axes.set_yticks(places, labels)
+    axes.set_yticks(rows, labels)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -155,23 +155,23 @@ def _bars(
     low, high = min(float((values - spread).min()), 0.0), max(float((values + spread).max()), 0.0)
     room = (high - low or 1) * NOTE_ROOM
     axes.set_xlim(low * 1.03, high + room)
-    for place, value, note, away in zip(places, values, notes, spread, strict=True):
-        # Right of the bar; bars to the left have theirs right of the axis.
-        at = max(value + away, 0.0) + room * 0.06
-        axes.text(at, place, note, va="center", ha="left", fontsize=7, color=INK, in_layout=False)
+    for row, value, note, margin in zip(rows, values, notes, spread, strict=True):
+        # To the right of the bar; for negative bars, to the right of the axis.
+        x = max(value + margin, 0.0) + room * 0.06
+        axes.text(x, row, note, va="center", ha="left", fontsize=7, color=INK, in_layout=False)
 
 
-def _risen(points: Sequence[SweepPoint]) -> list[int]:
-    """Tokens that rise most at either end of the sweep."""
+def _most_raised(points: Sequence[SweepPoint]) -> list[int]:
+    """Tokens that rise most at the first or the last strength."""
     if not points:
         return []
-    found = [int(token) for point in (points[-1], points[0]) for token in point.effect.largest(LINES)]
+    tokens = [int(token) for point in (points[-1], points[0]) for token in point.effect.largest(LINES)]
     ends = np.maximum(points[-1].effect.change, points[0].effect.change)
-    return sorted(dict.fromkeys(found), key=lambda token: -ends[token])[:LINES]
+    return sorted(dict.fromkeys(tokens), key=lambda token: -ends[token])[:LINES]
 
 
 def label(token: str) -> str:
-    """A token as it stands beside a bar."""
+    """A token as the label of a bar."""
     return _cut(visible(legible(token)), LONGEST_LABEL)
 
 

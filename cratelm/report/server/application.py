@@ -3,9 +3,9 @@
     GET  /, /viewer/FILE                  the page
     GET  /data/NAME.json                  the chunks of the site, made when they are asked for
     GET  /api/search?q=WORDS              full-text search over explanations
-    POST /api/look                        a text: every layer's strongest neurons at each token, or one neuron along it
-    POST /api/effect                      neurons turned: what it does to the next token
-    POST /api/continue                    the texts with and without, as lines of JSON while they are made
+    POST /api/activations                 strongest neurons of each layer at every token of a text, or one neuron
+    POST /api/effect                      effect of steered neurons on the next token
+    POST /api/continue                    the text continued with and without steering, streamed as lines of JSON
     POST /api/explain                     an explanation of one neuron by the configured language model
     GET, POST /api/votes                  votes, kept in SQLite
 
@@ -108,7 +108,7 @@ class _Server:
             Route("/data/{name:path}.json", self.chunk),
             Route("/api/search", self.search),
             Route("/api/votes", self.votes, methods=["GET", "POST"]),
-            Route("/api/look", self.look, methods=["POST"]),
+            Route("/api/activations", self.activations, methods=["POST"]),
             Route("/api/effect", self.effect, methods=["POST"]),
             Route("/api/continue", self.continuation, methods=["POST"]),
             Route("/api/explain", self.explain, methods=["POST"]),
@@ -158,18 +158,18 @@ class _Server:
         votes, last = await anyio.to_thread.run_sync(self.parts.votes.page, int(after))
         return Answer({"format_version": 1, "votes": votes, "next": last})
 
-    async def look(self, request: Request) -> Response:
-        """Neurons at the tokens of a text."""
+    async def activations(self, request: Request) -> Response:
+        """Activations of neurons on a text."""
         asked = read_text_request(await _body(request), self.limits)
-        return await self._by_model(lambda live: live.look(asked))
+        return await self._by_model(lambda live: live.activations(asked))
 
     async def effect(self, request: Request) -> Response:
-        """What turned neurons do to the next token."""
+        """The effect of steered neurons on the next token."""
         asked = read_steer_request(await _body(request), self.limits)
         return await self._by_model(lambda live: live.effect(asked))
 
     async def continuation(self, request: Request) -> Response:
-        """A text that goes on with neurons turned, and without."""
+        """A text continued with steered neurons and without."""
         asked = read_steer_request(await _body(request), self.limits)
         live = self._live()
         if not self.models.take():

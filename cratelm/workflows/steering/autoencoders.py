@@ -1,7 +1,10 @@
-"""A sparse autoencoder of a run, or of a folder, as steering takes it."""
+"""Open sparse autoencoders for steering: by name in a run, or from a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cratelm.errors import CrateError
 
 if TYPE_CHECKING:
     from cratelm.steering.place import SparseCoder
@@ -20,14 +23,27 @@ def open_coder(chosen: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
     device = next(chosen.model.parameters()).device
     sae = load_sae(chosen.run or Path("."), name, device=device)
     check_trained_on(sae, chosen.model_hash, chosen.run or Path(chosen.name))
-    nothing = sae.decode(torch.zeros(1, sae.width, device=device))
-    rows = []  # by what decoding does, so that it holds for decoders that scale their latents too
+    # Directions from decoded unit latents, so that they hold for decoders that scale their latents too.
+    offset = sae.decode(torch.zeros(1, sae.width, device=device))
+    directions = []
     for first in range(0, sae.width, ROWS_AT_ONCE):
-        one = torch.zeros(min(ROWS_AT_ONCE, sae.width - first), sae.width, device=device)
-        one[torch.arange(len(one)), first + torch.arange(len(one))] = 1
-        rows.append(sae.decode(one) - nothing)
+        latents = torch.zeros(min(ROWS_AT_ONCE, sae.width - first), sae.width, device=device)
+        latents[torch.arange(len(latents)), first + torch.arange(len(latents))] = 1
+        directions.append(sae.decode(latents) - offset)
     coder = Coder(
-        tap=sae.place(chosen.model), layer=sae.layer, directions=torch.cat(rows), encoder=sae.encode,
+        tap=sae.place(chosen.model), layer=sae.layer, directions=torch.cat(directions), encoder=sae.encode,
         decoder=sae.decode,
     )  # fmt: skip
     return coder, f"sae-{sae.name}"
+
+
+def open_coders(chosen: "OpenModel", names: Sequence[Path]) -> tuple[list["SparseCoder"], dict[int, str]]:
+    """The autoencoders, at most one per layer, and the tap of their latents' records by layer."""
+    coders, taps = [], dict[int, str]()
+    for name in names:
+        coder, tap = open_coder(chosen, name)
+        if coder.layer in taps:
+            raise CrateError(f"each layer takes one --sae, got two for layer {coder.layer}")
+        coders.append(coder)
+        taps[coder.layer] = tap
+    return coders, taps

@@ -1,4 +1,4 @@
-"""The live browser in a real Chromium: type a text, turn neurons, vote, search; hostile text; a server that dies."""
+"""The live browser in a real Chromium: try a text, steer, vote, search; hostile text; a server that stops."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ pytest.importorskip("starlette", reason="starlette is not installed (extra serve
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
 
 EVIL = "<script>window.__ran=1</script><img src=x onerror='window.__ran=1'> \"'> {{1+1}}"
-TRY = "#/try?model=crate-2l&text=the+neuron+code&turn=1/7:set:2.5"
+TRY = "#/try?model=crate-2l&text=the+neuron+code&steer=1/7:set:2.5"
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +47,30 @@ def tab(browser: "Browser", server: Served) -> Iterator[Visit]:
 
 
 def open_(tab: Visit, address: str) -> "Page":
-    tab.page.set_default_timeout(40_000)  # the first text waits for its model
+    tab.page.set_default_timeout(40_000)  # the first request loads its model
     tab.page.goto("about:blank")
     tab.page.goto(f"{tab.home}/{address}")
     tab.page.wait_for_selector("main[data-shown]:not([aria-busy])")
     return tab.page
 
 
-def test_a_text_is_looked_at_and_a_neuron_followed_along_it(tab: Visit) -> None:
+def test_a_text_shows_activations_and_a_neuron_along_it(tab: Visit) -> None:
     page = open_(tab, "")
     page.get_by_role("link", name="Try").click()
     page.get_by_label("Text", exact=True).fill("the sparse code")
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Show activations").click()
     page.wait_for_function("() => document.querySelectorAll('.token').length && location.hash.includes('sparse')")
     assert "".join(page.locator(".token").all_inner_texts()).replace("␣", " ").split() != []
     page.locator(".token").first.click()
     assert page.locator(".strongest h4").all_inner_texts() == ["Layer 0", "Layer 1"]
     page.locator(".layers-of button").first.click()
     page.wait_for_selector(".along .excerpt")
-    page.get_by_role("button", name="Turn it").click()
-    page.wait_for_selector(".turn input[type=range]")
+    page.get_by_role("button", name="Steer it").click()
+    page.wait_for_selector(".change input[type=range]")
     page.wait_for_selector(".effect table")
 
 
-def test_a_report_that_is_being_made_comes_by_itself(tab: Visit) -> None:
+def test_a_report_in_the_making_appears_when_it_is_ready(tab: Visit) -> None:
     asked = list[str]()
 
     def answer(route: "Route") -> None:
@@ -100,53 +100,53 @@ def test_a_slider_changes_the_next_token_and_the_address(tab: Visit) -> None:
     for _ in range(10):
         page.keyboard.press("ArrowRight")
     page.wait_for_function("before => document.querySelector('.effect h3').textContent !== before", arg=before)
-    assert "turn=1%2F7%3Aset%3A3.5" in page.url
-    page.get_by_role("button", name="Leave neuron 7 of layer 1 alone").click()
-    page.wait_for_function("() => !document.querySelector('.turn') && !document.querySelector('.effect table')")
+    assert "steer=1%2F7%3Aset%3A3.5" in page.url
+    page.get_by_role("button", name="Remove neuron 7 of layer 1").click()
+    page.wait_for_function("() => !document.querySelector('.change') && !document.querySelector('.effect table')")
 
 
-def test_the_texts_with_and_without_are_written_side_by_side(tab: Visit) -> None:
+def test_both_texts_are_generated_side_by_side(tab: Visit) -> None:
     page = open_(tab, TRY)
     page.wait_for_selector(".effect table")
-    page.get_by_label("Tokens to write").fill("12")
-    page.get_by_role("button", name="Write on").click()
-    page.wait_for_function("() => document.getElementById('said').textContent === 'Both texts are written.'")
+    page.get_by_label("Tokens to generate").fill("12")
+    page.get_by_role("button", name="Continue").click()
+    page.wait_for_function("() => document.getElementById('said').textContent === 'Both texts are complete.'")
     plain, steered = page.locator(".written").all_inner_texts()
     assert plain.startswith("the neuron code")
     assert steered.startswith("the neuron code")
     assert plain != steered
 
 
-def test_a_neurons_page_leads_to_a_trial_and_back(tab: Visit) -> None:
+def test_a_neurons_page_links_to_steering_and_back(tab: Visit) -> None:
     page = open_(tab, "#/crate-2l/layer/1/neuron/7")
-    page.get_by_role("link", name="Turn it on a text of yours").click()
-    page.wait_for_selector(".turn")
-    assert page.locator(".turn b").inner_text() == "1/7"
+    page.get_by_role("link", name="Steer it on your text").click()
+    page.wait_for_selector(".change")
+    assert page.locator(".change b").inner_text() == "1/7"
     page.go_back()
-    page.wait_for_selector("#turn")
+    page.wait_for_selector("#live")
     assert "Neuron 7" in page.locator("h1").inner_text()
 
 
-def test_wrong_input_is_answered_in_words(browser: "Browser", server: Served) -> None:
+def test_wrong_input_shows_an_error_message(browser: "Browser", server: Served) -> None:
     tab = visit_to(browser, server)
-    page = open_(tab, f"#/try?model=crate-2l&text=the+neuron&turn=1/{NEURONS}:set:1")
+    page = open_(tab, f"#/try?model=crate-2l&text=the+neuron&steer=1/{NEURONS}:set:1")
     page.wait_for_selector(".effect .trouble")
     assert str(NEURONS - 1) in page.locator(".effect .trouble").inner_text()
     page.get_by_label("Text", exact=True).fill("code " * 300)
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Show activations").click()
     page.wait_for_selector(".seen .trouble")
     assert "at most" in page.locator(".seen .trouble").inner_text()
     tab.close()
 
 
-def test_what_is_typed_and_linked_cannot_run(tab: Visit) -> None:
+def test_typed_and_linked_text_is_never_executed(tab: Visit) -> None:
     from urllib.parse import quote
 
     page = open_(tab, f"#/try?model={quote(EVIL)}&text={quote(EVIL[:40])}")
     page.wait_for_selector(".trouble")
-    open_(tab, f"#/try?model=crate-2l&text={quote(EVIL[:40])}&turn={quote(EVIL)}")
+    open_(tab, f"#/try?model=crate-2l&text={quote(EVIL[:40])}&steer={quote(EVIL)}")
     page.wait_for_selector(".token")
-    page.get_by_role("button", name="Write on").click()
+    page.get_by_role("button", name="Continue").click()
     page.wait_for_selector(".written")
     open_(tab, f"#/search?q={quote(EVIL)}")
     open_(tab, f"#/{quote(EVIL)}")
@@ -176,7 +176,7 @@ def test_search_shows_full_text_matches(tab: Visit, server: Served) -> None:
     page.wait_for_selector("#explained")
 
 
-def test_an_explanation_is_asked_for_and_its_text_is_only_text(browser: "Browser", runs: list[Path]) -> None:
+def test_an_explanation_on_request_is_shown_as_text_only(browser: "Browser", runs: list[Path]) -> None:
     pytest.importorskip("openai", reason="openai is not installed (extra llm)")
     from fakes.llm_server import Answer, Server, completion
 
@@ -220,7 +220,7 @@ def test_the_list_of_a_layer_looks_as_in_a_folder(tab: Visit) -> None:
     assert page.evaluate(shown) == "table-cell"
 
 
-def test_what_cannot_be_done_is_said(browser: "Browser", server: Served) -> None:
+def test_limits_are_explained_on_the_page(browser: "Browser", server: Served) -> None:
     tab = visit_to(browser, server)
     tab.page.route("**/search/directory.json", lambda route: route.fulfill(
         status=503, headers={"retry-after": "2"}, json={"error": "the search index has 1 of 4 layers so far"},
@@ -236,17 +236,17 @@ def test_what_cannot_be_done_is_said(browser: "Browser", server: Served) -> None
     tab.close()
 
 
-def test_a_server_that_dies_is_told_in_words(browser: "Browser", runs: list[Path]) -> None:
+def test_a_server_that_stops_is_reported_on_the_page(browser: "Browser", runs: list[Path]) -> None:
     with serve(runs[0]) as dying:
         tab = visit_to(browser, dying)
         page = open_(tab, TRY)
         page.wait_for_selector(".effect table")
         dying.process.kill()
         dying.process.wait()
-        page.get_by_role("button", name="Look").click()
+        page.get_by_role("button", name="Show activations").click()
         page.wait_for_selector(".seen .trouble")
         assert "cratelm serve" in page.locator(".seen .trouble").inner_text()
-        page.get_by_role("button", name="Write on").click()
+        page.get_by_role("button", name="Continue").click()
         page.wait_for_selector(".texts .trouble")
         tab.go("#/gpt2-2l/layer/0")
         assert page.locator(".trouble").count() > 0

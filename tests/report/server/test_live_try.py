@@ -1,4 +1,4 @@
-"""Trying a text in a real Chromium: late answers, texts under way when one turns away, any neuron along a text."""
+"""Try a text in a real Chromium: late answers, cancelled continuations, any neuron along a text."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -44,14 +44,14 @@ ENDLESS = """() => {
         return Promise.resolve(new Response(body));
     };
 }"""
-"""A server that writes on and on, whatever it is told in `window.writing`."""
+"""Replaces the server's continuation by a stream that the test feeds through `window.writing`."""
 
 
-def test_another_model_gets_no_text_of_the_one_before(tab: Visit) -> None:
+def test_choosing_another_model_cancels_the_continuation(tab: Visit) -> None:
     page = open_(tab, TRY)
     page.wait_for_selector(".effect table")
     page.evaluate(ENDLESS)
-    page.get_by_role("button", name="Write on").click()
+    page.get_by_role("button", name="Continue").click()
     page.wait_for_function("() => window.writing.length === 1")
     page.evaluate("writing[0].say('of the first')")
     page.wait_for_selector(".written:has-text('of the first')")
@@ -65,7 +65,7 @@ def test_another_model_gets_no_text_of_the_one_before(tab: Visit) -> None:
     page.get_by_role("button", name="Add").click()
     page.wait_for_selector(".effect table")
     assert page.locator(".written").count() == 0
-    page.get_by_role("button", name="Write on").click()
+    page.get_by_role("button", name="Continue").click()
     page.wait_for_function("() => window.writing.length === 2")
     page.evaluate("writing[1].say('of the second')")
     page.wait_for_selector(".written:has-text('of the second')")
@@ -75,20 +75,20 @@ def test_another_model_gets_no_text_of_the_one_before(tab: Visit) -> None:
     assert "too late" not in page.locator(".texts").inner_text()
     page.get_by_role("button", name="Stop").click()
     assert page.evaluate("writing[1].signal.aborted")
-    page.get_by_role("button", name="Write on").wait_for()
+    page.get_by_role("button", name="Continue").wait_for()
 
 
-def test_leaving_the_page_stops_what_is_written(tab: Visit) -> None:
+def test_leaving_the_page_cancels_the_continuation(tab: Visit) -> None:
     page = open_(tab, TRY)
     page.evaluate(ENDLESS)
-    page.get_by_role("button", name="Write on").click()
+    page.get_by_role("button", name="Continue").click()
     page.wait_for_function("() => window.writing.length === 1")
     assert not page.evaluate("writing[0].signal.aborted")
     tab.go("#/crate-2l/layer/1")
     assert page.evaluate("writing[0].signal.aborted")
 
 
-def test_a_late_answer_about_another_model_or_text_is_let_go(tab: Visit) -> None:
+def test_a_late_answer_about_another_model_or_text_is_ignored(tab: Visit) -> None:
     page = open_(tab, "#/try?model=crate-2l&text=the+neuron")
     page.wait_for_selector(".seen:not([aria-busy]) .token")
     held: list[Any] = []
@@ -99,9 +99,9 @@ def test_a_late_answer_about_another_model_or_text_is_let_go(tab: Visit) -> None
         else:
             held.append(route)
 
-    page.route("**/api/look", hold_the_first)
+    page.route("**/api/activations", hold_the_first)
     page.get_by_label("Text", exact=True).fill("sparse code")
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Show activations").click()
     page.wait_for_selector(".seen[aria-busy]")
     page.get_by_label("Model").select_option("gpt2-2l")
     page.wait_for_selector(".seen:not([aria-busy]) .token")
@@ -111,18 +111,18 @@ def test_a_late_answer_about_another_model_or_text_is_let_go(tab: Visit) -> None
         route.fulfill(json={"tokens": ["late"], "layers": []})
     page.wait_for_timeout(100)
     assert page.locator(".seen").inner_html() == now
-    with page.expect_request("**/api/look") as asked:
+    with page.expect_request("**/api/activations") as asked:
         page.locator(".layers-of button").first.click()
     assert asked.value.post_data_json["model"] == "gpt2-2l"
     page.wait_for_selector(".along .excerpt")
 
 
-def test_any_neuron_is_followed_along_the_text(tab: Visit, server: Served) -> None:
-    """Also one that is among the strongest of no token; which one it is stands in the address."""
+def test_any_neuron_can_be_shown_along_the_text(tab: Visit, server: Served) -> None:
+    """Also a neuron that is not among the strongest of any token; the address names it."""
     page = open_(tab, TRY)
     page.wait_for_selector(".seen:not([aria-busy]) .token")
     assert page.locator(".along .excerpt").count() == 0
-    page.get_by_role("button", name="See neuron 7 of layer 1 along the text").click()
+    page.get_by_role("button", name="Show neuron 7 of layer 1 along the text").click()
     page.wait_for_selector(".along .excerpt")
     assert "along=1%2F7" in page.url
     again = open_(tab, page.url.removeprefix(f"{tab.home}/"))
@@ -131,9 +131,9 @@ def test_any_neuron_is_followed_along_the_text(tab: Visit, server: Served) -> No
     for layer, neuron in ((1, 7), (0, 60)):
         again.get_by_label("Layer", exact=True).fill(str(layer))
         again.get_by_label("Neuron", exact=True).fill(str(neuron))
-        again.locator(".add").get_by_role("button", name="See it along the text").click()
+        again.locator(".add").get_by_role("button", name="Show it along the text").click()
         again.wait_for_selector(f".along h3:has-text('Neuron {neuron} of layer {layer} along the text')")
-        values = server.post("/api/look", asked | {"layer": layer, "neuron": neuron}).json["values"]
+        values = server.post("/api/activations", asked | {"layer": layer, "neuron": neuron}).json["values"]
         box = again.locator(".along .excerpt span")
         assert box.count() == len(values)
         strongest = int(np.argmax(values))
@@ -145,10 +145,10 @@ def test_any_neuron_is_followed_along_the_text(tab: Visit, server: Served) -> No
     assert "along" not in again.url
 
 
-def test_a_neurons_page_takes_a_text_to_see_the_neuron_on(tab: Visit) -> None:
+def test_a_neurons_page_shows_the_neuron_on_a_typed_text(tab: Visit) -> None:
     page = open_(tab, "#/crate-2l/layer/1/neuron/7")
-    page.get_by_label("This neuron on a text of yours").fill("sparse neuron")
-    page.get_by_role("button", name="See it along the text").click()
+    page.get_by_label("This neuron on your text").fill("sparse neuron")
+    page.get_by_role("button", name="Show it along the text").click()
     page.wait_for_selector(".along h3:has-text('Neuron 7 of layer 1')")
     assert page.get_by_label("Text", exact=True).input_value() == "sparse neuron"
-    assert page.locator(".turn").count() == 0
+    assert page.locator(".change").count() == 0

@@ -93,34 +93,34 @@ def test_nothing_in_an_address_becomes_a_path(server: Served, path: str) -> None
     assert "root:" not in found.content.decode()
 
 
-def test_a_text_shows_the_codes_of_the_model(server: Served, runs: list[Path]) -> None:
+def test_activations_of_a_text_are_those_of_the_model(server: Served, runs: list[Path]) -> None:
     model, tokenizer = loaded(runs[0])
     tokens = torch.tensor([tokenizer.encode(TEXT).ids])
     with torch.inference_mode(), cratelm.capture(model, model.neuron_taps) as codes:
         model(tokens)
-    found = server.post("/api/look", {"model": "crate-2l", "text": TEXT, "strongest": 4}).json
+    found = server.post("/api/activations", {"model": "crate-2l", "text": TEXT, "strongest": 4}).json
     assert "".join(found["tokens"]) == TEXT
     for layer, tap in zip(found["layers"], model.neuron_taps, strict=True):
         code = codes[tap][0].numpy()
         for row, listed in zip(code, layer["strongest"], strict=True):
             order = [int(i) for i in np.argsort(-row, kind="stable")[:4] if row[i] > 0]
             assert [row[neuron] for neuron, _ in listed] == pytest.approx([row[i] for i in order], rel=1e-5)
-    along = server.post("/api/look", {"model": "crate-2l", "text": TEXT, "layer": 1, "neuron": 5}).json
+    along = server.post("/api/activations", {"model": "crate-2l", "text": TEXT, "layer": 1, "neuron": 5}).json
     np.testing.assert_allclose(along["values"], codes[model.neuron_taps[1]][0, :, 5], rtol=1e-5, atol=1e-7)
 
 
-def test_the_effect_is_that_of_an_edit(server: Served, runs: list[Path]) -> None:
+def test_the_effect_equals_that_of_an_edit(server: Served, runs: list[Path]) -> None:
     model, tokenizer = loaded(runs[0])
     tokens = torch.tensor([tokenizer.encode(TEXT).ids])
 
-    def turned(code: torch.Tensor) -> torch.Tensor:
+    def set_neuron_7(code: torch.Tensor) -> torch.Tensor:
         code = code.clone()
         code[..., 7] = 2.5
         return code
 
     with torch.inference_mode():
         before = model(tokens)[0, -1].softmax(-1)
-        with cratelm.edit(model, {model.neuron_taps[1]: turned}):
+        with cratelm.edit(model, {model.neuron_taps[1]: set_neuron_7}):
             after = model(tokens)[0, -1].softmax(-1)
     found = server.post("/api/effect", steering()).json
     assert found["changes"] == ["1/7=set:2.5"]
@@ -137,7 +137,7 @@ def lines(server: Served, asked: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in found.content.decode().splitlines()]
 
 
-def test_both_texts_are_written_and_an_unturned_one_is_the_models_own(server: Served, runs: list[Path]) -> None:
+def test_the_text_without_steering_is_the_models_own(server: Served, runs: list[Path]) -> None:
     model, tokenizer = loaded(runs[0])
     prompt = torch.tensor([tokenizer.encode(TEXT).ids])
     own = tokenizer.decode(model.generate(prompt, 12, temperature=0)[0].tolist(), skip_special_tokens=False)
@@ -154,14 +154,14 @@ def test_both_texts_are_written_and_an_unturned_one_is_the_models_own(server: Se
 @pytest.mark.parametrize(
     ("path", "asked", "said"),
     [
-        ("look", {"model": "none", "text": "t"}, "no model 'none'"),
-        ("look", {"model": "crate-2l", "text": ""}, "text is missing"),
-        ("look", {"model": "crate-2l", "text": "the " * 200}, f"at most {CONTEXT}"),
-        ("look", {"model": "crate-2l", "text": "t", "layer": 7, "neuron": 0}, "no layer 7"),
-        ("look", {"model": "crate-2l", "text": "t", "layer": 0, "neuron": NEURONS}, f"0 to {NEURONS - 1}"),
+        ("activations", {"model": "none", "text": "t"}, "got 'none'"),
+        ("activations", {"model": "crate-2l", "text": ""}, "text must be a text that is not empty"),
+        ("activations", {"model": "crate-2l", "text": "the " * 200}, f"at most {CONTEXT} tokens"),
+        ("activations", {"model": "crate-2l", "text": "t", "layer": 7, "neuron": 0}, "layer must be 0 to 1, got 7"),
+        ("activations", {"model": "crate-2l", "text": "t", "layer": 0, "neuron": NEURONS}, f"0 to {NEURONS - 1}"),
         ("effect", steering(changes=[{"layer": 0, "neuron": 64, "strength": 1}]), "64"),
         ("effect", steering(changes=[{"layer": 0, "neuron": 0, "strength": 2, "of_maximum": True}]), "recorded"),
-        ("continue", steering(model="none"), "no model"),
+        ("continue", steering(model="none"), "model must be one of"),
         ("continue", steering(tokens=10**9), "whole number"),
         ("explain", {"model": "crate-2l", "tap": "neurons", "layer": 0, "neuron": 3}, "--llm"),
         ("votes", {"choice": "a"}, "no vote"),
@@ -177,14 +177,18 @@ def test_wrong_requests_get_one_line(server: Served, path: str, asked: dict[str,
 def test_what_is_no_json_is_refused(server: Served) -> None:
     own: dict[str, Any] = {"content_type": "application/json", "x_cratelm_token": server.page_token()}
     for body in (b"{", b"[]", b"\xff", b"[" * 60_000):
-        assert server.ask("/api/look", method="POST", body=body, **own).status == 400
-    assert server.ask("/api/look", method="POST", body=b"x" * 70_000, **own).status == 413
+        assert server.ask("/api/activations", method="POST", body=body, **own).status == 400
+    assert server.ask("/api/activations", method="POST", body=b"x" * 70_000, **own).status == 413
     endless = http.client.HTTPConnection(server.place, timeout=60)
-    endless.request("POST", "/api/look", iter([b"x" * 40_000] * 2), {k.replace("_", "-"): v for k, v in own.items()})
+    endless.request(
+        "POST", "/api/activations", iter([b"x" * 40_000] * 2), {k.replace("_", "-"): v for k, v in own.items()}
+    )
     assert endless.getresponse().status == 413
     endless.close()
-    assert server.ask("/api/look", method="POST", body=b'{"strongest":' + b"9" * 5000 + b"}", **own).status == 400
-    assert server.ask("/api/look", method="POST", body=b"{}", content_type="application/json").status == 403
+    assert (
+        server.ask("/api/activations", method="POST", body=b'{"strongest":' + b"9" * 5000 + b"}", **own).status == 400
+    )
+    assert server.ask("/api/activations", method="POST", body=b"{}", content_type="application/json").status == 403
     assert server.ask("/api/votes", method="DELETE", **own).status == 405
     assert server.ask("/", Host="evil.example").status == 421
 
@@ -201,7 +205,7 @@ def test_votes_are_kept_in_the_run(server: Served, runs: list[Path]) -> None:
     half = server.post("/api/votes", vote | {"explanations": ["half a pair: \ud800", ""]})
     assert half.status == 200
     assert server.ask("/api/votes").json["votes"][-1]["explanations"][0] == "half a pair: \ud800"
-    assert server.post("/api/look", {"model": "crate-2l", "text": "t", "strongest": "\ud800"}).status == 400
+    assert server.post("/api/activations", {"model": "crate-2l", "text": "t", "strongest": "\ud800"}).status == 400
 
 
 def test_search_finds_explanations_and_the_index_is_made(server: Served) -> None:
@@ -242,11 +246,11 @@ def writing(server: Served) -> Iterator[http.client.HTTPResponse]:
 
 def test_beyond_the_limit_a_request_is_told_to_come_again(server: Served) -> None:
     with writing(server) as first, writing(server) as second:
-        refused = server.post("/api/look", {"model": "crate-2l", "text": "t"})
+        refused = server.post("/api/activations", {"model": "crate-2l", "text": "t"})
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) > 0
         assert [json.loads(one.readlines()[-1]) for one in (first, second)] == [{"done": True}] * 2
-    assert server.post("/api/look", {"model": "crate-2l", "text": "t"}).status == 200
+    assert server.post("/api/activations", {"model": "crate-2l", "text": "t"}).status == 200
 
 
 def test_a_text_that_nobody_waits_for_any_more_is_not_written_on(server: Served) -> None:
@@ -254,7 +258,7 @@ def test_a_text_that_nobody_waits_for_any_more_is_not_written_on(server: Served)
         with writing(server):
             pass
     until = time.monotonic() + 30
-    while (found := server.post("/api/look", {"model": "crate-2l", "text": "t"}).status) == 429:
+    while (found := server.post("/api/activations", {"model": "crate-2l", "text": "t"}).status) == 429:
         assert time.monotonic() < until
         time.sleep(0.05)
     assert found == 200

@@ -1,11 +1,11 @@
 "use strict";
-/* What a server answers beyond the site's data. Loaded only in a page that a server gave. */
+/* Requests to `cratelm serve` beyond the site's data. Loaded only by pages that it serves. */
 
 (() => {
   const { Trouble } = cratelm;
   const token = document.querySelector('meta[name="cratelm-token"]').content;
 
-  /** Ask, and say in words what was refused and when to come again. */
+  /** Send a request; a refusal is thrown as `Trouble` with the reason and when to retry. */
   async function ask(address, options = {}) {
     let answer;
     try {
@@ -15,24 +15,24 @@
       throw new Trouble("The server does not answer.", "Is cratelm serve still running? Start it again, then reload this page.");
     }
     if (answer.ok) return answer;
-    const said = await answer.json().then((value) => String(value.error)).catch(() => `The server answered ${answer.status}.`);
+    const reason = await answer.json().then((value) => String(value.error)).catch(() => `The server answered ${answer.status}.`);
     const wait = answer.headers.get("retry-after");
-    const sentence = said.charAt(0).toUpperCase() + said.slice(1);
+    const sentence = reason.charAt(0).toUpperCase() + reason.slice(1);
     throw new Trouble(/[.!?]$/.test(sentence) ? sentence : `${sentence}.`, wait ? `Try again in ${wait} s.` : "");
   }
 
   const get = async (address) => (await ask(address)).json();
 
-  const writing = (value, signal) => ({
+  const postOptions = (value, signal) => ({
     method: "POST", signal, headers: { "content-type": "application/json", "x-cratelm-token": token }, body: JSON.stringify(value),
   });
 
   /** @param {string} name @param {any} value @returns {Promise<any>} */
-  const post = async (name, value, signal) => (await ask(`api/${name}`, writing(value, signal))).json();
+  const post = async (name, value, signal) => (await ask(`api/${name}`, postOptions(value, signal))).json();
 
-  /** Call `each` with every line of an answer as it comes. */
+  /** Call `each` with every line of JSON as it arrives. */
   async function lines(name, value, each, signal) {
-    const answer = await ask(`api/${name}`, writing(value, signal));
+    const answer = await ask(`api/${name}`, postOptions(value, signal));
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
@@ -50,18 +50,18 @@
     }
   }
 
-  /** All votes, some with each answer. */
+  /** All votes, read page by page. */
   async function votes() {
-    const found = [];
+    const all = [];
     for (let after = 0; after !== null;) {
       const page = await get(`api/votes?after=${after}`);
-      found.push(...page.votes);
+      all.push(...page.votes);
       after = page.next;
     }
-    return found;
+    return all;
   }
 
-  // Votes go to the server, so that all who use it vote together.
+  // Votes are shared: all users of the server see the same votes.
   cratelm.votes = {
     shared: true,
     all: votes,

@@ -1,87 +1,81 @@
 "use strict";
-/* Neurons turned: what it does to the next token, and the text with and without, as they are written. */
+/* Steer neurons: the effect on the next token, and the text continued with and without steering. */
 
 (() => {
   const { h, say, later, troubleBox } = cratelm;
   const { chip, digits, percent, visible } = cratelm.text;
 
-  /** @param {{state: any, text: function(): string}} trial */
+  /** @param {{state: any, text: function(): string}} page */
   cratelm.steering = ({ state, text }) => {
-    const effect = h("div", { class: "effect" }), texts = h("div", { class: "texts" });
-    const length = h("input", { type: "number", min: 1, max: state.live.limits.new_tokens, value: Math.min(60, state.live.limits.new_tokens), "aria-label": "Tokens to write" });
-    const heat = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0, "aria-label": "Temperature" });
-    const button = h("button", { type: "button", class: "choice", on: { click: () => (writing ? stop() : write()) } }, "Write on");
-    let asked = 0, writing = null;
+    const effect = h("div", { class: "effect" }), texts = h("div", { class: "texts" }), most = state.live.limits.new_tokens;
+    const length = h("input", { type: "number", min: 1, max: most, value: Math.min(60, most), "aria-label": "Tokens to generate" });
+    const temperature = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0, "aria-label": "Temperature" });
+    const button = h("button", { type: "button", class: "choice", on: { click: () => (running ? stop() : generate()) } }, "Continue");
+    let latest = 0, running = null;
 
     const request = () => ({
       model: state.model.slug, text: text(),
-      changes: state.turns.map((one) => ({ layer: one.layer, neuron: one.neuron, how: one.how, strength: one.strength, of_maximum: one.ofMaximum })),
+      changes: state.changes.map(({ layer, neuron, how, strength, ofMaximum }) => ({ layer, neuron, how, strength, of_maximum: ofMaximum })),
     });
 
     async function showEffect() {
-      const own = ++asked;
-      if (!state.turns.length || !text()) {
-        effect.replaceChildren();
-        return;
+      const number = ++latest;
+      let shown = [];
+      if (state.changes.length && text()) {
+        shown = await cratelm.api.post("effect", request()).then((answer) => [...effectTables(answer)], (error) => [troubleBox(error)]);
       }
-      try {
-        const found = await cratelm.api.post("effect", request());
-        if (own === asked) effect.replaceChildren(...effectOf(found));
-      } catch (error) {
-        if (own === asked) effect.replaceChildren(troubleBox(error));
-      }
+      if (number === latest) effect.replaceChildren(...shown);
     }
 
-    /** The server writes no further. */
+    /** Cancel the running request; the server then stops generating. */
     function stop() {
-      writing?.abort();
-      writing = null;
-      button.textContent = "Write on";
+      running?.abort();
+      running = null;
+      button.textContent = "Continue";
     }
 
-    /** Nothing stays of what was asked, and no answer to it comes any more. */
+    /** Remove all results and ignore answers that are still under way. */
     function clear() {
-      asked += 1;
+      latest += 1;
       stop();
       effect.replaceChildren();
       texts.replaceChildren();
     }
 
-    async function write() {
-      const own = new AbortController(), model = h("small", {}, state.model.title);
-      writing = own;
+    async function generate() {
+      const controller = new AbortController();
+      running = controller;
       button.textContent = "Stop";
-      const sides = { plain: h("p", { class: "written" }), steered: h("p", { class: "written" }) };
-      texts.replaceChildren(h("div", { class: "side two" },
-        h("article", { class: "card" }, h("h3", {}, "As it is", model), sides.plain),
-        h("article", { class: "card" }, h("h3", {}, "Turned", model.cloneNode(true)), sides.steered)));
-      for (const side of Object.values(sides)) side.append(h("span", { class: "soft" }, visible(text())));
+      const side = (title, output) => h("article", { class: "card" }, h("h3", {}, title, h("small", {}, state.model.title)), output);
+      const outputs = { plain: h("p", { class: "written" }), steered: h("p", { class: "written" }) };
+      texts.replaceChildren(h("div", { class: "side two" }, side("Without steering", outputs.plain), side("Steered", outputs.steered)));
+      for (const output of Object.values(outputs)) output.append(h("span", { class: "soft" }, visible(text())));
       try {
-        await cratelm.api.lines("continue", { ...request(), tokens: Number(length.value), temperature: Number(heat.value) }, (line) => {
-          if (own.signal.aborted) return;
+        await cratelm.api.lines("continue", { ...request(), tokens: Number(length.value), temperature: Number(temperature.value) }, (line) => {
+          if (controller.signal.aborted) return;
           if (line.error) texts.append(troubleBox(new cratelm.Trouble(`${line.error}.`)));
-          for (const [name, side] of Object.entries(sides)) if (line[name]) side.append(shown(line[name]));
-        }, own.signal);
-        say("Both texts are written.");
+          for (const [name, output] of Object.entries(outputs)) if (line[name]) output.append(withLineBreaks(line[name]));
+        }, controller.signal);
+        say("Both texts are complete.");
       } catch (error) {
         if (error.name !== "AbortError") texts.append(troubleBox(error));
       }
-      if (writing === own) stop();
+      if (running === controller) stop();
     }
 
-    const controls = h("p", { class: "answer" }, button, h("span", { class: "field" }, length, " tokens"), h("span", { class: "field" }, "temperature ", heat));
-    return { made: h("div", { class: "made" }, effect, texts), effectSoon: later(250, showEffect), controls, clear };
+    const controls = h("p", { class: "answer" }, button, h("span", { class: "field" }, length, " tokens"), h("span", { class: "field" }, "temperature ", temperature));
+    return { results: h("div", { class: "made" }, effect, texts), effectSoon: later(250, showEffect), controls, clear };
   };
 
-  /** Written text as it is, but that its line ends can be seen. */
-  const shown = (text) => Array.from(text, (letter) => (letter === "\n" ? "↵\n" : letter === " " ? letter : visible(letter))).join("");
+  /** Generated text with visible line breaks. */
+  const withLineBreaks = (text) => Array.from(text, (letter) => (letter === "\n" ? "↵\n" : letter === " " ? letter : visible(letter))).join("");
 
-  /** Which tokens become more and less likely. */
-  function* effectOf(found) {
-    yield h("h3", {}, "Next token", h("small", {}, `${percent(found.moved)} % of the probability moves; divergence ${digits(found.divergence)} nats; ${found.changes.join(", ")}`));
+  /** Tables of the tokens that become more and less probable. */
+  function* effectTables(answer) {
+    yield h("h3", {}, "Next token", h("small", {}, `${percent(answer.moved)} % of the probability moves; divergence ${digits(answer.divergence)} nats; ${answer.changes.join(", ")}`));
     yield h("div", { class: "side three" }, [["rises", "Rises"], ["falls", "Falls"], ["likeliest", "Most likely before"]].map(([name, title]) =>
-      h("div", { class: "scroll" }, h("table", { "aria-label": title }, h("thead", {}, h("tr", {}, [title, "before", "after"].map((one, i) => h("th", { scope: "col", class: i ? "n" : null }, one)))),
-        h("tbody", {}, found[name].length ? found[name].map((one) => h("tr", {}, h("th", { scope: "row" }, chip(one.text)),
-          h("td", { class: "n" }, `${percent(one.before)} %`), h("td", { class: "n" }, `${percent(one.after)} %`))) : h("tr", {}, h("td", { colspan: 3, class: "missing" }, "none")))))));
+      h("div", { class: "scroll" }, h("table", { "aria-label": title }, h("thead", {}, h("tr", {}, [title, "before", "after"].map((head, i) => h("th", { scope: "col", class: i ? "n" : null }, head)))),
+        h("tbody", {}, answer[name].length ? answer[name].map((row) => h("tr", {}, h("th", { scope: "row" }, chip(row.text)),
+          h("td", { class: "n" }, `${percent(row.before)} %`), h("td", { class: "n" }, `${percent(row.after)} %`))) : h("tr", {}, h("td", { colspan: 3, class: "missing" }, "none")))))));
   }
 })();

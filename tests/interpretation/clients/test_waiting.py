@@ -47,10 +47,10 @@ def test_a_model_that_is_being_loaded_keeps_no_other_request_waiting(runs: list[
         def contexts(self) -> dict[str, int]:
             return {"crate-2l": 48}
 
-        def look(self, _request: Any) -> dict[str, Any]:
+        def activations(self, _request: Any) -> dict[str, Any]:
             return {}
 
-        effect = look
+        effect = activations
 
         def continuations(self, _request: Any) -> Iterator[dict[str, Any]]:
             assert loaded.wait(60)

@@ -223,7 +223,7 @@ def test_requests_are_read() -> None:
     assert asked.text == "a?b"
     assert str(asked.changes[0].resolve(1.5)) == "1/85=set:3"
     assert read_text_request({"model": "m", "text": "t", "layer": 0, "neuron": 3}, Limits()).neuron == 3
-    with pytest.raises(CrateError, match="needs its layer"):
+    with pytest.raises(CrateError, match="must have layer too"):
         read_text_request({"model": "m", "text": "t", "neuron": 3}, Limits())
 
 

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     """Stream the continuation to standard output."""
     import torch
 
-    from cratelm.steering.generate import generate
+    from cratelm.steering.generate import Decoding, generate
     from cratelm.workflows.opening import open_model
 
     if (
@@ -74,8 +74,7 @@ def run(options: Options) -> None:
             sys.stdout.flush()
             shown = text
 
-    generate(
-        opened.model, torch.tensor([prompt], device=causal.device), options.tokens, temperature=options.temperature,
-        top_k=options.top_k, top_p=options.top_p, seed=options.seed, on_step=show,
-    )  # fmt: skip
+    decoding = Decoding(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    tokens = torch.tensor([prompt], device=causal.device)
+    generate(opened.model, tokens, options.tokens, decoding=decoding, on_step=show)
     sys.stdout.write(tokenizer.decode(made)[len(shown) :] + "\n")

@@ -70,7 +70,7 @@ def test_latents_of_a_saved_autoencoder_are_steered(runs: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["topk", "standard"])
-def test_strength_0_of_a_latent_changes_nothing_and_the_reconstruction_is_a_row_of_its_own(
+def test_strength_0_of_a_latent_changes_nothing_and_the_reconstruction_has_a_separate_row(
     kind: str, runs: Path, tmp_path: Path, command: Run
 ) -> None:
     write_run_sae(runs / "bare", f"zero-{kind}", kind, np.random.default_rng(8), layer=1, d_in=64, width=20)

@@ -43,7 +43,7 @@ class SteeringTask:
         return replace(self.setting, changes=[self._resolve(request) for request in requests])
 
     def matched(self, strength: "Strength | None" = None) -> "Intervention":
-        """The same changes to matched neurons; relative strengths are multiples of their own maxima."""
+        """The same changes to matched neurons; relative strengths are multiples of the maximum of each."""
         from cratelm.steering.measure import draw_matched_neuron
         from cratelm.steering.place import neuron_places
 

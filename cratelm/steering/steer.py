@@ -33,7 +33,7 @@ TapEdit = tuple[str, Edit]
 def steer(model: nn.Module, intervention: Intervention, *, text: Text | None = None) -> Iterator[None]:
     """Apply the intervention to every forward pass inside the block.
 
-    `text` holds the tokens that the passes read, with or without a cache; code that generates appends each new token. It
+    `text` holds the tokens that the passes read, with or without a cache; append each generated token to it. It
     is required unless the positions are everywhere.
 
     Works on `LanguageModel`s and on Hugging Face models whose neurons `activations.places` finds. Raises `CrateError`

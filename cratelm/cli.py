@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -140,30 +141,124 @@ def overview(columns: int) -> str:
 
 
 def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:
-    """The command's `Options` from its flags. What tyro says about a mistake in a box becomes one line."""
+    """The command's `Options` from its flags. A mistake becomes one line instead of tyro's box."""
     import tyro
 
     from cratelm.workflows.options.counts import registry
 
-    if {"-h", "--help"} & set(arguments):
-        print(wrapped(module.__doc__ or "", shutil.get_terminal_size().columns), end="\n\n")
-        arguments = ["--help"]
-    said = io.StringIO()
+    if asked := {"-h", "--help", "--help-all"} & set(arguments):
+        print(command_help(module, verb, shutil.get_terminal_size().columns, everything="--help-all" in asked))
+        raise SystemExit(0)
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(
-                module.Options,
-                prog=f"cratelm {verb}",
-                description="",
-                args=arguments,
-                config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff),
+                module.Options, prog=f"cratelm {verb}", description="", args=arguments, config=_tyro_config(),
                 registry=registry(),
-            )
+            )  # fmt: skip
     except SystemExit as stop:
-        if stop.code == 2 and (line := first_paragraph(said.getvalue())):
-            raise CrateError(f"{line.rstrip('.')}. Run: cratelm {verb} --help") from None
-        print(said.getvalue(), end="", file=sys.stderr)
+        if stop.code == 2 and (line := first_paragraph(stderr.getvalue())):
+            line = _unknown_flag(module, verb, arguments) or _missing_flag(line, verb) or line.rstrip(".")
+            raise CrateError(f"{line}. Run: cratelm {verb} --help") from None
+        print(stderr.getvalue(), end="", file=sys.stderr)
         raise
+
+
+def _tyro_config() -> tuple[Any, ...]:
+    import tyro
+
+    return tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff
+
+
+def _flags(module: ModuleType) -> list[Any]:
+    """The command's flags and positional arguments as argparse actions, in the order of its options."""
+    import tyro
+
+    from cratelm.workflows.options.counts import registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        parser = tyro.extras.get_parser(module.Options, description="", config=_tyro_config(), registry=registry())
+    actions = [action for group in parser._action_groups for action in group._group_actions]
+    return [action for action in actions if "--help" not in action.option_strings]
+
+
+def _unknown_flag(module: ModuleType, verb: str, arguments: Sequence[str]) -> str:
+    """What is wrong with the first flag that the command does not have; empty if it has all of them."""
+    actions = _flags(module)
+    known = [flag for action in actions for flag in action.option_strings]
+    positional = {action.dest.rstrip("s"): _metavar(action) for action in actions if not action.option_strings}
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if not flag.startswith("--") or flag == "--" or flag in known:
+            continue
+        if (name := flag[2:].rstrip("s")) in positional:
+            value = positional[name]
+            return f"{verb} has no flag {flag}: {value} is written without a flag, as in cratelm {verb} {value}"
+        close = difflib.get_close_matches(flag, known, n=2, cutoff=0.6)
+        return f"{verb} has no flag {flag}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
+    return ""
+
+
+def _missing_flag(line: str, verb: str) -> str:
+    """`Missing from cratelm train: --out PATH ...` -> `train needs --out PATH`; empty for another mistake."""
+    match = re.match(rf"Missing from cratelm {verb}: (--\S+ [A-Z|{{}}]+)", line)
+    return f"{verb} needs {match[1]}" if match else ""
+
+
+def command_help(module: ModuleType, verb: str, columns: int, *, everything: bool = False) -> str:
+    """The text of `cratelm VERB --help`: summary, examples, options.
+
+    `Options.BASIC`, where a command has it, names the options that are shown without `--help-all`; the paragraphs that
+    explain the command then come with `--help-all` too.
+    """
+    width, actions = min(max(columns, 40), 100), _flags(module)
+    basic = getattr(module.Options, "BASIC", None)
+    positional = [action for action in actions if not action.option_strings]
+    named = [action for action in actions if action.option_strings]
+    first = [action for action in named if basic is None or _field_name(action) in basic or action.required]
+    rest = [action for action in named if action not in first]
+    doc = module.__doc__ or ""
+    lines = [wrapped(doc if everything or not rest else "\n\n".join(doc.split("\n\n")[:2]), columns), ""]
+    names = " ".join(_metavar(action) for action in positional)
+    lines += [f"usage: cratelm {verb} {names + ' ' if names else ''}[options]", ""]
+    lines += [line for action in positional for line in _option_lines(action, width)] + [""] * bool(positional)
+    lines += ["Basic options" if rest else "Options", *(line for a in first for line in _option_lines(a, width))]
+    if rest and everything:
+        lines += ["", "Advanced options", *(line for action in rest for line in _option_lines(action, width))]
+    elif rest:
+        lines += ["", f"{len(rest)} more options and an explanation: cratelm {verb} --help-all"]
+    return "\n".join(lines)
+
+
+def _field_name(action: Any) -> str:
+    """`--training.batch-tokens` and `--batch-tokens` -> `batch_tokens`."""
+    name: str = action.option_strings[0].lstrip("-").rpartition(".")[2]
+    return name.replace("-", "_")
+
+
+def _metavar(action: Any) -> str:
+    """The placeholder of a value, without the `None` that only a left-out flag can give."""
+    text = str(action.metavar or "")
+    if not action.option_strings and text in ("", "PATH", "STR"):
+        text = action.dest.upper()
+    text = text.replace("{None}|", "").replace("{None,", "{").replace("|{None}", "")
+    return re.sub(r"^\[(\S+) \[\1 \.\.\.\]\]$", r"\1...", text)
+
+
+def _option_lines(action: Any, width: int) -> list[str]:
+    """Flag, placeholder and help of one option, wrapped; defaults that say nothing are left out."""
+    indent = 21 if width >= 60 else 6
+    head = "  " + " ".join([*action.option_strings[:1], *filter(None, [_metavar(action)])])
+    text = re.sub(r"\s*\((?:default: (?:None|False|\(\)|''|\"\"|)|required|repeatable)\)", "", str(action.help or ""))
+    text = re.sub(r"(?<=default: )\d{6,}(?=\))", lambda match: f"{int(match[0]):_}", text)
+    if action.required and action.option_strings:
+        text += " (required)"
+    body = textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent,
+                         break_on_hyphens=False)  # fmt: skip
+    if len(head) + 2 > indent or not body:
+        return [*textwrap.wrap(head, width, subsequent_indent="    ", break_on_hyphens=False), *body]
+    return [head.ljust(indent) + body[0].lstrip(), *body[1:]]
 
 
 def wrapped(text: str, columns: int) -> str:

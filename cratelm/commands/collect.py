@@ -13,7 +13,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class Options:
     """Options of `cratelm collect`."""
 
+    BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device")
+    """The options that `--help` shows; `--help-all` shows all."""
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories; or one Hugging Face model, a directory or a name on the hub."""
     data: Path

@@ -9,6 +9,7 @@ stage is `cratelm simulate`; `cratelm interpret` runs all three. Stopped and sta
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cratelm.rundir import claim
 from cratelm.workflows.lookup import explain_run
@@ -20,6 +21,8 @@ from cratelm.workflows.options.selection import Selection, check_runs
 class Options(Selection):
     """Which neurons, and who is asked."""
 
+    BASIC: ClassVar = ("layer", "protocol", "mode", "llm", "model", "neurons", "dry_run", "budget_tokens")
+    """The options that `--help` shows; `--help-all` shows all."""
     explaining: Explained = group(Explaining)
     """Who explains. Left out: lookup, which asks nobody, takes seconds and costs nothing."""
     spending: Spent = group(Spending)

@@ -21,6 +21,7 @@ Stopped and started again, it goes on; nothing is done, and no answer is paid fo
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
@@ -46,6 +47,19 @@ from cratelm.workflows.score_table import print_scores
 class Options(Selection):
     """Which neurons, protocols and controls, and who is asked."""
 
+    BASIC: ClassVar = (
+        "layer",
+        "protocol",
+        "mode",
+        "controls",
+        "llm",
+        "model",
+        "neurons",
+        "simulator",
+        "dry_run",
+        "budget_tokens",
+    )
+    """The options that `--help` shows; `--help-all` shows all."""
     controls: Controls = ()
     """Also score each neuron with another neuron's explanation: shuffled; or nobody's (with --llm): constant."""
     scorer: Scorers = ("simulation",)

@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -34,6 +34,21 @@ if TYPE_CHECKING:
 class Options:
     """Options of `cratelm sae train`."""
 
+    BASIC: ClassVar = (
+        "data",
+        "out",
+        "tap",
+        "layer",
+        "tokens",
+        "name",
+        "kind",
+        "k",
+        "expansion",
+        "l1",
+        "dry_run",
+        "device",
+    )
+    """The options that `--help` shows; `--help-all` shows all."""
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories; or one Hugging Face model, a directory or a name on the hub, with --out."""
     data: Path

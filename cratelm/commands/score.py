@@ -12,6 +12,7 @@ usable answer). Other scorers ask --llm again, about pieces of text; docs/interp
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
@@ -35,6 +36,8 @@ from cratelm.workflows.score_table import print_scores
 class Options(Selection):
     """Which neurons and controls, by whom."""
 
+    BASIC: ClassVar = ("layer", "protocol", "mode", "controls", "scorer", "llm", "model", "dry_run")
+    """The options that `--help` shows; `--help-all` shows all."""
     controls: Controls = ()
     """Also score what was simulated from another neuron's explanation: shuffled."""
     scorer: Scorers = ("simulation",)

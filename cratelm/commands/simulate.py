@@ -9,6 +9,7 @@ lookup. The next stage is `cratelm score`; `cratelm interpret` runs all three. S
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
 from cratelm.rundir import claim
@@ -31,6 +32,8 @@ from cratelm.workflows.options.selection import Selection, check_runs
 class Options(Selection):
     """Which neurons and controls, and who is asked."""
 
+    BASIC: ClassVar = ("layer", "protocol", "mode", "controls", "llm", "model", "neurons", "simulator", "dry_run")
+    """The options that `--help` shows; `--help-all` shows all."""
     controls: Controls = ()
     """Also simulate each neuron from another neuron's explanation: shuffled; or nobody's (with --llm): constant."""
     explaining: Explained = group(Explaining)

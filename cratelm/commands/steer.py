@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
@@ -41,6 +41,8 @@ TWO_COLUMNS = 64
 class Options:
     """Options of `cratelm steer`."""
 
+    BASIC: ClassVar = ("neuron", "prompt", "positions", "sweep", "sae", "tokens", "temperature", "out", "device")
+    """The options that `--help` shows; `--help-all` shows all."""
     run: tyro.conf.Positional[Path]
     """Run directory, model directory, or a Hugging Face name."""
     neuron: tuple[str, ...]

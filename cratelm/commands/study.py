@@ -14,7 +14,7 @@ A variant is a model configuration by name: `crate` and `gpt2`, or `NAME:FIELD=V
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import tyro
 
@@ -40,6 +40,21 @@ REPORT_SECONDS = 20
 class Options:
     """Options of `cratelm study`."""
 
+    BASIC: ClassVar = (
+        "data",
+        "out",
+        "sizes",
+        "seeds",
+        "variant",
+        "dry_run",
+        "device",
+        "tokens",
+        "batch_tokens",
+        "context",
+        "learning_rate",
+        "warmup_steps",
+    )
+    """The options that `--help` shows; `--help-all` shows all."""
     data: Path
     """Token directory (from `cratelm tokenize`, or nanoGPT's)."""
     out: Path

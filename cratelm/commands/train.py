@@ -15,7 +15,7 @@ On several GPUs, with the same batches in the same order:
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
@@ -32,6 +32,22 @@ from cratelm.workflows.stopping import stopping
 class Options:
     """Options of `cratelm train`."""
 
+    BASIC: ClassVar = (
+        "out",
+        "data",
+        "arch",
+        "size",
+        "control_of",
+        "dry_run",
+        "device",
+        "tokens",
+        "batch_tokens",
+        "context",
+        "learning_rate",
+        "warmup_steps",
+        "seed",
+    )
+    """The options that `--help` shows; `--help-all` shows all."""
     out: Path
     """Run directory to write, or to go on with."""
     data: Path | None = None

@@ -77,30 +77,24 @@ def _report(options: Options) -> None:
     # Reading the options must stay quick; the work needs numpy and matplotlib.
     from rich.console import Console
 
-    from cratelm.report.page.html import verdict, write_report
-    from cratelm.report.results.faithfulness import compared
+    from cratelm.report.contents import ReportContents
+    from cratelm.report.page.html import write_report
     from cratelm.report.results.gather import gather
-    from cratelm.report.results.study import study_of
-    from cratelm.report.sentences import study_sentences
-    from cratelm.report.tables.faithfulness import faithfulness_summary
-    from cratelm.report.tables.paper import summary
 
-    results = gather(
-        options.runs, mode=options.mode, taps=options.tap, explainer=options.explainer, simulator=options.simulator
+    contents = ReportContents(
+        gather(
+            options.runs, mode=options.mode, taps=options.tap, explainer=options.explainer, simulator=options.simulator
+        )
     )
-    units = compared(results)
-    page = write_report(results, options.out or report_folder(options.runs), units)
+    page = write_report(contents, options.out or report_folder(options.runs))
     console = Console(highlight=False, markup=False)
-    brief = summary(results)
-    console.print(_printed(brief, "loss in nats per token, scores in points with 95 % intervals"))
-    for note in brief.notes:
+    console.print(_printed(contents.summary, "loss in nats per token, scores in points with 95 % intervals"))
+    for note in contents.summary.notes:
         console.print(f"\n{note}")
-    if units:
-        brief = faithfulness_summary(results, units)
+    if (latents := contents.latents_summary) is not None:
         console.print()
-        console.print(_printed(brief, brief.caption))
-    study = study_of(results)
-    for sentence in verdict(results) if study is None else study_sentences(study):
+        console.print(_printed(latents, latents.caption))
+    for sentence in contents.sentences:
         console.print(f"\n{sentence}")
     print()
     _print_path(page)

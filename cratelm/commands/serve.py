@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from cratelm.report.server.requests import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CONNECTIONS = 800
+"""Open at a time; a process may usually open 1,024 files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,6 @@ def run(options: Options) -> None:
         import uvicorn
 
         from cratelm.report.server.application import application
-        from cratelm.report.server.connections import CONNECTIONS, impatient
     except ImportError as error:
         raise CrateError(f"{error.name} is not installed. Run: pip install 'cratelm[serve]'") from None
     few_arenas()
@@ -79,8 +80,8 @@ def run(options: Options) -> None:
         app = application(parts)
         console.print(f"{address(options.host, port, parts.access)}   (Ctrl-C ends it)", markup=False, soft_wrap=True)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=20,
-            timeout_graceful_shutdown=2, limit_concurrency=CONNECTIONS, ws="none", http=impatient(),
+            app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=10,
+            timeout_graceful_shutdown=2, limit_concurrency=CONNECTIONS, ws="none",
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -16,6 +16,7 @@ from cratelm import rundir
 from cratelm.commands import study
 from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
+from cratelm.report.contents import ReportContents
 from cratelm.report.page.html import write_report
 from cratelm.report.results.gather import Results, RunResult, gather
 from cratelm.report.results.study import Group, Study, estimate, student, study_of
@@ -214,7 +215,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(seeds: list[Path], tmp_pat
     means = [run.scores["top-and-random"].mean for run in found.groups[0].runs.values()]
     assert mine[2] == pytest.approx(np.mean([mean for mean in means if mean is not None]))
     assert any("at equal size" in sentence for sentence in study_sentences(found))
-    page = write_report(results, tmp_path / "report").read_text()
+    page = write_report(ReportContents(results), tmp_path / "report").read_text()
     assert "Differences, seed by seed" in page
     assert "steadiness" in page
 

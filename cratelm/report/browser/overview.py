@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,25 +13,10 @@ from cratelm.activations.records import Mode, read_collection
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Model
-from cratelm.report.figures.firing import firing_figures
+from cratelm.report.contents import ReportContents, standing_sentences
 from cratelm.report.figures.form import inline_svg
-from cratelm.report.figures.paper import figures
-from cratelm.report.figures.study import study_figures
-from cratelm.report.figures.whitebox import whitebox_figures
-from cratelm.report.page.html import standing_sentences
-from cratelm.report.results.faithfulness import compared
-from cratelm.report.results.firing import gather_firing
 from cratelm.report.results.gather import Results, gather
-from cratelm.report.results.study import study_of
-from cratelm.report.results.whitebox import views_of
-from cratelm.report.sentences import study_sentences, verdict
-from cratelm.report.tables.faithfulness import faithfulness
-from cratelm.report.tables.firing import firing_tables
 from cratelm.report.tables.form import Table, as_csv, written
-from cratelm.report.tables.paper import summary, tables
-from cratelm.report.tables.scorers import judged_tables
-from cratelm.report.tables.study import study_tables
-from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import origin
 
 
@@ -79,7 +65,7 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
     missing = [f"{run.name} is not scored. Run: cratelm interpret {run}{option}" for run in runs if run not in ready]
     results, left_out = _gathered(ready, mode, taps)
     missing += left_out
-    return (_report(results) if results else {"sentences": [], "tables": [], "figures": []}) | {
+    return (_report(ReportContents(results)) if results else {"sentences": [], "tables": [], "figures": []}) | {
         "missing": [public(one) for one in (*missing, *(results.missing if results else ()), *_not_looked_into(models))]
     }
 
@@ -117,22 +103,13 @@ def _not_looked_into(models: Sequence[Model]) -> list[str]:
     ]
 
 
-def _report(results: Results) -> dict[str, Any]:
+def _report(contents: ReportContents) -> dict[str, Any]:
     """What `write_report` puts into its folder, as values."""
-    study = study_of(results)
-    first = results if study is None else study.first_seeds
-    units, firing, views = compared(results), gather_firing(first), views_of(results.rows)
-    *usual, every_layer = tables(results)
-    adjusted = (faithfulness(results, units),) if units else ()
-    more = (*judged_tables(results), *adjusted, *firing_tables(firing), *whitebox_tables(views))
-    # The page opens the last one only when it is asked to: it has a row for every layer.
-    found = [*study_tables(study), summary(first), *usual, *more, every_layer]
-    drawn = figures(results) if study is None else study_figures(study)
-    drawn = {**drawn, **firing_figures(firing), **whitebox_figures(views)}
+    folded = [*contents.firing_tables[1:], *chain.from_iterable(contents.folded_tables.values())]
     return {
-        "sentences": list(verdict(results) if study is None else study_sentences(study)),
-        "tables": [table_value(table) for table in found],
-        "figures": [figure_value(name, figure) for name, figure in drawn.items()],
+        "sentences": [*contents.sentences, *contents.firing_sentences],
+        "tables": [table_value(table) | {"folded": table in folded} for table in contents.every_table],
+        "figures": [figure_value(name, figure) for name, figure in contents.every_figure.items()],
     }
 
 

@@ -180,4 +180,5 @@ def _code() -> list[Any]:
     """What tells one version of what makes an overview from another, also in a checkout that is worked on."""
     package = Path(__file__).parents[2]
     files = [file for name in ("report", "interpretation") for file in sorted((package / name).rglob("*.py"))]
+    files.append(package / "report" / "prose.json")
     return [(file.relative_to(package).as_posix(), *_state(file)) for file in files]

@@ -3,10 +3,13 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cratelm.report.contents import ReportContents
 from cratelm.report.results.gather import gather
+from cratelm.report.tables.form import as_markdown
 from cratelm.rundir import read_json
 
 PAPER = "[Improving Neuron-level Interpretability with White-box Language Models](https://arxiv.org/abs/2410.16443)"
@@ -117,27 +120,10 @@ def _perplexity(row: Mapping[str, Any]) -> str:
 def _scores(folder: Path) -> list[str]:
     if not (folder / "interpretation.sqlite").exists():
         return ["Not scored."]
-    results = gather([folder])
-    model = results.models[0]
-    heading = [
-        "Explanations by lookup, scored on documents they were not made from; points are 100 times the correlation, "
-        "the mean over neurons and layers, with a 95 % interval. Shuffled explanations are the control.",
-        "", "| protocol | points | shuffled |", "|---|---|---|",
-    ]  # fmt: skip
-    return (
-        heading
-        + [
-            f"| {name} | {_points(scores)} | {_points(model.shuffled.get(name))} |"
-            for name, scores in model.scores.items()
-        ]
-        + [line for note in results.of_other_neurons for line in ("", note.partition(" Run:")[0])]
-    )
-
-
-def _points(scores: Any) -> str:
-    if scores is None or scores.mean is None:
-        return "not measured"
-    return f"{scores.mean:.2f} [{scores.low:.2f}, {scores.high:.2f}]"
+    tables = ReportContents(gather([folder])).tables
+    # A note names the command that measures what is missing; the reader of a card does not have the run.
+    readable = (replace(table, notes=tuple(note.partition(" Run:")[0] for note in table.notes)) for table in tables)
+    return [line for table in readable for line in (as_markdown(table).rstrip(), "")]
 
 
 def _origin(origin: Mapping[str, Any]) -> list[str]:

@@ -1,21 +1,21 @@
-"""The best examples as a figure of their own, as the paper's shows them: two models' neurons side by side.
+"""The best examples of two models as a figure: neurons side by side, each token on the colour of its activation.
 
-Text stands on a grid of letters (a letter of DejaVu Sans Mono is 0.602 of its size wide), so that the colour behind a
-token and the bar below it are where the token is, whatever font shows the SVG.
+Tokens are placed one by one on a grid of monospaced letters, so that a token and the colour behind it stay together in
+whatever font shows the SVG.
 """
 
-import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import math
+import textwrap
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
+from rich.cells import cell_len, set_cell_size
 
-from cratelm.interpretation.firing.measures import STATED, THRESHOLDS
 from cratelm.report.figures.form import INK, STYLE
 from cratelm.report.results.firing import FiringExample, RunFiring, shown_examples
 from cratelm.report.results.gather import matched_pairs
@@ -24,227 +24,101 @@ from cratelm.report.tables.form import points
 
 HEAT = ("#fff6dd", "#ffedbd", "#ffe19a", "#ffd377", "#ffc353", "#fbb135", "#f49d1f", "#ea8a0c")
 """Behind a token, by the activation in eighths of the neuron's maximum; the page's colours."""
-NEGATIVE, PREDICTED, SOFT, LINE = "#d9e4f2", "#0b5f95", "#5b636d", "#d8d4cc"
-SIZE, ADVANCE = 7.6, 0.602
-"""Points of the text, and the width of a letter in units of it."""
-LETTER, ROW = SIZE * ADVANCE / 72, 0.175
-"""Width of a letter and height of a line of an excerpt, in inches."""
-LETTERS = 64
-"""On a line."""
-SAID_LINES, EXCERPT_LINES, EXCERPTS = 4, 3, 2
-"""At most so many lines of an explanation and of an excerpt, and excerpts of a neuron."""
-PAD, GAP, HEAD = 0.14, 0.18, 0.26
-"""Inside a card, between cards, and the height of a card's head, in inches."""
-CARD = LETTERS * LETTER + 2 * PAD
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token, or the part of one that stands on one line."""
-
-    text: str
-    heat: float
-    """The activation as a share of the neuron's maximum; may be below 0."""
-    predicted: float
-    """As a share of the largest prediction."""
-    relevant: bool
-    at: int = 0
-    """Letters before it on its line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What one neuron shows, in lines."""
-
-    example: FiringExample
-    said: tuple[str, ...]
-    excerpts: tuple[tuple[tuple[Token, ...], ...], ...] = field(repr=False)
-
-    @property
-    def height(self) -> float:
-        """Inches."""
-        lines = sum(map(len, self.excerpts))
-        return 2 * PAD + HEAD + 0.15 * len(self.said) + ROW * lines + 0.1 * len(self.excerpts) + 0.2
+NEGATIVE, PREDICTED, SOFT = "#d9e4f2", "#0b5f95", "#5b636d"
+SIZE, LINE, GAP = 7.6, 0.19, 0.25
+"""Points of the text; inches of a line, and between columns and between neurons."""
+LETTER = 0.602 * SIZE / 72
+"""Inches of a letter of DejaVu Sans Mono."""
+LETTERS, EXPLANATION_LINES, EXCERPTS = 72, 2, 3
+"""Letters of a line; lines of an explanation; excerpts of a neuron, a line each."""
+COLUMN = LETTERS * LETTER + GAP
+CARD = (EXPLANATION_LINES + EXCERPTS + 2) * LINE + GAP
 
 
 def firing_panel(found: Sequence[RunFiring]) -> dict[str, Figure]:
-    """`firing_examples`: the first pair of models that are compared, or the one there is; nothing without examples."""
+    """`firing_examples`: the first pair of models that are compared, or the only model; nothing without examples."""
     shown = shown_examples(found)
     runs = {one.run.title: one.run for one in found if one.run.title in shown}
     if not runs:
         return {}
     pairs = matched_pairs(list(runs.values()))
     titles = [run.title for run in pairs[0]] if pairs else list(runs)[:1]
-    columns = [[_card(one, runs[title].token_strings) for one in shown[title]] for title in titles]
-    return {"firing_examples": _draw(titles, columns, found[0].protocol)}
-
-
-def _card(one: FiringExample, strings: Sequence[str]) -> Card:
-    return Card(
-        one, tuple(_wrapped(visible(one.explanation), LETTERS, SAID_LINES)),
-        tuple(
-            tuple(_lines(list(_tokens(one, place, strings)))) for place in range(min(EXCERPTS, len(one.excerpts)))
-        ),
-    )  # fmt: skip
-
-
-def _tokens(one: FiringExample, place: int, strings: Sequence[str]) -> Iterator[Token]:
-    excerpt, maximum = one.excerpts[place], one.maximum if one.maximum > 0 else 1.0
-    for token, activation, predicted, relevant in zip(
-        excerpt.tokens.tolist(), excerpt.activations.tolist(), one.predicted[place].tolist(),
-        one.relevant[place].tolist(), strict=True,
-    ):  # fmt: skip
-        heat = activation / maximum if np.isfinite(activation) else 0.0
-        yield Token(visible(strings[token]), heat, predicted, relevant)
-
-
-def _lines(tokens: Sequence[Token]) -> list[tuple[Token, ...]]:
-    """The tokens around the strongest, as many as the lines hold, a third of them before it; dots for the rest."""
-    room, widths = EXCERPT_LINES * LETTERS - 2, [width(one.text) for one in tokens]
-    strongest = max(range(len(tokens)), key=lambda place: tokens[place].heat)
-    first, last = strongest, strongest + 1
-    while first > 0 and sum(widths[first - 1 : strongest]) <= room // 3:
-        first -= 1
-    while last < len(tokens) and sum(widths[first : last + 1]) <= room:
-        last += 1
-    while first > 0 and sum(widths[first - 1 : last]) <= room:
-        first -= 1
-    dots = Token("…", 0.0, 0.0, False)
-    kept = [*([dots] if first > 0 else []), *tokens[first:last], *([dots] if last < len(tokens) else [])]
-    lines, at = list[list[Token]]([[]]), 0
-    for token in kept:
-        for part in _parts(token.text, LETTERS - at):
-            if at + width(part) > LETTERS and at:
-                lines.append([])
-                at = 0
-            lines[-1].append(replace(token, text=part, at=at))
-            at += width(part)
-    return [tuple(line) for line in lines]
-
-
-def _parts(text: str, room: int) -> Iterator[str]:
-    """A text in parts, the first of which fits into the room and each other one on a line."""
-    part = ""
-    for letter in text:
-        if width(part + letter) > max(room, 0) and part:
-            yield part
-            part, room = "", LETTERS
-        part += letter
-    if part:
-        yield part
-
-
-def width(text: str) -> int:
-    """Letters of the grid that a text takes: two for a wide one, none for an accent."""
-    return sum(
-        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-        for letter in text
-    )
-
-
-def _wrapped(text: str, letters: int, lines: int) -> list[str]:
-    """Cut at spaces where that is possible; dots at the end of what is too long."""
-    found, rest = list[str](), text
-    while rest:
-        end = len(rest)
-        while width(rest[:end]) > letters:
-            end -= 1
-        cut = rest.rfind(" ", 1, end) if end < len(rest) else end
-        cut = cut if cut > letters // 2 else end
-        found.append(rest[:cut])
-        rest = rest[cut:].removeprefix(" ")
-    if len(found) > lines:
-        found = [*found[: lines - 1], found[lines - 1][: letters - 1] + "…"]
-    return found
-
-
-def _draw(titles: Sequence[str], columns: Sequence[Sequence[Card]], protocol: str) -> Figure:
-    """Cards in a grid: the n-th neuron of each model in one row, of one height."""
-    rows = max(map(len, columns))
-    heights = [max(cards[row].height for cards in columns if row < len(cards)) for row in range(rows)]
-    wide, title, foot = GAP + len(columns) * (CARD + GAP), 0.42, 0.62
-    high = title + sum(heights) + GAP * rows + foot
+    wide = GAP + len(titles) * COLUMN
+    high = 3 * LINE + max(len(shown[title]) for title in titles) * CARD + 2 * LINE
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(wide, high))
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(high, 0))
         axes.set_axis_off()
-        axes.set_xlim(0, wide)
-        axes.set_ylim(high, 0)
-        for column, (name, cards) in enumerate(zip(titles, columns, strict=True)):
-            left, top = GAP + column * (CARD + GAP), title
-            axes.text(left, 0.28, visible(name), fontsize=12, fontweight="bold", va="baseline")
-            for card, height in zip(cards, heights, strict=False):
-                _draw_card(axes, card, left, top, height)
-                top += height + GAP
-        _draw_key(axes, high - foot + 0.1, protocol, narrow=len(columns) == 1)
-    return figure
+        for column, title in enumerate(titles):
+            left = GAP + column * COLUMN
+            axes.text(left, 1.5 * LINE, visible(title), fontsize=12, fontweight="bold")
+            for row, example in enumerate(shown[title]):
+                _draw_example(axes, example, runs[title].token_strings, left, 3 * LINE + row * CARD)
+        key = (
+            "Colour: activation, up to the neuron's largest. Bar: prediction, up to its largest; pale: not relevant.",
+            f"Points: 100 x the correlation of activation and prediction ({found[0].protocol}).",
+        )
+        for line, text in enumerate(key):
+            axes.text(GAP, high - (1.6 - line) * LINE, text, fontsize=7.5, color=SOFT)
+    return {"firing_examples": figure}
 
 
-def _draw_card(axes: Axes, card: Card, left: float, top: float, height: float) -> None:
-    one = card.example
-    axes.add_patch(FancyBboxPatch(
-        (left, top), CARD, height, boxstyle="round,pad=0,rounding_size=0.06", facecolor="white", edgecolor=LINE,
-        linewidth=0.8,
-    ))  # fmt: skip
-    left, y = left + PAD, top + PAD + 0.12
-    axes.text(left, y, f"Layer {one.layer}, neuron {one.index}", fontsize=9, fontweight="bold", va="baseline")
-    score = f"{points(100 * one.score)} points"
-    right = left + LETTERS * LETTER
-    axes.text(right, y, score, fontsize=11, fontweight="bold", va="baseline", ha="right")
-    y += HEAD - 0.02
-    for line in card.said:
-        _write(axes, left, y, line, color=INK)
-        y += 0.15
-    y += 0.06
-    for excerpt in card.excerpts:
-        for tokens in excerpt:
-            _draw_line(axes, tokens, left, y)
-            y += ROW
-        y += 0.1
+def _draw_example(axes: Axes, one: FiringExample, strings: Sequence[str], left: float, top: float) -> None:
+    """A neuron: its score, its explanation, its excerpts, and how it fires on random text."""
+    head = f"Layer {one.layer}, neuron {one.index}: {points(100 * one.score)} points"
+    axes.text(left, top, head, fontsize=9, fontweight="bold")
+    explanation = visible(one.explanation)
+    lines = textwrap.wrap(explanation, LETTERS, max_lines=EXPLANATION_LINES, placeholder="…", drop_whitespace=False)
+    for number, line in enumerate(lines, 1):
+        _write(axes, left, top + number * LINE, line)
+    base = top + (1 + EXPLANATION_LINES) * LINE
+    for place in range(min(EXCERPTS, len(one.excerpts))):
+        _draw_excerpt(axes, one, place, strings, left, base + place * LINE)
     both = f"consistency {100 * one.consistency:.0f} %, distinctiveness {100 * one.distinctiveness:.0f} %"
-    axes.text(left, top + height - PAD, f"{both} on random text", fontsize=7.5, color=SOFT, va="baseline")
+    axes.text(left, base + EXCERPTS * LINE, f"{both} on random text", fontsize=7.5, color=SOFT)
 
 
-def _draw_line(axes: Axes, line: Sequence[Token], left: float, base: float) -> None:
-    """Colours first, then the letters, then the bars below them: neighbours do not cover each other."""
-    for one in line:
-        x, wide = left + one.at * LETTER, width(one.text) * LETTER
-        if one.heat != 0:
-            level = min(len(HEAT), max(1, int(np.ceil(len(HEAT) * one.heat))))
-            color = HEAT[level - 1] if one.heat > 0 else NEGATIVE
-            axes.add_patch(Rectangle((x, base - 0.095), wide, 0.125, facecolor=color, linewidth=0))
-        if one.predicted > 0:
-            deep = 0.005 + 0.025 * one.predicted
-            alpha = 1.0 if one.relevant else 0.35
-            axes.add_patch(Rectangle((x, base + 0.034), wide, deep, facecolor=PREDICTED, linewidth=0, alpha=alpha))
-    for one in line:
-        _write(axes, left + one.at * LETTER, base, one.text, color=INK)
+def _draw_excerpt(
+    axes: Axes, one: FiringExample, place: int, strings: Sequence[str], left: float, base: float
+) -> None:  # fmt: skip
+    """The tokens around the strongest, each with the colour of its activation behind it and its prediction below."""
+    excerpt = one.excerpts[place]
+    texts = [cut(visible(strings[token])) for token in excerpt.tokens.tolist()]
+    heat = np.nan_to_num(excerpt.activations / (one.maximum if one.maximum > 0 else 1.0), posinf=0, neginf=0)
+    first, last = window([cell_len(text) for text in texts], int(heat.argmax()))
+    for token in range(first, last):
+        wide, predicted = cell_len(texts[token]) * LETTER, float(one.predicted[place][token])
+        if heat[token] != 0:
+            level = min(len(HEAT), max(1, math.ceil(len(HEAT) * heat[token])))
+            color = HEAT[level - 1] if heat[token] > 0 else NEGATIVE
+            axes.add_patch(Rectangle((left, base - 0.095), wide, 0.125, facecolor=color, linewidth=0))
+        if predicted > 0:
+            alpha, thick = 1.0 if one.relevant[place][token] else 0.35, 0.005 + 0.025 * predicted
+            bar = Rectangle((left, base + 0.034), wide, thick, facecolor=PREDICTED, alpha=alpha, linewidth=0)
+            axes.add_patch(bar)
+        _write(axes, left, base, texts[token])
+        left += wide
 
 
-def _write(axes: Axes, x: float, y: float, text: str, *, color: str) -> None:
-    """A piece of text whose spaces stay: at the ends of a piece SVG drops all but the unbreakable ones."""
+def cut(text: str) -> str:
+    """A token that is longer than a line, cut to it."""
+    return set_cell_size(text, LETTERS) if cell_len(text) > LETTERS else text
+
+
+def window(widths: Sequence[int], strongest: int) -> tuple[int, int]:
+    """First and last (exclusive) token of the line around the strongest: up to a third of the line before it."""
+    first, last = strongest, strongest + 1
+    while first > 0 and sum(widths[first - 1 : strongest]) <= min(LETTERS // 3, LETTERS - widths[strongest]):
+        first -= 1
+    while last < len(widths) and sum(widths[first : last + 1]) <= LETTERS:
+        last += 1
+    while first > 0 and sum(widths[first - 1 : last]) <= LETTERS:
+        first -= 1
+    return first, last
+
+
+def _write(axes: Axes, x: float, y: float, text: str) -> None:
+    """A piece of text whose spaces stay: SVG drops all but the unbreakable ones at the ends of a piece."""
     text = text.replace(" ", "\N{NO-BREAK SPACE}")
-    axes.text(x, y, text, fontsize=SIZE, family="DejaVu Sans Mono", color=color, va="baseline", parse_math=False)
-
-
-def _draw_key(axes: Axes, top: float, protocol: str, *, narrow: bool) -> None:
-    """What colours, bars and numbers are."""
-    box = 0.11
-
-    def swatches(x: float, y: float, what: str, *, bars: bool) -> float:
-        for place, color in enumerate(HEAT):
-            share = (place + 1) / len(HEAT)
-            deep = 0.005 + 0.025 * share if bars else box
-            axes.add_patch(Rectangle(
-                (x + place * box, y - 0.09 + (box - deep)), box, deep, facecolor=PREDICTED if bars else color,
-                linewidth=0, alpha=1.0 if share >= THRESHOLDS[STATED] or not bars else 0.35,
-            ))  # fmt: skip
-        axes.text(x + len(HEAT) * box + 0.08, y, what, fontsize=7.5, color=SOFT, va="baseline")
-        return x + CARD + GAP
-
-    below = swatches(GAP, top + 0.08, "activation, up to the neuron's largest", bars=False)
-    place = (GAP, top + 0.25) if narrow else (below, top + 0.08)
-    swatches(*place, "prediction, up to its largest; pale: too little to be relevant", bars=True)
-    said = f"Points: 100 x the correlation of activation and prediction ({protocol})."
-    axes.text(GAP, top + (0.42 if narrow else 0.25), said, fontsize=7.5, color=SOFT, va="baseline")
+    axes.text(x, y, text, fontsize=SIZE, family="DejaVu Sans Mono", color=INK, parse_math=False)

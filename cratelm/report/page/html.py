@@ -6,10 +6,8 @@ none: names and text of the corpus are shown, never run.
 
 import base64
 import hashlib
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -18,75 +16,53 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cratelm.report.figures.firing import firing_figures
+from cratelm.report.contents import ReportContents, standing_sentences
 from cratelm.report.figures.firing_examples import firing_panel
 from cratelm.report.figures.form import inline_svg, write_figures
-from cratelm.report.figures.paper import figures
-from cratelm.report.figures.study import study_figures
-from cratelm.report.figures.whitebox import whitebox_figures
 from cratelm.report.page.cards import neurons_of, side_by_side
-from cratelm.report.results.faithfulness import Units, compared
-from cratelm.report.results.firing import RunFiring, gather_firing, relevant_needed
+from cratelm.report.results.firing import relevant_needed
 from cratelm.report.results.gather import RESAMPLES, SEED, Results, RunResult, listed
-from cratelm.report.results.study import Study, study_of
-from cratelm.report.results.whitebox import views_of
-from cratelm.report.sentences import firing_sentences, study_sentences, verdict
 from cratelm.report.shown_text import paragraph, prose
-from cratelm.report.tables.explainers import explainer_tables
-from cratelm.report.tables.faithfulness import faithfulness
-from cratelm.report.tables.firing import firing_tables
 from cratelm.report.tables.form import Cell, Column, Table, write_tables, written
-from cratelm.report.tables.paper import CONTROL_ROWS, summary, tables
-from cratelm.report.tables.scorers import judged_tables
-from cratelm.report.tables.study import study_tables
-from cratelm.report.tables.whitebox import whitebox_tables
+from cratelm.report.tables.paper import CONTROL_ROWS
 from cratelm.rundir import write_text
 
 
-def write_report(results: Results, out: Path, units: Sequence[Units] | None = None) -> Path:
-    """Write tables, figures and the page; return the page's path. `units` saves reading the autoencoders again."""
-    study = study_of(results)
-    drawn = figures(results) if study is None else study_figures(study)
-    units = compared(results) if units is None else units
-    more = (*explainer_tables(results), *judged_tables(results), *((faithfulness(results, units),) if units else ()))
-    shown = results if study is None else study.first_seeds
-    firing = gather_firing(shown)
-    views = views_of(results.rows)
-    drawn = {**drawn, **whitebox_figures(views)}
-    write_tables((*tables(results), *study_tables(study), *more, *firing_tables(firing), *whitebox_tables(views)), out)
-    write_figures({**drawn, **firing_figures(firing), **firing_panel(firing)}, out)
-    write_text(out / "report.html", page(shown, drawn, study, more, firing))
+def write_report(contents: ReportContents, out: Path) -> Path:
+    """Write tables, figures and the page; return the page's path."""
+    write_tables([table for table in contents.every_table if table is not contents.summary], out)
+    write_figures({**contents.every_figure, **firing_panel(contents.firing)}, out)
+    write_text(out / "report.html", page(contents))
     return out / "report.html"
 
 
-def page(
-    results: Results, drawn: Mapping[str, Figure], study: Study | None = None, more: Sequence[Table] = (),
-    firing: Sequence[RunFiring] = (),
-) -> str:  # fmt: skip
-    """The page's HTML. Of a study the results hold one run of each group. `more` are tables after the usual ones."""
+def page(contents: ReportContents) -> str:
+    """The page's HTML."""
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     template = Template(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
-    title = listed([model.title for model in results.models])
-    sentences = verdict(results) if study is None else study_sentences(study)
+    shown = contents.shown
+    title = listed([model.title for model in shown.models])
     return template.substitute(
         style=style, style_hash=digest, title=escape(title), heading=prose(title),
-        verdict="\n".join(paragraph(text, "" if place else "lead") for place, text in enumerate(sentences)),
-        numbers="".join(map(as_html, study_tables(study))) + _numbers(results) + "".join(map(as_html, more)),
-        figures="\n".join(_figure(name, figure) for name, figure in drawn.items()),
-        firing=_firing(firing), neurons=neurons_of(results), method=_method(results),
+        verdict="\n".join(paragraph(text, "" if place else "lead") for place, text in enumerate(contents.sentences)),
+        numbers=_numbers(contents),
+        figures="\n".join(_figure(name, figure) for name, figure in contents.figures.items()),
+        firing=_firing(contents), neurons=neurons_of(shown), method=_method(shown),
     )  # fmt: skip
 
 
-def _numbers(results: Results) -> str:
-    quiet = {run.title for run in results.rows if run.control is not None}
-    short = as_html(summary(results), quiet={*quiet, *CONTROL_ROWS})
-    costs, full, layers = (as_html(table, quiet=quiet) for table in tables(results))
-    missing = "".join(f"<li>{escape(line)}</li>" for line in results.missing)
-    absent = f'<h3>Not in this report</h3>\n<ul class="missing">{missing}</ul>' if missing else ""
-    inside = "".join(as_html(table, quiet=quiet) for table in whitebox_tables(views_of(results.rows)))
-    view = f"<details><summary>White-box view of every layer</summary>{inside}</details>" if inside else ""
-    return f"{short}\n{costs}\n{full}\n<details><summary>Every layer</summary>{layers}</details>\n{view}\n{absent}"
+def _numbers(contents: ReportContents) -> str:
+    quiet = {*(run.title for run in contents.results.rows if run.control is not None), *CONTROL_ROWS}
+    missing = "".join(f"<li>{escape(line)}</li>" for line in contents.results.missing)
+    parts = [as_html(table, quiet=quiet) for table in contents.tables]
+    parts += [_folded(title, tables, quiet) for title, tables in contents.folded_tables.items()]
+    return "\n".join([*parts, f'<h3>Not in this report</h3>\n<ul class="missing">{missing}</ul>' if missing else ""])
+
+
+def _folded(title: str, tables: Iterable[Table], quiet: Collection[str]) -> str:
+    inside = "".join(as_html(table, quiet=quiet) for table in tables)
+    return f"<details><summary>{title}</summary>{inside}</details>"
 
 
 def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
@@ -140,20 +116,21 @@ def _figure(name: str, figure: Figure, more: str = "") -> str:
     )
 
 
-def _firing(found: Sequence[RunFiring]) -> str:
-    """Consistency and distinctiveness: who, curves, tables, and the best neurons of the models side by side."""
-    if not found:
+def _firing(contents: ReportContents) -> str:
+    """Consistency and distinctiveness: sentences, curves, tables, and the best neurons of the models side by side."""
+    if not contents.firing:
         return "<p>Not measured: no run has simulations.</p>"
-    quiet = {title for one in found for title in (f"{one.run.title}, shuffled", one.run.title)
-             if one.run.control is not None or title != one.run.title}  # fmt: skip
-    sentences = "".join(map(paragraph, firing_sentences(found)))
-    protocol = found[0].protocol
+    quiet = {f"{one.run.title}, shuffled" for one in contents.firing}
+    quiet |= {one.run.title for one in contents.firing if one.run.control is not None}
+    protocol = contents.firing[0].protocol
     of = f" Excerpts scored by {protocol}."
-    drawn = "\n".join(_figure(name, figure, of) for name, figure in firing_figures(found).items())
-    whole, layers = (as_html(table, quiet=quiet) for table in firing_tables(found))
-    chosen = standing_sentences()["firing examples"]
-    examples = side_by_side(found, chosen.format(needed=relevant_needed(protocol), protocol=protocol))
-    return f"{sentences}{drawn}{whole}<details><summary>Every layer</summary>{layers}</details>\n{examples}"
+    drawn = "\n".join(_figure(name, figure, of) for name, figure in contents.firing_figures.items())
+    whole, *layers = contents.firing_tables
+    chosen = standing_sentences()["firing examples"].format(needed=relevant_needed(protocol), protocol=protocol)
+    return "\n".join([
+        *map(paragraph, contents.firing_sentences), drawn, as_html(whole, quiet=quiet),
+        _folded("Every layer", layers, quiet), side_by_side(contents.firing, chosen),
+    ])  # fmt: skip
 
 
 def _method(results: Results) -> str:
@@ -168,12 +145,6 @@ def _method(results: Results) -> str:
     }  # fmt: skip
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{prose(text)}</dd>" for name, text in parts.items())
     return f"<dl>{terms}</dl>\n{_facts(results.rows)}"
-
-
-@cache
-def standing_sentences() -> dict[str, Any]:
-    """The page's standing sentences."""
-    return json.loads(Path(__file__).with_name("prose.json").read_text(encoding="utf-8"))
 
 
 def _facts(runs: Sequence[RunResult]) -> str:

@@ -24,7 +24,7 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -33,7 +33,7 @@ from cratelm.errors import CrateError
 from cratelm.report.browser.catalogue import Layer
 from cratelm.report.browser.site import VIEWER, index_html, policy_of
 from cratelm.report.server.chunk_cache import Chunks, NotReady
-from cratelm.report.server.guard import RETRY_SECONDS, Guard, Refused, Slots
+from cratelm.report.server.guard import BUSY, Guard, Slots
 from cratelm.report.server.requests import Limits, Live, read_steer_request, read_text_request
 from cratelm.report.server.votes import Votes
 
@@ -114,8 +114,7 @@ class _Server:
             Route("/api/explain", self.explain, methods=["POST"]),
         ]
         handlers: Any = {
-            CrateError: _mistake, NotReady: _not_ready, HTTPException: _other, Refused: _refused,
-            ClientDisconnect: _gone, Exception: _bug,
+            CrateError: _mistake, NotReady: _not_ready, HTTPException: _other, Exception: _bug,
         }  # fmt: skip
         return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -172,8 +171,7 @@ class _Server:
         """A text continued with steered neurons and without."""
         asked = read_steer_request(await _body(request), self.limits)
         live = self._live()
-        if not self.models.take():
-            return _busy()
+        self.models.take()
         try:  # the first request of a model waits until it is loaded, and the other requests do not
             lines = await anyio.to_thread.run_sync(live.continuations, asked)
         except BaseException:
@@ -203,8 +201,7 @@ class _Server:
         neurons = (await anyio.to_thread.run_sync(self.chunks.view, place)).records.num_neurons
         if not 0 <= neuron < neurons:
             raise CrateError(f"layer {layer} has neurons 0 to {neurons - 1}, not {neuron}")
-        if not self.writers.take():
-            return _busy()
+        self.writers.take()
         try:
             return Answer(dict(await self.parts.explain(place, neuron)))
         finally:
@@ -217,8 +214,7 @@ class _Server:
 
     async def _by_model(self, ask: Callable[[Live], dict[str, Any]]) -> Response:
         live = self._live()
-        if not self.models.take():
-            return _busy()
+        self.models.take()
         try:
             return Answer(await anyio.to_thread.run_sync(partial(ask, live)))
         finally:
@@ -235,32 +231,18 @@ async def _body(request: Request) -> dict[str, Any]:
     return value
 
 
-def _busy() -> Response:
-    return Answer(
-        {"error": "the models are busy with other requests. Try again in a moment"}, 429,
-        headers={"retry-after": str(RETRY_SECONDS)},
-    )  # fmt: skip
-
-
 async def _mistake(_request: Request, error: Exception) -> Response:
     return Answer({"error": str(error)}, 400)
 
 
 async def _not_ready(_request: Request, error: Exception) -> Response:
-    return Answer({"error": str(error)}, 503, headers={"retry-after": str(RETRY_SECONDS)})
+    return Answer({"error": str(error)}, 503, headers=BUSY)
 
 
 async def _other(_request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    return Answer({"error": "there is nothing here" if status == 404 else "this is not answered here"}, status)
-
-
-async def _refused(_request: Request, error: Exception) -> Response:
-    return Answer({"error": str(error)}, getattr(error, "status", 400), headers={"connection": "close"})
-
-
-async def _gone(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=400)  # nobody reads it
+    assert isinstance(error, HTTPException)
+    said = {404: "there is nothing here", 405: "this is not answered here"}.get(error.status_code, error.detail)
+    return Answer({"error": said}, error.status_code, headers=error.headers)
 
 
 async def _bug(_request: Request, _error: Exception) -> Response:

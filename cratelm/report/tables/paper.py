@@ -28,11 +28,6 @@ COUNTING = (
 )
 
 
-def tables(results: Results) -> tuple[Table, ...]:
-    """All tables of a report."""
-    return performance(results), interpretability(results), by_layer(results)
-
-
 CONTROL_ROWS = ("random-init", "shuffled")  # as `summary` names the controls below their model
 
 

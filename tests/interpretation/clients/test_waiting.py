@@ -1,10 +1,8 @@
-"""What a live browser does not wait for: a model that is slow to load, or not there; connections that ask nothing."""
+"""What a live browser does not wait for: a model that is slow to load, or not there."""
 
 import asyncio
-import http.client
 import json
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +13,7 @@ import numpy as np
 import pytest
 from fixtures.live_runs import live_runs
 
-from cratelm.commands.serve import Options, listen, live_models
-from cratelm.report.server.connections import impatient
+from cratelm.commands.serve import Options, live_models
 from cratelm.report.server.requests import Limits
 from cratelm.report.server.votes import Votes
 
@@ -96,30 +93,3 @@ def test_a_model_that_is_being_loaded_keeps_no_other_request_waiting(runs: list[
     began = time.monotonic()
     assert asyncio.run(both()) == (200, 200)
     assert time.monotonic() - began < 25
-
-
-def test_a_connection_that_asks_nothing_is_closed() -> None:
-    async def hello(scope: Any, _receive: Any, send: Any) -> None:
-        assert scope["type"] == "http"
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
-
-    listening = listen("127.0.0.1", 0)
-    host, port = listening.getsockname()
-    config = uvicorn.Config(hello, http=impatient(0.3), lifespan="off", log_level="warning")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    asked = http.client.HTTPConnection(host, port, timeout=20)
-    asked.request("GET", "/")
-    assert asked.getresponse().read() == b""
-    for said in (b"", b"GET / HTTP/1.1\r\nHost: a"):
-        with socket.create_connection((host, port), timeout=20) as idle:
-            idle.sendall(said)
-            assert idle.recv(10) == b""
-    asked.request("GET", "/")  # the one that had asked is open still
-    assert asked.getresponse().status == 200
-    asked.close()
-    running.should_exit = True
-    thread.join(20)
-    listening.close()

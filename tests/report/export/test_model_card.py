@@ -15,8 +15,10 @@ from cratelm.hub import push_to_hub, write_directory
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, save_model
+from cratelm.report.contents import ReportContents
 from cratelm.report.export.model_card import model_card
 from cratelm.report.results.gather import gather
+from cratelm.report.tables.form import as_markdown
 
 
 def make_model(arch: Any) -> LanguageModel:
@@ -38,9 +40,11 @@ def test_the_model_card_says_what_was_measured(tmp_path: Path, rng: np.random.Ge
     assert f"{described['parameters']:,}" in card
     assert 'from_pretrained("me/crate-tiny")' in card
     assert "import cratelm.huggingface" in card
-    points = points_of(run)
-    assert f"| top-and-random | {points} |" in card
-    assert "not measured" in card  # no shuffled explanations in this run
+    for table in ReportContents(gather([run])).tables:
+        for row in as_markdown(table).splitlines()[2 : 4 + len(table.rows)]:
+            assert row in card
+    assert f"| top-and-random | {points_of(run)}" in card
+    assert "Run: cratelm" not in card
 
 
 def test_a_card_of_a_bare_directory_claims_nothing(tmp_path: Path) -> None:
@@ -116,8 +120,8 @@ def test_the_card_copes_with_numbers_that_an_evaluation_does_not_have(tmp_path: 
 
 
 def points_of(run: Path) -> str:
-    scores = gather([run]).models[0].scores["top-and-random"]
-    return f"{scores.mean:.2f} [{scores.low:.2f}, {scores.high:.2f}]"
+    [model] = gather([run]).models
+    return f"{model.title} | {model.scores['top-and-random'].mean:.2f} |"
 
 
 def _scored_run(folder: Path, rng: np.random.Generator) -> Path:

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.patches import FancyBboxPatch
 from report.tables.test_tables import scored_runs
+from rich.cells import cell_len
 
-from cratelm.report.figures.firing_examples import HEAT, LETTERS, PREDICTED, Token, _lines, firing_panel, width
+from cratelm.report.figures.firing_examples import HEAT, LETTERS, PREDICTED, cut, firing_panel, window
 from cratelm.report.figures.form import write_figures
 from cratelm.report.results.firing import RunFiring, gather_firing
 from cratelm.report.results.gather import gather
@@ -33,8 +33,7 @@ def test_the_panel_sets_two_models_side_by_side_in_the_heat_of_their_tokens(foun
     assert texts.index("CRATE-2L") < texts.index("GPT-2-2L")
     behind = Counter(to_hex(patch.get_facecolor()) for patch in axes.patches)
     for one in (example for run in found for example in run.examples):
-        assert f"Layer {one.layer}, neuron {one.index}" in texts
-        assert f"{points(100 * one.score)} points" in texts
+        assert f"Layer {one.layer}, neuron {one.index}: {points(100 * one.score)} points" in texts
         both = f"consistency {100 * one.consistency:.0f} %, distinctiveness {100 * one.distinctiveness:.0f} %"
         assert f"{both} on random text" in texts
         first = visible(one.explanation).split(" ")[0]
@@ -45,28 +44,23 @@ def test_the_panel_sets_two_models_side_by_side_in_the_heat_of_their_tokens(foun
         x, y = text.get_position()
         assert 0 <= x <= wide
         assert 0 <= y <= high
-    left = sorted({patch.get_x() for patch in axes.patches if isinstance(patch, FancyBboxPatch)})
-    tops = Counter(patch.get_y() for patch in axes.patches if isinstance(patch, FancyBboxPatch))
-    assert len(left) == 2
-    assert set(tops.values()) == {2}, "cards of a row begin at one height"
+    heads = [text.get_position() for text in axes.texts if text.get_text().startswith("Layer ")]
+    assert len({x for x, _ in heads}) == 2
+    assert set(Counter(y for _, y in heads).values()) == {2}, "the neurons of a row begin at one height"
     assert firing_panel(()) == {}
 
 
-def test_a_line_of_the_panel_holds_its_tokens_and_no_more(rng: np.random.Generator) -> None:
+def test_a_line_holds_the_strongest_token_and_as_many_around_it_as_fit(rng: np.random.Generator) -> None:
     letters = list("ab \u65e5\u0301<&")
     for _ in range(200):
-        tokens = [
-            Token("".join(rng.choice(letters, int(rng.integers(1, 90)))), float(heat), 0.0, False)
-            for heat in rng.random(int(rng.integers(1, 40)))
-        ]
-        lines = _lines(tokens)
-        for line in lines:
-            assert sum(width(one.text) for one in line) <= LETTERS
-            assert [one.at for one in line] == [sum(width(one.text) for one in line[:i]) for i in range(len(line))]
-        shown = "".join(one.text for line in lines for one in line)
-        strongest = max(tokens, key=lambda one: one.heat)
-        assert strongest.text in shown
-        assert shown.strip("\u2026") in "".join(one.text for one in tokens)
+        tokens = ["".join(rng.choice(letters, int(rng.integers(1, 90)))) for _ in range(int(rng.integers(1, 40)))]
+        widths = [cell_len(cut(token)) for token in tokens]
+        strongest = int(rng.integers(len(tokens)))
+        first, last = window(widths, strongest)
+        assert 0 <= first <= strongest < last <= len(tokens)
+        assert sum(widths[first:last]) <= LETTERS
+        assert first == 0 or sum(widths[first - 1 : last]) > LETTERS
+        assert last == len(tokens) or sum(widths[first : last + 1]) > LETTERS
 
 
 def test_hostile_text_in_the_panel_is_shown_not_run(found: tuple[RunFiring, ...], tmp_path: Path) -> None:

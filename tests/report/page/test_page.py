@@ -15,7 +15,7 @@ from report.tables.test_tables import change, scored_runs
 from cratelm.activations.records import Excerpt, read_records
 from cratelm.commands import interpret
 from cratelm.interpretation.store.database import Store
-from cratelm.report.figures.paper import figures
+from cratelm.report.contents import ReportContents
 from cratelm.report.page import html as report_page
 from cratelm.report.page.cards import excerpt_html
 from cratelm.report.page.html import page, write_report
@@ -71,7 +71,7 @@ class Reader(HTMLParser):
 
 
 def written_page(runs: list[Path], out: Path) -> tuple[str, Reader]:
-    source = write_report(gather(runs), out).read_text(encoding="utf-8")
+    source = write_report(ReportContents(gather(runs)), out).read_text(encoding="utf-8")
     return source, Reader(source)
 
 
@@ -214,7 +214,7 @@ def test_few_scored_neurons_are_shown_once_each(tmp_path: Path, rng: np.random.G
 
 
 def test_no_line_breaks_inside_a_models_name_or_before_a_per_cent_sign(pair: Results) -> None:
-    reader = Reader(page(pair, figures(pair)))
+    reader = Reader(page(ReportContents(pair)))
     assert reader.text["h1"][0] == "CRATE\u20112L and GPT\u20112\u20112L"
     assert reader.text["title"] == ["CRATE-2L and GPT-2-2L"]
     first, *others = verdict(pair)
@@ -234,12 +234,12 @@ def test_no_line_breaks_inside_a_models_name_or_before_a_per_cent_sign(pair: Res
 
 def test_the_page_says_what_the_held_out_curve_and_compat_mode_are_not(pair: Results) -> None:
     [caption] = [
-        text for text in Reader(page(pair, figures(pair))).text["figcaption"] if text.startswith("Loss along")
+        text for text in Reader(page(ReportContents(pair))).text["figcaption"] if text.startswith("Loss along")
     ]  # fmt: skip
     assert "held-out curve is measured during training on a sample of the held-out tokens" in caption
     assert "full pass" in caption
     compat = replace(pair, mode="compat")
-    [said] = [text for text in Reader(page(compat, figures(compat))).text["dd"] if "released procedure" in text]
+    [said] = [text for text in Reader(report_page._method(compat)).text["dd"] if "released procedure" in text]
     assert "excerpts of the released procedure" in said
     assert "beside the paper" not in said
 
@@ -295,4 +295,4 @@ def test_a_model_of_twelve_layers_stays_a_small_page(tmp_path: Path, rng: np.ran
     results = gather(scored_runs(tmp_path, rng, "crate-b", layers=12, neurons=8))
     [model] = results.models
     assert {one.layer for one in model.examples} == set(range(12))
-    assert len(page(results, figures(results)).encode()) < 1_500_000
+    assert len(page(ReportContents(results)).encode()) < 1_500_000

@@ -134,7 +134,7 @@ def test_access_by_token_only_and_the_token_leaves_the_address() -> None:
     own = f"{COOKIE}_8080"
     assert head["set-cookie"].startswith(f"{own}=s3cret;")
     assert "HttpOnly" in head["set-cookie"]
-    assert "SameSite=Strict" in head["set-cookie"]
+    assert "SameSite=strict" in head["set-cookie"]
     assert one(app, cookie=f"{own}=s3cret")[0] == 200
     assert one(app, cookie=f"{own}=other")[0] == 401
     assert one(app, cookie="=;;=\x00broken")[0] == 401

@@ -25,6 +25,7 @@ from cratelm.interpretation.stages.language_model import Task
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
+from cratelm.report.contents import ReportContents
 from cratelm.report.figures.firing import firing_figures
 from cratelm.report.page.html import write_report
 from cratelm.report.results.firing import RELEVANT_NEEDED, RunFiring, gather_firing, shown_examples
@@ -169,7 +170,7 @@ def test_the_curves_drawn_are_the_curves_measured(found: tuple[RunFiring, ...]) 
 
 
 def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results, tmp_path: Path) -> None:
-    page = write_report(results, tmp_path).read_text()
+    page = write_report(ReportContents(results), tmp_path).read_text()
     files = {
         f"{name}.{suffix}" for name in ("firing", "firing_layers") for suffix in ("md", "csv", "tex", "svg", "png")
     }
@@ -255,7 +256,7 @@ def test_runs_without_the_first_protocol_show_the_one_that_is_there(
         assert one.own.overall["random"].of("consistency") == pytest.approx(100 * expected)
         assert one.examples
         assert all(len(excerpt.tokens) > 3 for example in one.examples for excerpt in example.excerpts)
-    page = write_report(some, tmp_path).read_text()
+    page = write_report(ReportContents(some), tmp_path).read_text()
     assert f"Excerpts scored by {name}." in page
     assert f"excerpts scored by {name} in which it fires most" in page
     assert f"Firing on relevant tokens ({name})" in (tmp_path / "firing.md").read_text()
@@ -270,12 +271,12 @@ def test_a_run_with_one_protocol_has_its_own_neurons_on_the_page(tmp_path: Path,
     [model] = results.models
     best = max(Store.open(run).read_scores(0, "anthropic").correlation.tolist(), key=lambda r: (r == r, r))
     assert max(one.correlation for one in model.examples if one.layer == 0) == best
-    assert "by their score on anthropic" in write_report(results, tmp_path / "report").read_text()
+    assert "by their score on anthropic" in write_report(ReportContents(results), tmp_path / "report").read_text()
 
 
 def test_without_scores_of_any_protocol_nothing_is_measured(results: Results, tmp_path: Path) -> None:
     none = with_protocols(results)
     assert (none.shown, gather_firing(none)) == ("", ())
-    assert "Not measured" in write_report(none, tmp_path).read_text()
+    assert "Not measured" in write_report(ReportContents(none), tmp_path).read_text()
     assert not (tmp_path / "firing.md").exists()
     assert not (tmp_path / "firing_examples.svg").exists()

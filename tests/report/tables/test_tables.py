@@ -141,7 +141,7 @@ def test_numbers_an_evaluation_does_not_have_are_dashes(text: str, tmp_path: Pat
 
 def test_csv_holds_unrounded_what_markdown_rounds(tmp_path: Path, rng: np.random.Generator) -> None:
     results = gather(scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l"))
-    for table in tables.tables(results):
+    for table in (tables.performance(results), tables.interpretability(results), tables.by_layer(results)):
         rows = list(csv.DictReader(io.StringIO(as_csv(table))))
         shown = [line.strip("| ").split(" | ") for line in as_markdown(table).splitlines() if line.startswith("| ")]
         for row, texts in zip(rows, shown[2:], strict=True):

@@ -59,16 +59,15 @@
   }
 
   function* reported(found, site) {
-    const byLayer = found.tables.filter((table) => table.columns.some(({ title }) => title === "Layer"));
-    const [first, ...others] = found.tables.filter((table) => !byLayer.includes(table));
+    const [first, ...others] = found.tables.filter((table) => !table.folded), folded = found.tables.filter((table) => table.folded);
     if (first) yield h("section", { "aria-labelledby": "numbers" }, h("h2", { id: "numbers" }, "Numbers"), cratelm.table.table(first));
     if (found.figures.length) {
       yield h("section", { "aria-labelledby": "figures" }, h("h2", { id: "figures" }, "Figures"),
         found.figures.map((one) => cratelm.figure.figure(one.name, cratelm.figure.built(one.drawing), one.caption)));
     }
-    if (others.length || byLayer.length) {
+    if (others.length || folded.length) {
       yield h("section", { "aria-labelledby": "tables" }, h("h2", { id: "tables" }, "Every number"), others.map(cratelm.table.table),
-        byLayer.length > 0 && h("details", {}, h("summary", {}, "Every layer"), byLayer.map(cratelm.table.table)));
+        folded.length > 0 && h("details", {}, h("summary", {}, "Every layer"), folded.map(cratelm.table.table)));
     }
     if (found.missing.length) {
       yield h("section", { "aria-labelledby": "absent" }, h("h2", { id: "absent" }, "Not in this report"),

@@ -1,0 +1,132 @@
+"""What a report shows, made once from the results of its runs.
+
+`report.html`, the site, the live server, the terminal and the model card render these contents: a table or figure that
+is added here appears on every page.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cratelm.report.figures.firing import firing_figures
+from cratelm.report.figures.paper import figures
+from cratelm.report.figures.study import study_figures
+from cratelm.report.figures.whitebox import whitebox_figures
+from cratelm.report.results.faithfulness import Units, compared
+from cratelm.report.results.firing import RunFiring, gather_firing
+from cratelm.report.results.gather import Results
+from cratelm.report.results.study import Study, study_of
+from cratelm.report.results.whitebox import View, views_of
+from cratelm.report.sentences import firing_sentences, study_sentences, verdict
+from cratelm.report.tables.explainers import explainer_tables
+from cratelm.report.tables.faithfulness import faithfulness, faithfulness_summary
+from cratelm.report.tables.firing import firing_tables
+from cratelm.report.tables.form import Table
+from cratelm.report.tables.paper import by_layer, interpretability, performance, summary
+from cratelm.report.tables.scorers import judged_tables
+from cratelm.report.tables.study import study_tables
+from cratelm.report.tables.whitebox import whitebox_tables
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """The contents of a report. Each part is computed when it is first used, and then kept."""
+
+    results: Results
+
+    @cached_property
+    def study(self) -> Study | None:
+        """The runs grouped by seed; None where no two runs differ only in their seed."""
+        return study_of(self.results)
+
+    @cached_property
+    def shown(self) -> Results:
+        """The runs shown one by one: of a study, one run of each group."""
+        return self.results if self.study is None else self.study.first_seeds
+
+    @cached_property
+    def units(self) -> tuple[Units, ...]:
+        """Neurons and autoencoder latents of the same layers."""
+        return compared(self.results)
+
+    @cached_property
+    def firing(self) -> tuple[RunFiring, ...]:
+        """Consistency and distinctiveness of the runs shown."""
+        return gather_firing(self.shown)
+
+    @cached_property
+    def views(self) -> list[View]:
+        """The white-box views of all runs."""
+        return views_of(self.results.rows)
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """Scores, losses and costs compared in plain words."""
+        return verdict(self.results) if self.study is None else study_sentences(self.study)
+
+    @cached_property
+    def firing_sentences(self) -> list[str]:
+        """Consistency and distinctiveness compared in plain words."""
+        return firing_sentences(self.firing)
+
+    @cached_property
+    def summary(self) -> Table:
+        """The short table that opens every report; it has no files of its own."""
+        return summary(self.shown)
+
+    @cached_property
+    def latents_summary(self) -> Table | None:
+        """Scores of neurons and autoencoder latents in short, for a terminal."""
+        return faithfulness_summary(self.results, self.units) if self.units else None
+
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """The tables that are shown open."""
+        main = (self.summary, performance(self.results), interpretability(self.results))
+        latents = (faithfulness(self.results, self.units),) if self.units else ()
+        others = (*explainer_tables(self.results), *judged_tables(self.results), *latents)
+        return (*study_tables(self.study), *main, *others)
+
+    @cached_property
+    def folded_tables(self) -> Mapping[str, tuple[Table, ...]]:
+        """Title of a group -> its long tables, which a page shows when the reader opens the group."""
+        found = {"Every layer": (by_layer(self.results),), "White-box view of every layer": whitebox_tables(self.views)}
+        return {title: tables for title, tables in found.items() if tables}
+
+    @cached_property
+    def firing_tables(self) -> tuple[Table, ...]:
+        """By model, then by layer; empty where no run has simulations."""
+        return firing_tables(self.firing)
+
+    @property
+    def every_table(self) -> tuple[Table, ...]:
+        """All tables, those of the firing section among them."""
+        return (*self.tables, *self.firing_tables, *chain.from_iterable(self.folded_tables.values()))
+
+    @cached_property
+    def figures(self) -> Mapping[str, Figure]:
+        """Name -> figure, without those of the firing section."""
+        drawn = figures(self.results) if self.study is None else study_figures(self.study)
+        return {**drawn, **whitebox_figures(self.views)}
+
+    @cached_property
+    def firing_figures(self) -> Mapping[str, Figure]:
+        """Name -> figure of consistency and distinctiveness."""
+        return firing_figures(self.firing)
+
+    @property
+    def every_figure(self) -> Mapping[str, Figure]:
+        """Name -> figure, those of the firing section among them."""
+        return {**self.figures, **self.firing_figures}
+
+
+@cache
+def standing_sentences() -> dict[str, Any]:
+    """The captions of figures and the descriptions of methods."""
+    return json.loads(Path(__file__).with_name("prose.json").read_text(encoding="utf-8"))

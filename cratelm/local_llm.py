@@ -18,7 +18,7 @@ import torch
 
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.runtime import DeviceName, console, select_device
 from cratelm.shared_prefix.generation import Request, generate
@@ -32,7 +32,7 @@ REQUESTS_AT_ONCE = 512
 """Requests that are computed before the first of them is answered."""
 
 
-class LocalLLM:
+class LocalLLM(InProcess):
     """A causal language model of transformers, with its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, tokens_at_once: int | None = None) -> None:

@@ -96,11 +96,11 @@ def _wait(process: subprocess.Popen[Any], url: str, log: Path) -> None:
 
 def test_the_probe_notices_what_it_ignores(served: Served) -> None:
     found = served.run(probe)
-    assert (found.chat, found.prompt_logprobs, found.schema, found.several) == (True, False, False, False)
+    assert (found.chat, found.prompt_logprobs, found.schema) == (True, False, False)
     notes = "\n".join(found.notes)
     assert "echo with logprobs: ignored" in notes
     assert "prompt_logprobs: the server refused (HTTP 422): Unexpected fields" in notes
-    assert "a JSON schema is not held to" in notes
+    assert "answers do not follow a JSON schema" in notes
 
 
 def test_another_model_is_refused_by_name(served: Served) -> None:

@@ -1,8 +1,9 @@
-"""What explaining and simulating ask of a language model, whoever runs it.
+"""The `LLM` protocol: what explainers, simulators and scorers need of a language model, wherever it runs.
 
-Two things: an answer to a chat, and an *echo*, the model's own probabilities for the tokens of a text that it is
-given. `endpoint.py` gets them from a server, `cratelm.local_llm` from a model in this process. Both are asynchronous
-and may be asked many things at once: a server is kept busy up to a limit, a model in the process fills its batches.
+A model gives two things: the answer to a chat, and *prompt logprobs*, its own log-probabilities of the tokens of a
+text. `clients/endpoint.py` gets them from a server, `cratelm.local_llm` from a model in this process. Both are
+asynchronous and accept many calls at once: requests to a server run concurrently up to a limit, calls to a local model
+are batched.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +17,28 @@ from cratelm.errors import CrateError
 
 
 class LLMError(CrateError):
-    """A language model did not do what was asked, whatever was tried; the message says what it said instead.
+    """One call failed after all retries; the message quotes what the model or its server answered.
 
-    That is a failure of one question, which the work on other neurons survives (`work.py`). A model that cannot be
-    asked at all (no such server, a refused key, a budget that is spent) is a plain `CrateError`, and ends the work.
+    Work on other neurons continues (`stages/concurrency.py`). If no call can succeed (no such server, a refused key, a
+    spent budget), a plain `CrateError` ends the work.
     """
 
 
 class Declined(LLMError):
-    """The model answered, and said that it will not or said nothing: an answer like others, paid for and kept."""
+    """The model refused or answered nothing. It is an answer like any other: paid for, and cached."""
 
     def __init__(self, message: str, *, prompt_tokens: int, new_tokens: int) -> None:
         super().__init__(message)
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
+
+
+class Unparsed(LLMError):
+    """A response that failed to parse. It is paid for, not cached, and a retry may succeed (`Metered` retries)."""
+
+    def __init__(self, message: str, *, prompt_tokens: int | None = None, new_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
+        """Tokens read and generated; None if the server did not report them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,121 +51,234 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How an answer is drawn."""
+    """How an answer is sampled."""
 
     max_tokens: int
     """Longest answer, in the model's own tokens."""
     temperature: float = 0.0
     """0 takes the most probable token each time."""
     top_p: float = 1.0
-    """Share of the probability that is drawn from."""
+    """Share of the probability mass that is sampled from."""
     seed: int = 0
-    """Of the draw; a server is free to ignore it."""
+    """Seed of the sampling; a server may ignore it."""
     schema: Mapping[str, object] | None = None
-    """JSON schema that the answer has to follow, where the model's server can be told so."""
+    """JSON schema of the answer, enforced if the server supports it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """The answer to a chat."""
+    """The answer to a chat, with its cost."""
 
     text: str
     finish: str
-    """Why it ended: `stop`, or `length` where `max_tokens` cut it off; other words are the server's own."""
+    """Why generation ended: `stop`, or `length` if `max_tokens` cut it off; servers may report other words."""
     prompt_tokens: int
     """Tokens read, as the model counts them."""
     new_tokens: int
-    """Tokens written."""
+    """Tokens generated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A text to echo, in two parts: what many prompts begin with alike, and the rest."""
+    """A text whose logprobs are requested, in two parts: a prefix shared with other prompts, and the rest."""
 
     prefix: str
-    """The beginning that is shared with other prompts; computed once where that can be."""
+    """Shared beginning; computed once where possible."""
     rest: str
-    """What follows; only its tokens are in the echo."""
+    """The text after the prefix; only its tokens are in the result."""
     at: tuple[int, ...] | None = None
-    """Offsets into `rest`, in characters, at which candidates are wanted; None for every token."""
+    """Character offsets into `rest` at which candidates are requested; None for every token."""
     numbers: bool = False
-    """Whether nothing is read but the numbers among the candidates: then nothing else has to be kept."""
+    """Whether only the numbers among the candidates are used, so that nothing else has to be cached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptLogprobs:
-    """What a model expected while it read a prompt's `rest`."""
+    """The model's log-probabilities of a prompt's `rest`, with their cost."""
 
     tokens: tuple[str, ...]
-    """The text of each token; one after the other they are `rest`. A cut character stands with its first token."""
+    """Text of each token; concatenated they are `rest`. A character split over tokens is in the first of them."""
     logprobs: Float64[np.ndarray, " tokens"] = field(repr=False)
-    """Natural log-probability of each token given all before it; NaN where it was not asked for or is not known."""
+    """Natural log-probability of each token given all tokens before it; NaN if not requested or not known."""
     candidates: Mapping[int, Mapping[str, float]] = field(repr=False)
-    """Offset in `rest` -> the most probable next tokens there, as text -> natural log-probability.
+    """Offset in `rest` -> text of the most probable next tokens -> natural log-probability.
 
-    An offset inside a token has no candidates and is left out. Tokens of the same text count as one.
+    An offset inside a token has no candidates and is left out. Tokens with the same text are merged.
     """
     prompt_tokens: int = 0
-    """Tokens read, prefix and rest, as the model counts them; 0 where that is not known."""
+    """Tokens read, prefix and rest, as the model counts them; 0 if not known."""
 
 
 @runtime_checkable
 class LLM(Protocol):
-    """A language model that can be asked."""
+    """A language model that can be called, and what is known of it."""
 
     @property
     def name(self) -> str:
-        """What it is called in tables and in the store: the server's model name, or that of a directory."""
+        """Name in tables and in the store: the server's model name, or the name of a directory."""
         ...
 
     @property
     def identity(self) -> str:
-        """What tells it from every other model, for the cache: its name and what is known of its weights."""
+        """Cache key of the model: its name and what is known of its weights."""
         ...
 
     @property
     def context(self) -> int | None:
-        """Longest prompt and answer together, in tokens; None where it is not known."""
+        """Context length: prompt and answer together, in tokens; None if not known."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server runs the model: each call is a request, and the time of a call is mostly waiting."""
+        ...
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Models that the server lists; empty for a model in this process."""
+        ...
+
+    @property
+    def counts_exactly(self) -> bool:
+        """Whether `count` uses the model's tokenizer; otherwise it is an estimate that `calibrate` improves."""
+        ...
+
+    @property
+    def logprobs_format(self) -> tuple[str, int] | None:
+        """How the server returns prompt logprobs: `vllm` or `openai`, and the most candidates (0: no limit).
+
+        None while not known, and for a model in this process.
+        """
+        ...
+
+    def set_logprobs_format(self, style: str, most: int) -> None:
+        """Restore `logprobs_format` from an earlier process, so that it is not detected again."""
         ...
 
     def count(self, text: str) -> int:
-        """Tokens of a text in the model's own tokenizer, or the best estimate there is (never too few)."""
+        """Number of tokens of a text; if the tokenizer is not known, an estimate that is rarely too low."""
+        ...
+
+    def expected(self, text: str) -> int:
+        """Most likely number of tokens of a text: `count` without its safety margin."""
+        ...
+
+    async def calibrate(self, tokens_per_byte: float | None = None) -> float:
+        """Set the tokens per byte that `count` estimates with, or measure it with one request if not given."""
+        ...
+
+    async def connect(self) -> None:
+        """Ask the server what it serves. Raises `CrateError` if it cannot be reached."""
+        ...
+
+    async def close(self) -> None:
+        """Close connections."""
         ...
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Answer a chat. Raises `LLMError` once retries are used up, or where the model has no chat."""
+        """Answer a chat. Raises `LLMError` after the last retry, or if the model has no chat."""
         ...
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
-        """What the model expected at each token of each prompt's rest, with up to `top` candidates.
+        """Log-probabilities of each prompt's rest, with up to `top` candidates per token.
 
-        Raises `LLMError` where the model's server does not give the probabilities of a prompt.
+        Raises `LLMError` if the model's server does not return prompt logprobs.
         """
         ...
 
 
+class InProcess:
+    """The part of `LLM` that is the same for every model in this process: an exact count, and no server."""
+
+    remote = False
+    served: tuple[str, ...] = ()
+    counts_exactly = True
+    logprobs_format: tuple[str, int] | None = None
+
+    def set_logprobs_format(self, style: str, most: int) -> None:
+        """Nothing to restore."""
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text."""
+        raise NotImplementedError
+
+    def expected(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return self.count(text)
+
+    async def calibrate(self, tokens_per_byte: float | None = None) -> float:  # noqa: ARG002
+        """Nothing to calibrate."""
+        return 0.0
+
+    async def connect(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
 class LLMWrapper:
-    """What stands around a language model and passes on who it is: its own is only how it is asked."""
+    """A wrapper of a language model (a cache, a meter): it changes how calls are made, and passes on all else."""
 
     __slots__ = ()
     inner: LLM
-    """The model that answers."""
+    """The wrapped model."""
 
     @property
     def name(self) -> str:
-        """That of the model."""
+        """Name of the wrapped model."""
         return self.inner.name
 
     @property
     def identity(self) -> str:
-        """That of the model."""
+        """Identity of the wrapped model."""
         return self.inner.identity
 
     @property
     def context(self) -> int | None:
-        """That of the model."""
+        """Context length of the wrapped model."""
         return self.inner.context
 
+    @property
+    def remote(self) -> bool:
+        """Whether a server runs the wrapped model."""
+        return self.inner.remote
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Models that its server lists."""
+        return self.inner.served
+
+    @property
+    def counts_exactly(self) -> bool:
+        """Whether the wrapped model counts exactly."""
+        return self.inner.counts_exactly
+
+    @property
+    def logprobs_format(self) -> tuple[str, int] | None:
+        """How its server returns prompt logprobs."""
+        return self.inner.logprobs_format
+
+    def set_logprobs_format(self, style: str, most: int) -> None:
+        """Restore how its server returns prompt logprobs."""
+        self.inner.set_logprobs_format(style, most)
+
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Number of tokens of a text."""
         return self.inner.count(text)
+
+    def expected(self, text: str) -> int:
+        """Most likely number of tokens of a text."""
+        return self.inner.expected(text)
+
+    async def calibrate(self, tokens_per_byte: float | None = None) -> float:
+        """Calibrate the wrapped model."""
+        return await self.inner.calibrate(tokens_per_byte)
+
+    async def connect(self) -> None:
+        """Connect the wrapped model."""
+        await self.inner.connect()
+
+    async def close(self) -> None:
+        """Close the wrapped model."""
+        await self.inner.close()

@@ -20,9 +20,9 @@ PROTOCOLS = ("top-and-random", "random-only", "anthropic")
 async def ask(run: Path, url: str, neurons: int, *, in_flight: int = 16) -> Usage:
     """Two calls for each neuron and protocol: an explanation, and how sure the model is of it."""
     usage, store = Usage(), Store.create(run)
-    retry = Retry(first=0.02, longest=0.2, attempts=12, unreadable=12)
+    retry = Retry(first=0.02, longest=0.2, attempts=12)
     endpoint = Endpoint(url, "small", in_flight=in_flight, retry=retry, usage=usage)
-    llm = Cached(Metered(endpoint, usage), store, usage)
+    llm = Cached(Metered(endpoint, usage, attempts=12, pause=0.02), store, usage)
     for name in PROTOCOLS:
         key = SetKey(layer=0, protocol=name, explainer="small")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 
 Answer = Callable[[list[str], Sampling], str]
 """What is said about the numbered pieces of a question."""
 
 
-class Judge:
+class Judge(InProcess):
     """Answers by a rule; keeps what it was asked."""
 
     name = "judge"

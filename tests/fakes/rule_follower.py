@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 
 Rule = Callable[[Sequence[str], int], float]
 """(tokens, index) -> activation, 0 to 10."""
@@ -53,7 +53,7 @@ def rule_of(explanation: str) -> Rule:
     return lambda tokens, i: 9.0 if _word(tokens, i) in known else 0.0
 
 
-class RuleFollower:
+class RuleFollower(InProcess):
     """The model. Reads as if each character were a token, but for numbers and the word `unknown`."""
 
     def __init__(self, *, name: str = "rules", ten: bool = True, context: int | None = None) -> None:

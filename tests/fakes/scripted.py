@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 
 
-class ScriptedLLM:
+class ScriptedLLM(InProcess):
     """Answers by a function of the chat and the sampling; counts what it is asked."""
 
     name, identity = "scripted", "scripted-1"

@@ -1,8 +1,7 @@
-"""Requests to a server that speaks OpenAI's protocol: so many at once, asked again where it helps, the key kept secret.
+"""HTTP requests to a server that speaks OpenAI's protocol: a limit of concurrent requests, retries, and a hidden key.
 
-What is asked again: 408, 409, 429 and 5xx, timeouts, cut connections, and answers that cannot be read; after a wait
-that doubles, varies by chance, and is never shorter than the server's `Retry-After`. While one request waits on that,
-the others hold back too.
+Statuses 408, 409, 429 and 5xx, timeouts and cut connections are retried after an exponential wait with jitter that is
+never shorter than the server's `Retry-After`. While one request waits for that, the others hold back too.
 """
 
 import asyncio
@@ -16,53 +15,46 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.clients.usage import LOST, Usage
-from cratelm.interpretation.llm import Declined, LLMError
+from cratelm.interpretation.clients.usage import Usage
+from cratelm.interpretation.llm import LLMError, Unparsed
 
 T = TypeVar("T")
 KEY = "OPENAI_API_KEY"
-"""Environment variable that the key is read from unless another is named."""
+"""Environment variable of the key, unless another one is named."""
 NO_KEY = "none"
-"""What is sent as a key where there is none: servers without keys ignore it."""
+"""Sent as the key if there is none: servers without keys ignore it."""
 QUOTED = 500
-"""Characters of a server's own words in an error."""
+"""Characters of a server's message that an error quotes."""
+LONGEST_RETRY_AFTER = 600.0
+"""Seconds: if a server asks for a longer wait, the work stops."""
 
 
 class Refused(LLMError):
-    """The server understood and said no: a status of 4xx that asking again does not change."""
+    """The server refused the request with a 4xx status that a retry does not change."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
 
 
-class Unreadable(Exception):
-    """An answer that is not what it should be: not JSON, of the wrong lengths, cut off."""
+class Malformed(Exception):
+    """Content of a response that does not have the expected form: not JSON, wrong lengths, cut off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """How often and after what wait a request is made again."""
+    """How often a request is retried, and after what wait."""
 
     attempts: int = 7
-    """In all; the waits between them add up to about a minute."""
-    unreadable: int = 3
-    """In all, where the server answers and the answer cannot be read: it is paid for each time."""
+    """Attempts in total; the waits add up to about a minute."""
     first: float = 1.0
-    """Seconds before the second attempt, on average three quarters of this."""
+    """Seconds before the second attempt; the wait doubles after each attempt."""
     longest: float = 60.0
-    """Seconds that a wait grows to."""
-    most_asked: float = 600.0
-    """Seconds: where a server asks for a longer wait than this, the work stops."""
-
-    def wait(self, attempt: int, asked: float) -> float:
-        """Seconds to wait after this many failed attempts, where the server asked for `asked`."""
-        grown = min(self.longest, self.first * 2.0 ** (attempt - 1))
-        return max(grown * random.uniform(0.5, 1.0), asked * random.uniform(1.0, 1.1))
+    """Seconds: upper limit of the wait, unless the server asks for more."""
 
 
 class Transport:
-    """A server's base URL, and how it is asked. Belongs to one event loop at a time."""
+    """Sends requests to a server's base URL. Used by one event loop at a time."""
 
     def __init__(
         self, url: str, *, key_from: str = "", in_flight: int = 32, timeout: float = 300.0,
@@ -81,11 +73,11 @@ class Transport:
         return f"Transport({self.url!r})"
 
     def _connection(self) -> Any:
-        """The client of the loop that runs; a loop that was left has taken its connections with it."""
+        """The client of the running loop; the connections of an earlier loop are gone with that loop."""
         try:
             import openai
         except ImportError:
-            raise CrateError("asking a server needs the package openai. Run: pip install 'cratelm[llm]'") from None
+            raise CrateError("package openai is not installed. Run: pip install 'cratelm[llm]'") from None
         if self._client is None or self._loop is not asyncio.get_running_loop():
             self._loop, self._slots = asyncio.get_running_loop(), asyncio.Semaphore(self.in_flight)
             self._client = openai.AsyncOpenAI(
@@ -94,157 +86,157 @@ class Transport:
         return self._client
 
     async def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         if self._client is not None and self._loop is asyncio.get_running_loop():
             await self._client.close()
         self._client = None
 
-    async def ask(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
-        """Post a request until there is an answer that `read` can read (it raises `Unreadable` where it cannot).
+    async def post(self, path: str, body: dict[str, Any], parse: Callable[[dict[str, Any]], T]) -> T:
+        """Post a request and parse the response with `parse`, which raises `Malformed` if it cannot.
 
-        Raises `Refused`, or `LLMError` where this request gets no answer from a server that is there, or `CrateError`
-        where no request would.
+        Raises `Refused`; `Unparsed` with the reported cost; `LLMError` if only this request failed; `CrateError` if
+        every request would fail.
         """
-        client, unreadable = self._connection(), 0
-        async with self._slots:
-            for attempt in range(1, self.retry.attempts + 1):
-                await asyncio.sleep(self._not_before - time.monotonic())
-                self.usage.requests += 1
-                answer: dict[str, Any] | None = None
-                try:
-                    answer = _parsed(await client.post(path, cast_to=str, body=body))
-                    return read(answer)
-                except Unreadable as error:
-                    failure: Exception = error
-                    unreadable += 1
-                    again = attempt < self.retry.attempts and unreadable < self.retry.unreadable
-                    await self._lost(answer, again=again)
-                except Exception as error:
-                    failure = error
-                    if answer is not None and not isinstance(error, Declined):
-                        await self._lost(answer, again=False)
-                asked = self._asked_wait(failure)  # raises where asking again does not help
-                if attempt == self.retry.attempts or unreadable == self.retry.unreadable:
-                    break
-                if asked:
-                    self._not_before = max(self._not_before, time.monotonic() + asked)
-                self.usage.retries += 1
-                await asyncio.sleep(self.retry.wait(attempt, asked))
-        raise await self._given_up(failure, attempt)
-
-    async def _lost(self, answer: dict[str, Any] | None, *, again: bool) -> None:
-        """Have an answer counted that is of no use. Who waits for the budget meanwhile keeps nobody from asking."""
-        lost = LOST.get()
-        if lost is None:
-            return
-        found = (answer or {}).get("usage")
-        told = found if isinstance(found, dict) else {}
-        read, written = (told.get(name) for name in ("prompt_tokens", "completion_tokens"))
-        self._slots.release()
+        answer: dict[str, Any] = {}
+        text = await self._post(path, body)
         try:
-            await lost(
-                read if isinstance(read, int) else None, written if isinstance(written, int) else None, again
-            )  # fmt: skip
-        finally:
-            await self._slots.acquire()
+            answer = _json(text)
+            return parse(answer)
+        except Malformed as error:
+            reported = answer.get("usage")
+            usage = reported if isinstance(reported, dict) else {}
+            read, generated = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+            raise Unparsed(
+                self._hidden(str(error)), prompt_tokens=read if isinstance(read, int) else None,
+                new_tokens=generated if isinstance(generated, int) else None,
+            ) from None  # fmt: skip
 
-    def _asked_wait(self, failure: Exception) -> float:
-        """Seconds that the server asks to wait. Raises where asking again does not help."""
+    async def _post(self, path: str, body: dict[str, Any]) -> str:
+        """The text of a response, after retries."""
+        from openai import APIError
+        from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_attempt
+
+        client = self._connection()
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.retry.attempts), wait=self._wait,
+            retry=retry_if_exception(lambda error: isinstance(error, APIError)),
+        )  # fmt: skip
+        async with self._slots:
+            try:
+                return await retrying(self._attempt, client, path, body)
+            except RetryError as error:
+                failure = error.last_attempt.exception()
+            raise await self._given_up(failure)
+
+    async def _attempt(self, client: Any, path: str, body: dict[str, Any]) -> str:
+        """One request. Raises openai's `APIError` if a retry may succeed, and a `CrateError` if not."""
         import openai
 
-        if isinstance(failure, Unreadable | openai.APIConnectionError):
-            return 0.0
-        if not isinstance(failure, openai.APIStatusError):
-            raise failure
-        status, headers = failure.status_code, failure.response.headers
+        await asyncio.sleep(self._not_before - time.monotonic())
+        self.usage.requests += 1
+        try:
+            return str(await client.post(path, cast_to=str, body=body))
+        except openai.APIStatusError as error:
+            self._check_status(error)
+            raise
+
+    def _wait(self, state: Any) -> float:
+        """Seconds before the next attempt (tenacity calls this)."""
+        asked = _retry_after_of(state.outcome.exception())
+        if asked:
+            self._not_before = max(self._not_before, time.monotonic() + asked)
+        self.usage.retries += 1
+        grown = min(self.retry.longest, self.retry.first * 2.0 ** (state.attempt_number - 1))
+        return max(grown * random.uniform(0.5, 1.0), asked)
+
+    def _check_status(self, error: Any) -> None:
+        """Raise `Refused` or `CrateError` if a retry cannot help."""
+        status = error.status_code
         if status in (401, 403):
-            told = f"the key in {self.variable}" if self._key else f"a request without a key (set {KEY})"
-            raise CrateError(f"{self.url} refuses {told} (HTTP {status})") from None
-        if getattr(failure, "code", None) == "insufficient_quota":
-            raise CrateError(f"{self.url} says that the account has no quota left: {self._said(failure)}") from None
+            key = f"the key in {self.variable}" if self._key else f"a request without a key (set {KEY})"
+            raise CrateError(f"{self.url} refuses {key} (HTTP {status})") from None
+        if getattr(error, "code", None) == "insufficient_quota":
+            raise CrateError(f"{self.url}: the account has no quota left: {self._message(error)}") from None
         if status not in (408, 409, 429) and status < 500:
-            raise Refused(f"the server refused (HTTP {status}): {self._said(failure)}", status) from None
-        asked = retry_after(headers)
-        if asked > self.retry.most_asked:
+            raise Refused(f"the server refused (HTTP {status}): {self._message(error)}", status) from None
+        asked = _retry_after_of(error)
+        if asked > LONGEST_RETRY_AFTER:
             raise CrateError(
-                f"{self.url} asks to wait {asked:.0f} seconds (HTTP {status}). Run the same command again then"
+                f"{self.url} asks to wait {asked:.0f} seconds (HTTP {status}). Run the same command again after that"
             ) from None
-        return asked
 
-    async def _given_up(self, failure: Exception, attempts: int) -> CrateError:
-        """What to raise after the last attempt: is it this request, or the server?"""
+    async def _given_up(self, failure: Any) -> CrateError:
+        """The error after the last attempt: does only this request fail, or the whole server?"""
         import openai
 
-        times = f"{attempts} times"
-        if isinstance(failure, Unreadable):
-            return LLMError(f"the server's answer could not be read, {times}: {self._hidden(str(failure))}")
+        times = f"{self.retry.attempts} times"
         if isinstance(failure, openai.APIStatusError):
             if failure.status_code == 429:
-                return CrateError(f"{self.url} refused {times} because of its rate limit. Ask less at once, or later")
-            return LLMError(f"the server failed {times} (HTTP {failure.status_code}): {self._said(failure)}")
+                return CrateError(f"{self.url} refused {times}: rate limit. Lower --in-flight, or run again later")
+            return LLMError(f"the server failed {times} (HTTP {failure.status_code}): {self._message(failure)}")
         try:
             await self.get("/models", timeout=10.0)
         except LLMError:
-            pass  # it is there, and answers that it cannot
+            pass  # the server is up, and reports an error
         except CrateError as error:
             return error
         late = isinstance(failure, openai.APITimeoutError)
-        why = f"no answer within {self.timeout:g} seconds" if late else "the connection was cut"
-        return LLMError(f"{why}, {times}")
+        return LLMError(
+            f"{f'no answer within {self.timeout:g} seconds' if late else 'the connection was cut'}, {times}"
+        )
 
     async def get(self, path: str, *, timeout: float = 30.0) -> dict[str, Any]:
-        """Read something, asked twice at most.
+        """Get a JSON object, with two attempts.
 
-        Raises `LLMError` where the server is there and fails, and `CrateError` where it cannot be reached.
+        Raises `LLMError` if the server reports an error, and `CrateError` if it cannot be reached.
         """
         import openai
 
-        client = self._connection()
+        client, failure = self._connection(), CrateError("")
         for attempt in (1, 2):
             try:
-                return _parsed(await client.get(path, cast_to=str, options={"timeout": timeout}))
-            except Unreadable as error:
-                failure = f"{self.url} does not speak OpenAI's protocol ({error})"
+                return _json(await client.get(path, cast_to=str, options={"timeout": timeout}))
+            except Malformed as error:
+                failure = self._unreachable(f"{self.url} does not speak OpenAI's protocol ({error})")
             except openai.APIStatusError as error:
-                if error.status_code < 500:
-                    self._asked_wait(error)
-                failure = ""
-                failed = LLMError(f"{self.url} failed (HTTP {error.status_code}): {self._said(error)}")
+                self._check_status(error)
+                failure = LLMError(f"{self.url} failed (HTTP {error.status_code}): {self._message(error)}")
             except openai.APIConnectionError as error:
                 reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-                failure = f"no server can be reached at {self.url} ({self._hidden(reason)})"
+                failure = self._unreachable(f"no server can be reached at {self.url} ({self._hidden(reason)})")
             if attempt == 1:
                 await asyncio.sleep(self.retry.first / 2)
-        if not failure:
-            raise failed
-        raise CrateError(f"{failure}. Start one, or give another URL (such as http://localhost:8000/v1)")
+        raise failure
 
-    def _said(self, error: Any) -> str:
-        """The server's words, in one line and without the key."""
+    def _unreachable(self, reason: str) -> CrateError:
+        return CrateError(f"{reason}. Start a server, or give another URL (such as http://localhost:8000/v1)")
+
+    def _message(self, error: Any) -> str:
+        """The server's error message, on one line and without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         inner = body.get("error", body)
-        said = inner.get("message") if isinstance(inner, dict) else inner
-        said = said or body.get("message") or body.get("detail") or error.response.text
-        return self._hidden(" ".join(str(said).split())[:QUOTED] or "no reason given")
+        message = inner.get("message") if isinstance(inner, dict) else inner
+        message = message or body.get("message") or body.get("detail") or error.response.text
+        return self._hidden(" ".join(str(message).split())[:QUOTED] or "no reason given")
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "(the key)") if self._key else text
 
 
 def check_url(url: str) -> str:
-    """A base URL as it is used. Refuses one without http, and one that holds a password: it would be written down."""
+    """A base URL without its trailing slash. Refuses one without http, or with a password: URLs are stored."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CrateError(f"{url!r} is no URL of a server. Give one such as http://localhost:8000/v1")
+        raise CrateError(f"{url!r} is not a server URL; expected something like http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        raise CrateError(f"the URL of {parts.hostname} holds a secret or a query. Give it without, the key in {KEY}")
+        raise CrateError(f"the URL of {parts.hostname} holds a secret or a query. Put the key in {KEY} instead")
     return url.rstrip("/")
 
 
 def find_key(url: str, variable: str) -> tuple[str, str]:
-    """The environment variable and the key in it; no key where none is set.
+    """The environment variable and the key in it; an empty key if none is set.
 
-    Unless the variable is named, nothing is sent over a connection that others could read.
+    Unless the variable is named, no key is sent over a connection that others could read.
     """
     if variable and not os.environ.get(variable):
         raise CrateError(f"the environment variable {variable} is empty. Put the key of {url} into it")
@@ -255,27 +247,30 @@ def find_key(url: str, variable: str) -> tuple[str, str]:
 
 
 def retry_after(headers: Any) -> float:
-    """Seconds that a server asks to wait: `Retry-After` in seconds or as a date, or OpenAI's own in milliseconds."""
-    exact, told = headers.get("retry-after-ms"), headers.get("retry-after")
+    """Seconds that a server asks to wait: `Retry-After` in seconds or as a date, or OpenAI's header in milliseconds."""
+    exact, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
-        if exact:
-            return max(float(exact) / 1000, 0.0)
-        return max(float(told), 0.0) if told else 0.0
+        return max(float(exact) / 1000 if exact else float(value or 0), 0.0)
     except ValueError:
         pass
     try:
-        return max(email.utils.parsedate_to_datetime(told).timestamp() - time.time(), 0.0)
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError):
         return 0.0
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    import jiter  # openai needs it, so it is there; on a table of a prompt's probabilities it is twice as fast as json
+def _retry_after_of(error: Any) -> float:
+    response = getattr(error, "response", None)
+    return 0.0 if response is None else retry_after(response.headers)
+
+
+def _json(text: str) -> dict[str, Any]:
+    import jiter  # a dependency of openai; twice as fast as json on tables of prompt logprobs
 
     try:
         value = jiter.from_json(text.encode(), cache_mode="all")
     except ValueError as error:
-        raise Unreadable(f"no JSON ({error}): {text[:80]!r}") from None
+        raise Malformed(f"not JSON ({error}): {text[:80]!r}") from None
     if not isinstance(value, dict):
-        raise Unreadable(f"a {type(value).__name__} and no JSON object")
+        raise Malformed(f"JSON {type(value).__name__} instead of an object")
     return value

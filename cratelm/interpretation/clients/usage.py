@@ -1,57 +1,60 @@
-"""What the work with a language model costs: a count of it, and a budget that ends the work before it is overdrawn."""
+"""Token usage of calls to a language model: counters, prices, and a budget that is never exceeded."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import (
+    LLM,
+    Declined,
+    LLMError,
+    LLMWrapper,
+    Message,
+    Prompt,
+    PromptLogprobs,
+    Reply,
+    Sampling,
+    Unparsed,
+)
 from cratelm.runtime import human
 
-Lost = Callable[[int | None, int | None, bool], Awaitable[None]]
-"""(tokens read, tokens written, whether it is asked again): None where the server did not tell."""
-LOST: ContextVar[Lost | None] = ContextVar("LOST", default=None)
-"""Whom to tell of an answer that cannot be read: `Metered` stands around a language model, and the answers that are
-asked for again come and go inside of it. Raises where the budget does not allow another one."""
+T = TypeVar("T")
+Tokens = tuple[int, int]
+"""Tokens read, and tokens generated."""
+OnUnparsed = Callable[[int, int], Awaitable[None]]
+"""Callback for a response that failed to parse: (tokens read, tokens generated)."""
 
 
 @dataclass(slots=True)
 class Usage:
-    """What was asked so far. Counted up by whoever asks."""
+    """Counters of calls and tokens so far."""
 
     calls: int = 0
-    """Answers that were paid for, those that cannot be used too."""
+    """Answers that were paid for, unusable ones included."""
     unusable: int = 0
-    """Of them, those that cannot be used: refusals, empty ones, and what cannot be read."""
+    """Paid answers that cannot be used: refusals, empty answers, and responses that failed to parse."""
     cached: int = 0
-    """Answers that were there already."""
+    """Cache hits."""
     requests: int = 0
-    """Requests sent to a server, repeated ones too."""
+    """Requests sent to a server, retries included."""
     retries: int = 0
-    """Requests that repeated another."""
+    """Requests that repeated an earlier one."""
     prompt_tokens: int = 0
     """Tokens read, as the server counts them."""
     new_tokens: int = 0
-    """Tokens written."""
-    unkept: list[tuple[int, int]] = field(default_factory=list, repr=False)
-    """Tokens read and written of answers that cannot be read, until they are noted on disk."""
+    """Tokens generated."""
 
-    def lose(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Count an answer that cannot be read."""
-        self.add(prompt_tokens, new_tokens)
-        self.unusable += 1
-        self.unkept.append((prompt_tokens, new_tokens))
-
-    def add(self, prompt_tokens: int, new_tokens: int) -> None:
+    def add(self, prompt_tokens: int, new_tokens: int, *, usable: bool = True) -> None:
         """Count one answer."""
         self.calls += 1
+        self.unusable += not usable
         self.prompt_tokens += prompt_tokens
         self.new_tokens += new_tokens
 
     def line(self) -> str:
-        """In a few words, for the end of a progress bar: `212 calls, 40 cached, 1.3M tok`."""
+        """Summary for the end of a progress bar: `212 calls, 40 cached, 1.3M tok`."""
         words = [f"{self.calls} calls"]
         more = ((self.unusable, "unusable"), (self.cached, "cached"), (self.retries, "retries"))
         words += [f"{number} {what}" for number, what in more if number]
@@ -60,126 +63,132 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """What a provider asks."""
+    """Price of tokens."""
 
     prompt: float = 0.0
-    """Of a million tokens read."""
+    """Price of a million tokens read."""
     new: float = 0.0
-    """Of a million tokens written."""
+    """Price of a million tokens generated."""
     currency: str = "USD"
-    """For what is printed."""
+    """Currency in messages."""
 
     def of(self, prompt_tokens: int, new_tokens: int) -> float:
-        """The price of so many tokens."""
+        """Price of these tokens."""
         return (self.prompt * prompt_tokens + self.new * new_tokens) / 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What may be spent; what is not set has no limit."""
+    """Limits on spending; None is no limit."""
 
     tokens: int | None = None
-    """Read and written together."""
+    """Tokens read and generated together."""
     money: float | None = None
-    """In the currency of the price."""
+    """Amount in the currency of the price."""
     price: Price = field(default_factory=Price)
 
 
 @dataclass(slots=True)
 class Metered(LLMWrapper):
-    """A language model whose answers are counted, and that stops before a budget is overdrawn.
+    """Counts the usage of a language model, stops before a budget is exceeded, and retries unparsed responses.
 
-    Before each call, what it can cost at most is set aside: its prompt, and the longest answer. So calls that are on
-    their way when the budget ends are covered and finish; a call that would fit but for what is set aside waits.
+    The upper bound of each call's cost (its prompt and the longest answer) is reserved before the call. So calls in
+    flight when the budget ends are covered and finish; a call that fits only without the reservations of others waits.
     """
 
     inner: LLM
     usage: Usage
     budget: Budget = field(default_factory=Budget)
-    spent_before: tuple[int, int] = (0, 0)
-    """Tokens read and written by earlier processes of the same work: the budget is for all of it."""
-    _aside: tuple[int, int] = (0, 0)
+    spent_before: Tokens = (0, 0)
+    """Tokens spent by earlier processes of the same work: the budget covers all of them."""
+    attempts: int = 3
+    """Attempts if responses fail to parse; each attempt is paid for and reserved separately."""
+    pause: float = 1.0
+    """Seconds before the second attempt; later pauses grow in proportion."""
+    on_unparsed: OnUnparsed | None = None
+    """Set by the cache, which writes the cost to disk, so that later processes count it."""
+    _reserved: Tokens = (0, 0)
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Answer a chat if the budget allows it."""
-        # What a chat template adds is a few tokens for each turn.
-        most = sum(self.count(message.text) + 16 for message in messages), sampling.max_tokens
-        async with self._paying(most, 1):
+        """Answer a chat within the budget."""
+
+        async def call() -> Reply:
             reply = await self.inner.chat(messages, sampling)
             self.usage.add(reply.prompt_tokens, reply.new_tokens)
-        return reply
+            return reply
+
+        # A chat template adds a few tokens to each turn.
+        return await self._paid((sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens), call)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
-        """PromptLogprobs prompts if the budget allows it. Servers write a token after each, so one is counted."""
-        most = sum(self.count(one.prefix + one.rest) + 2 for one in prompts), len(prompts)
-        async with self._paying(most, len(prompts)):
-            answers = await self.inner.prompt_logprobs(prompts, top=top)
-            for answer in answers:
+        """Prompt logprobs within the budget, one call for each prompt. Servers generate one token after a prompt."""
+
+        async def paid(prompt: Prompt) -> PromptLogprobs:
+            async def call() -> PromptLogprobs:
+                (answer,) = await self.inner.prompt_logprobs([prompt], top=top)
                 self.usage.add(answer.prompt_tokens, 1)
-        return answers
+                return answer
 
-    @contextlib.asynccontextmanager
-    async def _paying(self, most: tuple[int, int], calls: int) -> AsyncIterator[None]:
-        """Set aside what calls can cost at most, and count those of their answers that cannot be used.
+            return await self._paid((self.count(prompt.prefix + prompt.rest) + 2, 1), call)
 
-        An answer that cannot be read counts as what was set aside for it where its server does not tell; before it is
-        asked for again, as much is set aside anew.
-        """
-        each = most[0] // max(calls, 1), most[1] // max(calls, 1)
-        held = [*most]
+        return await asyncio.gather(*map(paid, prompts))
 
-        async def lost(read: int | None, written: int | None, again: bool) -> None:
-            self.usage.lose(each[0] if read is None else read, each[1] if written is None else written)
-            if again:
-                held[:] = held[0] - each[0], held[1] - each[1]
-                self._release(each)
-                await self._set_aside(each)
-                held[:] = held[0] + each[0], held[1] + each[1]
+    async def _paid(self, bound: Tokens, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a call that costs at most `bound`. An unparsed response without reported usage counts as `bound`."""
+        message = ""
+        for attempt in range(self.attempts):
+            if attempt:
+                self.usage.retries += 1
+                await asyncio.sleep(attempt * self.pause)
+            await self._reserve(bound)
+            try:
+                return await call()
+            except Declined as error:
+                self.usage.add(error.prompt_tokens, error.new_tokens, usable=False)
+                raise
+            except Unparsed as error:
+                message = str(error)
+                read = bound[0] if error.prompt_tokens is None else error.prompt_tokens
+                generated = bound[1] if error.new_tokens is None else error.new_tokens
+                self.usage.add(read, generated, usable=False)
+                if self.on_unparsed is not None:
+                    await self.on_unparsed(read, generated)
+            finally:
+                self._release(bound)
+        raise LLMError(f"could not parse the server's answer in {self.attempts} attempts: {message}")
 
-        await self._set_aside(most)
-        before = LOST.set(lost)
-        try:
-            yield
-        except Declined as error:
-            self.usage.add(error.prompt_tokens, error.new_tokens)
-            self.usage.unusable += 1
-            raise
-        finally:
-            LOST.reset(before)
-            self._release((held[0], held[1]))
-
-    def spent(self) -> tuple[int, int]:
-        """Tokens read and written so far, with those of earlier processes."""
+    def spent(self) -> Tokens:
+        """Tokens read and generated so far, earlier processes included."""
         return self.usage.prompt_tokens + self.spent_before[0], self.usage.new_tokens + self.spent_before[1]
 
-    async def _set_aside(self, most: tuple[int, int]) -> None:
-        while self._is_over(most, self._aside):
-            if self._is_over(most, (0, 0)):
+    async def _reserve(self, bound: Tokens) -> None:
+        while self._exceeds(bound, self._reserved):
+            if self._exceeds(bound, (0, 0)):
                 raise CrateError(self._spent_line())
             waiting = asyncio.get_running_loop().create_future()
             self._waiting.append(waiting)
             await waiting
-        self._aside = self._aside[0] + most[0], self._aside[1] + most[1]
+        self._reserved = self._reserved[0] + bound[0], self._reserved[1] + bound[1]
 
-    def _is_over(self, most: tuple[int, int], aside: tuple[int, int]) -> bool:
-        """Whether what is spent, what is set aside and one more call are more than the budget."""
-        reading, writing = (a + b + c for a, b, c in zip(self.spent(), aside, most, strict=True))
-        if self.budget.tokens is not None and reading + writing > self.budget.tokens:
+    def _exceeds(self, bound: Tokens, reserved: Tokens) -> bool:
+        """Whether tokens spent, tokens reserved and one more call exceed the budget."""
+        read, generated = (a + b + c for a, b, c in zip(self.spent(), reserved, bound, strict=True))
+        if self.budget.tokens is not None and read + generated > self.budget.tokens:
             return True
-        return self.budget.money is not None and self.budget.price.of(reading, writing) > self.budget.money
+        return self.budget.money is not None and self.budget.price.of(read, generated) > self.budget.money
 
-    def _release(self, most: tuple[int, int]) -> None:
-        self._aside = self._aside[0] - most[0], self._aside[1] - most[1]
+    def _release(self, bound: Tokens) -> None:
+        self._reserved = self._reserved[0] - bound[0], self._reserved[1] - bound[1]
         waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            if not one.done():
-                one.set_result(None)
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
     def _spent_line(self) -> str:
         spent, budget = self.spent(), self.budget
-        said = f"{human(sum(spent))} tokens of {'no limit' if budget.tokens is None else human(budget.tokens)}"
+        line = f"{human(sum(spent))} tokens of {'no limit' if budget.tokens is None else human(budget.tokens)}"
         if budget.money is not None:
             paid, currency = budget.price.of(*spent), budget.price.currency
-            said += f", {paid:.2f} {currency} of {budget.money:.2f} (left: {budget.money - paid:.2f})"
-        return f"the budget is spent: {said}. All that was answered is kept. Give a larger one to go on"
+            line += f", {paid:.2f} {currency} of {budget.money:.2f} (left: {budget.money - paid:.2f})"
+        return f"the budget is spent: {line}. All answers are cached. Give a larger budget to resume"

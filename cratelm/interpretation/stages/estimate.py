@@ -42,10 +42,10 @@ class Asked:
 
 
 @dataclass(slots=True)
-class CountingLLM:
+class CountingLLM(LLMWrapper):
     """Stands for a language model where only the cost of asking it is wanted."""
 
-    of: LLM
+    inner: LLM
     store: Store
     """Where answers are kept that need not be asked for."""
     seen: set[str] = field(default_factory=set)
@@ -54,40 +54,21 @@ class CountingLLM:
     """What the answer to be asked about depends on, where that is not there yet and another text stands for it."""
     asked: Asked = field(default_factory=Asked)
 
-    @property
-    def name(self) -> str:
-        """The model's."""
-        return self.of.name
-
-    @property
-    def identity(self) -> str:
-        """The model's."""
-        return self.of.identity
-
-    @property
-    def context(self) -> int | None:
-        """The model's."""
-        return self.of.context
-
-    def count(self, text: str) -> int:
-        """Tokens, as the model counts them."""
-        return self.of.count(text)
-
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Count a chat. Its answer says nothing."""
         if not self._is_new(chat_hash(self.identity, messages, sampling)):
             return Reply(text="", finish="stop", prompt_tokens=0, new_tokens=0)
-        read = sum(self._expected(message.text) + TURN for message in messages)
+        read = sum(self.expected(message.text) + TURN for message in messages)
         self.asked.add(Asked(calls=1, read=read, computed=read, written=sampling.max_tokens))
         return Reply(text="", finish="stop", prompt_tokens=read, new_tokens=0)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Count prompts. Everywhere the model is taken to expect a 0."""
         new = [prompt for prompt in prompts if self._is_new(prompt_logprobs_hash(self.identity, prompt, top))]
-        prefixes = {prefix: self._expected(prefix) for prefix in {prompt.prefix for prompt in new}}
+        prefixes = {prefix: self.expected(prefix) for prefix in {prompt.prefix for prompt in new}}
         self.asked.computed += sum(prefixes.values())
         for prompt in new:
-            rest = self._expected(prompt.rest)
+            rest = self.expected(prompt.rest)
             self.asked.add(Asked(calls=1, read=prefixes[prompt.prefix] + rest, computed=rest))
         return [_expecting_zero(prompt, top) for prompt in prompts]
 
@@ -101,13 +82,6 @@ class CountingLLM:
             return False
         self.seen.add(f"{self.about} {asked}")
         return True
-
-    def _expected(self, text: str) -> int:
-        """Tokens that a text is likely to have: `count` is on the safe side where a server's tokenizer is not known."""
-        llm = self.of
-        while isinstance(llm, LLMWrapper):
-            llm = llm.inner
-        return llm.expected(text) if hasattr(llm, "expected") else llm.count(text)
 
 
 def _expecting_zero(prompt: Prompt, top: int) -> PromptLogprobs:

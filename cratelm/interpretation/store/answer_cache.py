@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.interpretation.clients.usage import Usage
+from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.store.database import Store, StoreBusy
 
@@ -40,6 +40,8 @@ class Cached(LLMWrapper):
     def __init__(self, inner: LLM, store: Store, usage: Usage | None = None, *, in_flight: int = 0) -> None:
         """`in_flight`: calls on their way or answered and not on disk yet, at most; 0 for any number."""
         self.inner, self.store, self.usage, self.in_flight = inner, store, usage or Usage(), in_flight
+        if isinstance(inner, Metered):
+            inner.on_unparsed = self._keep_unparsed
         self._slots: tuple[Any, asyncio.Semaphore] | None = None
         self._asking: dict[str, Answer] = {}
         self._working: set[asyncio.Task[None]] = set()
@@ -115,10 +117,6 @@ class Cached(LLMWrapper):
                 except Declined as error:
                     paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
                     answer = {DECLINED: str(error), **paid}
-                finally:
-                    lost, self.usage.unkept = self.usage.unkept, []
-                    for paid_ in lost:
-                        await self._keep(lost_row(self.inner.name, *paid_))
                 await self._keep(self._row(one, answer))
         except Exception as error:
             self._done(one, future, error)
@@ -156,6 +154,9 @@ class Cached(LLMWrapper):
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write())
         await written
+
+    async def _keep_unparsed(self, prompt_tokens: int, new_tokens: int) -> None:
+        await self._keep(lost_row(self.inner.name, prompt_tokens, new_tokens))
 
     async def _write(self) -> None:
         while self._unwritten:

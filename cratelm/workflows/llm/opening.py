@@ -11,7 +11,6 @@ from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import Capabilities, probe
-from cratelm.interpretation.clients.prompt_logprobs import STYLES
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
@@ -57,8 +56,8 @@ class Cast:
                 found = await probe(llm, meter=meter)
             if store.path.exists():
                 store.note(name, json.dumps(found.row()))
-        elif isinstance(llm, Endpoint) and llm.style is None and found.most is not None:
-            llm.style, llm.most = next((one for one in STYLES if one == found.style), None), found.most
+        elif llm.logprobs_format is None and found.most is not None:
+            llm.set_logprobs_format(found.style, found.most)
         for line in (found.reason, *found.notes):
             console.print(line, soft_wrap=True)
         self.can[llm.identity] = found
@@ -69,11 +68,9 @@ class Cast:
 async def noted_cost(llm: LLM, store: Store, usage: Usage) -> AsyncIterator[None]:
     """Note in the store what is spent on questions whose answers are not kept, so that a budget knows of it later."""
     calls, read, written = usage.calls, usage.prompt_tokens, usage.new_tokens
-    unkept, usage.unkept = usage.unkept, []
     try:
         yield
     finally:
-        usage.unkept = unkept  # what could not be read meanwhile is in the sum
         if store.path.exists() and usage.calls > calls:
             add_calls(store, [lost_row(llm.name, usage.prompt_tokens - read, usage.new_tokens - written)])
 
@@ -84,14 +81,14 @@ async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
     What prompts leave out where the context is short depends on it, so it has to be the same whenever a set is gone on
     with.
     """
-    if not isinstance(llm, Endpoint) or llm.counts_exactly:
+    if llm is None or llm.counts_exactly:
         return
     name = f"tokens per byte of {llm.identity}"
     known = store.noted(name)
     async with noted_cost(llm, store, usage):
-        llm.tokens_per_byte = float(known) if known is not None else llm.tokens_per_byte or await llm.measure()
+        tokens_per_byte = await llm.calibrate(None if known is None else float(known))
     if known is None and store.path.exists():
-        store.note(name, repr(llm.tokens_per_byte))
+        store.note(name, repr(tokens_per_byte))
 
 
 def explains(explaining: Explaining) -> bool:
@@ -134,7 +131,7 @@ async def opened(
     explaining: Explaining, simulating: Simulating | None, spending: Spending, usage: Usage, *, judged: bool = False
 ) -> AsyncIterator[Cast]:
     """Open what is needed; connections are given back at the end. The same model is opened once."""
-    found: dict[tuple[str, str], Any] = {}
+    found: dict[tuple[str, str], LLM] = {}
 
     async def open_once(where: str, model: str) -> LLM:
         key = where, model if is_url(where) else ""
@@ -155,8 +152,7 @@ async def opened(
         yield Cast(explainer, simulator, judge)
     finally:
         for one in found.values():
-            if hasattr(one, "close"):
-                await one.close()
+            await one.close()
 
 
 def _known(store: Store, name: str, method: str) -> Capabilities | None:
@@ -201,9 +197,9 @@ async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Ca
     """How a model simulates, and why. Refused where it cannot do what was asked for."""
     method, why = simulating.simulator, "as asked for"
     if method == "auto" and can.prompt_logprobs:
-        method, why = "all-at-once", "it gives the probabilities of a prompt"
+        method, why = "all-at-once", "it returns prompt logprobs"
     elif method == "auto" and can.chat:
-        method, why = "structured", "it gives no probabilities of a prompt, but answers chats"
+        method, why = "structured", "it returns no prompt logprobs, but answers chats"
     if method == "auto":
         raise CrateError(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
     if method != "structured" and not can.prompt_logprobs:
@@ -253,5 +249,5 @@ def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before:
     Of a server no more answers than are in flight wait to be written; a model in this process fills its batches from
     all that is asked at once.
     """
-    in_flight = spending.in_flight if isinstance(llm, Endpoint) else 0
+    in_flight = spending.in_flight if llm.remote else 0
     return Cached(metered(llm, usage, spending, spent_before), store, usage, in_flight=in_flight)

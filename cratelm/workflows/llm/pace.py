@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
-from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.llm import LLMError
 from cratelm.interpretation.simulators.self_test import puzzles
 from cratelm.interpretation.stages.estimate import Asked, CountingLLM
@@ -62,7 +61,7 @@ async def tried(simulator: Any, store: Store, in_flight: int) -> Pace | str:
 
     A server's count of what it read makes the plan's estimates of tokens those of its tokenizer.
     """
-    puzzle, remote = puzzles()[0], isinstance(simulator.llm, Endpoint)
+    puzzle, remote = puzzles()[0], simulator.llm.remote
     words = [token for one in puzzles() for token in one.tokens]
     excerpts = [list(islice(cycle(words), 7 * i, 7 * i + WIDTH)) for i in range(1 + min(BURST, in_flight))]
     if simulator.name.method == "token-by-token":  # a call for each token

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,6 +15,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import probe
 from cratelm.interpretation.clients.transport import Retry, find_key, retry_after
+from cratelm.interpretation.clients.usage import Metered
 from cratelm.interpretation.llm import LLMError, Message, Prompt, Reply, Sampling
 
 pytest.importorskip("openai", reason="openai is not installed (extra llm)")
@@ -38,7 +40,8 @@ def run(what: Callable[[Endpoint], Coroutine[Any, Any, T]], url: str, model: str
 
 
 async def say(endpoint: Endpoint, text: str = "Hello?", **sampling: Any) -> Reply:
-    return await endpoint.chat([Message("user", text)], Sampling(max_tokens=5, **sampling))
+    metered = Metered(endpoint, endpoint.transport.usage, pause=0.01)
+    return await metered.chat([Message("user", text)], Sampling(max_tokens=5, **sampling))
 
 
 def faults(*answers: Answer) -> Callable[[str, Body], Answer]:
@@ -121,13 +124,20 @@ def test_retry_after_in_every_form() -> None:
     assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
 
 
-def test_waits_double_and_vary() -> None:
-    retry = Retry(first=1.0, longest=5.0)
+def test_waits_double_up_to_a_limit_and_vary() -> None:
+    transport = Endpoint("http://localhost:1/v1", "small", retry=Retry(first=1.0, longest=5.0)).transport
+
+    def wait(attempt: int, headers: dict[str, str]) -> float:
+        error = SimpleNamespace(response=SimpleNamespace(headers=headers))
+        return transport._wait(
+            SimpleNamespace(attempt_number=attempt, outcome=SimpleNamespace(exception=lambda: error))
+        )
+
     for attempt, longest in ((1, 1), (2, 2), (3, 4), (4, 5), (9, 5)):
-        waits = {retry.wait(attempt, 0.0) for _ in range(20)}
+        waits = {wait(attempt, {}) for _ in range(20)}
         assert len(waits) > 1
         assert longest / 2 <= min(waits) <= max(waits) <= longest
-    assert 20 <= retry.wait(1, 20.0) <= 22
+    assert wait(1, {"retry-after": "20"}) == 20
 
 
 def test_what_never_passes_ends_after_so_many_attempts() -> None:
@@ -136,7 +146,7 @@ def test_what_never_passes_ends_after_so_many_attempts() -> None:
             run(say, server.url, retry=Retry(attempts=4, first=0.01))
         assert len(server.asked) == 4
     with Server(faults(Answer(b"{"))) as server:
-        with pytest.raises(LLMError, match="could not be read, 3 times: no JSON"):
+        with pytest.raises(LLMError, match="could not parse the server's answer in 3 attempts: not JSON"):
             run(say, server.url)
         assert len(server.asked) == 3
     with Server(faults(refusal("slow down", 429))) as server:
@@ -214,7 +224,7 @@ def test_the_key_goes_only_where_nobody_listens_unless_it_is_named(monkeypatch: 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "", "https://me:pass@host/v1", "http://h/v1?key=x"])
 def test_a_url_that_cannot_be_one_is_refused(url: str) -> None:
-    with pytest.raises(CrateError, match="no URL of a server|holds a secret or a query") as caught:
+    with pytest.raises(CrateError, match="is not a server URL|holds a secret or a query") as caught:
         Endpoint(url, "small")
     assert "pass" not in str(caught.value)
 

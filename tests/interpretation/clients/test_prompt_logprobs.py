@@ -32,7 +32,7 @@ def test_a_limit_of_candidates_is_found_once_by_many_at_once() -> None:
         return await asyncio.gather(*(endpoint.prompt_logprobs([prompt]) for prompt in prompts), return_exceptions=True)
 
     async def known(endpoint: Endpoint) -> None:
-        endpoint.style, endpoint.most = "openai", 5
+        endpoint.set_logprobs_format("openai", 5)
         await endpoint.prompt_logprobs([Prompt(prefix="a", rest="b")])
 
     with Server(answer) as server:
@@ -46,9 +46,12 @@ def test_a_limit_of_candidates_is_found_once_by_many_at_once() -> None:
 
 def test_a_server_that_stops_giving_probabilities_is_a_failure_in_a_line() -> None:
     async def known(endpoint: Endpoint) -> None:
-        endpoint.style = "openai"
+        endpoint.set_logprobs_format("openai", 0)
         await endpoint.prompt_logprobs([Prompt(prefix="a", rest="b")])
 
     silent = {"choices": [{"text": "x", "finish_reason": "length", "logprobs": None}], "usage": {}}
-    with Server(faults(Answer(silent))) as server, pytest.raises(LLMError, match="before, and does not now"):
+    with (
+        Server(faults(Answer(silent))) as server,
+        pytest.raises(LLMError, match="does not return them any more"),
+    ):
         run(known, server.url)

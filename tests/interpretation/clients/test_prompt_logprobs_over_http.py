@@ -10,8 +10,8 @@ from fakes.llm_server import Answer, Body, ModelServer, Shape, completion
 
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import Capabilities, probe
-from cratelm.interpretation.clients.prompt_logprobs import Layouts, read
-from cratelm.interpretation.clients.transport import Unreadable
+from cratelm.interpretation.clients.prompt_logprobs import read
+from cratelm.interpretation.clients.transport import Malformed
 from cratelm.interpretation.llm import LLMError, Prompt, PromptLogprobs
 
 pytest.importorskip("openai", reason="openai is not installed (extra llm)")
@@ -114,7 +114,7 @@ def test_probabilities_that_are_made_up_are_noticed(fault: str, rng: np.random.G
     with Liar(llm.reader.model, llm.tokenizer.backend_tokenizer, "openai") as server:
         capabilities = asyncio.run(probe_alone(server.url))
     assert not capabilities.prompt_logprobs
-    told = {"constant": "no log-probabilities", "other prompt": "do not spell", "shifting": "apart"}[fault]
+    told = {"constant": "not log-probabilities", "other prompt": "do not spell", "shifting": "apart"}[fault]
     assert any(told in note for note in capabilities.notes)
 
 
@@ -126,25 +126,24 @@ async def probe_alone(url: str) -> Capabilities:
         await endpoint.close()
 
 
-def test_a_schema_and_several_answers_are_noticed() -> None:
+def test_support_of_a_schema_is_detected() -> None:
     def answer(path: str, body: Body) -> Answer:
         if path.endswith("/completions") and "messages" not in body:
             return Answer({"error": {"message": "Not Found"}}, status=404)
         one = completion('{"boats": 3}' if "response_format" in body else "Hello!")
-        one["choices"] *= body.get("n", 1)
         return Answer(one)
 
     from fakes.llm_server import Server
 
     with Server(answer) as server:
         capabilities = asyncio.run(probe_alone(server.url))
-        assert (capabilities.chat, capabilities.schema, capabilities.several) == (True, True, True)
+        assert (capabilities.chat, capabilities.schema) == (True, True)
         assert not capabilities.prompt_logprobs
         assert "has no chat" not in capabilities.reason
-        assert "no probabilities" in capabilities.reason
+        assert "no prompt logprobs" in capabilities.reason
     with Server(lambda _path, _body: Answer(completion("Hello!"))) as server:
         capabilities = asyncio.run(probe_alone(server.url))
-        assert (capabilities.chat, capabilities.schema, capabilities.several) == (True, False, False)
+        assert (capabilities.chat, capabilities.schema) == (True, False)
 
 
 def test_a_model_in_the_process_is_probed_alike(rng: np.random.Generator) -> None:
@@ -153,13 +152,13 @@ def test_a_model_in_the_process_is_probed_alike(rng: np.random.Generator) -> Non
     assert (capabilities.chat, capabilities.prompt_logprobs, capabilities.whole_ten) == (True, True, False)
     assert capabilities.pieces["10"] == ("1", "0")
     assert capabilities.whole_values
-    assert capabilities.reason.startswith("small: answers chats; gives the probabilities of a prompt, ")
+    assert capabilities.reason.startswith("small: answers chats; returns prompt logprobs, ")
 
 
 def test_only_what_is_asked_about_is_looked_at_and_servers_may_sort() -> None:
     """What no server should say is passed over where nobody reads it, and refused where it is read."""
     prompt = Prompt(prefix="ab\t", rest="c\t0\n", at=(2,))
-    text, layouts = prompt.prefix + prompt.rest, Layouts()
+    text = prompt.prefix + prompt.rest
 
     def answer(bad: int, *, sort: bool = False) -> dict[str, Any]:
         tables: list[Any] = [None]
@@ -171,9 +170,9 @@ def test_only_what_is_asked_about_is_looked_at_and_servers_may_sort() -> None:
 
     for sort in (False, True):
         for bad in (1, 2):
-            found = read("vllm", answer(bad, sort=sort), prompt, 15, layouts)
+            found = read("vllm", answer(bad, sort=sort), prompt, 15)
             assert ("".join(found.tokens), found.candidates) == (prompt.rest, {2: {"9": -1.0, "0": -2.0}})
             assert found.logprobs.tolist() == [-2.0] * 4
         for bad in (3, 5, 6):
-            with pytest.raises(Unreadable, match="log-probability of 3|add up"):
-                read("vllm", answer(bad, sort=sort), prompt, 15, layouts)
+            with pytest.raises(Malformed, match="log-probability of 3|add up"):
+                read("vllm", answer(bad, sort=sort), prompt, 15)

@@ -102,7 +102,7 @@ def test_tokens_are_measured_once_and_never_too_few() -> None:
     async def measured(url: str) -> tuple[Endpoint, float]:
         endpoint = Endpoint(url, "small")
         assert endpoint.count("a é") == 4
-        rate = await endpoint.measure()
+        rate = await endpoint.calibrate()
         await endpoint.close()
         return endpoint, rate
 

@@ -58,7 +58,7 @@ def test_a_server_that_ignores_what_it_is_asked_is_refused(rng: np.random.Genera
     llm = make_llm(rng)
     with (
         ModelServer(llm.reader.model, llm.tokenizer.backend_tokenizer, "silent") as server,
-        pytest.raises(LLMError, match="does not give the probabilities of a prompt"),
+        pytest.raises(LLMError, match="does not return prompt logprobs"),
     ):
         over_http(server, "all-at-once", ("brackets", EXCERPTS))
 

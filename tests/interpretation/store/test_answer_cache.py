@@ -13,7 +13,7 @@ import pytest
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
-from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.store import answer_cache as calls
 from cratelm.interpretation.store.answer_cache import Cached, spent
 from cratelm.interpretation.store.database import Store
@@ -21,7 +21,7 @@ from cratelm.interpretation.store.database import Store
 SHORT = Sampling(max_tokens=5)
 
 
-class Counted:
+class Counted(InProcess):
     """A model that answers everything with something of its own, and counts what it was asked."""
 
     name, context = "counted", None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cratelm.interpretation.clients.probe import Capabilities
-from cratelm.interpretation.llm import Message, Prompt, Reply, Sampling
+from cratelm.interpretation.llm import InProcess, Message, Prompt, Reply, Sampling
 from cratelm.interpretation.store.answer_cache import Cached, add_calls
 from cratelm.interpretation.store.database import Store
 
@@ -27,7 +27,7 @@ CAPABILITIES = (
 )
 
 
-class Silent:
+class Silent(InProcess):
     """A model that must not be asked."""
 
     name, identity, context = "judge", "judge-1", None
@@ -64,4 +64,5 @@ def test_rows_written_by_an_earlier_version_are_cache_hits(tmp_path: Path) -> No
 def test_noted_capabilities_of_an_earlier_version_are_read_and_written_unchanged() -> None:
     noted = Capabilities.of_row(json.loads(CAPABILITIES))
     assert (noted.prompt_logprobs, noted.served, noted.pieces) == (True, ("m",), {"10": ("10",)})
-    assert json.loads(json.dumps(noted.row())) == json.loads(CAPABILITIES)
+    written = json.loads(json.dumps(noted.row()))
+    assert {**written, "several": False} == json.loads(CAPABILITIES), "all but a field that is not used any more"

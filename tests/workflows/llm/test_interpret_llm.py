@@ -84,7 +84,7 @@ def test_interpret_with_a_server_finds_the_planted_rules(
     assert np.nanmean(shuffled.correlation) < 0.2
     assert "explained by rules, simulated by all-at-once:rules" in said.out
     assert "control: constant explanations" in said.out
-    assert "gives the probabilities of a prompt" in said.err
+    assert "returns prompt logprobs" in said.err
     assert "self-test: mean correlation" in said.err
     tables = said.out[said.out.index("crate-1l (fixed mode") : said.out.index("\nasked:")]
     asked, everything = len(questions(server)), len(server.asked)
@@ -149,7 +149,7 @@ def test_without_probabilities_a_chat_simulates_and_the_reason_is_said(
     with RuleServer(probabilities=False) as server:
         assert main(["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]) == 0
         said = capsys.readouterr().err
-        assert "simulator: structured:rules (it gives no probabilities of a prompt, but answers chats)" in said
+        assert "simulator: structured:rules (it returns no prompt logprobs, but answers chats)" in said
         asked = len(server.asked)
         assert main(["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]) == 0
         assert capsys.readouterr().err == said

@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_asked_again_by_the_next_process(tmp_path: Path) 
     with Server(answer) as server:
         first, usage = asyncio.run(ask(server.url, store, Spending(), questions=2))
         assert isinstance(first[1], LLMError)
-        assert "could not be read, 3 times" in str(first[1])
+        assert "could not parse the server's answer in 3 attempts" in str(first[1])
         assert (usage.calls, usage.unusable, sum(spent(store))) == (4, 3, 4 * BILLED)
         asyncio.run(ask(server.url, store, Spending(), questions=2))
         assert answer.answers == 4 + 3
@@ -126,7 +126,7 @@ def test_what_the_probe_asks_is_counted(tmp_path: Path) -> None:
 
 def test_kinds_of_failures_are_whole_words(rng: np.random.Generator) -> None:
     with pytest.raises(Declined) as caught:
-        Endpoint("http://localhost:1/v1", "small")._read_chat(int(rng.integers(1, 99)), _body(BAD["empty"]))
+        Endpoint("http://localhost:1/v1", "small")._parse_chat(int(rng.integers(1, 99)), _body(BAD["empty"]))
     assert failure_kind(str(caught.value)) == "the model answered nothing"
 
 

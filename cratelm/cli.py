@@ -44,10 +44,10 @@ VERBS = {
     "circuit": "the neurons that make the model say a token, as a graph",
     "neurons": "the neurons of a layer as a table, or one with its excerpts",
     "report": "scores of one or more runs to tables, figures and a page; --site: the neuron browser, a folder",
-    "serve": "the neuron browser live: type a text, turn neurons, see what changes",
-    "steer": "turn neurons while the model writes: the text and the next token, without and with",
-    "ablate": "take neurons out: what the model loses on held-out text",
-    "ledger": "what every neuron contributes to a logit, to the last digit",
+    "serve": "the neuron browser live: try a text, steer neurons, see what changes",
+    "steer": "change neurons while the model generates: effect on the text and the next token",
+    "ablate": "remove neurons: change of the loss on held-out text",
+    "ledger": "contribution of every neuron to a logit, exact",
 }
 """Verb -> one line of help, in the order of the flow."""
 
@@ -59,7 +59,7 @@ FLOW = (
     ("Sparse autoencoders", ("sae train", "sae evaluate")),
     ("Inside a model", ("whitebox", "dial", "directions", "circuit")),
     ("Neurons to look at", ("neurons", "report", "serve")),
-    ("Neurons to turn", ("steer", "ablate", "ledger")),
+    ("Steer neurons", ("steer", "ablate", "ledger")),
 )
 """The verbs as the overview groups them."""
 

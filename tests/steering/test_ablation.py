@@ -1,5 +1,6 @@
 """Ablation: the fast methods give the same numbers as forward passes with an edited code."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
 from cratelm.sae.loading import load_sae
 from cratelm.steering.ablation import Ablation, HeldOut, held_out, mean_change
+from cratelm.steering.ablation_file import AblationFile, AblationRow
 from cratelm.steering.generate import all_logits
 from cratelm.steering.place import Coder, neuron_places
 
@@ -232,3 +234,16 @@ def test_ablating_a_latent_moves_its_tap_by_its_direction(
     np.testing.assert_allclose(together, by_definition(loud), rtol=1e-3, atol=1e-4)
     densities = (torch.cat(seen) > 0).double().mean(0).numpy()
     np.testing.assert_allclose(found.densities[layer], densities)
+
+
+def test_rows_of_an_earlier_version_are_read_and_resumed(tmp_path: Path) -> None:
+    settings = {"model_hash": "m", "data_hash": "d", "split": "val", "read": "20k", "tokens": 70, "documents": 4}
+    (tmp_path / "ablation.json").write_text(json.dumps({**settings, "run": "crate-2l", "plain": {}, "origin": {}}))
+    row = {"neurons": ["1/9"], "kind": "mean", "nats": 0.25, "standard_error": None, "density": 0.5}
+    (tmp_path / "ablation.jsonl").write_text(json.dumps(row) + "\n")
+    file = AblationFile(tmp_path)
+    assert file.open(settings, {}) == {(("1/9",), "mean")}
+    (read,) = file.rows()
+    assert read == AblationRow(neurons=("1/9",), kind="mean", nats=0.25, standard_error=None, density=0.5)
+    with pytest.raises(CrateError, match=r"got other values \(documents"):
+        file.open({**settings, "documents": 5}, {})

@@ -93,6 +93,40 @@ def human(number: float | int) -> str:
     return f"{number:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """`45 seconds`, `12 minutes`, `3.4 hours`, `20 days`, `13 years`."""
+    units = ((90, 1, "seconds"), (5400, 60, "minutes"), (48 * 3600, 3600, "hours"), (2 * 365 * 86400, 86400, "days"))
+    unit, name = next(((unit, name) for limit, unit, name in units if seconds < limit), (365.25 * 86400, "years"))
+    number = seconds / unit
+    return f"{number:.2g} {name}" if number < 10 else f"{number:,.0f} {name}"
+
+
+class _Fitted(ProgressColumn):
+    """Text cut with an ellipsis, so that the bar, the share, the rate and the time left keep their room."""
+
+    def __init__(self, text: Callable[[Task], str], room: Callable[[Task], int]) -> None:
+        super().__init__()
+        self._text, self._room = text, room
+
+    def render(self, task: Task) -> Text:
+        text = Text(self._text(task), no_wrap=True)
+        text.truncate(max(self._room(task), 0), overflow="ellipsis")
+        return text
+
+
+def _description_room(_: Task) -> int:
+    return max(console.width // 3, 8)
+
+
+def _note_room(task: Task) -> int:
+    """What is left of a line after the other columns: percentage 5, rate at most 15, time left 9, and the bar."""
+    return console.width - min(len(task.description), _description_room(task)) - _bar_width() - 31
+
+
+def _bar_width() -> int:
+    return min(max(console.width - 72, 8), 40)
+
+
 class ProgressBar:
     """One line: what, bar, share, rate, time left, and a note such as the loss. Plain lines where no terminal is."""
 
@@ -114,8 +148,9 @@ class ProgressBar:
 def progress_bars(unit: str = "tok") -> Iterator[Callable[[str, float | int], ProgressBar]]:
     """Show several bars on standard error; the block gets a function (what, total) -> bar."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%"),
-        _Rate(unit), TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"),
+        _Fitted(lambda task: task.description, _description_room), BarColumn(bar_width=_bar_width()),
+        TextColumn("{task.percentage:>3.0f}%"), _Rate(unit), TimeRemainingColumn(compact=True),
+        _Fitted(lambda task: task.fields["note"], _note_room),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield lambda what, total: ProgressBar(progress, what, total)

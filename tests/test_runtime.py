@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from cratelm import runtime
 from cratelm.errors import CrateError
-from cratelm.runtime import DeviceName, human, progress_bar, progress_bars, select_device
+from cratelm.runtime import DeviceName, duration, human, progress_bar, progress_bars, select_device
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,22 @@ def test_a_number_is_shown_with_three_digits(number: float, text: str) -> None:
     assert human(number) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.5, "0.5 seconds"), (45.0, "45 seconds"), (600.0, "10 minutes"), (12_240.0, "3.4 hours"),
+        (1_728_000.0, "20 days"), (4890 * 86400.0, "13 years"), (5e12, "158,440 years"),
+    ],
+)  # fmt: skip
+def test_a_duration_is_said_in_words_with_two_digits(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
 @contextlib.contextmanager
-def screen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> Iterator[io.StringIO]:
+def screen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, width: int = 100) -> Iterator[io.StringIO]:
     """What the bars write."""
     text = io.StringIO()
-    console = Console(file=text, force_terminal=terminal, width=100, force_interactive=terminal, highlight=False)
+    console = Console(file=text, force_terminal=terminal, width=width, force_interactive=terminal, highlight=False)
     monkeypatch.setattr(runtime, "console", console)
     yield text
 
@@ -68,6 +80,30 @@ def test_a_bar_shows_what_rate_time_left_and_note(monkeypatch: pytest.MonkeyPatc
     assert "50%" in shown
     assert "tok/s" in shown
     assert "loss 4.5" in shown
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_long_name_and_note_leave_room_for_share_rate_and_time_left(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**6))
+    with (
+        screen(monkeypatch, terminal=True, width=width) as text,
+        progress_bar("interpret a-very-long-name" * 3, total=100) as bar,
+    ):
+        bar._progress.get_time = lambda: next(clock) / 10
+        for _ in range(5):
+            bar.advance(10, "layer 11, top-and-random, 3072 neurons, loss 3.5, held-out loss 3.6" * 3)
+        bar._progress.refresh()
+    frames = re.split(r"[\r\n]|\x1b\[2K", text.getvalue())
+    line = [plain for frame in frames if (plain := re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", frame)).strip()][-1]
+    assert "interpret a-very" in line
+    assert "━" in line
+    assert " 50%" in line
+    assert "tok/s" in line
+    assert re.search(r"\d+:\d\d", line)
+    assert "…" in line
+    assert len(line.rstrip()) <= width
 
 
 def test_work_done_before_counts_for_the_share_and_not_for_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

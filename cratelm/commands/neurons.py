@@ -93,7 +93,9 @@ def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequ
     rows = table.choose(options.filter, options.sort, reverse=options.reverse)
     shown = rows[: options.limit] if options.limit > 0 else rows
     total = table.records.num_neurons
-    console.print(f"{options.run.name}, layer {table.records.layer} of {layer_spans(layers)}: {total} neurons")
+    console.print(
+        f"{options.run.name}, layer {table.records.layer}: {total} neurons (layers with records: {layer_spans(layers)})"
+    )
     if table.scores is not None:
         console.print(f"scores and explanations: {table.protocol}, by {options.explainer}")
     console.print()

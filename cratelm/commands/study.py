@@ -21,7 +21,7 @@ import tyro
 from cratelm.errors import CrateError
 from cratelm.model.config import SIZES, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
-from cratelm.runtime import DeviceName, console, human, progress_bar, select_device
+from cratelm.runtime import DeviceName, console, duration, human, progress_bar, select_device
 from cratelm.training.config import Execution, TrainConfig
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[st
 
 def _foretell(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
     """Print what each model costs and how long the parts that are left will take, from a few timed passes of each."""
-    from cratelm.training.forecast import duration, forecast
+    from cratelm.training.forecast import forecast
 
     total = 0.0
     held_out = min(options.collect_tokens or data.splits["val"].tokens, data.splits["val"].tokens)

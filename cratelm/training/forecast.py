@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
-from cratelm.runtime import human
+from cratelm.runtime import duration, human
 from cratelm.training.config import Execution, TrainConfig
 from cratelm.training.learner import autocast
 
@@ -72,14 +72,6 @@ def forecast(
         seconds=row_seconds * own * config.steps, rate=flops * config.context / row_seconds,
         state_bytes=round(4 * weights * (1 + moments) / shards), activation_bytes=activation_bytes,
     )  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h`, `20 days`."""
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.2g} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 86400:.3g} days"
 
 
 def _activation_bytes(model: LanguageModel, tokens: Tensor, device: torch.device) -> int:

@@ -72,7 +72,7 @@ def test_the_strongest_tokens_are_those_of_a_search_by_hand(bare: Path) -> None:
 
 def test_before_scoring_the_table_says_what_to_run(bare: Path, show: Show) -> None:
     text = show(bare)
-    assert "layer 0 of 0, 1: 14 neurons" in text
+    assert "layer 0: 14 neurons (layers with records: 0, 1)" in text
     assert f"no neuron is scored yet. Run: cratelm interpret {bare}\n" in text
     assert "explanation" not in text
     assert [line.split()[0] for line in text.splitlines() if line[:6].strip().isdigit()] == [str(i) for i in range(14)]

@@ -26,7 +26,7 @@ from cratelm.training.batches import Batches
 from cratelm.training.checkpoints import best_checkpoint, checkpoints, read_weights
 from cratelm.training.config import Execution, TrainConfig
 from cratelm.training.evaluate import held_out_loss
-from cratelm.training.forecast import duration, forecast
+from cratelm.training.forecast import forecast
 from cratelm.training.learner import Learner, Taken
 from cratelm.workflows.measurements import lookup, samples
 
@@ -252,14 +252,6 @@ def test_recomputing_codes_keeps_less_and_learns_the_same(data: TokenDirectory, 
     ]
     neurons = 4 * 2 * 2 * 16 * 64  # float32, layers, rows, context, neurons: one code of each
     assert kept[0].activation_bytes - kept[1].activation_bytes == neurons
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.5, "0.5 s"), (45.0, "45 s"), (600.0, "10 min"), (12_240.0, "3.4 h"), (1_728_000.0, "20 days")],
-)
-def test_durations_are_rounded(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
 
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(data: TokenDirectory, tmp_path: Path) -> None:

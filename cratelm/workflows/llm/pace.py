@@ -12,7 +12,7 @@ from cratelm.interpretation.llm import LLMError
 from cratelm.interpretation.simulators.self_test import puzzles
 from cratelm.interpretation.stages.estimate import Asked, CountingLLM
 from cratelm.interpretation.store.database import Store
-from cratelm.runtime import human
+from cratelm.runtime import duration, human
 
 WIDTH = 64
 """Tokens of an excerpt that is tried: as many as the longest of the protocols have."""
@@ -48,8 +48,6 @@ class Pace:
 
     def line(self, asked: Asked, in_flight: int) -> str:
         """What it says of the time that all of the plan takes."""
-        from cratelm.training.forecast import duration
-
         took = f"time: about {duration(self.seconds(asked, in_flight))}, "
         if self.here:
             return f"{took}at {human(self.tokens / self.together)} tokens a second"

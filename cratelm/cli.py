@@ -100,7 +100,9 @@ def _run(arguments: list[str]) -> None:
         case _ if (found := split_verb(arguments)) is not None:
             verb, rest = found
             module = importlib.import_module(command_module(verb))
-            module.run(_parse(module, verb, rest))
+            options = _parse(module, verb, rest)
+            module.run(options)
+            _print_next(verb, options)
         case [first, *_] if parts := [verb for verb in VERBS if verb.startswith(f"{first} ")]:
             commands = " or ".join(f"cratelm {verb}" for verb in parts)
             raise CrateError(f"cratelm {first} is several commands: {commands}. Run: cratelm {parts[0]} --help")
@@ -108,6 +110,13 @@ def _run(arguments: list[str]) -> None:
             close = difflib.get_close_matches(unknown, VERBS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}? Run" if close else "run"
             raise CrateError(f"there is no command {unknown!r}; {hint}: cratelm --help")
+
+
+def _print_next(verb: str, options: Any) -> None:
+    from cratelm.workflows.next_command import next_command
+
+    if command := next_command(verb, options):
+        print(f"next: {command}", file=sys.stderr)
 
 
 def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]] | None:

@@ -31,21 +31,21 @@ class Options:
 
 
 @pytest.fixture
-def report_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
-    """Put a function in the place of what `cratelm report` does."""
+def ledger_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
+    """Put a function in the place of what `cratelm ledger` does."""
 
     def install(run: Callable[[Any], None]) -> None:
-        module = types.ModuleType("cratelm.commands.report", "Write the tables.")
+        module = types.ModuleType("cratelm.commands.ledger", "Write the tables.")
         vars(module).update(Options=Options, run=run)
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return install
 
 
-def test_a_command_gets_its_options_from_the_flags(report_runs: Any) -> None:
+def test_a_command_gets_its_options_from_the_flags(ledger_runs: Any) -> None:
     got: list[Options] = []
-    report_runs(got.append)
-    assert cli.main(["report", "--steps", "7", "--arch", "gpt2"]) == 0
+    ledger_runs(got.append)
+    assert cli.main(["ledger", "--steps", "7", "--arch", "gpt2"]) == 0
     assert got == [Options(steps=7, arch="gpt2")]
 
 
@@ -53,19 +53,19 @@ def test_a_command_gets_its_options_from_the_flags(report_runs: Any) -> None:
     ("typed", "count"),
     [("100k", 100_000), ("8.2M", 8_200_000), ("1_228_800", 1_228_800), ("-3", -3), ("2G", 2 * 10**9)],
 )
-def test_every_whole_number_is_read_as_people_write_it(typed: str, count: int, report_runs: Any) -> None:
+def test_every_whole_number_is_read_as_people_write_it(typed: str, count: int, ledger_runs: Any) -> None:
     got: list[Options] = []
-    report_runs(got.append)
-    assert cli.main(["report", "--steps", typed]) == 0
+    ledger_runs(got.append)
+    assert cli.main(["ledger", "--steps", typed]) == 0
     assert got == [Options(steps=count)]
 
 
 @pytest.mark.parametrize("typed", ["many", "1e6", "0.2", "5 M", "all", ""])
 def test_what_is_no_whole_number_is_one_line_that_says_how_to_write_one(
-    typed: str, report_runs: Any, capsys: pytest.CaptureFixture[str]
+    typed: str, ledger_runs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report_runs(print)
-    assert cli.main(["report", "--steps", typed]) == 2
+    ledger_runs(print)
+    assert cli.main(["ledger", "--steps", typed]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "Write one such as 200000, 200k, 8.2M or 1G" in err
@@ -81,13 +81,13 @@ def test_tokens_of_a_training_are_counted_with_letters() -> None:
     assert cli._parse(demo, "demo", ["--tokens", "1.5M"]).tokens == 1_500_000
 
 
-def test_help_of_a_command_teaches_its_flags(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    report_runs(print)
+def test_help_of_a_command_teaches_its_flags(ledger_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger_runs(print)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["report", "--help"])
+        cli.main(["ledger", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "usage: cratelm report" in text or "Write the tables." in text
+    assert "usage: cratelm ledger" in text or "Write the tables." in text
     assert "How many steps to take." in text
     assert "nobody's help" not in text
 
@@ -102,14 +102,14 @@ def test_help_of_a_command_teaches_its_flags(report_runs: Any, capsys: pytest.Ca
     ],
 )
 def test_a_wrong_flag_gets_one_line(
-    flags: list[str], said: str, report_runs: Any, capsys: pytest.CaptureFixture[str]
+    flags: list[str], said: str, ledger_runs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report_runs(lambda _: pytest.fail("the command ran"))
-    assert cli.main(["report", *flags]) == 2
+    ledger_runs(lambda _: pytest.fail("the command ran"))
+    assert cli.main(["ledger", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
-    assert err.endswith("Run: cratelm report --help\n")
+    assert err.endswith("Run: cratelm ledger --help\n")
     assert said in err
     assert err.count("\n") == 1
     assert not set(err) & set("│╭╰─")
@@ -136,12 +136,46 @@ def test_a_flag_that_does_not_exist_or_is_missing_is_named(
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
-def test_a_mistake_is_one_line_with_exit_code_2(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+NO_NATURAL_NEXT = {"study", "generate", "export", "whitebox", "dial", "circuit", "neurons", "serve", "steer", "ablate"}
+ARGUMENTS = {
+    "demo": "", "tokenize": "stdlib --tokenizer bpe:300 --out T", "train": "--data T --out R",
+    "evaluate": "R --data T", "import": "F --out R", "collect": "R --data T", "explain": "R", "simulate": "R",
+    "score": "R", "interpret": "R", "sae train": "R --data T --layer 1",
+    "sae evaluate": "R --data T --sae NAME", "directions": "R", "report": "R",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in NO_NATURAL_NEXT | {"ledger"}])
+def test_a_command_ends_with_a_next_command_that_can_be_typed(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.import_module(cli.command_module(verb)), "run", lambda _: None)
+    assert cli.main([*verb.split(), *ARGUMENTS[verb].split()]) == 0
+    _, err = capsys.readouterr()
+    line = re.fullmatch(r"next: cratelm (.*)\n", err)
+    assert line is not None, err
+    split = cli.split_verb(line[1].split())
+    assert split is not None
+    following, arguments = split
+    assert following != verb
+    cli._parse(importlib.import_module(cli.command_module(following)), following, arguments)
+
+
+@pytest.mark.parametrize("flags", ["--dry-run", "--part 1/2"])
+def test_a_command_that_did_not_do_all_its_work_names_no_next(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.import_module("cratelm.commands.interpret"), "run", lambda _: None)
+    assert cli.main(["interpret", "R", *flags.split()]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_is_one_line_with_exit_code_2(ledger_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def run(options: Options) -> None:
         raise CrateError(f"cannot take {options.steps} steps. Run: walk")
 
-    report_runs(run)
-    assert cli.main(["report", "--steps", "3"]) == 2
+    ledger_runs(run)
+    assert cli.main(["ledger", "--steps", "3"]) == 2
     assert capsys.readouterr() == ("", "error: cannot take 3 steps. Run: walk\n")
 
 
@@ -168,40 +202,40 @@ def test_a_file_where_a_folder_must_be_is_one_line(
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG])
 def test_a_path_that_the_system_refuses_is_one_line(
-    code: int, report_runs: Any, capsys: pytest.CaptureFixture[str]
+    code: int, ledger_runs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(_: Options) -> None:
         raise OSError(code, os.strerror(code), "some/where")
 
-    report_runs(run)
-    assert cli.main(["report", "--steps", "3"]) == 2
+    ledger_runs(run)
+    assert cli.main(["ledger", "--steps", "3"]) == 2
     assert capsys.readouterr() == ("", f"error: some/where: {os.strerror(code)}. Give another path\n")
 
 
-def test_a_system_error_about_no_path_keeps_its_traceback(report_runs: Any) -> None:
+def test_a_system_error_about_no_path_keeps_its_traceback(ledger_runs: Any) -> None:
     def run(_: Options) -> None:
         raise OSError(errno.EIO, "broken")
 
-    report_runs(run)
+    ledger_runs(run)
     with pytest.raises(OSError, match="broken"):
-        cli.main(["report", "--steps", "3"])
+        cli.main(["ledger", "--steps", "3"])
 
 
-def test_a_programming_error_keeps_its_traceback(report_runs: Any) -> None:
+def test_a_programming_error_keeps_its_traceback(ledger_runs: Any) -> None:
     def run(options: Options) -> None:
         assert options.steps > 3, "programmer"
 
-    report_runs(run)
+    ledger_runs(run)
     with pytest.raises(AssertionError, match="programmer"):
-        cli.main(["report", "--steps", "3"])
+        cli.main(["ledger", "--steps", "3"])
 
 
-def test_ctrl_c_says_how_to_go_on(report_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_how_to_go_on(ledger_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: Options) -> None:
         raise KeyboardInterrupt
 
-    report_runs(run)
-    assert cli.main(["report", "--steps", "3"]) == 130
+    ledger_runs(run)
+    assert cli.main(["ledger", "--steps", "3"]) == 130
     assert capsys.readouterr().err.strip() == "stopped. Run the same command again to go on."
 
 

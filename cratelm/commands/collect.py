@@ -185,7 +185,6 @@ def _report(run: Path, options: Options, subject: "Subject") -> None:
         )
     folder = records_folder(run, options.mode)
     if subject.tap == "neurons":
-        other = "" if options.mode == "fixed" else f" --mode {options.mode}"
-        console.print(f"records in {folder}. Next: cratelm interpret {run}{other}")
+        console.print(f"records in {folder}", soft_wrap=True)
     else:
         console.print(f"records in {folder / subject.tap}, read by cratelm.read_records(..., tap={subject.tap!r})")

@@ -62,7 +62,7 @@ def directions_run(folder: Path, options: Options) -> None:
         (home / "directions.json").unlink(missing_ok=True)  # other numbers are on their way into the same files
         written = _write(opened, options)
         write_json(home / "directions.json", settings | {"tap": "neurons", "layers": written, "origin": origin()})
-    console.print(f"directions in {home}. Next: cratelm neurons {folder} --layer 0 --neuron 0", soft_wrap=True)
+    console.print(f"directions in {home}", soft_wrap=True)
 
 
 def _is_there(folder: Path, settings: dict[str, object]) -> bool:

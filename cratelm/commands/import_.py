@@ -62,7 +62,7 @@ def run(options: Options) -> None:
 
         with claim(options.out):
             records = import_neuron_records(path, options.out)
-        console.print(f"records in {records}. Next: cratelm interpret {options.out}")
+        console.print(f"records in {records}", soft_wrap=True)
         return
     if path.suffix in (".pt", ".pth", ".bin") and not path.exists():
         raise CrateError(f"{path} is not there. Name a checkpoint, a model directory or a name on the hub")

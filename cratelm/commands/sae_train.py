@@ -170,10 +170,7 @@ def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
                 job.config, job.place, job.stream, job.folder, tokens=tokens, device=job.device, bar=bar, stop=stop,
                 candidates=job.candidates,
             )  # fmt: skip
-    console.print(
-        f"autoencoder in {job.folder}. Next: cratelm sae evaluate {home} --sae {job.folder.name} --data {options.data}",
-        soft_wrap=True,
-    )
+    console.print(f"autoencoder in {job.folder}", soft_wrap=True)
 
 
 def _job(

@@ -126,9 +126,7 @@ def _train(options: Options, data_folder: Path) -> None:
                 config, model_config, data, options.out, device=device, bar=bar, stop=stop, execution=execution,
                 measurements=measurements(options.measure, data, options.out), world=world,
             )  # fmt: skip
-    console.print(
-        f"model in {options.out / 'model'}. Next: cratelm evaluate {options.out} --data {data_folder}", soft_wrap=True
-    )
+    console.print(f"model in {options.out / 'model'}", soft_wrap=True)
 
 
 def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:

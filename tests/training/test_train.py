@@ -200,7 +200,7 @@ def test_the_command_trains_and_writes_a_run_directory(
     out, err = capsys.readouterr()
     assert out == ""
     assert "gpt2 with 1 layers, 238k parameters, on 384 tokens: 6 steps of 64" in " ".join(err.split())
-    assert "Next: cratelm evaluate" in " ".join(err.split())
+    assert "next: cratelm evaluate" in " ".join(err.split())
     model, tokenizer = load(run)
     assert tokenizer is not None
     assert tokenizer_hash(tokenizer) == data.tokenizer_hash

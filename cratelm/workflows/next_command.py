@@ -1,0 +1,63 @@
+"""The command that usually follows one: printed once at the end of each, and not by commands that call others."""
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def next_command(verb: str, options: Any) -> str:
+    """The next useful command, without a line break; empty if none is natural, or if nothing was done yet.
+
+    With torchrun the first process alone has one.
+    """
+    spending = getattr(options, "spending", None)
+    unfinished = getattr(options, "dry_run", False) or (spending and (spending.dry_run or spending.part))
+    if verb not in NEXT or unfinished or os.environ.get("RANK", "0") != "0":
+        return ""
+    words = NEXT[verb](options)
+    return shlex.join(["cratelm", *map(str, words)]) if words else ""
+
+
+def _records(options: Any) -> list[str]:
+    """The options that choose records, where they are not the default ones."""
+    mode = [] if options.mode == "fixed" else ["--mode", options.mode]
+    return mode if options.tap == "neurons" else [*mode, "--tap", options.tap]
+
+
+def _after_evaluate(options: Any) -> list[str | Path]:
+    return ["collect", *options.runs, "--data", options.data] if options.data else []
+
+
+def _after_collect(options: Any) -> list[str | Path]:
+    runs, mode = [options.out] if options.out else options.runs, _records(options)
+    if options.sae:
+        return ["interpret", *runs, *mode, "--tap", f"sae-{options.sae[0]}"]
+    if options.sign == "negative" or options.tap not in ("neurons", "heads", "residual"):
+        return []
+    return ["interpret", *runs, *mode]
+
+
+def _after_sae_evaluate(options: Any) -> list[str | Path]:
+    names = [name for name in options.sae if "/" not in name]
+    return ["collect", *options.runs, "--data", options.data, "--sae", *names] if names else []
+
+
+NEXT: dict[str, Callable[[Any], list[str | Path]]] = {
+    "demo": lambda options: ["serve", *(options.out / name for name in ("crate-2l", "gpt2-2l"))],
+    "tokenize": lambda options: ["train", "--data", options.out, "--out", "runs/crate-2l"],
+    "train": lambda options: ["evaluate", options.out, "--data", options.data] if options.data else [],
+    "evaluate": _after_evaluate,
+    "import": lambda options: ["generate", options.out],
+    "collect": _after_collect,
+    "explain": lambda options: ["simulate", *options.runs, *_records(options)],
+    "simulate": lambda options: ["score", *options.runs, *_records(options)],
+    "score": lambda options: ["report", *options.runs, *_records(options)],
+    "interpret": lambda options: ["report", *options.runs, *_records(options)],
+    "sae train": lambda options: ["sae", "evaluate", options.out or options.runs[0], "--data", options.data],
+    "sae evaluate": _after_sae_evaluate,
+    "directions": lambda options: ["neurons", options.runs[0], "--layer", "0", "--neuron", "0"],
+    "report": lambda options: [] if options.site else ["serve", *options.runs],
+}
+"""Verb -> the words of the command that follows it; an empty list if there is none."""

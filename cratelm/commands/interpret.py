@@ -63,7 +63,6 @@ class Options(Selection):
     controls: Controls = ()
     """Also score each neuron with another neuron's explanation: shuffled; or nobody's (with --llm): constant."""
     scorer: Scorers = ("simulation",)
-    """simulation is the paper's; detection fuzzing fuzzing-active intruder surprisal embedding example-embedding."""
     encoder: Name = ""
     """Sentence encoder for the embedding scorers: a name on the Hugging Face hub or a directory."""
     explaining: Explained = group(Explaining)

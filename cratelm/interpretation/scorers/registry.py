@@ -1,83 +1,101 @@
-"""The scorers beside the paper's correlation: what each asks of whom, one neuron at a time, and a layer's mean.
+"""The registry of scorers other than the paper's correlation, and the mean of one over a layer.
 
-Each takes the windows of a neuron (`contrast.py`) and gives a `Judged`, whose `row()` is what the store keeps. Which
-number stands for it:
+A scorer gets the windows of a neuron (`windows.py`) and returns a `Judged`, whose `row()` is stored. Its number is
 
-    detection, fuzzing, fuzzing-active    balanced accuracy, chance 1/2
-    intruder                              accuracy, chance 1 / options
-    surprisal, embedding, example-embedding    AUC, chance 1/2
+    detection, fuzzing, fuzzing-active         balanced accuracy, chance level 1/2
+    intruder                                   accuracy, chance level 1 / options
+    surprisal, embedding, example-embedding    AUC, chance level 1/2
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from cratelm.activations.records import NeuronRecord
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
-from cratelm.interpretation.scorers.classification import Questions, detection, fuzzing, intruder
+from cratelm.interpretation.scorers.classification import WORDS, Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
 from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
-from cratelm.interpretation.scorers.windows import contrast
+from cratelm.interpretation.scorers.windows import Contrast, contrast
 from cratelm.interpretation.scoring.statistics import interval, sets_each
-from cratelm.interpretation.store.schema import Judging, Stage
 
 SIMULATION = "simulation"
-"""The paper's scorer, which has stages of its own: simulate, then score."""
+"""The paper's scorer, which has two stages: simulate, then score."""
 ITEM_RESAMPLES = 64
-"""Resampled sets of items per neuron at least (`sets_each`); every drawing of a neuron takes one."""
+"""Fewest bootstrap sets of items per neuron (`sets_each`); each draw of a neuron uses one."""
+Need = Literal["chat", "prompt-logprobs", "encoder"]
+Run = Callable[[str, Contrast, Sequence[bytes], Any, Questions], Awaitable[Judged] | Judged]
+"""(explanation, windows, bytes of each token id, `LLM` or `Encoder`, questions) -> result for one neuron."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
-    """What is to know about a scorer."""
+    """A scorer: its function, and what the store, the tables and the command line need to know."""
 
-    name: Judging
-    asks: Literal["chat", "prompt-logprobs", "encoder"]
-    """What it needs: a model that answers, one that tells the probabilities of a prompt, or a sentence encoder."""
-    explained: bool
-    """Whether it tests an explanation; the others test the neuron itself."""
+    name: str
+    """Name on the command line, in tables, and of its stage in the store."""
+    needs: Need
+    """What `run` gets: a model that answers chats, one that returns prompt logprobs, or a sentence encoder."""
+    run: Run
+    """Scores one neuron."""
+    explained: bool = True
+    """Whether it tests an explanation; otherwise it tests the neuron itself, and gets an empty explanation."""
     number: str
-    """The name of its number in `Judged.numbers`."""
+    """The number in `Judged.numbers` that stands for the result."""
+    prompts: Path = WORDS
+    """File with its prompts; results depend on its hash."""
 
-    @property
-    def stage(self) -> Stage:
-        """Its stage in the store."""
-        return self.name
+    def __post_init__(self) -> None:
+        assert callable(self.run), f"scorer {self.name} has no function"
+        assert self.needs in get_args(Need), f"scorer {self.name} needs {self.needs}"
+
+
+def _unexplained(run: Callable[..., Awaitable[Judged] | Judged]) -> Run:
+    """The function of a scorer that reads no explanation."""
+    return lambda _, *rest: run(*rest)
 
 
 SCORERS: dict[str, Scorer] = {
-    one.name: one
-    for one in (
-        Scorer(name="detection", asks="chat", explained=True, number="balanced_accuracy"),
-        Scorer(name="fuzzing", asks="chat", explained=True, number="balanced_accuracy"),
-        Scorer(name="fuzzing-active", asks="chat", explained=True, number="balanced_accuracy"),
-        Scorer(name="intruder", asks="chat", explained=False, number="accuracy"),
-        Scorer(name="surprisal", asks="prompt-logprobs", explained=True, number="auc"),
-        Scorer(name="embedding", asks="encoder", explained=True, number="auc"),
-        Scorer(name="example-embedding", asks="encoder", explained=False, number="auc"),
+    scorer.name: scorer
+    for scorer in (
+        Scorer(name="detection", needs="chat", run=detection, number="balanced_accuracy"),
+        Scorer(name="fuzzing", needs="chat", run=fuzzing, number="balanced_accuracy"),
+        Scorer(name="fuzzing-active", needs="chat", run=partial(fuzzing, active=True), number="balanced_accuracy"),
+        Scorer(name="intruder", needs="chat", run=_unexplained(intruder), explained=False, number="accuracy"),
+        Scorer(name="surprisal", needs="prompt-logprobs", run=surprisal, number="auc"),
+        Scorer(name="embedding", needs="encoder", run=embedding, number="auc"),
+        Scorer(
+            name="example-embedding",
+            needs="encoder",
+            run=_unexplained(example_embedding),
+            explained=False,
+            number="auc",
+        ),
     )
 }
-"""By name, in the order in which tables show them."""
+"""By name, in the order of tables. A new scorer needs one line here: all else is derived from the registry."""
 
 
 def chosen_scorers(names: Iterable[str]) -> tuple[str, ...]:
-    """The scorers asked for, in their order, refused where there is no such one; `all` is every one."""
+    """The requested scorers in the registry's order; `all` is every scorer. Refuses an unknown name."""
     known = (SIMULATION, *SCORERS)
-    asked = list(names)
-    for name in asked:
+    requested = list(names)
+    for name in requested:
         if name not in (*known, "all"):
-            raise CrateError(f"there is no scorer {name!r}. Use one or more of: {', '.join(known)}; or all")
-    return tuple(name for name in known if name in asked or "all" in asked)
+            raise CrateError(f"--scorer must be one or more of: {', '.join(known)}; or all; got {name!r}")
+    return tuple(name for name in known if name in requested or "all" in requested)
 
 
 async def check_llm(names: Iterable[str], llm: LLM, questions: Questions) -> None:
-    """Refuse, before anything is paid for, a model that cannot give what these scorers ask for."""
-    needs = {SCORERS[name].asks for name in names if name in SCORERS}
+    """Refuse a model that lacks what these scorers need, before any call is paid for."""
+    needs = {SCORERS[name].needs for name in names if name in SCORERS}
     if "prompt-logprobs" in needs or ("chat" in needs and questions.answers == "probabilities"):
         await check_prompt_logprobs(llm)
 
@@ -88,27 +106,14 @@ async def judge(
 ) -> Judged:  # fmt: skip
     """Apply one scorer to one neuron.
 
-    `pieces` is the bytes of each token id, `explanation` what is tested (not read by scorers that need none). A neuron
-    with too few windows comes back with that as its reason, before anyone is asked. Raises `LLMError` where the model
-    gave nothing readable at all.
+    `pieces` is the bytes of each token id. A neuron with too few windows is returned with that reason, without a call.
+    Raises `LLMError` if no answer of the model can be parsed.
     """
-    scorer, windows = SCORERS[name], contrast(record, questions)
-    if scorer.asks == "encoder":
-        assert encoder is not None, f"{name} needs an encoder"
-        if scorer.explained:
-            return embedding(explanation, windows, pieces, encoder, questions)
-        return example_embedding(windows, pieces, encoder, questions)
-    assert llm is not None, f"{name} needs a language model"
-    match name:
-        case "detection":
-            return await detection(explanation, windows, pieces, llm, questions)
-        case "fuzzing" | "fuzzing-active":
-            active = name == "fuzzing-active"
-            return await fuzzing(explanation, windows, pieces, llm, questions, active=active)
-        case "intruder":
-            return await intruder(windows, pieces, llm, questions)
-        case _:
-            return await surprisal(explanation, windows, pieces, llm, questions)
+    scorer = SCORERS[name]
+    asked = encoder if scorer.needs == "encoder" else llm
+    assert asked is not None, f"{name} needs {scorer.needs}"
+    result = scorer.run(explanation, contrast(record, questions), pieces, asked, questions)
+    return await result if isinstance(result, Awaitable) else result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

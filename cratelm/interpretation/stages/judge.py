@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.interpretation.llm import LLM
-from cratelm.interpretation.scorers.classification import WORDS, Questions, enough_windows
+from cratelm.interpretation.scorers.classification import Questions, enough_windows
 from cratelm.interpretation.scorers.embedding import Encoder
 from cratelm.interpretation.scorers.registry import SCORERS, ScorerAggregate, aggregate_scorer, judge
 from cratelm.interpretation.scorers.results import Judged
@@ -31,7 +31,7 @@ from cratelm.interpretation.stages.language_model import (
 from cratelm.interpretation.stages.language_model import made_with as explained_with
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
-from cratelm.interpretation.store.schema import JUDGED, SetKey
+from cratelm.interpretation.store.schema import SetKey
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +48,14 @@ class Jury:
 
     def name_for(self, scorer: str) -> str:
         """The name of whoever is asked."""
-        asked = self.encoder if SCORERS[scorer].asks == "encoder" else self.llm
+        asked = self.encoder if SCORERS[scorer].needs == "encoder" else self.llm
         assert asked is not None, f"nobody to ask for {scorer}"
         return asked.name
 
     def told(self, scorer: str) -> dict[str, Any]:
         """All that results depend on beside records and explanations."""
-        who = self.llm.identity if SCORERS[scorer].asks != "encoder" and self.llm else self.name_for(scorer)
-        words = hashlib.sha256(WORDS.read_bytes()).hexdigest()[:16]
+        who = self.llm.identity if SCORERS[scorer].needs != "encoder" and self.llm else self.name_for(scorer)
+        words = hashlib.sha256(SCORERS[scorer].prompts.read_bytes()).hexdigest()[:16]
         return {**asdict(self.questions), "judge": who, "prompts": words}
 
 
@@ -86,7 +86,7 @@ async def judge_set(task: Task, scorer: str, jury: Jury) -> Tally:
         asked = np.array(list(sources), dtype=np.int64)
     else:
         asked = task.neurons
-    growing = task.begin(SCORERS[scorer].stage, asked, settings)
+    growing = task.begin(scorer, asked, settings)
     part, parts = task.part
     # A part knows the explanations of its own share alone, so the share is one of the neurons that can be explained.
     explained_here = set(asked.tolist()) & task.share if SCORERS[scorer].explained else None
@@ -112,8 +112,7 @@ async def judge_set(task: Task, scorer: str, jury: Jury) -> Tally:
 
 def judged(store: Store, key: SetKey, scorer: str) -> dict[int, Judged]:
     """A scorer's results by neuron, those that are there; the neurons that failed are `llm_stages.failures`."""
-    stage = SCORERS[scorer].stage
-    rows = GrowingSet(store=store, key=key, stage=stage, neurons=np.empty(0, dtype=np.int64)).rows()
+    rows = GrowingSet(store=store, key=key, stage=scorer, neurons=np.empty(0, dtype=np.int64)).rows()
     return {neuron: Judged.of_row(row) for neuron, row in rows.items() if isinstance(row, dict)}
 
 
@@ -121,7 +120,7 @@ def aggregate_judged(
     store: Store, key: SetKey, scorer: str, *, seed: int = 0, resamples: int = 2000
 ) -> ScorerAggregate:
     """One scorer over the neurons of a layer, whole set or not."""
-    failed = len(failures(store, key, SCORERS[scorer].stage))
+    failed = len(failures(store, key, scorer))
     rng, options = generator(seed, f"{scorer} {key.protocol}", key.layer), options_asked(store, key, scorer)
     return aggregate_scorer(
         scorer, judged(store, key, scorer), failed=failed, options=options, rng=rng, resamples=resamples
@@ -131,10 +130,10 @@ def aggregate_judged(
 def options_asked(store: Store, key: SetKey, scorer: str) -> int | None:
     """Among how many windows the questions of a set hide an intruder; None where the store does not know."""
     with store.transaction() as connection:
-        started = begun(connection, key, SCORERS[scorer].stage)
+        started = begun(connection, key, scorer)
     return None if started is None else json.loads(started.settings).get("options")
 
 
 def judged_sets(store: Store) -> list[tuple[SetKey, str]]:
     """Every whole set of a scorer's results there is, with the scorer."""
-    return [(key, stage) for stage in JUDGED for key in store.sets(stage)]
+    return [(key, stage) for stage in SCORERS for key in store.sets(stage)]

@@ -5,9 +5,9 @@ A *set* is what one stage makes of one layer by one protocol, with one explainer
 
 import sqlite3
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -21,15 +21,19 @@ from cratelm.interpretation.store.identities import (
     parse_simulator,
 )
 
-Judging = Literal["detection", "fuzzing", "fuzzing-active", "intruder", "surprisal", "embedding", "example-embedding"]
-JUDGED: tuple[Judging, ...] = get_args(Judging)
-"""The stages that are scorers of their own (`scorers.py`)."""
-Stage = Literal["explain", "simulate", "score", "firing"] | Judging
-MADE: dict[Stage, str] = {
-    "explain": "explanations", "simulate": "simulations", "score": "scores", "firing": "firing",
-    **dict.fromkeys(JUDGED, "answers"),
-}  # fmt: skip
-"""Stage -> the table it fills."""
+Stage = str
+"""`explain`, `simulate`, `score`, `firing`, or the name of a scorer (`scorers/registry.py`)."""
+
+
+class _Tables(dict[Stage, str]):
+    def __missing__(self, stage: Stage) -> str:
+        return "answers"  # of every scorer in the registry
+
+
+MADE: Mapping[Stage, str] = _Tables(
+    explain="explanations", simulate="simulations", score="scores", firing="firing"
+)  # fmt: skip
+"""Stage -> the table it fills; all scorers of the registry share one."""
 
 KEY_COLUMNS = "mode, tap, layer, protocol, explainer, simulator, control, sample"
 """The columns that tell sets apart: the fields of `SetKey`, in their order."""

@@ -10,7 +10,7 @@ from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.stages.judge import judged, options_asked
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.listing import sets_of
-from cratelm.interpretation.store.schema import JUDGED, SetKey
+from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.browser.catalogue import Layer
 from cratelm.report.browser.weights import number
 
@@ -62,8 +62,8 @@ def open_measures(layer: Layer, store: Store) -> Measures:
         firing={key: read_firing(store, key) for key in sets_of(store, "firing", **place) if not key.control},
         judged=tuple(
             (key, scorer, chance(scorer, options_asked(store, key, scorer)), judged(store, key, scorer))
-            for scorer in JUDGED
-            for key in sets_of(store, SCORERS[scorer].stage, **place)
+            for scorer in SCORERS
+            for key in sets_of(store, scorer, **place)
             if not key.control
         ),
     )

@@ -22,7 +22,7 @@ COLUMNS = (
     Column("Unreadable", "count"),
 )  # fmt: skip
 NOTES = (
-    "Score: balanced accuracy of detection and fuzzing, accuracy of intruder, AUC of surprisal and embeddings, as a "
+    "Score: {numbers}, as a "
     "mean over neurons; intervals of a layer by two-level bootstrap, over neurons and over the items of each. Means "
     "over layers leave the last one out from 6 layers on, as the paper does.",
     "Too few excerpts: neurons without enough windows on which they fire, or on which they are silent. Failed: neurons "
@@ -38,7 +38,22 @@ def judged_tables(results: Results) -> tuple[Table, ...]:
         return ()
     order = {name: place for place, name in enumerate(SCORERS)}
     ordered = tuple(sorted(rows, key=lambda row: order[str(row[0])]))
-    return (Table(name="scorers", caption="Other scorers", columns=COLUMNS, rows=ordered, notes=NOTES),)
+    return (
+        Table(
+            name="scorers",
+            caption="Other scorers",
+            columns=COLUMNS,
+            rows=ordered,
+            notes=(NOTES[0].format(numbers=_numbers()), *NOTES[1:]),
+        ),
+    )
+
+
+def _numbers() -> str:
+    names: dict[str, list[str]] = {}
+    for scorer in SCORERS.values():
+        names.setdefault(scorer.number.replace("_", " ").replace("auc", "AUC"), []).append(scorer.name)
+    return "; ".join(f"{number} of {', '.join(named)}" for number, named in names.items())
 
 
 def _of_run(run: RunResult, results: Results) -> Iterator[tuple[Cell, ...]]:

@@ -29,7 +29,7 @@ class Judges:
 
     def jury_for(self, scorer: str) -> Jury:
         """The jury of one scorer."""
-        return replace(self.jury, llm=self.reader) if SCORERS[scorer].asks == "prompt-logprobs" else self.jury
+        return replace(self.jury, llm=self.reader) if SCORERS[scorer].needs == "prompt-logprobs" else self.jury
 
     def sets(self, explained: Sequence[SetKey], controls: Sequence[str]) -> Iterator[tuple[str, SetKey]]:
         """Every scorer with every set of its results; one that tests no explanation has one for each layer."""
@@ -50,7 +50,7 @@ async def find_judges(
     asked = tuple(name for name in scorers if name != SIMULATION)
     if not asked:
         return None
-    needs = {SCORERS[name].asks: name for name in asked}
+    needs = {SCORERS[name].needs: name for name in asked}
     for need, name in needs.items():
         if need != "encoder" and chat is None:
             raise CrateError(f"the scorer {name} asks a language model. Give --llm URL of a server, or a directory")

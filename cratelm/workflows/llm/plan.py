@@ -107,14 +107,14 @@ async def plan_simulate(
 async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury, seen: set[str]) -> None:
     """Add one set of a scorer's results to a line; what is not explained yet is taken to get a usual sentence."""
     asked = task.explainable if SCORERS[scorer].explained else task.neurons
-    missing = _missing(line, task, SCORERS[scorer].stage, asked, told=jury.told(scorer))
+    missing = _missing(line, task, scorer, asked, told=jury.told(scorer))
     said = _said(task) if SCORERS[scorer].explained else lambda _: ("", "")
 
     async def ask(llm: CountingLLM, neuron: int) -> None:
         text, llm.about = said(neuron)
         await judge(scorer, task.records[neuron], text, jury.pieces, jury.questions, llm=llm)
 
-    if jury.llm is not None and SCORERS[scorer].asks != "encoder":
+    if jury.llm is not None and SCORERS[scorer].needs != "encoder":
         await _add(line, task, jury.llm, missing, ask, seen)
 
 

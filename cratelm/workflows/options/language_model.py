@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION
 from cratelm.runtime import DeviceName
 
 T = TypeVar("T")
@@ -15,7 +16,10 @@ Name = Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 Amount = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 Controls = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")]
-Scorers = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")]
+Scorers = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(metavar="NAME...", help=f"{SIMULATION} is the paper's; {' '.join(SCORERS)}."),
+]
 Simulator = Literal["auto", "all-at-once", "token-by-token", "structured"]
 Calibration = Literal["none", "linear", "percentile"]
 

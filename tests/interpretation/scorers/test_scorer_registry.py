@@ -105,7 +105,7 @@ def test_a_model_that_tells_no_probabilities_is_refused_with_what_to_use() -> No
 
 
 def test_an_unknown_scorer_is_refused_with_those_there_are() -> None:
-    with pytest.raises(CrateError, match=r"no scorer 'detect'. Use .*simulation, detection, fuzzing, .*or all"):
+    with pytest.raises(CrateError, match=r"one or more of: simulation, detection, fuzzing, .*or all; got 'detect'"):
         chosen_scorers(["fuzzing", "detect"])
     assert chosen_scorers(["intruder", "detection"]) == ("detection", "intruder")
     assert chosen_scorers(["all"]) == ("simulation", *SCORERS)

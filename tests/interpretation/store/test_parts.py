@@ -60,7 +60,7 @@ def contents(run: Path) -> list[Any]:
     with store.transaction() as connection:
         calls = connection.execute("SELECT * FROM calls ORDER BY hash").fetchall()
     sets = [(KEY, "explain"), (SIMULATED, "simulate"), (SIMULATED, "detection")]
-    found = [GrowingSet(store=store, key=key, stage=stage, neurons=np.array([0])) for key, stage in sets]  # type: ignore[arg-type]
+    found = [GrowingSet(store=store, key=key, stage=stage, neurons=np.array([0])) for key, stage in sets]
     return [calls, *(repr(one.rows()) for one in found), *(one.failures() for one in found)]
 
 
@@ -76,7 +76,7 @@ def test_parts_make_what_one_process_makes(run: Path) -> None:
     assert (merged.parts, merged.rows, merged.calls, merged.whole, merged.missing) == ((1, 2, 3), 6, 2, 3, 0)
     store = Store.open(run)
     for key, stage in ((KEY, "explain"), (SIMULATED, "simulate"), (SIMULATED, "detection")):
-        assert store.is_done(key, stage)  # type: ignore[arg-type]
+        assert store.is_done(key, stage)
     assert store.simulations(SIMULATED).neuron.tolist() == [1, 4, 7, 8, 9]
     kept = kept_chosen(store, KEY)
     assert kept is not None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fakes.judges import Judge
 from fixtures.synthetic import make_run
+from interpretation.scorers.test_new_scorer import toy
 from interpretation.stages.test_judge import always
 from report.tables.test_tables import cells, scored_runs
 
@@ -20,6 +21,7 @@ from cratelm.interpretation.firing.means import mean_firing
 from cratelm.interpretation.firing.measures import STATED, THRESHOLDS, count_sets
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.classification import Questions
+from cratelm.interpretation.scorers.registry import SCORERS, Scorer
 from cratelm.interpretation.stages.judge import Jury, judge_set, judged_key
 from cratelm.interpretation.stages.language_model import Task
 from cratelm.interpretation.store.database import Store
@@ -227,6 +229,20 @@ def test_scorers_stand_in_a_table_of_their_own(results: Results) -> None:
         assert isinstance(judged, tuple)
         assert isinstance(few, int)
         assert judged[0] + few == judged[1]
+
+
+def test_a_scorer_of_the_registry_is_in_the_table(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORERS, "toy", Scorer(name="toy", needs="chat", run=toy, number="balanced_accuracy"))
+    run = results.models[1].path
+    key = judged_key(SetKey(layer=0, protocol="top-and-random"), "toy", "judge")
+    task = Task(
+        store=Store.open(run), key=key, records=read_records(run, 0), protocol=protocol("top-and-random"),
+        chosen=chosen("all"),
+    )  # fmt: skip
+    asyncio.run(judge_set(task, "toy", Jury(pieces=[b"?"] * 400, questions=Questions(), llm=Judge(always(1)))))
+    (table,) = judged_tables(results)
+    assert [row[5] for row in table.rows if row[0] == "toy"] == [100.0]
+    assert "toy" in table.notes[0]
 
 
 def with_protocols(results: Results, *names: str) -> Results:

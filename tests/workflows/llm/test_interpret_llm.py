@@ -219,7 +219,7 @@ MISTAKES = [
     (["--llm", "http://127.0.0.1:9/v1"], "no server can be reached at http://127.0.0.1:9/v1"),
     (["--llm", "URL", "--model", "other"], "does not serve other (it serves: rules)"),
     (["--llm", "URL", "--controls", "swapped"], "there is no control 'swapped'. Use: shuffled, constant"),
-    (["--llm", "URL", "--scorer", "guessing"], "there is no scorer 'guessing'"),
+    (["--llm", "URL", "--scorer", "guessing"], "got 'guessing'"),
     (["--llm", "URL", "--neurons", "0-99"], "has neurons 0 to 5, not 99"),
     (["--llm", "URL", "--samples", "2", "--temperature", "0"], "the same explanation every time"),
     (["--llm", "URL", "--part", "3/2"], "--part '3/2' is not understood"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What `cratelm demo` does, one command per step: CRATE-2L against GPT-2-2L on the Python standard library's own text.
-# Each step goes on where it was stopped, so the whole script may be interrupted and run again.
+# Each step resumes where it was stopped, so you can interrupt the script and run it again.
 set -euo pipefail
 
 out=${1:-runs/by-hand}

@@ -4,7 +4,7 @@
 #
 #     recipes/minipile.sh FOLDER [OUT] [TOKENS]
 #
-# `cratelm study ... --dry-run` tells how long it takes; every step goes on where it was stopped.
+# `cratelm study ... --dry-run` estimates the time; every step resumes where it was stopped.
 set -euo pipefail
 
 text=${1:?name a folder with text}

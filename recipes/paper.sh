@@ -5,7 +5,7 @@
 #     recipes/paper.sh tokens                        text to tokens, once (about 650 GB of text, 330 GB of tokens)
 #     recipes/paper.sh train crate b                 one model on all GPUs of this machine
 #     recipes/paper.sh all                           all ten, one after the other
-#     recipes/paper.sh dry-run crate b               what it takes, before the first step
+#     recipes/paper.sh dry-run crate b               estimate of time and memory
 #     NODES=4 HEAD=host0 recipes/paper.sh train crate b        run on each of 4 machines at once
 #     sbatch --nodes 4 --gpus-per-node 8 --ntasks-per-node 1 --requeue --signal=TERM@120 recipes/paper.sh slurm crate b
 #
@@ -14,15 +14,15 @@
 # files disagree about the batch: 480 sequences in the active configuration, 256 and 512 by the checkpoints' names.
 # 157 billion tokens is where the paper's loss curve ends, for both architectures.
 #
-# A process that dies stops the job; torchrun starts all of them again, and they go on from the last checkpoint. OUT has
-# to be on a file system that all machines see. The number of machines may change between starts.
+# A process that dies stops the job; torchrun restarts all of them, and they resume from the last checkpoint. OUT has
+# to be on a file system shared by all machines. The number of machines may change between starts.
 set -euo pipefail
 
 out=${OUT:-runs/paper}
 data=${DATA:-$out/tokens}
 gpus=${GPUS:-8}
 nodes=${NODES:-${SLURM_NNODES:-1}}
-# torchrun keeps one store over its restarts, in which several machines would find the addresses of dead processes.
+# torchrun keeps one store over its restarts; several machines would read the addresses of dead processes from it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 tokens() {

@@ -1,100 +1,93 @@
-"""How an autoencoder is trained: its kind, its size, its schedule, and what follows from them."""
+"""How an autoencoder is trained: kind, size and schedule, and the numbers that follow from them."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from cratelm.errors import CrateError
-
-Kind = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka", "paper"]
-
-PENALISED: tuple[Kind, ...] = ("standard", "gated", "paper")
-"""Kinds whose sparsity comes from an L1 penalty; the others are told how many latents to use."""
-PENALTY: dict[Kind, float] = {"standard": 2.0, "gated": 2.0, "paper": 8e-5}
-"""Weight of that penalty unless another is given. Not comparable: `paper` divides its error otherwise."""
-PENALTY_WARMUP = 0.05
-"""Share of the training over which the penalty rises from 0 (not with `paper`)."""
-DECAY = 0.2
-"""Share of the training, at its end, over which the learning rate falls to 0 (not with `paper`)."""
+from cratelm.sae.kinds import KINDS, SaeKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeConfig:
-    """What to train."""
+    """Settings of a training."""
 
-    kind: Kind = "standard"
-    """standard, gated, jumprelu, topk, batchtopk, matryoshka; or paper: the released code's own (docs/sae.md)."""
+    kind: str = "standard"
+    """A key of `KINDS`."""
     expansion: int = 4
     """Latents per input dimension; the paper has 1, 4 and 16."""
     batch_tokens: int = 4096
     """Activations per step."""
     buffer_tokens: int = 65536
-    """Activations that are shuffled together and held in memory; the released code holds 524288."""
+    """Activations in memory that are shuffled together; the released code holds 524288."""
     learning_rate: float | None = None
-    """Peak of the rate. By default 4e-4, for the three TopK kinds 2e-4 / sqrt(latents / 16384)."""
+    """Peak learning rate. Default: 4e-4; for topk, batchtopk and matryoshka 2e-4 / sqrt(latents / 16384)."""
     warmup_steps: int = 1000
-    """Steps over which the rate rises; at most a tenth of all, but for paper."""
+    """Steps over which the learning rate rises; at most a tenth of the training, except for paper."""
     l1: float | None = None
-    """Weight of the sparsity penalty of standard and gated (default 2) and paper (default 8e-5)."""
+    """Weight of the sparsity penalty. Default: 2 for standard and gated, 8e-5 for paper."""
     k: int = 32
-    """Latents on at a token: exactly for topk, on average for batchtopk and matryoshka, as a target for jumprelu."""
+    """Active latents per token: exact for topk, the average for batchtopk and matryoshka, the target for jumprelu."""
     dead_after: int | None = None
-    """A latent that has not fired for so many tokens is dead. By default a tenth of the training, at most 10M."""
+    """A latent that fires on none of this many tokens is dead. Default: a tenth of the training, at most 10M."""
     resample_at: tuple[int, ...] = (10_000, 20_000, 50_000, 75_000, 100_000)
-    """paper: steps at which latents that hardly fire start anew."""
+    """paper: steps at which latents that hardly fire are resampled."""
     resample_window: int = 7500
-    """paper: steps before each of them over which firing is counted."""
+    """paper: firing is counted over this many steps before each resampling."""
     resample_rows: int = 512
-    """paper: rows of tokens among which the inputs to start from are chosen (released code: 60000)."""
+    """paper: rows of tokens from which the inputs of resampled latents are chosen (released code: 60000)."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl."""
     seed: int = 0
-    """Of the weights, the order of the activations and the resampling."""
+    """Seed of the weights, the order of the activations and the resampling."""
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise CrateError(f"--kind must be one of {', '.join(KINDS)}, got {self.kind}")
         for name in ("expansion", "batch_tokens", "k", "log_every", "resample_window", "resample_rows"):
             if (value := getattr(self, name)) < 1:
-                raise CrateError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+                raise CrateError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise CrateError(f"--learning-rate is {self.learning_rate}, it must be a number above 0")
+            raise CrateError(f"--learning-rate must be a number above 0, got {self.learning_rate}")
         if self.l1 is not None and not 0 <= self.l1 < math.inf:
-            raise CrateError(f"--l1 is {self.l1}, it must be a number, 0 or more")
-        if self.warmup_steps < 0 or (self.dead_after is not None and self.dead_after < 1):
-            raise CrateError("--warmup-steps must be at least 0 and --dead-after at least 1")
+            raise CrateError(f"--l1 must be a number of at least 0, got {self.l1}")
+        if self.warmup_steps < 0:
+            raise CrateError(f"--warmup-steps must be at least 0, got {self.warmup_steps}")
+        if self.dead_after is not None and self.dead_after < 1:
+            raise CrateError(f"--dead-after must be at least 1, got {self.dead_after}")
         if self.buffer_tokens < self.batch_tokens:
             raise CrateError(
-                f"--buffer-tokens is {self.buffer_tokens}, less than one batch of {self.batch_tokens} tokens. Give a "
-                "larger buffer or a smaller --batch-tokens"
+                f"--buffer-tokens must be at least --batch-tokens ({self.batch_tokens}), got {self.buffer_tokens}"
             )
-        if self.l1 is not None and self.kind not in PENALISED:
-            raise CrateError(f"--l1 is of the kinds {', '.join(PENALISED)}; {self.kind} is told its sparsity by --k")
+        if self.l1 is not None and self.entry.l1 is None:
+            raise CrateError(f"--l1 must be left out for the kind {self.kind}, got {self.l1}. Hint: use --k")
+
+    @property
+    def entry(self) -> SaeKind:
+        """The entry of the kind in `KINDS`."""
+        return KINDS[self.kind]
 
     @property
     def penalty(self) -> float:
-        """Weight of the L1 penalty; 0 where there is none."""
-        return PENALTY.get(self.kind, 0.0) if self.l1 is None else self.l1
+        """Weight of the sparsity penalty; 0 for kinds without one."""
+        return (self.entry.l1 or 0.0) if self.l1 is None else self.l1
 
     def width(self, d_in: int) -> int:
-        """Latents for activations of this width; refused where fewer than `k`."""
+        """Number of latents for activations of this width; refused if less than `k`."""
         width = self.expansion * d_in
-        if self.kind not in PENALISED and self.k > width:
-            raise CrateError(f"--k is {self.k}, but there are only {width} latents. Give a smaller one")
+        if self.entry.l1 is None and self.k > width:
+            raise CrateError(f"--k must be at most {width}, the number of latents, got {self.k}")
         return width
 
     def rate(self, d_in: int) -> float:
         """Peak learning rate."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        if self.kind in ("topk", "batchtopk", "matryoshka"):
-            return 2e-4 / math.sqrt(self.width(d_in) / 2**14)
-        return 4e-4
+        return self.entry.learning_rate(self.width(d_in)) if self.learning_rate is None else self.learning_rate
 
     def steps(self, tokens: int) -> int:
-        """Steps in a training of so many tokens; refused where they fill no batch."""
+        """Number of steps for this many tokens; refused if they do not fill a batch."""
         if tokens < self.batch_tokens:
             raise CrateError(
-                f"{tokens} tokens do not fill one batch of {self.batch_tokens}. Give more --tokens, or a smaller "
-                "--batch-tokens"
+                f"--tokens must be at least --batch-tokens ({self.batch_tokens}), got {tokens}. Hint: use more --tokens or "
+                "a smaller --batch-tokens"
             )
         return tokens // self.batch_tokens
 
@@ -104,22 +97,12 @@ class SaeConfig:
         return max(1, -(-window // self.batch_tokens))
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Share of the peak rate at a step, 0-based.
-
-        `paper`: 0.1 + 0.9 (1 - cos(pi t / W)) / 2 with t the steps since the start or the last resampling, up to the
-        warm-up's W, then 1.
-        The others rise linearly, stay, and fall linearly over the last fifth.
-        """
-        if self.kind == "paper":
-            since = step - max((at for at in self.resample_at if at <= step), default=0)
-            rise = min(1.0, since / self.warmup_steps) if self.warmup_steps else 1.0
-            return 0.1 + 0.45 * (1 - math.cos(math.pi * rise))
-        warmup, decay = min(self.warmup_steps, steps // 10), int(DECAY * steps)
-        return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))
+        """Share of the peak learning rate at a 0-based step."""
+        return self.entry.schedule(self, step, steps)
 
     def training_flops(self, d_in: int, tokens: int, model_flops_per_token: int) -> int:
-        """Arithmetic of a training: 12 d_in width per token for the autoencoder (two products, forward and twice back),
+        """FLOPs of a training: per token 12 d_in width for the autoencoder (2 products, forward and twice backward)
 
-        and one forward pass of the model. What dead latents cost besides is left out.
+        and one forward pass of the model. The cost of dead latents' extra terms is left out.
         """
         return tokens * (12 * d_in * self.width(d_in) + model_flops_per_token)

@@ -1,7 +1,7 @@
-"""Training an autoencoder: sae-lens' trainer on our stream of activations, resumable at any moment.
+"""Train an autoencoder with the trainer of sae-lens on our stream of activations; training can resume at any step.
 
-The batch of a step is a function of (seed, step), the state of the trainer is saved whole, and nothing else is random:
-a training that was killed and started again goes through the same numbers as one that was not.
+The batch of a step is a function of (seed, step), the whole state of the trainer is saved, and nothing else is random:
+a resumed training goes through the same numbers as one that was not stopped.
 """
 
 import json
@@ -25,20 +25,19 @@ from cratelm.sae.library import import_sae_lens, quiet, untrained
 from cratelm.sae.loading import CONFIG, DESCRIPTION, WEIGHTS_FILE
 
 SAVE_SECONDS = 60
-"""A killed training repeats at most so much."""
+"""Seconds between checkpoints: the most that a killed training repeats."""
 CHECKPOINT = "checkpoint"
 
 Candidates = Callable[["Trainer", int, int], Tensor]
-"""(trainer, how many, step) to so many activations at which latents are to start anew."""
-
+"""(trainer, count, step) to `count` activations at which resampled latents start."""
 
 Row = dict[str, float | int]
-"""What is logged of a step."""
+"""The logged numbers of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What the activations are of, and everything beside the settings that decides what is learned."""
+    """Where the activations come from, and everything apart from the settings that affects the result."""
 
     tap: str
     layer: int
@@ -50,21 +49,21 @@ class Place:
     identity: Mapping[str, Any]
     """Hashes of model, tokens and tokenizer, split, precision."""
     model_flops_per_token: int
-    """Of a forward pass, for the bill."""
+    """Of a forward pass."""
 
 
 class Trainer:
-    """sae-lens' trainer with our schedule, and with resampling for the paper's kind."""
+    """The trainer of sae-lens with our schedules and resampling."""
 
     def __init__(self, config: SaeConfig, place: Place, tokens: int, *, device: torch.device) -> None:
-        sae_lens = import_sae_lens()
         self.config, self.place = config, place
         self.steps, self.tokens = config.steps(tokens), tokens
         self.sae = untrained(config, place.d_in, self.steps, device=device)
+        from sae_lens import SAETrainer
         from sae_lens.config import LoggingConfig, SAETrainerConfig
 
         with quiet():
-            self.inner = sae_lens.SAETrainer(
+            self.inner = SAETrainer(
                 SAETrainerConfig(
                     total_training_samples=self.steps * config.batch_tokens,
                     train_batch_size_samples=config.batch_tokens, lr=config.rate(place.d_in),
@@ -80,23 +79,23 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """Completed steps."""
         return int(self.inner.n_training_steps)
 
     def scale(self, sample: Float[Tensor, "batch d_in"]) -> None:
-        """Settle the factor by which activations are scaled before they are learned, unless it is settled.
+        """Set the factor that scales activations to a mean norm of sqrt(d_in), if the kind has one and it is not set.
 
-        It brings their mean norm to sqrt(d_in), and is folded into the weights at the end.
+        It is folded into the weights at the end.
         """
         scaler = self.inner.activation_scaler
         if self.sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is None:
             norm = float(sample.norm(dim=-1).mean())
             if not norm > 0:
-                raise CrateError("the activations at this tap are all zero, so nothing can be learned from them")
+                raise CrateError("the activations at this tap are all zero; there is nothing to train on")
             scaler.scaling_factor = self.place.d_in**0.5 / norm
 
     def learn(self, batch: Float[Tensor, "batch d_in"], candidates: Candidates | None = None) -> Row:
-        """One step; what is to be logged of it where its turn has come, else nothing."""
+        """One step. Returns the numbers to log every `log_every` steps, else an empty row."""
         rate = self.inner.optimizer.param_groups[0]["lr"]
         output = self.inner.step(batch)
         self.inner.n_training_steps += 1
@@ -111,31 +110,31 @@ class Trainer:
             row |= {name: float(output.metrics[name]) for name in ("zero_inputs",) if name in output.metrics}
             row |= _quality(output.sae_in, output.sae_out.detach(), output.feature_acts.detach())
             row |= {"dead_share": float(self.inner.dead_neurons.float().mean()), "learning_rate": rate}
-        if self.config.kind == "paper":
+        if self.config.entry.resamples:
             row |= self._resample(candidates)
         return row
 
     def _resample(self, candidates: Candidates | None) -> Row:
-        """At the steps that are set for it, let latents that hardly fired start anew; and count anew before them."""
+        """At the configured steps, resample latents that hardly fired; reset the counts where a window begins."""
         config, step = self.config, self.step
-        counted = [max(at - config.resample_window, before) for before, at in _pairs(config.resample_at)]
-        found: Row = {}
+        windows = [max(at - config.resample_window, before) for before, at in _pairs(config.resample_at)]
+        row: Row = {}
         if step in config.resample_at and self.inner.n_frac_active_samples and step < self.steps:
             frequency = self.inner.act_freq_scores / self.inner.n_frac_active_samples
             rare = frequency < (1e-6 if step < 25_000 else 1e-7)
             count = int(rare.sum())
-            found = {"step": step, "resampled": count}
+            row = {"step": step, "resampled": count}
             if count and candidates is not None:
                 from cratelm.sae.paper import resample
 
                 resample(self.sae, self.inner.optimizer, rare, candidates(self, count, step))
-        if step in counted or step in config.resample_at:
+        if step in windows or step in config.resample_at:
             self.inner.act_freq_scores = torch.zeros_like(self.inner.act_freq_scores)
             self.inner.n_frac_active_samples = 0
-        return found
+        return row
 
     def save(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Write everything that the next step depends on."""
+        """Write a checkpoint with everything that the next step depends on."""
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             state = {name: tensor.contiguous() for name, tensor in self.sae.state_dict().items()}
@@ -144,26 +143,27 @@ class Trainer:
             write_json(temporary / "checkpoint.json", {"step": self.step, "settings": dict(settings)})
 
     def load(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Take up what `save` left; refused where it is of other settings."""
-        found = read_json(folder / "checkpoint.json", made_by="cratelm sae train")["settings"]
-        if different := differing_fields(found, json.loads(json.dumps(settings))):
+        """Load a checkpoint; refused if its settings differ."""
+        saved = read_json(folder / "checkpoint.json", made_by="cratelm sae train")["settings"]
+        if different := differing_fields(saved, json.loads(json.dumps(settings))):
             raise CrateError(
-                f"{folder.parent} holds a training of other settings ({different}). Give another --name, or remove it"
+                f"{folder.parent} has a checkpoint with other settings ({different}). Hint: use another --name, "
+                "or remove it"
             )
         self.sae.load_state_dict(load_file(folder / WEIGHTS_FILE))
         with quiet():
             self.inner.load_trainer_state(folder)
 
     def finish(self, folder: Path, description: Mapping[str, Any]) -> None:
-        """Write the trained autoencoder as sae-lens does, with rows of norm 1, and our description beside it."""
+        """Write the trained autoencoder in the format of sae-lens, with decoder rows of norm 1, and sae.json."""
         factor = self.inner.activation_scaler.scaling_factor
         if factor is not None:
             self.sae.fold_activation_norm_scaling_factor(factor)
-        if self.config.kind in ("standard", "gated", "jumprelu"):
+        if self.config.entry.folds_norms:
             self.sae.fold_W_dec_norm()
         metadata = self.sae.cfg.metadata
         metadata.hook_name, metadata.context_size = self.place.path, self.place.context
-        # cfg.json gets its name last: with it there, the autoencoder is whole.
+        # cfg.json is renamed last: a folder that has it is complete.
         with atomic_path(folder / CONFIG) as config, atomic_path(folder / WEIGHTS_FILE) as weights:
             self.sae.save_inference_model(weights.parent)
             (weights.parent / CONFIG).replace(config)
@@ -182,11 +182,11 @@ def train_sae(
     stop: Callable[[], bool] = lambda: False,
     candidates: Candidates | None = None,
 ) -> None:
-    """Train an autoencoder into a folder, or go on where a killed call stopped.
+    """Train an autoencoder into a folder, or resume from its checkpoint.
 
-    `stream_from` gives the batches from a number on. `stop` is asked before each step; once true, everything is saved
-    and KeyboardInterrupt raised. Raises CrateError where the folder holds another training, and where the loss stops
-    being finite.
+    `stream_from(n)` yields the batches from number n on. `stop` is called before each step; when it returns True, a
+    checkpoint is saved and KeyboardInterrupt raised. Raises CrateError if the folder has a training with other
+    settings, and if the loss is not finite.
     """
     settings = settings_of(config, place, tokens)
     if is_trained(folder, settings):
@@ -224,7 +224,7 @@ def train_sae(
 
 
 def settings_of(config: SaeConfig, place: Place, tokens: int) -> dict[str, Any]:
-    """Everything that decides what is learned."""
+    """Every setting that affects the result."""
     return {
         **asdict(config), "tokens": tokens, "tap": place.tap, "layer": place.layer, "d_in": place.d_in,
         "context": place.context, **place.identity,
@@ -232,19 +232,19 @@ def settings_of(config: SaeConfig, place: Place, tokens: int) -> dict[str, Any]:
 
 
 def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether this very autoencoder is there; one of the same name and other settings is refused."""
+    """Whether the folder has this autoencoder; one with other settings is refused."""
     if not (folder / CONFIG).exists():
         return False
-    found = read_json(folder / DESCRIPTION, made_by="cratelm sae train").get("settings", {})
-    if different := differing_fields(found, json.loads(json.dumps(settings))):
+    saved = read_json(folder / DESCRIPTION, made_by="cratelm sae train").get("settings", {})
+    if different := differing_fields(saved, json.loads(json.dumps(settings))):
         raise CrateError(
-            f"{folder} holds an autoencoder of other settings ({different}). Give another --name, or remove it"
+            f"{folder} has an autoencoder with other settings ({different}). Hint: use another --name, or remove it"
         )
     return True
 
 
 def _description(trainer: Trainer, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What sae.json says."""
+    """The content of sae.json."""
     config, place = trainer.config, trainer.place
     seen = trainer.steps * config.batch_tokens
     return {
@@ -263,13 +263,13 @@ def _description(trainer: Trainer, settings: Mapping[str, Any], name: str) -> di
 def _quality(
     x: Float[Tensor, "batch d_in"], out: Float[Tensor, "batch d_in"], latents: Tensor
 ) -> dict[str, float]:  # fmt: skip
-    """L0, and the fraction of the variance that is unexplained, on a batch."""
+    """L0 and the fraction of variance unexplained (FVU) of a batch."""
     spread = ((x - x.mean(dim=0)) ** 2).sum()
     return {"l0": float((latents > 0).sum(dim=-1).float().mean()), "fvu": float(((x - out) ** 2).sum() / spread)}
 
 
 def _pairs(steps: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Each step with the one before it, 0 before the first."""
+    """Each step with the previous one, 0 before the first."""
     ordered = sorted(steps)
     return zip([0, *ordered[:-1]], ordered, strict=True)
 
@@ -277,7 +277,8 @@ def _pairs(steps: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 def _check(row: Row, step: int, folder: Path) -> None:
     if "loss" in row and not torch.isfinite(torch.tensor(row["loss"])):
         raise CrateError(
-            f"the loss is {row['loss']} at step {step}. Remove {folder} and train anew with a lower --learning-rate"
+            f"the loss must be finite, got {row['loss']} at step {step}. Hint: remove {folder} and train again "
+            "with a lower --learning-rate"
         )
 
 

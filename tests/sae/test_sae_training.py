@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,20 +21,20 @@ from cratelm.commands.sae_train import sae_name
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.weights import save_model
-from cratelm.sae.config import Kind, SaeConfig
+from cratelm.sae.config import SaeConfig
+from cratelm.sae.kinds import KINDS, SaeKind, describe_kinds
 from cratelm.sae.loading import load_sae
 from cratelm.sae.training import Place, train_sae
 
 NEEDED = "sae-lens is not installed (make test-all installs it)"
 D_IN, BATCH, STEPS = 6, 32, 24
-KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACE = Place(
     tap="neurons", layer=0, path="blocks.0.ista.neurons", d_in=D_IN, context=16, identity={"model_hash": "m"},
     model_flops_per_token=1000,
 )  # fmt: skip
 
 
-def small(kind: Kind, **changes: Any) -> SaeConfig:
+def small(kind: str, **changes: Any) -> SaeConfig:
     """24 steps on activations of width 6."""
     settings: dict[str, Any] = {
         "kind": kind, "expansion": 4, "batch_tokens": BATCH, "buffer_tokens": 64, "learning_rate": 1e-2, "k": 3,
@@ -56,7 +57,7 @@ class Stream(Iterator[Tensor]):
         return torch.from_numpy(3 * weights @ self.directions).float()
 
 
-def train(kind: Kind, folder: Path, seed: int, *, stop_after: int | None = None, **changes: Any) -> None:
+def train(kind: str, folder: Path, seed: int, *, stop_after: int | None = None, **changes: Any) -> None:
     """Train on such a stream; with `stop_after` it is stopped after so many steps."""
     asked = 0
 
@@ -82,7 +83,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_learns_and_sae_lens_opens_it(kind: Kind, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_every_kind_learns_and_sae_lens_opens_it(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
     sae_lens = pytest.importorskip("sae_lens", reason=NEEDED)
     folder, seed = tmp_path / "saes" / "a", int(rng.integers(1 << 31))
     train(kind, folder, seed)
@@ -111,10 +112,59 @@ def test_every_kind_learns_and_sae_lens_opens_it(kind: Kind, tmp_path: Path, rng
     ]  # fmt: skip
 
 
+TOY = """
+from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+
+class ToyTrainingSAE(StandardTrainingSAE):
+    def training_forward_pass(self, step_input):
+        output = super().training_forward_pass(step_input)
+        output.losses["toy"] = output.loss.detach()
+        return output
+
+class ToyTrainingSAEConfig(StandardTrainingSAEConfig):
+    pass
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_kind_added_to_the_table_is_trained_saved_loaded_and_evaluated(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sae_lens", reason=NEEDED)
+    (tmp_path / "toy_saes.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    toy = SaeKind(
+        description="a toy", training_class="toy_saes:ToyTrainingSAE", l1=0.5, schedule=lambda *_: 1.0,
+        settings=lambda config, _width, _steps: {"l1_coefficient": config.penalty}, learning_rate=lambda _width: 1e-2,
+    )  # fmt: skip
+    monkeypatch.setitem(KINDS, "toy", toy)
+    assert "    toy         a toy" in describe_kinds().splitlines()
+    run, data = make_run(tmp_path, rng)
+    model, _ = cratelm.load(run)
+    place = replace(PLACE, d_in=64, identity={"model_hash": cratelm.model.weights.weights_hash(model)})
+
+    def stream(first: int) -> Iterator[Tensor]:
+        return (torch.from_numpy(np.random.default_rng(step).exponential(size=(BATCH, 64))).float()
+                for step in range(first, STEPS))  # fmt: skip
+
+    folder = run / "saes" / "toy"
+    train_sae(
+        SaeConfig(kind="toy", batch_tokens=BATCH, log_every=4), place, stream, folder, tokens=STEPS * BATCH,
+        device=torch.device("cpu"), bar=hidden_bar(),
+    )  # fmt: skip
+    lines = metrics(folder)
+    assert lines[-1]["toy"] < lines[0]["toy"]
+    assert {line["learning_rate"] for line in lines} == {1e-2}
+    sae = load_sae(run, "toy")
+    assert (sae.architecture, sae.description["kind"], sae.width) == ("standard", "toy", 256)
+    assert cli.main(["sae", "evaluate", str(run), "--data", str(data), "--tokens", "200"]) == 0
+    assert "toy " in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["standard", "topk", "batchtopk", "jumprelu", "matryoshka"])
 def test_what_is_saved_reconstructs_as_well_as_what_was_trained(
-    kind: Kind, tmp_path: Path, rng: np.random.Generator
+    kind: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """The scale and the norms are folded into the weights: the last step's batch is reconstructed as its line says."""
     pytest.importorskip("sae_lens", reason=NEEDED)
@@ -134,7 +184,7 @@ def test_what_is_saved_reconstructs_as_well_as_what_was_trained(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "at"), [("standard", 1), ("topk", 9), ("batchtopk", 13), ("paper", 11)])
 def test_a_training_that_was_stopped_ends_with_the_same_weights(
-    kind: Kind, at: int, tmp_path: Path, rng: np.random.Generator
+    kind: str, at: int, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     pytest.importorskip("sae_lens", reason=NEEDED)
     seed = int(rng.integers(1 << 31))
@@ -159,12 +209,12 @@ def test_a_name_that_another_training_has_is_refused(tmp_path: Path, rng: np.ran
     pytest.importorskip("sae_lens", reason=NEEDED)
     with pytest.raises(KeyboardInterrupt):
         train("standard", tmp_path / "a", 1, stop_after=3)
-    with pytest.raises(CrateError, match=r"training of other settings \(expansion 4 -> 2\).*--name"):
+    with pytest.raises(CrateError, match=r"checkpoint with other settings \(expansion 4 -> 2\).*--name"):
         train("standard", tmp_path / "a", 1, expansion=2)
     train("standard", tmp_path / "a", 1)
-    with pytest.raises(CrateError, match=r"autoencoder of other settings \(l1 None -> 9\.0\).*--name"):
+    with pytest.raises(CrateError, match=r"autoencoder with other settings \(l1 None -> 9\.0\).*--name"):
         train("standard", tmp_path / "a", 1, l1=9.0)
-    with pytest.raises(CrateError, match="loss is nan at step"):
+    with pytest.raises(CrateError, match="loss must be finite, got nan at step"):
         train("standard", tmp_path / "b", int(rng.integers(99)), learning_rate=1e25, log_every=1)
 
 
@@ -200,19 +250,24 @@ def test_the_schedules_are_those_that_are_described() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"expansion": 0}, "--expansion is 0"),
-        ({"batch_tokens": 100, "buffer_tokens": 99}, "less than one batch of 100"),
-        ({"kind": "topk", "l1": 1.0}, "topk is told its sparsity by --k"),
-        ({"learning_rate": 0.0}, "--learning-rate is 0.0"),
-        ({"learning_rate": float("inf")}, "--learning-rate is inf, it must be a number above 0"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
-        ({"l1": -5.0}, "--l1 is -5.0, it must be a number, 0 or more"),
-        ({"l1": float("nan")}, "--l1 is nan"),
-        ({"kind": "paper", "l1": float("inf")}, "--l1 is inf"),
-        ({"warmup_steps": -1}, "--warmup-steps"),
+        ({"expansion": 0}, "--expansion must be at least 1, got 0"),
+        (
+            {"batch_tokens": 100, "buffer_tokens": 99},
+            r"--buffer-tokens must be at least --batch-tokens \(100\), got 99",
+        ),
+        ({"kind": "topk", "l1": 1.0}, "--l1 must be left out for the kind topk, got 1.0. Hint: use --k"),
+        ({"learning_rate": 0.0}, "--learning-rate must be a number above 0, got 0.0"),
+        ({"learning_rate": float("inf")}, "--learning-rate must be a number above 0, got inf"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a number above 0, got nan"),
+        ({"l1": -5.0}, "--l1 must be a number of at least 0, got -5.0"),
+        ({"l1": float("nan")}, "--l1 must be a number of at least 0, got nan"),
+        ({"kind": "paper", "l1": float("inf")}, "--l1 must be a number of at least 0, got inf"),
+        ({"warmup_steps": -1}, "--warmup-steps must be at least 0, got -1"),
+        ({"dead_after": 0}, "--dead-after must be at least 1, got 0"),
+        ({"kind": "sparse"}, "--kind must be one of standard, gated, .*, got sparse"),
     ],
 )
-def test_settings_that_make_no_sense_are_one_line(settings: dict[str, Any], said: str) -> None:
+def test_invalid_settings_raise_one_line(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(CrateError, match=said):
         SaeConfig(**settings)
 
@@ -287,18 +342,18 @@ def test_wrong_input_of_the_command_is_one_line(
         assert cli.main(["sae", "train", str(run), "--data", str(data), "--layer", "0", *more]) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "900 tokens do not fill one batch of 4096" in refused("--tokens", "900")
+    assert "--tokens must be at least --batch-tokens (4096), got 900" in refused("--tokens", "900")
     assert "the model has no layer 7 at this tap (there are 0, 1)" in refused("--layer", "7", *FEW)
     assert "no module 'nowhere'" in refused("--tap", "nowhere", *FEW)
     assert "--tokens is all" in refused("--tokens", "all")
     assert "--name is '../a'" in refused("--name", "../a", *FEW)
     assert "--name is 'a'" in refused("--name", "a", "--layer", "0", "1", *FEW)
-    assert "--k is 5000, but there are only 256 latents" in refused("--kind", "topk", *FEW, "--k", "5000")
+    assert "--k must be at most 256, the number of latents, got 5000" in refused("--kind", "topk", *FEW, "--k", "5000")
     assert not (run / "saes").exists()
 
 
 BROKEN = {
-    "raise ModuleNotFoundError('none', name='sae_lens')": r"is an extra: pip install 'cratelm\[sae\]'",
+    "raise ModuleNotFoundError('none', name='sae_lens')": r"needs sae-lens. Hint: pip install 'cratelm\[sae\]'",
     "raise RuntimeError('its own\\nfault')": r"cannot be imported \(RuntimeError: its own fault\)",
     "from transformer_lens import gone": r"cannot be imported \(ImportError: cannot import name 'gone'",
 }

@@ -1,12 +1,12 @@
-"""Measure autoencoders on held-out text: how sparse and faithful they are, and what they cost the model.
+"""Measure autoencoders on held-out text: sparsity, reconstruction error, and the effect on the model's loss.
 
     cratelm sae evaluate runs/crate-2l runs/gpt2-2l --data tokens
     cratelm sae evaluate runs/gpt2-2l --sae topk-4x-layer1 --data tokens --tokens 200k
 
-Each autoencoder's reconstruction takes the place of the activation, and so do zeros and the mean activation. CE is the
-model's loss in nats per token. CE added and FVU compare between models; CE recovered does not: without its code a CRATE
-block gives nothing, since no residual leads round it, so everything recovers most of that. Printed as a table, and
-written to evaluation.json and density.svg beside the autoencoder. Next: cratelm collect RUN --sae NAME.
+The activation is replaced with the autoencoder's reconstruction, with zeros and with its mean; CE is the model's loss
+in nats per token. Compare models by CE added and FVU, not by CE recovered: no residual path bypasses the code of a
+CRATE block, so zeros there destroy the model and any autoencoder recovers most of the loss. The table is printed;
+evaluation.json and density.svg are written to the folder of the autoencoder. Next: cratelm collect RUN --sae NAME.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("dead", "dead_share", ".1%"), ("CE added", "ce_added", ".4f"), ("zero", "recovered_zero", ".3f"),
     ("mean", "recovered_mean", ".3f"), ("model", "kept_model", ".3f"),
 )  # fmt: skip
-"""Head, key and format of the printed numbers; the last three are the shares recovered."""
+"""Heading, key and format of the printed columns; the last three are shares recovered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +41,25 @@ class Options:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories."""
     data: Path
-    """Token directory to read."""
+    """Token directory to evaluate on."""
     sae: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
-    """Autoencoders by name, or one that sae-lens wrote elsewhere by its folder; all of the run if left out."""
+    """Names of autoencoders, or the folder of one from elsewhere. Default: all of the run."""
     tap: str | None = None
-    """Which activations one from elsewhere reads, where its files do not say: neurons, heads, residual, or a module."""
+    """Activations of an autoencoder from elsewhere whose files name none: neurons, heads, residual, or a module."""
     layer: int | None = None
-    """The zero-based layer of one from elsewhere."""
+    """Zero-based layer of an autoencoder from elsewhere whose files name none."""
     tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model that holds none."""
+    """Tokenizer, if neither the token directory (as of nanoGPT) nor the model has one."""
     split: str = "val"
-    """Split to read; held-out text by default."""
+    """Split to read; the default is held-out text."""
     tokens: str = "all"
-    """Read so many tokens from the start, as in 200k or 1M; or all."""
+    """Number of tokens to read from the start, such as 200k or 1M; or all."""
     context: int | None = None
-    """Tokens per row; by default the model's context, for a Hugging Face model at most 1024."""
+    """Tokens per row. Default: the model's context, at most 1024 for a Hugging Face model."""
     batch_rows: int = 16
     """Rows of tokens per forward pass."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(options: Options) -> None:
@@ -67,19 +67,22 @@ def run(options: Options) -> None:
     from cratelm.sae.loading import sae_names
 
     if not options.runs:
-        raise CrateError("no run directory was named. Run: cratelm sae evaluate RUN --data DIR")
+        raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm sae evaluate RUN --data DIR")
     if options.batch_rows < 1:
-        raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
-    for one in options.runs:
-        names = options.sae or tuple(sae_names(one))
+        raise CrateError(f"--batch-rows must be at least 1, got {options.batch_rows}")
+    for source in options.runs:
+        names = options.sae or tuple(sae_names(source))
         if not names:
-            raise CrateError(f"{one} has no autoencoder. Run: cratelm sae train {one} --data {options.data} --layer N")
-        found = evaluate_run(one, names, options)
-        print("\n".join([f"\n{one.name}, {options.split}", *table(found), *notes(found)]))
+            raise CrateError(
+                f"{source} must have an autoencoder, got none. Hint: cratelm sae train {source} --data {options.data} "
+                "--layer N"
+            )
+        results = evaluate_run(source, names, options)
+        print("\n".join([f"\n{source.name}, {options.split}", *table(results), *notes(results)]))
 
 
 def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
-    """Evaluate some autoencoders of one run and write evaluation.json and a figure beside each."""
+    """Evaluate autoencoders of one run; write evaluation.json and density.svg for each."""
     from cratelm.activations.observe import observe
     from cratelm.data.tokens import TokenDirectory
     from cratelm.report.figures.sae import write_density
@@ -94,12 +97,12 @@ def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[s
     opened, _ = open_for_run(source, device, out=None, data=options.data)
     corpus, _ = open_corpus(opened, options.data, options.split, options.tokenizer)
     frequencies = _frequencies(TokenDirectory.open(options.data, tokenizer=options.tokenizer), options.split)
-    model, found = opened.model, {}
+    model, results = opened.model, {}
     total = 2 * min(max_tokens or len(corpus.tokens), len(corpus.tokens)) * len(saes)
     with progress_bar(f"evaluate {source.name}", total=total) as bar:
         for name, sae in zip(names, saes, strict=True):
             check_trained_on(sae, opened.model_hash, source)
-            check_own_name(source, sae.name, find_sae(source, name))
+            check_name_is_free(source, sae.name, find_sae(source, name))
             sae.place(model)
             subject = observe(
                 model, model_hash=opened.model_hash, tap=sae.tap, layers=(sae.layer,), context=options.context
@@ -115,63 +118,63 @@ def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[s
                 "sae_hash": sae.sae_hash, "model_hash": opened.model_hash, **corpus.identity,
                 "context": subject.context,
             }  # fmt: skip
-            found[sae.name] = described | result
+            results[sae.name] = described | result
             with claim(folder):
-                write_json(folder / "evaluation.json", found[sae.name] | {"origin": origin()})
-                write_density(found[sae.name], folder)
-    return found
+                write_json(folder / "evaluation.json", results[sae.name] | {"origin": origin()})
+                write_density(results[sae.name], folder)
+    return results
 
 
-def check_own_name(run_folder: Path, name: str, folder: Path) -> None:
-    """Refuse one from elsewhere whose results would lie beside another autoencoder, of the same name, in the run."""
+def check_name_is_free(run_folder: Path, name: str, folder: Path) -> None:
+    """Refuse an autoencoder from elsewhere if the run has another one of the same name: their results would mix."""
     from cratelm.sae.loading import CONFIG, saes_folder
 
     inside = saes_folder(run_folder) / name
     if (inside / CONFIG).exists() and inside.resolve() != folder.resolve():
         raise CrateError(
-            f"{run_folder} has another autoencoder of the name {name}. Give the folder {folder} another name"
+            f"the folder {folder} must not have the name of an autoencoder in {run_folder}, got {name}. Hint: rename it"
         )
 
 
 def _frequencies(data: "TokenDirectory", split: str) -> "Callable[[np.ndarray], float]":
-    """The loss of a predictor by the frequencies of the training split; of the read split where there is no other."""
+    """The loss of predicting by token frequency in the training split, or in the read split if it is the only one."""
     import numpy as np
 
     from cratelm.sae.evaluation import unigram_loss
 
-    seen = data.tokens("train" if "train" in data.splits else split)
-    counts = np.bincount(seen, minlength=data.vocab_size)
+    tokens_seen = data.tokens("train" if "train" in data.splits else split)
+    counts = np.bincount(tokens_seen, minlength=data.vocab_size)
     return lambda tokens: unigram_loss(counts, tokens)
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each autoencoder, under heads; the shares recovered stand last."""
-    width = max(len("autoencoder"), *map(len, found))
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A heading and a line for each autoencoder."""
+    width = max(len("autoencoder"), *map(len, results))
     lines = [f"{'autoencoder':{width}}" + "".join(f"{head:>9}" for head, _, _ in COLUMNS)]
-    for name, row in found.items():
+    for name, row in results.items():
         cells = ("-" if row[key] is None else format(row[key], shape) for _, key, shape in COLUMNS)
         lines.append(f"{name:{width}}" + "".join(f"{cell:>9}" for cell in cells))
     return lines
 
 
-def notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the numbers are of and how to read them."""
-    one = next(iter(found.values()))
+def notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where the numbers come from and how to read them."""
+    first = next(iter(results.values()))
     lines = [
-        f"{one['tokens']} tokens of {one['documents']} documents; the model's CE is {one['ce']:.4f} nats per token.",
-        "zero, mean, model: share of CE recovered, of what zeros or the mean activation cost, and of",
-        "what the model gains over token frequencies. Compare models by CE added and FVU.",
+        f"{first['tokens']} tokens of {first['documents']} documents; CE: {first['ce']:.4f} nats per token.",
+        "zero, mean: share of CE recovered, relative to replacing the activation with zeros or its mean;",
+        "model: share of the gain over token frequencies that is kept. Compare models by CE added and FVU.",
     ]
-    inflated = [row for row in found.values() if (row["recovered_zero"] or 0) > 0 and _deletes(row)]
+    inflated = [row for row in results.values() if (row["recovered_zero"] or 0) > 0 and _deletes(row)]
     if inflated:
         cost = max(row["ce_zero"] - row["ce"] for row in inflated)
         lines += [
-            f"Zeros here cost {cost:.2f} nats, about all that the model gains over frequencies or more:",
-            "no path leads round this activation, so the shares under zero and mean are inflated.",
+            f"Replacing this activation with zeros costs {cost:.2f} nats, about the model's gain over frequencies:",
+            "no path bypasses it, so the shares under zero and mean are inflated.",
         ]
     return lines
 
 
 def _deletes(row: Mapping[str, Any]) -> bool:
-    """Whether zeros in the activation's place leave the model hardly anything of what it gains over frequencies."""
+    """Whether replacing the activation with zeros removes at least 90 % of the model's gain over frequencies."""
     return row["ce_zero"] - row["ce"] >= 0.9 * (row["ce_unigram"] - row["ce"])

@@ -1,24 +1,25 @@
-"""Train a sparse autoencoder on the activations at one place of a model: the post-hoc way to interpretable latents.
+"""Train a sparse autoencoder on the activations at one place of a model.
 
-    cratelm sae train runs/crate-2l --data tokens --layer 1 --kind topk --k 32 --expansion 4 --tokens 2M
-    cratelm sae train runs/gpt2-2l --data tokens --layer 1 --kind paper --expansion 16 --tokens 400M
+    cratelm sae train runs/crate-2l --data tokens --layer 1 --kind topk --k 32
+    cratelm sae train runs/gpt2-2l --data tokens --layer 1 --kind paper --tokens 400M
 
-sae-lens trains it (pip install 'cratelm[sae]') and its files are sae-lens' own, in RUN/saes/NAME. Activations are made
-as they are needed, from a tap of the run's model, ours or a Hugging Face one; a corpus of them never exists. Stop it at
-any moment: the same command goes on, through the same batches and the same numbers. --dry-run says what it will take.
+Training needs sae-lens (pip install 'cratelm[sae]'); the files in RUN/saes/NAME are in its format. Activations are
+computed as they are needed and never stored. You can stop at any moment: the same command resumes with the same batches
+and ends with the same weights. --dry-run estimates memory and time. --kind sets what makes the latents sparse:
 """
 
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.sae.config import SaeConfig
+from cratelm.sae.kinds import KINDS, describe_kinds
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
     from cratelm.activations.subject import Corpus, Subject
     from cratelm.sae.stream import ActivationStream
     from cratelm.sae.training import Place, Trainer
+    from cratelm.workflows.opening import OpenModel
+
+    Kind = str
+else:
+    Kind = Literal[tuple(KINDS)]
+
+__doc__ = f"{__doc__}\n{describe_kinds()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(SaeConfig):
+    """Settings of the training."""
+
+    kind: Kind = "standard"
+    """What makes the latents sparse; see the list above."""
     from cratelm.workflows.opening import OpenModel
 
 
@@ -50,34 +66,34 @@ class Options:
     )
     """The options that `--help` shows; `--help-all` shows all."""
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
-    """Run directories; or one Hugging Face model, a directory or a name on the hub, with --out."""
+    """Run directories; or one Hugging Face model (directory or hub name) with --out."""
     data: Path
-    """Token directory to read."""
+    """Token directory to train on."""
     out: Path | None = None
-    """Run directory to write for a Hugging Face model."""
+    """Run directory to create for a Hugging Face model."""
     tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model that holds none."""
+    """Tokenizer, if neither the token directory (as of nanoGPT) nor the model has one."""
     split: str = "train"
     """Split to read."""
     tap: str = "neurons"
-    """Which activations: neurons, heads (their outputs side by side), residual (the output of the layer), or a module
+    """Activations to train on: neurons, heads (their outputs joined), residual (the output of the layer), or a module
     such as 'model.layers.{layer}.mlp.down_proj:input'."""
     layer: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", help_behavior_hint="")]
-    """Zero-based layers, an autoencoder for each."""
+    """Zero-based layers; each gets its own autoencoder."""
     tokens: str = "2M"
-    """How many activations to learn from, as in 200k, 8.2M or 1G; more than the split holds reads it again."""
+    """Number of activations to train on, such as 200k, 8.2M or 1G; a smaller split is read repeatedly."""
     name: str | None = None
-    """What to call it; by default by kind, size, layer and tap, such as topk-4x-layer1."""
+    """Name of the autoencoder. Default: from kind, size, layer and tap, such as topk-4x-layer1."""
     context: int | None = None
-    """Tokens per row; by default the model's context, for a Hugging Face model at most 1024."""
+    """Tokens per row. Default: the model's context, at most 1024 for a Hugging Face model."""
     bf16: bool = False
-    """Compute the model's forward pass in bfloat16; float32 by default."""
-    training: tyro.conf.OmitArgPrefixes[SaeConfig] = field(default_factory=SaeConfig)
-    """How to train."""
+    """Compute the model's forward pass in bfloat16 instead of float32."""
+    training: tyro.conf.OmitArgPrefixes[TrainingOptions] = field(default_factory=TrainingOptions)
+    """Settings of the training."""
     dry_run: bool = False
-    """Say what would be trained and what it takes, then stop."""
+    """Print what would be trained with an estimate of memory and time, then stop."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(options: Options) -> None:
@@ -86,23 +102,23 @@ def run(options: Options) -> None:
     from cratelm.workflows.token_data import read_count
 
     if not options.runs:
-        raise CrateError("no run directory was named. Run: cratelm sae train RUN --data DIR --layer N")
-    if options.name is not None and (len(options.layer) > 1 or not re.fullmatch(r"\w[\w.-]*", options.name)):
         raise CrateError(
-            f"--name is {options.name!r}. Use letters, digits, - and _ for one autoencoder, of one --layer"
+            "RUN must be at least one run directory, got none. Hint: cratelm sae train RUN --data DIR --layer N"
         )
+    if options.name is not None and (len(options.layer) > 1 or not re.fullmatch(r"\w[\w.-]*", options.name)):
+        raise CrateError(f"--name must be letters, digits, - and _, and go with a single --layer, got {options.name!r}")
     tokens = read_count(options.tokens)
     if tokens is None:
-        raise CrateError("--tokens is all, but the stream of activations has no end. Give a number such as 2M")
+        raise CrateError("--tokens must be a number such as 2M, got all")
     options.training.steps(tokens)
     import_sae_lens()
-    for one in options.runs:
+    for source in options.runs:
         for layer in options.layer:
-            _train(one, layer, tokens, options)
+            _train(source, layer, tokens, options)
 
 
 def sae_name(config: SaeConfig, tap: str, layer: int) -> str:
-    """What an autoencoder is called unless it is named: `topk-4x-layer1`, `standard-1x-layer0-residual`."""
+    """Default name of an autoencoder: `topk-4x-layer1`, `standard-1x-layer0-residual`."""
     from cratelm.activations.places import tap_folder
 
     place = "" if tap == "neurons" else "-" + re.sub(r"[^\w.-]", "_", tap_folder(tap))
@@ -111,7 +127,7 @@ def sae_name(config: SaeConfig, tap: str, layer: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One autoencoder to train: on what, and where to."""
+    """One autoencoder to train, with its data and its folder."""
 
     config: SaeConfig
     model: "nn.Module"
@@ -123,7 +139,7 @@ class Job:
     device: "torch.device"
 
     def stream(self, first: int, buffer_tokens: int | None = None) -> "ActivationStream":
-        """The activations, from a batch on."""
+        """The activations from batch number `first` on."""
         from cratelm.sae.stream import ActivationStream
 
         return ActivationStream(
@@ -134,7 +150,7 @@ class Job:
         )  # fmt: skip
 
     def candidates(self, trainer: "Trainer", count: int, step: int) -> "torch.Tensor":
-        """Activations for latents that start anew."""
+        """Activations at which resampled latents start."""
         from cratelm.sae.resampling import costly_inputs
 
         return costly_inputs(
@@ -157,11 +173,11 @@ def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
     job = _job(opened, home, corpus, layer, tokens, options)
     console.print(preview(job), soft_wrap=True)
     if options.dry_run:
-        console.print(forecast(job), soft_wrap=True)
+        console.print(resource_estimate(job), soft_wrap=True)
         return
     with claim(job.folder), stopping() as stop:
         if is_trained(job.folder, settings_of(job.config, job.place, tokens)):
-            console.print(f"{job.folder} is trained already")
+            console.print(f"{job.folder}: already trained")
             return
         if opened.foreign is not None:
             write_foreign_run(home, opened.foreign)
@@ -201,7 +217,7 @@ def _job(
 
 
 def preview(job: Job) -> str:
-    """One line: what is trained on how much, and the arithmetic it takes."""
+    """One line: what is trained, on how many tokens, with how many FLOPs."""
     config, place = job.config, job.place
     width, steps = config.width(place.d_in), config.steps(job.tokens)
     seen = steps * config.batch_tokens
@@ -214,8 +230,8 @@ def preview(job: Job) -> str:
     )
 
 
-def forecast(job: Job) -> str:
-    """Memory by arithmetic and time by trial: a few steps on a throwaway autoencoder."""
+def resource_estimate(job: Job) -> str:
+    """Estimated memory, by arithmetic, and time, measured with a few steps of a throwaway autoencoder."""
     from cratelm.sae.training import Trainer
 
     config, place = job.config, job.place
@@ -232,7 +248,7 @@ def forecast(job: Job) -> str:
     buffer = 4 * place.d_in * (config.buffer_tokens // config.batch_tokens) * config.batch_tokens
     batch_bytes = 4 * config.batch_tokens * (6 * config.width(place.d_in) + 4 * place.d_in)
     return (
-        f"about {human(weights + buffer + batch_bytes)}B of memory besides the model (weights with gradients and "
-        f"moments {human(weights)}B, buffer {human(buffer)}B, one batch {human(batch_bytes)}B); about "
-        f"{seconds / 60:.3g} minutes here, by {len(times) - 1} steps"
+        f"memory: about {human(weights + buffer + batch_bytes)}B in addition to the model (weights, gradients and "
+        f"moments {human(weights)}B, buffer {human(buffer)}B, one batch {human(batch_bytes)}B); time: about "
+        f"{seconds / 60:.3g} minutes on this machine ({len(times) - 1} steps measured)"
     )

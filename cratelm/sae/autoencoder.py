@@ -1,8 +1,7 @@
-"""A sparse autoencoder as everything after its training sees it: encode an activation to latents, decode them again.
+"""A trained sparse autoencoder: encode activations to latents and decode them.
 
-Read from the files of `sae-lens` with torch alone, so steering, collecting and evaluating do without that package. Its
-four forms of an encoder are here; the others that it trains are saved as one of them (BatchTopK and Matryoshka as
-JumpReLU).
+It reads the files of sae-lens with torch alone, so steering, collecting and evaluating do not need that package. All
+four inference forms of sae-lens are here; other kinds are saved as one of them (BatchTopK and Matryoshka as JumpReLU).
 """
 
 from collections.abc import Mapping
@@ -28,16 +27,16 @@ WEIGHTS = {
 class Autoencoder(nn.Module):
     """A trained sparse autoencoder at one place of a model.
 
-    With x the activation, c = x - b_dec (or x, where the file says so) and W = W_enc:
+    With x the activation, c = x - b_dec (or x, if apply_b_dec_to_input is false) and W = W_enc:
 
     | architecture | latents f                                                          |
     |--------------|--------------------------------------------------------------------|
     | standard     | relu(c W + b_enc)                                                  |
-    | topk         | relu(c W + b_enc) where it is among the k largest, 0 elsewhere     |
+    | topk         | relu(c W + b_enc) for the k largest, 0 elsewhere                   |
     | jumprelu     | relu(c W + b_enc) where c W + b_enc > threshold, 0 elsewhere       |
     | gated        | relu(c (W exp(r_mag)) + b_mag) where c W + b_gate > 0, 0 elsewhere |
 
-    The reconstruction is f W_dec + b_dec. The weights are float32 and take no gradient.
+    The reconstruction is f W_dec + b_dec. The weights are float32 buffers, without gradients.
     """
 
     W_enc: Tensor
@@ -60,7 +59,7 @@ class Autoencoder(nn.Module):
         sae_hash: str,
         description: Mapping[str, Any] | None = None,
     ) -> None:
-        """`fields` is what cfg.json says; `state` the tensors beside it, whose names and shapes were checked."""
+        """`fields` is the content of cfg.json; `state` has the tensors, with checked names and shapes."""
         super().__init__()
         self.architecture: str = fields["architecture"]
         self.name, self.tap, self.layer, self.sae_hash = name, tap, layer, sae_hash
@@ -73,7 +72,7 @@ class Autoencoder(nn.Module):
             self.register_buffer(key, state[key].float())
 
     def encode(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens width"]:
-        """The latents of activations; none is negative."""
+        """The latents of activations, all at least 0."""
         centred = x.float() - self.b_dec if self._centres else x.float()
         if self.architecture == "gated":
             magnitude = torch.relu(centred @ (self.W_enc * self.r_mag.exp()) + self.b_mag)
@@ -88,7 +87,7 @@ class Autoencoder(nn.Module):
         return torch.relu(before)
 
     def decode(self, latents: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens d_in"]:
-        """The activation that latents stand for."""
+        """The reconstruction from latents."""
         if self._by_norm:
             latents = latents / self.W_dec.norm(dim=-1).clamp(min=1e-8)
         return latents @ self.W_dec + self.b_dec
@@ -98,65 +97,64 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(x))
 
     def place(self, model: nn.Module) -> str:
-        """The path of the module in a model whose activation this reads, as `cratelm.capture` and `edit` take it."""
+        """The path of the module in a model whose activation is encoded, for `cratelm.capture` and `cratelm.edit`."""
         places = find_places(model, self.tap)
         if self.layer not in places:
-            there = ", ".join(map(str, places))
             raise CrateError(
-                f"the autoencoder {self.name} is of layer {self.layer}, the model has no such layer at the tap "
-                f"{self.tap} (there are {there}). Name another --sae"
+                f"the autoencoder {self.name} must be at a layer of the model ({', '.join(map(str, places))}), got "
+                f"{self.layer} (tap {self.tap}). Hint: use another --sae"
             )
         return places[self.layer]
 
-    def check_width(self, found: int) -> None:
-        """Refuse a tap that gives activations of another width than this was made for."""
-        if found != self.d_in:
+    def check_width(self, width: int) -> None:
+        """Refuse activations of another width."""
+        if width != self.d_in:
             raise CrateError(
-                f"the autoencoder {self.name} reads activations of width {self.d_in}, the tap {self.tap} of the model "
-                f"gives {found} in layer {self.layer}. Name another --sae, or the tap it was trained on"
+                f"the autoencoder {self.name} must have the width {width} (tap {self.tap}, layer {self.layer}), "
+                f"got {self.d_in}. Hint: use another --sae, or the tap that it was trained on"
             )
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in its file of weights."""
+        """Number of weights."""
         return sum(weight.numel() for weight in self.buffers())
 
 
 def normal_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What cfg.json says, under today's names: files of sae-lens before version 6 have others."""
-    found = dict(fields)
-    if (found.get("activation_fn") or found.get("activation_fn_str")) == "topk":
-        found |= {"architecture": "topk", "k": (found.get("activation_fn_kwargs") or {}).get("k")}
-    found.setdefault("architecture", "standard")
-    normal = found.get("normalize_activations") or "none"
-    found["normalize_activations"] = "expected_average_only_in" if normal is True else normal
-    return found
+    """The content of cfg.json under the names of sae-lens 6; earlier versions have others."""
+    names = dict(fields)
+    if (names.get("activation_fn") or names.get("activation_fn_str")) == "topk":
+        names |= {"architecture": "topk", "k": (names.get("activation_fn_kwargs") or {}).get("k")}
+    names.setdefault("architecture", "standard")
+    normal = names.get("normalize_activations") or "none"
+    names["normalize_activations"] = "expected_average_only_in" if normal is True else normal
+    return names
 
 
 def check_fields(source: str, fields: Mapping[str, Any]) -> None:
-    """Refuse what cannot be read here, saying what it is."""
+    """Refuse architectures and settings that are not supported."""
     architecture = fields["architecture"]
     if architecture not in WEIGHTS:
         raise CrateError(
-            f"{source} is of the architecture {architecture!r}; readable are {', '.join(WEIGHTS)}. Save it as one of "
-            "them with sae-lens"
+            f"the architecture of {source} must be one of {', '.join(WEIGHTS)}, got {architecture!r}. Hint: save it as "
+            "one of them with sae-lens"
         )
     if (normal := fields["normalize_activations"]) != "none":
         raise CrateError(
-            f"{source} reads activations normalised by {normal}; readable are those that take them as they are. "
-            "Fold the scale into its weights with sae-lens (fold_activation_norm_scaling_factor)"
+            f"normalize_activations of {source} must be none, got {normal}. Hint: fold the scale into the weights with "
+            "sae-lens (fold_activation_norm_scaling_factor)"
         )
     if architecture == "topk" and not fields.get("k"):
-        raise CrateError(f"{source} is a topk autoencoder whose cfg.json names no k. Write it there")
+        raise CrateError(f"cfg.json of the topk autoencoder {source} must have k, got none. Hint: add it")
 
 
 def check_state(source: str, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Refuse weights whose names or shapes are not those that cfg.json says."""
+    """Refuse weights whose names or shapes do not match cfg.json."""
     d_in, width = int(fields["d_in"]), int(fields["d_sae"])
     shapes = {"W_enc": (d_in, width), "W_dec": (width, d_in), "b_dec": (d_in,)}
     for key in WEIGHTS[fields["architecture"]]:
-        wanted = shapes.get(key, (width,))
-        found = tuple(state[key].shape) if key in state else None
-        if found != wanted:
-            said = f"{key} is {found}, expected {wanted}" if found else f"{key} is missing (found {near(key, state)})"
-            raise CrateError(f"the weights of {source} do not fit its cfg.json: {said}. Make it again")
+        expected = shapes.get(key, (width,))
+        shape = tuple(state[key].shape) if key in state else None
+        if shape != expected:
+            reason = f"got {shape}" if shape else f"it is missing (present: {near(key, state)})"
+            raise CrateError(f"{key} of {source} must have the shape {expected} of its cfg.json, {reason}")

@@ -86,8 +86,8 @@ class SaeConfig:
         """Number of steps for this many tokens; refused if they do not fill a batch."""
         if tokens < self.batch_tokens:
             raise CrateError(
-                f"--tokens must be at least --batch-tokens ({self.batch_tokens}), got {tokens}. Hint: use more --tokens or "
-                "a smaller --batch-tokens"
+                f"--tokens must be at least --batch-tokens ({self.batch_tokens}), got {tokens}. Hint: use more tokens "
+                "or a smaller --batch-tokens"
             )
         return tokens // self.batch_tokens
 

@@ -1,7 +1,7 @@
-"""What an autoencoder keeps of the activations and of the model: two passes over held-out text.
+"""Measure reconstruction and loss of an autoencoder, in two passes over held-out text.
 
-The first compares activations with their reconstructions. The second puts the reconstruction, the mean activation and
-zeros in the place of the activation, and measures what each costs the model.
+The first pass compares activations with their reconstructions. The second replaces the activation with the
+reconstruction, the mean activation and zeros, and measures the loss of the model for each.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +20,12 @@ from cratelm.sae.autoencoder import Autoencoder
 from cratelm.sae.splicing import Change, spliced_losses
 
 EDGES = np.linspace(-7, 0, 29)
-"""log10 of the density: where the bars of its histogram begin and end. What is sparser is counted in the first."""
+"""Edges of the bins of log10 density; sparser latents are counted in the first bin."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Held-out text in rows of the model's context; each token but the very first is predicted once."""
+    """Held-out text in rows of the model's context; each token after the first is predicted once."""
 
     tokens: Integer[np.ndarray, " stream"]
     context: int
@@ -33,12 +33,12 @@ class Rows:
 
     @property
     def predicted(self) -> int:
-        """Tokens that are predicted: whole rows, or one shorter row where there is no whole one."""
+        """Number of predicted tokens: whole rows, or one shorter row if the text is shorter."""
         whole = (len(self.tokens) - 1) // self.context * self.context
         return whole or len(self.tokens) - 1
 
     def __iter__(self) -> Iterator[Int[Tensor, "rows longer"]]:
-        """Rows of one token more than is read: its last is only predicted."""
+        """Batches of rows with one more token than the model reads; the last token is only predicted."""
         length = min(self.context, self.predicted)
         starts = np.arange(0, self.predicted, length)
         for first in range(0, len(starts), self.at_once):
@@ -47,14 +47,14 @@ class Rows:
 
 
 class Reconstruction:
-    """Sums over tokens of what an activation x, its latents f and its reconstruction x' have to do with each other.
+    """Sums over tokens that compare activations x, latents f and reconstructions x'.
 
     | number                  | formula                                                              |
     |-------------------------|----------------------------------------------------------------------|
     | l0                      | mean of the number of f_i > 0                                        |
     | fvu                     | sum ||x - x'||^2 / sum ||x - mean x||^2                              |
     | explained_variance      | 1 - Var(x - x') / Var(x), Var summed over dimensions                 |
-    | cosine                  | mean of <x, x'> / (||x|| ||x'||), over tokens where neither is 0     |
+    | cosine                  | mean of <x, x'> / (||x|| ||x'||), over tokens where both are not 0    |
     | norm_ratio              | mean of ||x'|| / ||x||, over tokens where x is not 0                 |
     | relative_bias           | mean ||x'||^2 / mean <x, x'>: above 1 too large, below 1 shrunk      |
     | dead_share              | share of latents that fired on none of the tokens                    |
@@ -70,21 +70,21 @@ class Reconstruction:
     def update(
         self, x: Float[Tensor, "tokens d_in"], latents: Float[Tensor, "tokens width"], out: Float[Tensor, "tokens d_in"]
     ) -> None:
-        """Add some tokens."""
+        """Add tokens."""
         self.count += len(x)
         self.fired += (latents > 0).sum(dim=0)
-        # Sums of squares of many numbers, one of them to be taken from another: float64.
+        # Differences of large sums of squares need float64.
         x, out = x.double(), out.double()
         self.x += x.sum(dim=0)
         self.error += (x - out).sum(dim=0)
         norm, norm_out, product = x.norm(dim=1), out.norm(dim=1), (x * out).sum(dim=1)
-        both, there = (norm > 0) & (norm_out > 0), norm > 0
-        found = {
+        both, nonzero = (norm > 0) & (norm_out > 0), norm > 0
+        sums = {
             "squares": norm.square().sum(), "errors": (x - out).square().sum(), "out": norm_out.square().sum(),
             "product": product.sum(), "cosine": (product / (norm * norm_out))[both].sum(), "both": both.sum(),
-            "ratio": (norm_out / norm)[there].sum(), "there": there.sum(),
+            "ratio": (norm_out / norm)[nonzero].sum(), "nonzero": nonzero.sum(),
         }  # fmt: skip
-        self.sums = {name: self.sums.get(name, 0.0) + float(value) for name, value in found.items()}
+        self.sums = {name: self.sums.get(name, 0.0) + float(value) for name, value in sums.items()}
 
     @property
     def mean(self) -> Float[Tensor, " d_in"]:
@@ -97,14 +97,14 @@ class Reconstruction:
         return (self.fired.double() / self.count).cpu().numpy()
 
     def result(self) -> dict[str, float | None]:
-        """The numbers of the table; None where something is divided by nothing."""
+        """The numbers of the table; None where the divisor is 0."""
         sums, count = self.sums, self.count
         spread = sums["squares"] - float((self.x**2).sum()) / count
         error_spread = sums["errors"] - float((self.error**2).sum()) / count
         return {
             "l0": float(self.fired.sum()) / count, "fvu": _ratio(sums["errors"], spread),
             "explained_variance": None if spread <= 0 else 1 - error_spread / spread,
-            "cosine": _ratio(sums["cosine"], sums["both"]), "norm_ratio": _ratio(sums["ratio"], sums["there"]),
+            "cosine": _ratio(sums["cosine"], sums["both"]), "norm_ratio": _ratio(sums["ratio"], sums["nonzero"]),
             "relative_bias": _ratio(sums["out"], sums["product"]),
             "dead_share": float((self.fired == 0).double().mean()),
         }  # fmt: skip
@@ -114,14 +114,15 @@ def evaluate_sae(
     model: nn.Module, sae: Autoencoder, subject: Subject, corpus: Corpus, *, max_tokens: int | None, at_once: int,
     bar: ProgressBar, unigram: Callable[[Integer[np.ndarray, " predicted"]], float],
 ) -> dict[str, Any]:  # fmt: skip
-    """All numbers of one autoencoder on held-out tokens, as evaluation.json keeps them.
+    """All numbers of one autoencoder on held-out tokens, as evaluation.json stores them.
 
-    `unigram` gives the loss of a predictor by frequency alone on some tokens, which is what a model with no behaviour
-    left would have.
+    `unigram` maps tokens to the loss of predicting them by frequency alone, the baseline of a model that lost all else.
     """
     tokens = corpus.tokens if max_tokens is None else corpus.tokens[: max_tokens + 1]
     if len(tokens) < 2:
-        raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Give more --tokens, or tokenize more text")
+        raise CrateError(
+            f"--tokens must leave at least 2 tokens to evaluate, got {len(tokens)}. Hint: tokenize more text"
+        )
     rows = Rows(tokens=tokens, context=subject.context, at_once=at_once)
     sae.check_width(subject.layers[sae.layer])
     device, path = next(model.parameters()).device, sae.place(model)
@@ -138,8 +139,8 @@ def evaluate_sae(
     losses: dict[str, list[np.ndarray]] = {name: [] for name in edits}
     for batch in rows:
         for name, change in edits.items():
-            found = spliced_losses(model, batch.to(device), None if change is None else {path: change})
-            losses[name].append(found.double().cpu().numpy().ravel())
+            batch_losses = spliced_losses(model, batch.to(device), None if change is None else {path: change})
+            losses[name].append(batch_losses.double().cpu().numpy().ravel())
         bar.advance(batch[:, 1:].numel())
     flat = {name: np.concatenate(parts) for name, parts in losses.items()}
     owner = np.searchsorted(corpus.documents, np.arange(1, rows.predicted + 1), side="right") - 1
@@ -155,10 +156,10 @@ def costs(
     owner: Int[np.ndarray, " predicted"],
     unigram: float,
 ) -> dict[str, Any]:
-    """What each splice costs, in nats per token: the losses, CE added with its standard error, and shares recovered.
+    """The losses in nats per token, CE added with its standard error, and the shares recovered.
 
-    Recovered is (CE_ablated - CE_sae) / (CE_ablated - CE), for each ablation and for `unigram` in the place of one:
-    the share kept of the layer's effect, and of all that the model gains over frequencies. Not clipped.
+    Recovered is (CE_ablated - CE_sae) / (CE_ablated - CE), not clipped. CE_ablated is the loss with zeros or the mean
+    (the kept share of the layer's effect) or the unigram loss (the kept share of the model's gain over frequencies).
     """
     means = {name: float(values.mean()) for name, values in losses.items()}
     added = losses["sae"] - losses["clean"]
@@ -174,7 +175,7 @@ def costs(
 
 
 def standard_error(values: Float64[np.ndarray, " tokens"], owner: Int[np.ndarray, " tokens"]) -> float | None:
-    """Of a mean over tokens, documents being the sampling unit (the variance of a ratio); None for one document."""
+    """Standard error of a mean over tokens with documents as sampling units (ratio estimator); None for one."""
     _, document = np.unique(owner, return_inverse=True)
     sums, sizes = np.bincount(document, values), np.bincount(document)
     count, mean = len(sums), values.mean()
@@ -186,13 +187,13 @@ def standard_error(values: Float64[np.ndarray, " tokens"], owner: Int[np.ndarray
 def unigram_loss(
     counts: Int[np.ndarray, " vocab"], tokens: Integer[np.ndarray, " predicted"]
 ) -> float:  # fmt: skip
-    """Mean of -log p(token) in nats, p by counts of another text with one added to each."""
+    """Mean of -log p(token) in nats, with p from counts of another text and add-one smoothing."""
     p = (counts + 1) / (counts + 1).sum()
     return float(-np.log(p[tokens.astype(np.int64)]).mean())
 
 
 def histogram(density: Float64[np.ndarray, " width"]) -> dict[str, Any]:
-    """Latents by log10 of their density; dead ones apart."""
+    """Histogram of log10 density; dead latents are counted separately."""
     alive = density[density > 0]
     counts, _ = np.histogram(np.log10(alive).clip(EDGES[0], EDGES[-1]), EDGES)
     return {"edges": EDGES.round(4).tolist(), "counts": counts.tolist(), "dead": int((density == 0).sum())}
@@ -202,12 +203,12 @@ def histogram(density: Float64[np.ndarray, " width"]) -> dict[str, Any]:
 def nearest_cosine(directions: Float[Tensor, "width d_in"]) -> Float[Tensor, " width"]:
     """For each latent, the largest cosine between its decoder row and another's."""
     unit = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    found = []
+    nearest = []
     for first in range(0, len(unit), 1024):
         cosines = unit[first : first + 1024] @ unit.T
         cosines[torch.arange(len(cosines)), first + torch.arange(len(cosines))] = -1
-        found.append(cosines.max(dim=1).values)
-    return torch.cat(found)
+        nearest.append(cosines.max(dim=1).values)
+    return torch.cat(nearest)
 
 
 def _ratio(a: float, b: float) -> float | None:

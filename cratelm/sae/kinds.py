@@ -7,10 +7,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cratelm.sae.config import SaeConfig
+from typing import Any, Protocol, runtime_checkable
 
 PENALTY_WARMUP = 0.05
 """Share of the training over which a penalty rises from 0."""
@@ -23,13 +20,27 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
 """Setting of sae-lens: scale activations to a mean norm of sqrt(d_in) during training."""
 
 
-def linear_schedule(config: "SaeConfig", step: int, steps: int) -> float:
+@runtime_checkable
+class TrainingSettings(Protocol):
+    """The fields of `SaeConfig` that a kind reads."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def penalty(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def resample_at(self) -> tuple[int, ...]: ...
+
+
+def linear_schedule(config: TrainingSettings, step: int, steps: int) -> float:
     """Rise linearly over the warm-up (at most a tenth of the steps), stay, fall linearly over the last fifth."""
     warmup, decay = min(config.warmup_steps, steps // 10), int(DECAY * steps)
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))
 
 
-def restarting_schedule(config: "SaeConfig", step: int, _steps: int) -> float:
+def restarting_schedule(config: TrainingSettings, step: int, _steps: int) -> float:
     """0.1 + 0.9 (1 - cos(pi t / W)) / 2 up to t = W = warm-up steps, then 1; t counts from the last resampling."""
     since = step - max((at for at in config.resample_at if at <= step), default=0)
     rise = min(1.0, since / config.warmup_steps) if config.warmup_steps else 1.0
@@ -44,13 +55,13 @@ class SaeKind:
     """What makes it sparse, in one line of the help."""
     training_class: str
     """MODULE:CLASS of a training class of sae-lens; its configuration class is called CLASSConfig."""
-    settings: Callable[["SaeConfig", int, int], dict[str, Any]]
+    settings: Callable[[TrainingSettings, int, int], dict[str, Any]]
     """(config, width, steps) to the settings of the configuration class, apart from sizes, dtype and device."""
     l1: float | None = None
     """Default weight of the sparsity penalty; None where `k` sets the sparsity."""
     learning_rate: Callable[[int], float] = lambda _width: 4e-4
     """Number of latents to the default peak learning rate."""
-    schedule: Callable[["SaeConfig", int, int], float] = linear_schedule
+    schedule: Callable[[TrainingSettings, int, int], float] = linear_schedule
     """(config, 0-based step, steps) to the share of the peak learning rate."""
     folds_norms: bool = False
     """Whether the norms of the decoder's rows are folded into the other weights when it is saved."""
@@ -64,11 +75,11 @@ class SaeKind:
         return getattr(home, name), getattr(home, f"{name}Config")
 
 
-def _penalised(config: "SaeConfig", _width: int, steps: int) -> dict[str, Any]:
+def _penalised(config: TrainingSettings, _width: int, steps: int) -> dict[str, Any]:
     return SCALED | {"l1_coefficient": config.penalty, "l1_warm_up_steps": int(PENALTY_WARMUP * steps)}
 
 
-def _jumprelu(config: "SaeConfig", _width: int, steps: int) -> dict[str, Any]:
+def _jumprelu(config: TrainingSettings, _width: int, steps: int) -> dict[str, Any]:
     return SCALED | {
         "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(config.k), "l0_coefficient": 0.1,
         "l0_warm_up_steps": int(PENALTY_WARMUP * steps), "apply_b_dec_to_input": False,
@@ -77,12 +88,12 @@ def _jumprelu(config: "SaeConfig", _width: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _batch_topk(config: "SaeConfig", _width: int, steps: int) -> dict[str, Any]:
+def _batch_topk(config: TrainingSettings, _width: int, steps: int) -> dict[str, Any]:
     # The threshold is a running average from 0 on; a short training needs a faster one.
     return SCALED | {"k": config.k, "topk_threshold_lr": min(1.0, max(0.01, 10 / steps))}
 
 
-def _matryoshka(config: "SaeConfig", width: int, steps: int) -> dict[str, Any]:
+def _matryoshka(config: TrainingSettings, width: int, steps: int) -> dict[str, Any]:
     widths = sorted({max(1, width // level) for level in LEVELS})
     return _batch_topk(config, width, steps) | {"matryoshka_widths": widths}
 

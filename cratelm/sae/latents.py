@@ -1,4 +1,4 @@
-"""The latents of an autoencoder as neurons: what the collector observes, under a tap of their own."""
+"""The latents of an autoencoder as neurons that `cratelm collect` records under a separate tap."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,15 +13,15 @@ PREFIX = "sae-"
 
 
 def latents_tap(name: str) -> str:
-    """The tap, and the folder of records, of an autoencoder's latents."""
+    """The name of the tap and records folder of an autoencoder's latents."""
     return f"{PREFIX}{name}"
 
 
 def observe_latents(subject: Subject, sae: Autoencoder) -> Subject:
     """A subject whose neurons are the latents of an autoencoder on one layer of another subject.
 
-    A latent's direction in the residual stream is its decoder row, through the directions of what it decodes to where
-    that is not the residual stream itself. Raises CrateError where the width is not the autoencoder's.
+    A latent's direction in the residual stream is its decoder row; if the autoencoder decodes to neurons, that row
+    times the directions of the neurons. Raises CrateError if the width is not the autoencoder's.
     """
     layer = sae.layer
     sae.check_width(subject.layers[layer])

@@ -1,6 +1,6 @@
-"""The autoencoders of a run on disk: which there are, and reading one by its name or by a path.
+"""List and load the autoencoders of a run.
 
-RUN/saes/NAME/cfg.json, sae_weights.safetensors     what sae-lens writes and reads
+RUN/saes/NAME/cfg.json, sae_weights.safetensors     the format of sae-lens
 RUN/saes/NAME/sae.json                              ours: tap, layer, settings, hashes of data and model, origin
 """
 
@@ -27,16 +27,16 @@ HOOKS = (
     (r"blocks\.(\d+)\.attn\.hook_z", "heads"),
     (r"blocks\.(\d+)\.hook_resid_post", "residual"),
 )
-"""Names of places in TransformerLens, and ours for the same activation. `hook_resid_pre` is the layer before."""
+"""Hook names of TransformerLens -> our taps. `hook_resid_pre` is the residual tap of the previous layer."""
 
 
 def saes_folder(run: Path) -> Path:
-    """Where a run keeps its autoencoders."""
+    """The folder of a run's autoencoders."""
     return run / "saes"
 
 
 def sae_names(run: Path) -> list[str]:
-    """The autoencoders of a run that are whole, by name."""
+    """The names of a run's complete autoencoders."""
     return sorted(path.parent.name for path in saes_folder(run).glob(f"*/{CONFIG}"))
 
 
@@ -44,9 +44,9 @@ def load_sae(
     run: str | Path, name: str | Path, *, tap: str | None = None, layer: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Autoencoder:  # fmt: skip
-    """The autoencoder NAME of a run, or one that sae-lens wrote elsewhere, by the path of its folder.
+    """Load the autoencoder `name` of a run, or a folder in the format of sae-lens.
 
-    `tap` and `layer` say where in the model a foreign one belongs, if its own description does not.
+    `tap` and `layer` are needed for a folder whose files do not name them.
     """
     folder = find_sae(Path(run), name)
     source = str(folder)
@@ -56,16 +56,18 @@ def load_sae(
         check_fields(source, fields)
         check_state(source, fields, state)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise CrateError(f"{folder / CONFIG} is not readable ({error}). Make the autoencoder again") from None
+        raise CrateError(
+            f"{folder / CONFIG} must be a JSON file, got {error}. Hint: train the autoencoder again"
+        ) from None
     except (KeyError, TypeError, ValueError) as error:
-        raise CrateError(f"{folder / CONFIG} lacks or misspells a field ({error}). Make it again") from None
+        raise CrateError(f"{folder / CONFIG} has a missing or invalid field: {error}") from None
     description = _described(folder)
-    told = (description.get("tap"), description.get("layer")) if description else _placed(fields)
-    tap, layer = tap or told[0], layer if layer is not None else told[1]
+    place = (description.get("tap"), description.get("layer")) if description else _place_of_hook(fields)
+    tap, layer = tap or place[0], layer if layer is not None else place[1]
     if tap is None or layer is None:
         raise CrateError(
-            f"{folder} does not say which activations it is of ({_hook_name(fields) or 'no hook_name in cfg.json'}). "
-            "Name them: --tap neurons|heads|residual|PATH --layer N"
+            f"{folder} must name its tap and layer, got {_hook_name(fields) or 'no hook_name in cfg.json'}. "
+            "Hint: --tap neurons|heads|residual|PATH --layer N"
         )
     return Autoencoder(
         fields, state, name=folder.name, tap=tap, layer=layer, sae_hash=digest, description=description
@@ -73,24 +75,24 @@ def load_sae(
 
 
 def check_trained_on(sae: Autoencoder, model_hash: str, run: Path) -> None:
-    """Refuse an autoencoder of ours that was trained on another model than a run holds now."""
+    """Refuse an autoencoder that `cratelm sae train` trained on another model."""
     trained_on = sae.description.get("settings", {}).get("model_hash")
     if trained_on not in (None, model_hash):
         raise CrateError(
-            f"the autoencoder {sae.name} was trained on another model ({trained_on[:12]}) than {run} holds "
-            f"({model_hash[:12]}). Train it anew under another --name, or remove it"
+            f"the autoencoder {sae.name} must be trained on the model of {run} ({model_hash[:12]}), got "
+            f"{trained_on[:12]}. Hint: train it again with another --name"
         )
 
 
 def find_sae(run: Path, name: str | Path) -> Path:
-    """The folder of an autoencoder: a name in the run, or a path to a folder of sae-lens'."""
+    """The folder of an autoencoder, from its name in the run or from its path."""
     inside = saes_folder(run) / name
     for folder in (inside, Path(name)):
         if (folder / CONFIG).is_file():
             return folder
-    there = ", ".join(sae_names(run)) or "none"
-    how = "Train one with" if there == "none" else "Use one of them, or train it with"
-    raise CrateError(f"{run} has no autoencoder {name} (there are {there}). {how}: cratelm sae train {run} --data DIR")
+    names = ", ".join(sae_names(run))
+    hint = f"use one of them ({names})" if names else f"cratelm sae train {run} --data DIR --layer N"
+    raise CrateError(f"--sae must be an autoencoder of {run} or a folder, got {name}. Hint: {hint}")
 
 
 def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -100,9 +102,9 @@ def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], str]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return load_file(path), digest
     except FileNotFoundError:
-        raise CrateError(f"{path.parent} has a {CONFIG} but no {path.name}. Make the autoencoder again") from None
+        raise CrateError(f"{path.parent} must have the file {path.name}. Hint: train the autoencoder again") from None
     except (SafetensorError, OSError) as error:
-        raise CrateError(f"{path} is damaged ({error}). Make the autoencoder again") from None
+        raise CrateError(f"{path} is damaged ({error}). Hint: train the autoencoder again") from None
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -111,14 +113,14 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _hook_name(fields: Mapping[str, Any]) -> str | None:
-    """Where sae-lens says that an autoencoder belongs."""
+    """The hook name in cfg.json."""
     metadata = fields.get("metadata")
-    inside = metadata.get("hook_name") if isinstance(metadata, Mapping) else None
-    return inside or fields.get("hook_name") or fields.get("hook_point")
+    hook = metadata.get("hook_name") if isinstance(metadata, Mapping) else None
+    return hook or fields.get("hook_name") or fields.get("hook_point")
 
 
-def _placed(fields: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """Tap and layer of a hook of TransformerLens; a path in a Hugging Face model is a tap by itself."""
+def _place_of_hook(fields: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """Tap and layer of a TransformerLens hook; a module path of a Hugging Face model is a tap already."""
     hook = _hook_name(fields) or ""
     for pattern, tap in HOOKS:
         if match := re.fullmatch(pattern, hook):

@@ -1,6 +1,6 @@
-"""The autoencoder of the paper's released code, as a training class of sae-lens; saved as its standard ReLU one.
+"""The autoencoder of the paper's released code, as a training class of sae-lens; saved in the `standard` form.
 
-Imported only after `sae-lens` was found (`library.import_sae_lens`).
+Import it after `library.import_sae_lens`, which explains a missing package.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 NAME = "cratelm_paper"
-"""The architecture's name while it is trained."""
+"""The name of the architecture during training."""
 ENCODER_SHARE = 0.2
-"""A resampled latent's encoder has this share of the mean norm of the others'."""
+"""Norm of a resampled latent's encoder, as a share of the mean norm of the other encoders."""
 
 
 @dataclass
@@ -38,11 +38,11 @@ class PaperTrainingSAE(StandardTrainingSAE):
     """f = relu((x - b_dec) W_enc + b_enc), x' = f W_dec + b_dec, every row of W_dec of norm 1.
 
     The loss is the mean over tokens and dimensions of (x' - x)^2 / ||x||_2 (the norm, not its square), and l1 times
-    the mean over tokens of sum |f|. A token whose activation is all zero has no norm to divide by: it adds nothing to
-    the first term, and is counted in the metric `zero_inputs`. The released code divides by zero there.
+    the mean over tokens of sum |f|. A token whose activation is all zero adds nothing to
+    the first term and is counted in the metric `zero_inputs`; the released code divides by zero.
 
-    The part of a row's gradient along the row is removed, and rows are brought back to norm 1 before each step and at
-    the end. sae-lens clips the gradient to norm 1, which the released code does not.
+    The component of a row's gradient along the row is removed, and rows are normalised before each step and at the end.
+    sae-lens clips the gradient to norm 1; the released code does not.
     """
 
     def __init__(self, cfg: PaperTrainingSAEConfig, use_error_term: bool = False) -> None:
@@ -50,14 +50,14 @@ class PaperTrainingSAE(StandardTrainingSAE):
         self.W_dec.register_hook(self._across)
 
     def initialize_weights(self) -> None:
-        """Kaiming-uniform encoder and decoder, drawn apart; rows of the decoder of norm 1, biases 0."""
+        """Kaiming-uniform encoder and decoder, drawn separately; decoder rows of norm 1; biases 0."""
         super().initialize_weights()
         nn.init.kaiming_uniform_(self.W_enc.data)
         self.normalise()
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Bring the rows of the decoder to norm 1."""
+        """Normalise the rows of the decoder."""
         self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     def _across(self, gradient: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PaperTrainingSAE(StandardTrainingSAE):
         )  # fmt: skip
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """The last step has moved the rows; what is saved has rows of norm 1."""
+        """Normalise the saved rows, which the last step has changed."""
         super().process_state_dict_for_saving_inference(state_dict)
         rows = state_dict["W_dec"]
         state_dict["W_dec"] = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -87,11 +87,11 @@ class PaperTrainingSAE(StandardTrainingSAE):
 def relative_error(
     x: Float[Tensor, "batch d_in"], out: Float[Tensor, "batch d_in"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean over all elements of (out - x)^2 / ||x||_2, and on how many tokens x is all zero: those add nothing."""
+    """Mean over all elements of (out - x)^2 / ||x||_2, and the number of tokens with x = 0, which add nothing."""
     norm = x.norm(dim=-1, keepdim=True)
-    there = norm > 0
-    squares = (out - x) ** 2 / torch.where(there, norm, torch.ones_like(norm))
-    return (squares * there).mean(), (~there).sum().to(x.dtype)
+    nonzero = norm > 0
+    squares = (out - x) ** 2 / torch.where(nonzero, norm, torch.ones_like(norm))
+    return (squares * nonzero).mean(), (~nonzero).sum().to(x.dtype)
 
 
 @torch.no_grad()
@@ -101,8 +101,8 @@ def resample(
     dead: Bool[Tensor, " width"],
     inputs: Float[Tensor, "dead d_in"],
 ) -> None:
-    """Let latents start anew at these inputs, one each: decoder row = the input at norm 1; encoder = the same at 0.2
-    of the mean norm of the other latents' encoders; bias 0; Adam's moments of all that 0.
+    """Restart latents at these inputs, one each: decoder row = the normalised input; encoder = the same times 0.2 of
+    the mean norm of the other encoders; bias and Adam's moments 0.
     """
     rows = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
     others = sae.W_enc.data[:, ~dead] if bool((~dead).any()) else sae.W_enc.data

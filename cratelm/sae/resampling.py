@@ -1,4 +1,4 @@
-"""Where latents that never fire start anew: at activations whose reconstruction costs the model most."""
+"""Choose where dead latents restart: at activations whose reconstruction adds most to the model's loss."""
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ def costly_inputs(
     seed: int,
     step: int,
 ) -> Float[Tensor, "count d_in"]:
-    """`count` activations at a tap, drawn with a chance proportional to the loss that the reconstruction adds there.
+    """Draw `count` activations at a tap, with probability proportional to the loss that the reconstruction adds there.
 
-    Rows are read at random places of the corpus. In each, tokens are drawn by what the reconstruction adds to the loss
-    of the token they predict (where it takes some away, hardly ever); among all of those, `count` are drawn the same
-    way. The released code draws one token in each of 60,000 rows; here a row gives more where latents outnumber rows.
+    Rows are read at random places of the corpus. In each row, tokens are drawn in proportion to the loss added at the
+    next token (at least 1e-9); among all of these, `count` are drawn in the same way. The released code draws one
+    token in each of 60,000 rows; here a row gives several if there are more latents than rows.
     """
     generator = np.random.default_rng((seed % 2**63, step))
     device, each = next(model.parameters()).device, -(-count // rows)
@@ -38,12 +38,12 @@ def costly_inputs(
         chosen = range(first, min(first + ROWS_AT_ONCE, rows))
         read, targets = sample_batch(tokens, seed=seed + 1, step=step, rows=chosen, context=context)
         longer = torch.from_numpy(np.concatenate([read, targets[:, -1:]], axis=1)).to(device)
-        with capture(model, [path]) as found:
+        with capture(model, [path]) as captured:
             before = spliced_losses(model, longer)
         added = spliced_losses(model, longer, {path: reconstruct}) - before
         cost = added.clamp(min=1e-9).double().cpu().numpy()
         where = torch.from_numpy(_drawn(cost, each, generator))
-        activations = found[path].reshape(*cost.shape, -1).cpu()
+        activations = captured[path].reshape(*cost.shape, -1).cpu()
         inputs.append(activations[torch.arange(len(cost))[:, None], where].flatten(0, 1))
         costs.append(np.take_along_axis(cost, where.numpy(), axis=1).ravel())
     pool, weights = torch.cat(inputs), np.concatenate(costs)
@@ -51,9 +51,9 @@ def costly_inputs(
 
 
 def _drawn(weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Of each row, `count` indices without repetition, each next one with a chance proportional to its weight.
+    """Draw `count` indices of each row without replacement, with probability proportional to weight.
 
-    As many as there are, over and over, where `count` is more.
+    If `count` is larger than a row, its order is repeated.
     """
     order = np.argsort(-(np.log(weights) + generator.gumbel(size=weights.shape)), axis=1)
     return np.take(order, np.arange(count) % weights.shape[1], axis=1)

@@ -1,4 +1,4 @@
-"""The loss of a model, ours or a Hugging Face one, with something else put in the place of an activation."""
+"""The loss of a model when an activation is replaced; for our models and Hugging Face models."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,16 +10,16 @@ from cratelm.activations.causal_model import causal_model
 from cratelm.activations.taps import edit
 
 Change = Callable[[Tensor], Tensor]
-"""An activation, (batch, seq, features), to what takes its place."""
+"""An activation of shape (batch, seq, features) to its replacement."""
 
 
 @torch.no_grad()
 def spliced_losses(
     model: nn.Module, tokens: Int[Tensor, "batch longer"], edits: Mapping[str, Change] | None = None
 ) -> Float[Tensor, "batch seq"]:
-    """Cross-entropy in nats of every token but the first of each row, with these edits at these taps.
+    """Cross-entropy in nats of each token after the first of a row, with activations replaced at these taps.
 
-    The loss at index t is of token t + 1, which the activations up to t predict.
+    The loss at index t is that of token t + 1.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with edit(model, dict(edits or {})):

@@ -1,8 +1,7 @@
-"""Activations as a stream: batches in random order for the trainer, with never more than one buffer of them in memory.
+"""Stream activations to the trainer in shuffled batches, with one buffer of activations in memory.
 
-The corpus is cut anew into rows at random places for each buffer, as in pre-training; the buffer's activations are
-shuffled and served. What a batch holds is a function of the seed and its number alone, so a training that was killed
-goes on with the very batches that it would have seen.
+For each buffer, rows start at random places of the corpus, as in pre-training, and the activations are shuffled. A
+batch depends only on the seed and its number, so a resumed training reads the same batches.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,10 +35,10 @@ class ActivationStream(Iterator[Tensor]):
         first: int = 0,
         rows_at_once: int = 16,
     ) -> None:
-        """`first` is the number of the batch to begin with; `buffer_tokens` is rounded down to whole batches."""
+        """`first` is the number of the first batch; `buffer_tokens` is rounded down to whole batches."""
         self.forward, self.tokens, self.context = forward, tokens, min(context, len(tokens) - 1)
         if self.context < 1:
-            raise CrateError(f"{len(tokens)} tokens are too few to read a row of them. Give more text")
+            raise CrateError(f"the split must have at least 2 tokens, got {len(tokens)}. Hint: tokenize more text")
         self.batch_tokens, self.per_buffer = batch_tokens, buffer_tokens // batch_tokens
         self.seed, self.device, self.rows_at_once = seed, device, rows_at_once
         self.number = first
@@ -55,16 +54,16 @@ class ActivationStream(Iterator[Tensor]):
         return self._buffer[self._order[inside * self.batch_tokens : (inside + 1) * self.batch_tokens]]
 
     def _fill(self, which: int) -> None:
-        """Make buffer number `which`: forward passes, then an order."""
+        """Fill the buffer with number `which` and shuffle it."""
         size = len(self._buffer)
         rows, done = -(-size // self.context), 0
         for first in range(0, rows, self.rows_at_once):
             chosen = range(first, min(first + self.rows_at_once, rows))
             inputs, _ = sample_batch(self.tokens, seed=self.seed, step=which, rows=chosen, context=self.context)
-            found = self.forward(torch.from_numpy(inputs).to(self.device)).flatten(0, 1)[: size - done]
-            self._buffer[done : done + len(found)] = found
-            done += len(found)
+            activations = self.forward(torch.from_numpy(inputs).to(self.device)).flatten(0, 1)[: size - done]
+            self._buffer[done : done + len(activations)] = activations
+            done += len(activations)
         if not bool(self._buffer.isfinite().all()):
-            raise CrateError("the model's activations at this tap are not finite, so nothing can be learned from them")
+            raise CrateError("the model's activations at this tap must be finite, got NaN or inf")
         order = np.random.default_rng((self.seed % 2**63, which)).permutation(size)
         self._order, self._filled = torch.from_numpy(order).to(self.device), which

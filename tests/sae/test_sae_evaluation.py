@@ -1,4 +1,4 @@
-"""What `cratelm sae evaluate` prints: every number against brute force in float64."""
+"""The numbers of `cratelm sae evaluate` against brute force in float64."""
 
 import json
 from dataclasses import replace
@@ -194,7 +194,7 @@ def test_the_table_says_where_shares_are_inflated() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_wrong_input_is_one_line(
+def test_invalid_input_raises_one_line(
     tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     run, data, model = make_run(tmp_path, rng)
@@ -205,19 +205,19 @@ def test_wrong_input_is_one_line(
         assert error.startswith("error: ")
         return error
 
-    assert "has no autoencoder. Run: cratelm sae train" in refused()
+    assert "must have an autoencoder, got none. Hint: cratelm sae train" in refused()
     write_run_sae(run, "wide", "standard", rng, layer=0, d_in=65)
     write_run_sae(run, "deep", "standard", rng, layer=5)
     write_run_sae(run, "old", "standard", rng, settings={"model_hash": "0123456789abcdef"})
-    assert "width 65, the tap neurons of the model gives 64 in layer 0" in refused("--sae", "wide")
-    assert "is of layer 5, the model has no such layer" in refused("--sae", "deep")
-    assert f"another model (0123456789ab) than {run} holds ({weights_hash(model)[:12]})" in refused("--sae", "old")
-    assert "no autoencoder other (there are deep, old, wide)" in refused("--sae", "other")
+    assert "must have the width 64 (tap neurons, layer 0), got 65" in refused("--sae", "wide")
+    assert "must be at a layer of the model (0, 1), got 5" in refused("--sae", "deep")
+    assert f"of {run} ({weights_hash(model)[:12]}), got 0123456789ab" in refused("--sae", "old")
+    assert "got other. Hint: use one of them (deep, old, wide)" in refused("--sae", "other")
     write_sae(tmp_path / "wide", "standard", rng, d_in=64)
-    assert "has another autoencoder of the name wide" in refused(
+    assert "must not have the name of an autoencoder in" in refused(
         "--sae", str(tmp_path / "wide"), "--tap", "neurons", "--layer", "0"
     )
-    assert "--batch-rows is 0" in refused("--batch-rows", "0")
+    assert "--batch-rows must be at least 1, got 0" in refused("--batch-rows", "0")
     assert cli.main(["sae"]) == 2
     assert "cratelm sae train or cratelm sae evaluate" in capsys.readouterr().err
     assert not (run / "saes" / "wide" / "evaluation.json").exists()
@@ -234,7 +234,7 @@ def test_nothing_to_predict_is_refused(tmp_path: Path, rng: np.random.Generator)
     subject = observe(model, model_hash="")
     from fixtures.tiny import hidden_bar
 
-    with pytest.raises(CrateError, match="1 tokens hold nothing to predict"):
+    with pytest.raises(CrateError, match="must leave at least 2 tokens to evaluate, got 1"):
         evaluate_sae(
             model, load_sae(tmp_path, "a"), subject, replace(corpus), max_tokens=None, at_once=2, bar=hidden_bar(),
             unigram=lambda _: 0.0,

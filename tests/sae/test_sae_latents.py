@@ -95,7 +95,7 @@ def test_a_latent_writes_through_what_it_decodes_to(tmp_path: Path, rng: np.rand
     torch.testing.assert_close(through.decoders[0], stream.W_dec)
     write_run_sae(tmp_path, "wrong", "standard", rng, layer=0, tap="residual", d_in=64)
     wrong = load_sae(tmp_path, "wrong")
-    with pytest.raises(CrateError, match="width 64.*gives 16"):
+    with pytest.raises(CrateError, match="width 16 .*got 64"):
         observe_latents(residual, wrong)
 
 
@@ -106,10 +106,10 @@ def test_wrong_input_is_one_line(
     write_run_sae(run, "a", "standard", rng)
     write_run_sae(run, "old", "standard", rng, settings={"model_hash": "0123456789abcdef"})
     for more, said in (
-        (["--sae", "b"], "has no autoencoder b (there are a, old)"),
+        (["--sae", "b"], "got b. Hint: use one of them (a, old)"),
         (["--sae", "a", "--tap", "residual"], "Use --sae without --tap"),
         (["--sae", "a", "--layer", "0"], "Use --sae without --tap"),
-        (["--sae", "old"], "was trained on another model (0123456789ab)"),
+        (["--sae", "old"], "got 0123456789ab"),
     ):
         assert cli.main(["collect", str(run), "--data", str(data), *more]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]

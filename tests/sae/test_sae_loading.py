@@ -138,24 +138,24 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, rng: np.random.Generato
     write_run_sae(tmp_path, "good", "standard", rng)
     write_run_sae(tmp_path, "fine", "gated", rng)
     assert sae_names(tmp_path) == ["fine", "good"]
-    with pytest.raises(CrateError, match=r"no autoencoder bad \(there are fine, good\).*cratelm sae train"):
+    with pytest.raises(CrateError, match=r"got bad\. Hint: use one of them \(fine, good\)"):
         load_sae(tmp_path, "bad")
-    with pytest.raises(CrateError, match=r"no autoencoder good \(there are none\).*cratelm sae train"):
+    with pytest.raises(CrateError, match=r"got good\. Hint: cratelm sae train"):
         load_sae(tmp_path / "other", "good")
     broken: list[tuple[dict[str, Any], str]] = [
-        ({"architecture": "transcoder"}, r"'transcoder'; readable are standard, topk, jumprelu, gated"),
-        ({"normalize_activations": "layer_norm"}, r"normalised by layer_norm"),
-        ({"architecture": "jumprelu"}, r"threshold is missing"),
-        ({"architecture": "topk"}, r"names no k"),
-        ({"d_sae": 11}, r"W_enc is \(6, 10\), expected \(6, 11\)"),
-        ({"d_in": None}, r"lacks or misspells a field"),
+        ({"architecture": "transcoder"}, r"must be one of standard, topk, jumprelu, gated, got 'transcoder'"),
+        ({"normalize_activations": "layer_norm"}, r"must be none, got layer_norm"),
+        ({"architecture": "jumprelu"}, r"threshold of .* must have the shape \(10,\)"),
+        ({"architecture": "topk"}, r"must have k, got none"),
+        ({"d_sae": 11}, r"W_enc of .* must have the shape \(6, 11\) of its cfg.json, got \(6, 10\)"),
+        ({"d_in": None}, r"has a missing or invalid field"),
     ]
     for number, (fields, said) in enumerate(broken):
         write_sae(tmp_path / f"b{number}", "standard", rng, fields=fields)
         with pytest.raises(CrateError, match=said):
             load_sae(tmp_path, tmp_path / f"b{number}", tap="residual", layer=0)
     (tmp_path / "saes" / "good" / "cfg.json").write_text("{")
-    with pytest.raises(CrateError, match="is not readable"):
+    with pytest.raises(CrateError, match="must be a JSON file"):
         load_sae(tmp_path, "good")
     (tmp_path / "saes" / "fine" / "sae_weights.safetensors").write_bytes(b"1234567890")
     with pytest.raises(CrateError, match="is damaged"):
@@ -166,9 +166,9 @@ def test_another_width_or_layer_than_the_models_is_refused(tmp_path: Path, rng: 
     model = random_model(tiny_config(), rng)
     write_run_sae(tmp_path, "a", "standard", rng, layer=7)
     sae = load_sae(tmp_path, "a")
-    with pytest.raises(CrateError, match=r"of layer 7.*there are 0, 1"):
+    with pytest.raises(CrateError, match=r"at a layer of the model \(0, 1\), got 7"):
         sae.place(model)
-    with pytest.raises(CrateError, match=r"width 64.*gives 16 in layer 7"):
+    with pytest.raises(CrateError, match=r"width 16 \(.*layer 7\), got 64"):
         sae.check_width(16)
 
 

@@ -87,9 +87,9 @@ def test_a_corpus_shorter_than_a_row_and_bad_activations(rng: np.random.Generato
         device=torch.device("cpu"),
     )  # fmt: skip
     assert int(next(short)[:, 1].max()) <= 4
-    with pytest.raises(CrateError, match="are not finite"):
+    with pytest.raises(CrateError, match="must be finite"):
         next(make_stream(rng, lambda tokens: expand(tokens) * float("nan")))
-    with pytest.raises(CrateError, match="too few to read a row"):
+    with pytest.raises(CrateError, match="must have at least 2 tokens, got"):
         ActivationStream(
             expand, np.arange(1).astype(np.uint16), d_in=D_IN, context=CONTEXT, batch_tokens=4, buffer_tokens=8,
             seed=0, device=torch.device("cpu"),

@@ -7,13 +7,14 @@ earlier, and among equals the better explained one.
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cratelm.interpretation.lookup.tables import EXPLAINER
-from cratelm.report.browser.chunks import pack
+from cratelm.report.browser.catalogue import Layer
+from cratelm.report.browser.chunks import pack, unpack
 
 CHUNK_BYTES = 48_000
 LONGEST_TERM = 40
@@ -30,6 +31,19 @@ class SearchIndex:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[array, array]] = {}
+        self._places: list[dict[str, Any]] = []
+
+    def add_layer(self, layer: Layer, numbers: Mapping[str, Any], chunks: Iterable[Mapping[str, Any]]) -> None:
+        """Add a layer: `numbers` is its `layer_value`, `chunks` its `texts_value` from the first neuron to the last."""
+        sets = numbers["sets"]
+        scores = unpack(sets[0]["correlation"]) if sets else np.full(numbers["neurons"], np.nan)
+        for chunk in chunks:
+            self.add(len(self._places), chunk, scores.tolist(), [one["explainer"] for one in numbers["explained"]])
+        self._places.append({"model": layer.model, "tap": layer.tap_slug, "layer": layer.layer})
+
+    def directory(self, chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The first term of each chunk, and the layers by their numbers."""
+        return {"first": [chunk["terms"][0] for chunk in chunks], "places": self._places}
 
     def add(self, place: int, texts: Mapping[str, Any], scores: Sequence[float], explainers: Sequence[str]) -> None:
         """Take in a chunk of `texts_value`; `scores` is of all neurons of the layer, `explainers` of its sets."""

@@ -20,8 +20,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-
 from cratelm.activations.direction_files import directions_file
 from cratelm.activations.records import Mode, layer_file, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_strings
@@ -29,7 +27,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.listing import stamps_of
 from cratelm.report.browser.catalogue import Layer, Model, catalogue
-from cratelm.report.browser.chunks import as_script, read_script, unpack
+from cratelm.report.browser.chunks import as_script, read_script
 from cratelm.report.browser.overview import manifest
 from cratelm.report.browser.overview_cache import KeptOverview
 from cratelm.report.browser.search_index import SearchIndex
@@ -212,21 +210,15 @@ def _write(path: Path, content: bytes) -> None:
 def _write_search(layers: Sequence[Layer], data: Path) -> None:
     """The index of all layers, from their chunks: those of a layer that was not renewed are read from disk."""
     index = SearchIndex()
-    for place, layer in enumerate(layers):
+    for layer in layers:
         folder = data / layer.folder
         numbers = read_script(folder / "layer.js")
-        count = numbers["neurons"]
-        scores = unpack(numbers["sets"][0]["correlation"]) if numbers["sets"] else np.full(count, np.nan)
-        explainers = [one["explainer"] for one in numbers["explained"]]
-        for number in range(-(-count // numbers["texts_each"])):
-            index.add(place, read_script(folder / f"texts-{number}.js"), scores.tolist(), explainers)
-    places = [{"model": layer.model, "tap": layer.tap_slug, "layer": layer.layer} for layer in layers]
+        chunks = range(-(-numbers["neurons"] // numbers["texts_each"]))
+        index.add_layer(layer, numbers, (read_script(folder / f"texts-{number}.js") for number in chunks))
+    made = list(index.chunks())
     with atomic_path(data / "search") as folder:
-        first = []
-        for number, chunk in enumerate(index.chunks()):
-            first.append(chunk["terms"][0])
-            _write(folder / f"{number}.js", as_script(f"search/{number}", chunk))
-        _write(folder / "directory.js", as_script("search/directory", {"first": first, "places": places}))
+        for name, chunk in (*enumerate(made), ("directory", index.directory(made))):
+            _write(folder / f"{name}.js", as_script(f"search/{name}", chunk))
 
 
 def _remove_others(data: Path, layers: Sequence[Layer]) -> None:

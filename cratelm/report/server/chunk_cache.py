@@ -1,25 +1,22 @@
-"""The chunks of the browser, made when they are asked for: the same values that a folder holds as files.
+"""The chunks of the live browser, made on request: the same values that a site holds as files.
 
-A layer that was opened is kept, and so are chunks as they were sent, each up to a bound; both are made anew when what
-they come from has changed, once for all who wait. The overview and the search index are made in the background from the
-moment the server starts.
+Open layers and encoded chunks are cached up to a number of bytes each, and made again when a layer's files have
+changed. Threads that ask for the same layer wait for each other. The overview and the search index are made in the
+background from the moment the server starts.
 """
 
-import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Layer, catalogue
-from cratelm.report.browser.chunks import as_json, unpack
+from cratelm.report.browser.chunks import as_json
 from cratelm.report.browser.overview import manifest
 from cratelm.report.browser.overview_cache import KeptOverview, LiveOverview
 from cratelm.report.browser.search_index import SearchIndex
@@ -63,31 +60,6 @@ class Kept:
                 self._bytes -= self._values.popitem(last=False)[1][1]
 
 
-class OneByOne:
-    """A lock for each name, there for as long as somebody holds it or waits for it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[str, tuple[threading.Lock, int]] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Alone under this name."""
-        with self._lock:
-            lock, users = self._held.get(name, (threading.Lock(), 0))
-            self._held[name] = (lock, users + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                users = self._held[name][1] - 1
-                if users:
-                    self._held[name] = (lock, users)
-                else:
-                    del self._held[name]
-
-
 class Chunks:
     """What the page asks for under `data/`, by name. All methods may be called from several threads at once."""
 
@@ -96,8 +68,7 @@ class Chunks:
         layers = [layer for model in self.models for tap in model.taps for layer in tap.layers]
         self.layers = {layer.folder: layer for layer in layers}
         self._views, self._sent = Kept(LAYER_BYTES), Kept(CHUNK_BYTES)
-        self._opening = {folder: threading.Lock() for folder in self.layers}
-        self._alone = OneByOne()
+        self._locks = {folder: threading.RLock() for folder in self.layers}
         self.overview = LiveOverview(KeptOverview(models=self.models, mode=self.mode))
         self._stamps: dict[str, tuple[float, str]] = {}
         self._search: list[bytes] | None = None
@@ -122,19 +93,24 @@ class Chunks:
             return self._search_chunk(last)
         if folder not in self.layers:
             return None
-        return self._cached(name, lambda: chunk_value(self.models, name, self.view), self._stamp(self.layers[folder]))
+        layer = self.layers[folder]
+
+        def make() -> tuple[bytes | None, int]:
+            value = chunk_value(self.models, name, self.view)
+            content = None if value is None else _encoded(value)
+            return content, len(content or b"")
+
+        content: bytes | None = self._current(self._sent, name, layer, make)
+        return content
 
     def view(self, layer: Layer) -> LayerView:
-        """An open layer; whoever asks for the same one meanwhile waits for it."""
-        stamp = self._stamp(layer)
-        with self._opening[layer.folder]:
-            kept = self._views.get(layer.folder)
-            if kept is None or kept[0] != stamp:
-                view = open_layer(layer)
-                size = sum(array.nbytes for array in view.records.arrays.values())
-                kept = (stamp, view)
-                self._views.put(layer.folder, kept, size)
-        found: LayerView = kept[1]
+        """An open layer."""
+
+        def make() -> tuple[LayerView, int]:
+            view = open_layer(layer)
+            return view, sum(array.nbytes for array in view.records.arrays.values())
+
+        found: LayerView = self._current(self._views, layer.folder, layer, make)
         return found
 
     def full_text(self, words: str) -> list[dict[str, Any]]:
@@ -169,21 +145,15 @@ class Chunks:
         return thread
 
     def _index(self) -> None:
-        index, places = SearchIndex(), []
+        index = SearchIndex()
         try:
-            for place, layer in enumerate(self.layers.values()):
+            for layer in self.layers.values():
                 view = self.view(layer)
-                numbers = layer_value(view)
-                count = view.records.num_neurons
-                scores = unpack(numbers["sets"][0]["correlation"]) if numbers["sets"] else np.full(count, np.nan)
-                explainers = [one["explainer"] for one in numbers["explained"]]
-                for start in range(0, count, TEXTS_EACH):
-                    index.add(place, texts_value(view, start), scores.tolist(), explainers)
-                places.append({"model": layer.model, "tap": layer.tap_slug, "layer": layer.layer})
+                starts = range(0, view.records.num_neurons, TEXTS_EACH)
+                index.add_layer(layer, layer_value(view), (texts_value(view, start) for start in starts))
                 self._indexed += 1
             made = list(index.chunks())
-            directory = {"first": [chunk["terms"][0] for chunk in made], "places": places}
-            self._search = [_encoded(directory), *map(_encoded, made)]
+            self._search = [_encoded(index.directory(made)), *map(_encoded, made)]
         except Exception as error:  # the server goes on without a search, and says why
             self._problem = f"the search index could not be made ({error})"
             console.print(self._problem, markup=False)
@@ -196,20 +166,18 @@ class Chunks:
         number = int(name) + 1 if name.isascii() and name.isdigit() and len(name) < 7 else 0
         return self._search[number] if 0 < number < len(self._search) else None
 
-    def _cached(self, name: str, make: Callable[[], Mapping[str, Any] | None], stamp: str) -> bytes | None:
-        kept = self._sent.get(name)
-        if kept is None or kept[0] != stamp:
-            with self._alone(name):
-                kept = self._sent.get(name)  # whoever was there before may have made it
-                if kept is None or kept[0] != stamp:
-                    value = make()
-                    if value is None:
-                        return None
-                    content = _encoded(value)
-                    kept = (stamp, content)
-                    self._sent.put(name, kept, len(content))
-        found: bytes = kept[1]
-        return found
+    def _current(self, cache: Kept, name: str, layer: Layer, make: Callable[[], tuple[Any, int]]) -> Any:
+        """The cached value, made again if the layer has changed: by one thread, while the others wait for it."""
+        stamp = self._stamp(layer)
+        with self._locks[layer.folder]:
+            cached = cache.get(name)
+            if cached is None or cached[0] != stamp:
+                value, size = make()
+                if value is None:  # no chunk has this name, and names are the client's
+                    return None
+                cached = (stamp, value)
+                cache.put(name, cached, size)
+        return cached[1]
 
     def _stamp(self, layer: Layer) -> str:
         """What a layer was made from, looked at now and then."""

@@ -91,20 +91,13 @@ def test_a_dead_neuron_is_told_in_words(visit: Visit) -> None:
     assert "cratelm directions crate-2l" in page.inner_text("aside")
 
 
-def test_a_neuron_is_taken_away_as_json_and_in_neuronpedias_form(visit: Visit, runs: list[Path]) -> None:
+def test_a_neuron_is_downloaded_as_json(visit: Visit, runs: list[Path]) -> None:
     page = visit.open("#/crate-2l/layer/1/neuron/85")
     name, content = saved(page, lambda: page.get_by_role("button", name="JSON").click())
     found = json.loads(content)
     assert (name, found["layer"], found["index"]) == ("crate-2l-layer-1-neuron-85.json", 1, 85)
     excerpt = read_records(runs[0], 1)[85].excerpts[64, "explain", "top"][0]
     assert np.array_equal(np.array(found["excerpts"][0]["activations"], np.float32), excerpt.activations)
-    name, content = saved(page, lambda: page.get_by_role("button", name="Neuronpedia").click())
-    rows = json.loads(content)
-    assert (rows["feature"]["modelId"], rows["feature"]["layer"], rows["feature"]["index"]) == (
-        "crate-2l", "1-cratelm-neurons", "85"
-    )  # fmt: skip
-    assert {len(one["tokens"]) for one in rows["activations"]} == {len(one["values"]) for one in rows["activations"]}
-    assert rows["explanations"][0]["typeName"] == "cratelm-lookup"
 
 
 def test_predictions_are_shown_below_the_excerpts_when_asked_for(visit: Visit, runs: list[Path]) -> None:

@@ -136,7 +136,6 @@ def test_many_readers_have_it_made_once(run: Path, made: Made, monkeypatch: pyte
     chunks.overview.wait()
     assert made.times == 1
     assert sorted(calls) == ["m0/t0/l0/layer", "m0/t0/l1/layer"]
-    assert chunks._alone._held == {}
 
 
 def test_what_was_kept_can_be_deleted_broken_or_out_of_reach(run: Path, made: Made) -> None:

@@ -1,5 +1,5 @@
 "use strict";
-/* What a reader may take away: CSV, SVG, JSON, and a neuron in Neuronpedia's form. */
+/* Downloads: CSV, SVG and JSON. `cratelm export` writes the other formats. */
 
 (() => {
   const { h, say } = cratelm;
@@ -50,59 +50,6 @@
     return value;
   });
 
-  /**
-   * A neuron as the rows of Neuronpedia's tables, the fields that `cratelm export --format neuronpedia` writes.
-   * They have no user, date and ids, which belong to an import; excerpts are those that this page holds.
-   */
-  function neuronpedia(neuron) {
-    const { place, statistics } = neuron;
-    const clean = (text) => text.toLowerCase().replace(/[^a-z0-9_]+/g, "-").replace(/^-|-$/g, "") || "model";
-    const set = clean(`cratelm-${place.tap.name}`);
-    const own = { modelId: clean(place.model.name), layer: `${place.layer}-${set}`, index: String(neuron.index) };
-    const bars = frequencyBars(neuron.histogram, statistics.maximum);
-    const groups = neuron.excerpts.filter((group) => group.kind !== "random");
-    return {
-      feature: {
-        ...own, sourceSetName: set, maxActApprox: statistics.maximum ?? 0, frac_nonzero: statistics.density ?? 0, hasVector: false,
-        topkCosSimIndices: neuron.neighbours.similar.map(([index]) => index),
-        topkCosSimValues: neuron.neighbours.similar.map(([, value]) => value),
-        freq_hist_data_bar_heights: bars.heights, freq_hist_data_bar_values: bars.values,
-      },
-      activations: groups.flatMap(({ kind, items }) => items.map((item) => activationRow(own, kind, item))),
-      explanations: neuron.explanations.filter((one) => one.text !== null).map((one) => ({
-        modelId: own.modelId, layer: own.layer, index: own.index, description: one.text,
-        typeName: `cratelm-${clean(one.explainer)}`, explanationModelName: `cratelm-${clean(one.explainer)}`,
-        notes: JSON.stringify({ correlation: Object.fromEntries(one.scores.map((score) => [score.protocol, score.correlation])) }),
-      })),
-    };
-  }
-
-  function activationRow(own, kind, item) {
-    const values = numbers(item.values), peak = values.indexOf(Math.max(...values));
-    return {
-      ...own, tokens: item.tokens, values, maxValue: values[peak], maxValueTokenIndex: peak, minValue: Math.min(...values),
-      qualifyingTokenIndex: peak, dataIndex: String(item.document), ...(kind === "top" ? { binMin: -1, binMax: values[peak], binContains: -1 }
-        : { binMin: Math.min(...values), binMax: values[peak], binContains: null }),
-    };
-  }
-
-  /** Counts in 40 bars of equal width from 0 to the maximum; within a bin of the record the count is spread evenly. */
-  function frequencyBars(histogram, maximum) {
-    const { binEdge } = cratelm.charts;
-    if (!histogram || !(maximum > binEdge(1))) return { heights: [], values: [] };
-    const count = 40, heights = new Array(count).fill(0), width = maximum / count;
-    histogram.counts.forEach((inside, i) => {
-      const bin = histogram.first + i;
-      if (bin === 0 || !inside) return;
-      const low = Math.min(binEdge(bin), maximum), high = Math.max(Math.min(binEdge(bin + 1), maximum), low + 1e-12);
-      for (let bar = Math.floor(low / width); bar < count && bar * width < high; bar += 1) {
-        const shared = Math.min(high, (bar + 1) * width) - Math.max(low, bar * width);
-        if (shared > 0) heights[bar] += (inside * shared) / (high - low);
-      }
-    });
-    return { heights: heights.map((height) => Number(height.toFixed(2))), values: heights.map((_, bar) => Number(((bar + 0.5) * width).toFixed(6))) };
-  }
-
   /** A button that saves something. */
   function getButton(text, name, content, type) {
     return h("button", { type: "button", class: "get", on: { click: () => download(name, content(), type) } }, text);
@@ -125,5 +72,5 @@
     return button;
   }
 
-  cratelm.downloads = { download, csv, json, neuronJson, neuronpedia, getButton, linkButton };
+  cratelm.downloads = { download, csv, json, neuronJson, getButton, linkButton };
 })();

@@ -11,7 +11,7 @@
     const layer = await cratelm.data.layer(place);
     const way = around(layer, place, index);
     const file = pathOf(place, index).replaceAll("/", "-");
-    const { getButton, json, neuronJson, neuronpedia, linkButton } = cratelm.downloads;
+    const { getButton, json, neuronJson, linkButton } = cratelm.downloads;
     const page = h("div", {},
       cratelm.crumbs(site, place, index),
       h("div", { class: "head" },
@@ -28,7 +28,6 @@
           facts(neuron), histogram(neuron, file), directions(neuron), neighbours(neuron, place),
           h("section", { "aria-labelledby": "take" }, h("h2", { id: "take" }, "Take away"), h("p", { class: "gets" },
             linkButton(), getButton("JSON", `${file}.json`, () => json(neuronJson(neuron)), "application/json"),
-            getButton("Neuronpedia", `${file}-neuronpedia.json`, () => json(neuronpedia(neuron)), "application/json"),
             h("a", { class: "get", href: `#/compare?a=${encodeURIComponent(pathOf(place, index))}` }, "Compare"))),
           live(site, neuron))));
     return { title: `Neuron ${index}, ${named(place)}`, page, keys: { next: way.after, previous: way.before, place } };

@@ -1,4 +1,4 @@
-"""Where the windows of a batch of rows are, numbered so that samples drawn before the pass find theirs."""
+"""The windows of a batch of rows, numbered so that windows sampled before the pass can be looked up."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from cratelm.activations.plan import SPLITS, Plan
 
 COFIRING_STRIDE = 16
 COFIRING_TOKENS = 8192
-"""Co-firing is counted on every 16th token, or on so many tokens spread evenly over a longer corpus."""
+"""Co-firing is counted on every 16th token, but on at most this many tokens, spread evenly over the corpus."""
 
 
 class Layout:
-    """The windows of a whole plan: how many each row has, and their running number within each half."""
+    """The windows of a whole plan: the number per row, and a running number within each half."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, split = plan, plan.row_split()
@@ -52,13 +52,13 @@ class Windows:
     length: Int[Tensor, " rows"]
     """Tokens in a window of the row."""
     most: int
-    """Windows of the row that has most."""
+    """Largest number of windows in a row."""
     missing: Bool[Tensor, "rows most"] | None
-    """Where a row has fewer; None if none has."""
+    """True where a row has fewer windows; None if every row has `most`."""
     empty: Bool[Tensor, " rows"]
-    """Rows without any."""
+    """Rows without windows."""
     first_number: list[int]
-    """Per split: the number, among all windows of the split, of the batch's first."""
+    """Per split: running number of the batch's first window."""
     count: list[int]
     """Per split: windows in the batch."""
     place: list[Int[Tensor, "_ 2"]]
@@ -66,7 +66,7 @@ class Windows:
 
 
 class Batch:
-    """What the collector must know about some rows of the plan, sent to the device at once."""
+    """Positions and windows of some rows of the plan, copied to the device at once."""
 
     def __init__(self, layout: "Layout", rows: slice, device: torch.device) -> None:
         self.rows = rows

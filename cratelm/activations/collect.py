@@ -29,9 +29,9 @@ from cratelm.rundir import atomic_path
 from cratelm.runtime import ProgressBar, Team
 
 SAVE_SECONDS = 60
-"""A killed collection repeats at most so much."""
+"""Seconds between saves: the most work that a killed collection repeats."""
 CHECK_EVERY = 64
-"""Batches between looks at whether all activations were finite; each look waits for the device."""
+"""Batches between checks that all activations are finite; each check waits for the device."""
 
 
 def collect(
@@ -45,7 +45,7 @@ def collect(
     max_tokens: int | None = None,
     team: Team | None = None,
 ) -> None:
-    """Collect the `fixed` records of all layers of a model into a run directory, or go on where a killed call stopped.
+    """Collect the `fixed` records of all layers into a run directory, or resume where a killed call stopped.
 
     Raises CrateError where a half has fewer documents than the top excerpts asked for, and where an activation is not
     finite.
@@ -70,7 +70,7 @@ def collect(
 
 @dataclass
 class _Reading:
-    """The pass itself: this process's batches, and what it saves to go on from."""
+    """The forward passes over this process's batches, with saved state to resume from."""
 
     config: CollectConfig
     subject: Subject
@@ -87,11 +87,11 @@ class _Reading:
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     def partial(self, rank: int) -> Path:
-        """Where a process saves its state."""
+        """Path of a process's saved state."""
         return records_folder(self.run, "fixed") / f".{self.subject.tap}.partial-{rank}.safetensors"
 
     def read(self, bar: ProgressBar) -> None:
-        """Forward passes over every `team.size`-th batch, from where a killed process stopped."""
+        """Read every `team.size`-th batch, resuming where a killed process stopped."""
         size = self.config.batch_rows
         batches = range(self.team.rank, -(-len(self.plan.row_length) // size), self.team.size)
         loaded = self._load(self.collector, self.team.rank)
@@ -114,7 +114,7 @@ class _Reading:
             self._save(len(batches))
 
     def gathered(self) -> Collector:
-        """What all processes collected, on the first of them."""
+        """The merged results of all processes, on the first of them."""
         self.team.wait()
         for rank in range(1, self.team.size):
             if self.team.rank == 0:
@@ -135,7 +135,7 @@ class _Reading:
             save_file(state, temporary, metadata={"settings": self.fingerprint, "done": str(done)})
 
     def _load(self, collector: Collector, rank: int) -> int | None:
-        """Take up what a process saved; how many of its batches were done, None if there is nothing of this one."""
+        """Load a process's saved state; return its number of finished batches, None if it has no matching state."""
         path = self.partial(rank)
         if not path.exists():
             return None
@@ -151,7 +151,7 @@ class _Reading:
 
 
 def check_documents(plan: Plan, config: CollectConfig) -> None:
-    """Refuse a corpus that has too few documents for a neuron's top excerpts, before anything is computed."""
+    """Raise CrateError, before any pass, if a corpus has too few documents for a neuron's top excerpts."""
     needed = max(config.top_wide, config.top_narrow)
     readable = np.unique(plan.row_document)
     for index, split in enumerate(SPLITS):

@@ -194,7 +194,7 @@ class Collector:
         sample.store(slot, windows.position[row] + first, length, activation)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a later process needs to go on from here, as named tensors."""
+        """Named tensors from which a later process resumes."""
         self.flush()
         state: dict[str, Tensor] = {}
         for layer, moments in self.moments.items():
@@ -208,7 +208,7 @@ class Collector:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
+        """Resume from the tensors that `state` returned."""
         for layer, moments in self.moments.items():
             moments.state = {name: state[f"moments.{layer}.{name}"] for name in moments.state}
         self.fires = {layer: state[f"fires.{layer}"] for layer in self.fires}

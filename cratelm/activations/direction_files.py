@@ -48,7 +48,7 @@ class LayerDirections:
         return tuple(name for name in TOKEN_LISTS + NEURON_LISTS if self.has(name, "largest"))
 
     def ranked(self, name: str, neuron: int, end: End = "largest") -> list[tuple[int, float]]:
-        """(token id or neuron, score) of a list of a neuron, the most extreme first; empty if there is no such list."""
+        """(token id or neuron, score) pairs of a list of a neuron, most extreme first; empty if it is missing."""
         if not self.has(name, end):
             return []
         if not 0 <= neuron < self.num_neurons:

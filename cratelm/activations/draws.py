@@ -10,7 +10,7 @@ from torch import Tensor
 DRAWS = 1200
 """Length of a neuron's random sequence of tokens."""
 OUTSIDE, EDGE = 254, 255
-"""Instead of an interval: in none; in one or the other, as the token's value is one at which an interval ends."""
+"""Codes in place of an interval: in no interval; on an edge, where the token's value is an interval's bound."""
 
 
 def priorities(neuron: Int[Tensor, "*some"], position: Int[Tensor, "*some"], seed: int) -> Float[Tensor, "*some"]:
@@ -39,7 +39,7 @@ def random_sequences(neurons: int, tokens: int, generator: np.random.Generator) 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Tokens that may be drawn from an interval; in each, those of smallest priority are."""
+    """Tokens that may be drawn from an interval; those of smallest priority are drawn."""
 
     neuron: Int[Tensor, " some"]
     position: Int[Tensor, " some"]
@@ -47,14 +47,14 @@ class Candidates:
     interval: Int[Tensor, " some"]
     """`EDGE` where the token's value is one at which an interval ends."""
     rare: Bool[Tensor, " some"]
-    """Whether it is a candidate for the rare intervals only, or for the others only."""
+    """True for candidates of the rare intervals only, False for candidates of the other intervals only."""
 
     def where(self, keep: Bool[Tensor, " some"]) -> "Candidates":
-        """Some of them."""
+        """The candidates where `keep` is true."""
         return Candidates(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
 
     @staticmethod
     def join(parts: "list[Candidates]") -> "Candidates":
-        """All of several."""
+        """Concatenate candidates."""
         names = Candidates.__dataclass_fields__
         return Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

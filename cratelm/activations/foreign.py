@@ -1,4 +1,4 @@
-"""Models that no run of ours trained: any Hugging Face causal language model, or a bare model directory of ours."""
+"""Models without a training run: any Hugging Face causal language model, or a bare model directory of ours."""
 
 import contextlib
 import hashlib
@@ -21,16 +21,16 @@ from cratelm.model.weights import find_model, load, weights_hash
 from cratelm.rundir import differing_fields, origin, read_json, write_json
 
 _OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-"""Fields of a config.json that say how it was stored and not what the model computes."""
+"""Fields of a config.json that describe storage and do not affect the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForeignModel:
-    """A model from elsewhere, its weights in float32."""
+    """A model from outside a run, its weights in float32."""
 
     model: nn.Module
     tokenizer: Tokenizer | None
-    """None where its directory holds none that `tokenizers` reads."""
+    """None if its directory holds no tokenizer that `tokenizers` reads."""
     source: str
     """Its directory, or its name on the hub."""
     arch: str
@@ -60,7 +60,7 @@ def load_foreign(source: str | Path) -> ForeignModel:
 
 
 def write_foreign_run(run: Path, foreign: ForeignModel) -> None:
-    """Write the `run.json` of a foreign model, or check that the one there is of this very model."""
+    """Write the `run.json` of a foreign model. Raises CrateError if the run belongs to another model."""
     path = run / "run.json"
     description = {"arch": foreign.arch, "model_hash": foreign.model_hash}
     if path.exists():
@@ -108,7 +108,7 @@ def _load_with_transformers(folder: Path) -> nn.Module:
         except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CrateError(
-                f"{folder} is no causal language model that transformers reads ({reason[:200]}). Name another model"
+                f"{folder} is not a causal language model that transformers reads ({reason[:200]}). Name another model"
             ) from None
     if missing := sorted(info["missing_keys"]):
         raise CrateError(
@@ -120,7 +120,7 @@ def _load_with_transformers(folder: Path) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Leave out the loading bar and the report of keys that `transformers` prints: we say what is wrong ourselves."""
+    """Silence the loading bar and key report of `transformers`; CrateError reports what is wrong."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

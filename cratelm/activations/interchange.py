@@ -221,7 +221,7 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CrateError(
-            f"{path} is no NeuronRecord ({type(error).__name__}: {error}). Remove it, or give another folder"
+            f"{path} is not a NeuronRecord ({type(error).__name__}: {error}). Remove it, or give another folder"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Which neurons of a layer are alike: by the direction they write in, and by the tokens they fire on."""
+"""Similar neurons of a layer: by decoder direction, and by the tokens they fire on."""
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def nearest_cofiring(
 
 
 def _nearest(neurons: int, similarity) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
-    """The KEEP most similar of every neuron but itself, a block of neurons at a time."""
+    """The KEEP most similar other neurons of every neuron, a block of neurons at a time."""
     keep = min(KEEP, neurons - 1)
     indices, values = [], []
     for first in range(0, neurons, _BLOCK):

@@ -1,4 +1,4 @@
-"""A model as the collector sees it: a `Subject` from one of ours or from any Hugging Face causal language model."""
+"""A `Subject` for the collector, from any causal language model."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -26,10 +26,11 @@ def observe(
     context: int | None = None,
     bf16: bool = False,
 ) -> Subject:
-    """Token ids to the activations at a tap (`places.find_places` says which there are) of some or all layers.
+    """A function from token ids to the activations at a tap (`places.find_places` lists taps) of some or all layers.
 
-    `sign="negative"` gives the activations times -1, under a tap name of its own. A pass of a few tokens finds how
-    many features the tap has, and refuses one that is not (batch, seq, features) or that sees later tokens.
+    `sign="negative"` returns the activations times -1, under a separate tap name. A forward pass of a few tokens
+    determines the number of features. Raises CrateError for a tap whose shape is not (batch, seq, features) and for a
+    model that sees later tokens.
     """
     causal = causal_model(model)
     places = _chosen(causal.places(tap), layers)
@@ -56,7 +57,7 @@ def observe(
 
 
 def _by_row(code: Tensor, tokens: Int[Tensor, "batch seq"]) -> Tensor:
-    """(batch, seq, features), where a model (OPT) lays all rows behind each other."""
+    """Shape (batch, seq, features) also for a model (OPT) that concatenates all rows."""
     return code.unflatten(0, tokens.shape) if code.ndim == 2 and len(code) == tokens.numel() else code
 
 
@@ -78,7 +79,7 @@ def _probe(
     length: int,
     device: torch.device,
 ) -> dict[int, int]:
-    """Features of each layer at a tap, from two rows that differ in their last token alone."""
+    """Number of features of each layer at a tap, from two rows that differ only in their last token."""
     tokens = (torch.arange(length, device=device) % vocabulary).repeat(2, 1)
     tokens[1, -1] = (tokens[1, -1] + 1) % vocabulary
     found = forward(tokens)
@@ -90,6 +91,6 @@ def _probe(
             )
         if not torch.allclose(code[0, :-1], code[1, :-1], rtol=1e-3, atol=1e-5, equal_nan=True):
             raise CrateError(
-                f"layer {layer} sees tokens that come later, so this is no causal language model. Collect from one"
+                f"layer {layer} sees later tokens, so this is not a causal language model. Collect from one"
             )
     return {layer: code.shape[2] for layer, code in found.items()}

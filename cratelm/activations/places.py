@@ -1,9 +1,9 @@
-"""Where a model's neurons, heads and residual stream are, found in the structure of its modules.
+"""Find a model's neurons, heads and residual stream in the structure of its modules.
 
 Works on our models and on any Hugging Face causal language model whose layers are a list of blocks, each with an
-attention and a two-matrix or gated MLP: GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen, OPT, Phi, Gemma and their
-like. The neurons are what the MLP's last map reads: `act(W1 x)`, or `act(gate) * up` of a gated MLP. The rows of that
-map are the directions in which they write to the residual stream.
+attention and a two-matrix or gated MLP: GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen, OPT, Phi, Gemma and similar.
+The neurons are the inputs of the MLP's last map: `act(W1 x)`, or `act(gate) * up` of a gated MLP. The rows of that
+map are their decoder directions.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from cratelm.activations.taps import INPUT, find_tap, near
 from cratelm.errors import CrateError
 
 LAYER = "{layer}"
-"""Stands for the number of the layer in the pattern of a tap."""
+"""Placeholder for the layer number in the pattern of a tap."""
 
 NAMED = ("neurons", "heads", "residual")
-"""Taps that every model has, whatever its modules are called."""
+"""Taps of every model, whatever its modules are called."""
 
 
 def find_places(model: nn.Module, tap: str) -> dict[int, str]:
@@ -46,9 +46,9 @@ def tap_folder(tap: str, *, negative: bool = False) -> str:
 
 
 def decoders(model: nn.Module, places: Mapping[int, str]) -> dict[int, Float[Tensor, "neurons d_model"]] | None:
-    """The direction that each neuron of each layer adds to the residual stream; None where a place has none.
+    """Decoder directions of each layer's neurons, as they are added to the residual stream; None if a place has none.
 
-    A place that a linear map reads writes through that map; CRATE's code writes its atoms.
+    The neurons that a linear map reads are decoded by its rows, CRATE's code by its atoms.
     """
     found = {layer: _direction(model, tap) for layer, tap in places.items()}
     known = {layer: direction for layer, direction in found.items() if direction is not None}
@@ -68,7 +68,7 @@ def _direction(model: nn.Module, tap: str) -> Float[Tensor, "neurons d_model"] |
 
 
 def vocabulary_rows(model: nn.Module) -> int:
-    """How many token ids the model has an embedding for."""
+    """Number of token ids that have an embedding."""
     return len(_embedding(model).weight)
 
 
@@ -88,7 +88,7 @@ def _embedding(model: Any) -> Any:
 
 
 def _width(model: Any) -> int:
-    """Width of the residual stream, which is not the embedding's in every model."""
+    """Width of the residual stream; in some models the embedding has another width."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "hidden_size", None) or text.d_model)
@@ -110,14 +110,14 @@ def _neuron_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
         if len(found) != 1 or any(weight.ndim > 2 for weight in block.parameters()):
             inside = ", ".join(name for name, part in block.named_modules() if name and not list(part.children()))
             raise CrateError(
-                f"layer {layer} of {type(model).__name__} is no attention with one MLP, so its neurons are not known "
-                f"by themselves. Name a module: --tap '{path[: path.rindex('.')]}.{LAYER}.MODULE' (there are {inside})"
+                f"layer {layer} of {type(model).__name__} is not an attention with one MLP, so its neurons are not "
+                f"recognised. Name a module: --tap '{path[: path.rindex('.')]}.{LAYER}.MODULE' (there are {inside})"
             )
         yield layer, f"{path}.{found[0]}"
 
 
 def _down_maps(block: nn.Module, width: int) -> Iterator[str]:
-    """The last map of each MLP: it leads back to the residual stream from where a sister (or a gate) leads."""
+    """The last map of each MLP: from the width that another map (or a gate) leads to, back to the residual stream."""
     for name, parent in block.named_modules():
         if "att" in name.lower():
             continue

@@ -43,7 +43,7 @@ class CollectConfig:
     warmup: int = 4
     """Tokens at the start of each row that are context only."""
     seed: int = 0
-    """Of the halving of documents and of random excerpts."""
+    """Seed of the document split and of random excerpts."""
     batch_rows: int = 16
     """Rows per forward pass."""
 
@@ -70,17 +70,17 @@ class Plan:
     """Documents with fewer tokens than a wide window: they give one shorter window."""
 
     def windows(self, width: int) -> Int[np.ndarray, " rows"]:
-        """How many windows each row has. What is left over at the end of a document is in none."""
+        """Number of windows in each row. A remainder at the end of a document is in no window."""
         inside = self.row_length - self.warmup
         whole = inside // width
         return np.where((whole == 0) & self.short[self.row_document], 1, whole)
 
     def window_length(self, rows: slice, width: int) -> Int[np.ndarray, " some_rows"]:
-        """Tokens in the windows of each row: `width`, or what a short document has."""
+        """Tokens in the windows of each row: `width`, or fewer in a short document."""
         return np.minimum(self.row_length[rows] - self.warmup, width)
 
     def row_split(self) -> Int[np.ndarray, " rows"]:
-        """What each row's document is for."""
+        """Split (explain or score) of each row's document."""
         return self.document_split[self.row_document]
 
     @property
@@ -102,7 +102,7 @@ def make_plan(
 ) -> Plan:
     """Cut a corpus into rows. `documents` holds where each starts and where the last ends; each ends in <|endoftext|>.
 
-    `max_tokens` takes the first documents that hold so many tokens.
+    `max_tokens` takes the first documents that hold this many tokens.
     """
     assert wide % narrow == 0, "narrow windows tile wide ones"
     assert warmup >= 1, "the first token of a row has no context"
@@ -147,8 +147,8 @@ def read_rows(
 ) -> Int[np.ndarray, "rows length"]:
     """Token ids of rows of up to `length` tokens; the corpus' first document gets its leading <|endoftext|> here.
 
-    What lies beyond a shorter row's end is whatever follows in the corpus: a causal model's earlier positions do not
-    see it, and no window covers it.
+    A shorter row is filled with the tokens that follow in the corpus: the earlier positions of a causal model do not
+    see them, and no window covers them.
     """
     index = position[:, None] + np.arange(length)
     rows = tokens[np.clip(index, 0, len(tokens) - 1)].astype(np.int64)

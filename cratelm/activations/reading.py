@@ -1,4 +1,4 @@
-"""Which tokens the released procedure reads, which of them it may choose, and which stretches it may show.
+"""The tokens that the released procedure reads, may choose as peaks, and may show as windows.
 
 Tokens are counted in three ways. A position is an index in the split. A place is an index among the tokens that are
 read, block after block. A number counts those of them that may be chosen, which is all of them unless
@@ -46,18 +46,18 @@ class Reading:
 
     @property
     def choosable(self) -> int:
-        """Those of them that may be chosen."""
+        """Read tokens that may be chosen."""
         return len(self.blocks) * (self.context - self.skipped)
 
     def place(self, number: Int[Tensor, "*some"]) -> Int[Tensor, "*some"]:
-        """Where among the tokens read the choosable ones of these numbers stand."""
+        """Places of the choosable tokens with these numbers."""
         if not self.skipped:
             return number
         each = self.context - self.skipped
         return number // each * self.context + self.skipped + number % each
 
     def position(self, place: Int[np.ndarray, "*some"]) -> Int[np.ndarray, "*some"]:
-        """Index in the split of tokens that are read."""
+        """Positions in the split of the tokens at these places."""
         return self.blocks[place // self.context] + place % self.context
 
     @cached_property
@@ -88,7 +88,7 @@ class Reading:
 
     @property
     def documents_read(self) -> int:
-        """Documents of which some token is read."""
+        """Number of documents of which at least one token is read."""
         ends = self.blocks + self.context
         first = np.searchsorted(self.documents, self.blocks, side="right") - 1
         last = np.searchsorted(self.documents, ends, side="left")

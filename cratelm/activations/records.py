@@ -272,7 +272,7 @@ def recorded_taps(run: Path, *, mode: Mode = "fixed") -> list[str]:
 
 
 def records_tokenizer(run: Path, mode: Mode) -> Path:
-    """The tokenizer that lies beside the records, refused where it is missing."""
+    """Path of the tokenizer next to the records. Raises CrateError if it is missing."""
     path = records_folder(run, mode) / "tokenizer.json"
     if not path.exists():
         option = " --mode compat" if mode == "compat" else ""

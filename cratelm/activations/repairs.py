@@ -6,13 +6,13 @@ Repair = Literal[
     "one-top-per-document", "clip-windows", "skip-first-tokens", "random-place", "no-filling", "positive-intervals",
     "distinct-random", "spread-blocks",
 ]  # fmt: skip
-"""What each leaves out (`docs/compat.md`):
+"""The effect of each (`docs/compat.md`):
 
 one-top-per-document    of each document only the strongest token can be among the top ones
 clip-windows            windows end where the sampled token's document or block ends
 skip-first-tokens       the first 4 tokens of a block are never chosen; windows still show them
 random-place            the sampled token stands anywhere in its window, not always in the middle
-no-filling              top lists of rare neurons stay short, instead of going on with tokens of activation 0
+no-filling              top lists of rare neurons stay short, instead of being filled with tokens of activation 0
 positive-intervals      intervals are of the ranks among the neuron's own positive tokens
 distinct-random         random tokens are all different, and none is among the top ones
 spread-blocks           the blocks read lie evenly over the split, instead of at its beginning

@@ -56,7 +56,7 @@ def _divide_sample(collector: Collector, layer: int, width: int, which: int) -> 
 
 
 def statistics_arrays(moments: Moments) -> dict[str, np.ndarray]:
-    """The per-neuron statistics as they are written."""
+    """The per-neuron statistics as written to disk."""
     result = moments.result()
     histogram = result.pop("histogram")
     arrays = {name: value.float().cpu().numpy() for name, value in result.items()}

@@ -9,12 +9,12 @@ from torch import Tensor
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_STRIDE = 4
-"""The histogram counts every so-many-th token; everything else is of all tokens."""
+"""The histogram counts every N-th token; all other statistics are over all tokens."""
 _FIRST_KEY = (127 - 16) * 2  # 2^-16, in units of the 22-bit shift that leaves sign, exponent and one bit of fraction
 
 
 def histogram_edges() -> Float[np.ndarray, " edges"]:
-    """Lower edges of bins 1 to 63, two an octave from 1.5 * 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 is what is below.
+    """Lower edges of bins 1 to 63, two an octave from 1.5 * 2^-16 on (1, 1.5, 2, 3, 4, ...); bin 0 is below them.
 
     The last bin has no upper edge.
     """
@@ -50,7 +50,7 @@ class Moments:
         self.state["shift"] = activations.mean(dim=0)
 
     def update(self, activations: Float[Tensor, "tokens neurons"]) -> None:
-        """Take in the activations of some tokens."""
+        """Add the activations of some tokens."""
         state, count = self.state, activations.shape[0]
         ones = torch.ones(1, count, device=self.device)
         power = activations - state["shift"]
@@ -93,7 +93,7 @@ class Moments:
         }  # fmt: skip
 
     def merge(self, other: "Moments") -> None:
-        """Take in what another process has seen: sums are moved to this one's shift first."""
+        """Add the statistics of another process, after moving its sums to this shift."""
         mine, theirs, count = self.state, other.state, other.state["count"]
         d = theirs["shift"].double() - mine["shift"].double()
         first, second, third, fourth, active = theirs["sums"]
@@ -140,7 +140,7 @@ class TopExcerpts:
 
     @property
     def threshold(self) -> Float[Tensor, " neurons"]:
-        """The maximum an excerpt must reach to be kept; one of 0 is never kept."""
+        """The maximum an excerpt must exceed to be kept; an excerpt with maximum 0 is never kept."""
         return self.tables["maximum"][:, -1]
 
     def offer(
@@ -159,14 +159,14 @@ class TopExcerpts:
             self.merge()
 
     def take(self, other: "TopExcerpts") -> None:
-        """Propose all that another table holds."""
+        """Propose all excerpts of another table."""
         other.merge()
         neuron, slot = (other.tables["position"] >= 0).nonzero(as_tuple=True)
         names = ("maximum", "position", "document", "length", "activation")
         self.offer(neuron, *(other.tables[name][neuron, slot] for name in names))
 
     def merge(self) -> None:
-        """Rebuild the tables from what is kept and what waits."""
+        """Rebuild the tables from the kept excerpts and the pending ones."""
         if not self.pending:
             return
         columns = [torch.cat(parts) for parts in zip(*self.pending, strict=True)]
@@ -236,7 +236,7 @@ class SampledExcerpts:
 
     neurons: int
     total: int
-    """Windows there are to draw from."""
+    """Number of windows to draw from."""
     keep: int
     width: int
     seed: tuple[int, ...]
@@ -284,7 +284,7 @@ class SampledExcerpts:
         self.tables["activation"].view(-1, self.width)[slot] = activation
 
     def take(self, other: "SampledExcerpts") -> None:
-        """Fill in the windows that another process has read."""
+        """Copy the windows that another process has read."""
         there = other.tables["position"] >= 0
         for name, table in self.tables.items():
             table[there] = other.tables[name][there]

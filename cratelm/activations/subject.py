@@ -1,4 +1,4 @@
-"""What collection observes: a model as a function from tokens to codes, and the corpus it reads."""
+"""The input of a collection: a model as a function from tokens to codes, and the corpus it reads."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,28 +14,28 @@ Forward = Callable[[Int[Tensor, "batch seq"]], Mapping[int, Float[Tensor, "batch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """The tokens that are read."""
+    """The tokens to read."""
 
     tokens: Integer[np.ndarray, " stream"]
     documents: Int[np.ndarray, " bounds"]
     """Where each document starts, and where the last ends."""
     end_of_text: int
     identity: Mapping[str, Any]
-    """What `records.json` says of it: split, hashes of data and tokenizer."""
+    """Fields of `records.json` about the corpus: split, hashes of data and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """The model that is observed."""
+    """The observed model."""
 
     forward: Forward
     layers: Mapping[int, int]
     """Neurons of each layer."""
     context: int
-    """Longest sequence it reads, in tokens."""
+    """Longest sequence, in tokens."""
     tap: str
     """Name of the tap in the run directory: `neurons` for a model's own."""
     identity: Mapping[str, Any]
-    """What `records.json` says of it: hash of the weights, precision."""
+    """Fields of `records.json` about the model: hash of the weights, precision."""
     decoders: Mapping[int, Float[Tensor, "neurons d_model"]] | None = None
-    """The direction each neuron writes in, per layer; None where a tap has none."""
+    """Decoder directions per layer; None for a tap without them."""

@@ -1,8 +1,7 @@
 """Read or edit a model at named places, with no change to its `forward`.
 
-A tap is the path of any submodule, as in `named_modules()`; what it gives is that module's output, or with `:input`
-after the path what the module reads: its first argument. A model names the taps of its neurons itself
-(`model.neuron_taps`).
+A tap is the path of any submodule, as in `named_modules()`; its value is the module's output, or with `:input` after
+the path the module's first argument. Our models list the taps of their neurons (`model.neuron_taps`).
 """
 
 import contextlib
@@ -17,14 +16,14 @@ from cratelm.errors import CrateError
 Edit = Callable[[Tensor], Tensor]
 
 INPUT = ":input"
-"""Ends the name of a tap that is what a module reads."""
+"""Suffix of a tap that is a module's input."""
 
 
 @contextlib.contextmanager
 def capture(model: nn.Module, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that each forward pass inside the block fills with what every tap gives.
+    """Yield a dictionary that each forward pass inside the block fills with the value of every tap.
 
-    A later pass replaces what an earlier one left. A capture entered inside an `edit` sees the edited tensor; one
+    A later pass replaces the values of an earlier pass. A capture entered inside an `edit` sees the edited tensor; one
     entered before it sees the module's own, unless the edit changes that in place.
     """
     outputs: dict[str, Tensor] = {}
@@ -44,7 +43,7 @@ def capture(model: nn.Module, taps: Iterable[str]) -> Iterator[dict[str, Tensor]
 
 @contextlib.contextmanager
 def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Replace what each tap gives by a function of it, inside the block: `{tap: lambda code: ...}`.
+    """Replace the value of each tap by a function of it, inside the block: `{tap: lambda code: ...}`.
 
     The function gets the tensor that the module made (or reads), (batch, seq, neurons) for a code, and returns one of
     the same shape; it may change it in place.
@@ -69,8 +68,8 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 
 def find_tap(model: nn.Module, tap: str) -> nn.Module:
-    """The submodule that a tap is about; a name that matches nothing is an error that lists names near it."""
-    # A ModuleList is only a shelf: it has no output.
+    """The submodule of a tap. Raises CrateError that lists similar names if there is none."""
+    # A ModuleList has no output.
     modules = {name: part for name, part in model.named_modules() if name and not isinstance(part, nn.ModuleList)}
     path = tap.removesuffix(INPUT)
     if path not in modules:
@@ -79,13 +78,13 @@ def find_tap(model: nn.Module, tap: str) -> nn.Module:
 
 
 def near(wanted: str, names: Iterable[str]) -> str:
-    """Some of the names, those like the wanted one if there are any, as a user reads them."""
+    """A few names for an error message: those similar to the wanted name, else the first ones."""
     there = list(names)
     return ", ".join(difflib.get_close_matches(wanted, there, n=4, cutoff=0.6) or there[:12])
 
 
 def _hook(model: nn.Module, tap: str, change: Edit) -> Callable[[], None]:
-    """Pass what a tap gives through a function until the returned one is called.
+    """Pass the value of a tap through a function until the returned function is called.
 
     Hugging Face modules may return a tuple whose first part is the tensor, and may be called with keywords.
     """

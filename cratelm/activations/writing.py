@@ -20,10 +20,10 @@ OF_THE_TAP = {"layers", "sae_hash"}
 
 
 def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, Any]) -> bool:
-    """Whether these very records are there; records of the same mode with other settings are refused.
+    """Whether exactly these records exist. Raises CrateError if the run has records of this mode with other settings.
 
-    `layers` and `sae_hash` are settings of the tap and not of all its run's taps: some of the layers that are there
-    are there, too; and where an autoencoder was trained anew, its latents are not there.
+    `layers` and `sae_hash` are settings of a tap, not of the whole run: a subset of the recorded layers counts as
+    collected, and the latents of an autoencoder that was trained again do not.
     """
     path = records_folder(run, mode) / "records.json"
     if not path.exists():
@@ -36,7 +36,7 @@ def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, An
         different = f"layers {there} -> {asked}" if set(asked) - set(there) else ""
     if different:
         raise CrateError(
-            f"{run} holds {mode} records of other settings ({different}). Remove {path.parent} to collect anew"
+            f"{run} holds {mode} records of other settings ({different}). Remove {path.parent} to collect again"
         )
     return tap in found["taps"] and found["taps"][tap].get("sae_hash") == settings.get("sae_hash")
 

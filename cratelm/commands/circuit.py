@@ -1,4 +1,4 @@
-"""Which neurons make the model say a token: the few of each layer that matter most for a prompt, as a graph.
+"""Find the circuit of a prediction: the few neurons of each layer that matter most for a token, as a graph.
 
     cratelm circuit runs/crate-2l --prompt "import numpy as" --token " np"
     cratelm circuit runs/gpt2-2l --prompt "for i in range(" --nodes 8 --method integrated
@@ -36,9 +36,9 @@ class Options:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
     """Run directory, of a model of ours or of a Hugging Face model that `cratelm collect` has read."""
     prompt: str
-    """Text that the token comes after."""
+    """Text before the token."""
     token: str | None = None
-    """The token, with its space if it has one; left out, the one that the model finds most probable."""
+    """The token, with its space if it has one, or its id as #17; by default the most probable one."""
     nodes: int = 6
     """Neurons of each layer to show."""
     method: Literal["ablation", "gradient", "integrated"] = "ablation"
@@ -46,7 +46,7 @@ class Options:
     baseline: Literal["zero", "mean"] = "zero"
     """What an ablated neuron is set to; mean is its mean over the text that its records were collected on."""
     candidates: int = 512
-    """Of each layer, ablate at most so many nodes, those with the largest gradients; 0 for all that are active."""
+    """Most nodes to ablate per layer, those with the largest gradients; 0 for all active ones."""
     batch: int = 64
     """Ablations per forward pass."""
     out: Path | None = None
@@ -105,7 +105,7 @@ def _subject(opened: "OpenModel", options: Options) -> "Subject":
             subject = Subject(opened.model, places, prompt, int(subject.logits(1)[0].argmax()), baselines)
     if not math.isfinite(subject.full):
         raise CrateError(
-            f"the log probability after the prompt is {subject.full}, so there are no shares of it. "
+            f"the log probability after the prompt is {subject.full}, so shares of it are undefined. "
             "Use another prompt or model"
         )
     return subject
@@ -120,7 +120,7 @@ def _means(run: Path, places: Mapping[int, str]) -> "dict[int, torch.Tensor]":
 
 
 def _work(subject: "Subject", config: "CircuitConfig") -> int:
-    """Nodes that will be ablated, at most."""
+    """Largest number of nodes to ablate."""
     sizes = (code.numel() for code in subject.codes.values())
     return sum(min(size, config.candidates or size) for size in sizes)
 
@@ -129,7 +129,7 @@ def _described(
     opened: "OpenModel", subject: "Subject",
     ranked: Mapping[tuple[int, int, int], float], config: "CircuitConfig",
 ) -> dict[str, Any]:  # fmt: skip
-    """Nodes, edges and shares, as they are written."""
+    """Nodes, edges and shares, as written to JSON."""
     from cratelm.whitebox.circuit import choose, edges, explained
 
     strings, prompt = opened.strings, subject.prompt.tolist()
@@ -152,6 +152,6 @@ def _described(
 
 
 def _name(options: Options, target: str) -> str:
-    """A file name from the prompt's words and the token, unlike that of any other settings."""
+    """File name from the prompt's words, the token and a digest of the settings."""
     settings = (options.prompt, target, options.nodes, options.method, options.baseline, options.candidates)
     return result_name(f"{options.prompt[-30:]} {target}", settings)

@@ -5,8 +5,8 @@
 
 One pass over the held-out documents gives all layers. Half of the documents (by a hash of their content) are for
 explaining and half for scoring, so that no explanation is tested on a text it was made from. `--mode compat` follows
-the released code of the paper instead. A killed collection goes on where it was. A Hugging Face model gets a run
-directory of its own, `--out`. `--tap` records another place than the neurons (docs/collect.md).
+the released code of the paper instead. A killed collection resumes where it stopped. A Hugging Face model gets its own
+run directory, `--out`. `--tap` records other activations than the neurons' (docs/collect.md).
 """
 
 import contextlib
@@ -63,11 +63,11 @@ class Options:
     layer: tuple[int, ...] = ()
     """Zero-based layers to record; all if left out."""
     tokens: str = "all"
-    """Read the first documents that hold so many tokens, as in 200k, 8.2M or 1G; or all."""
+    """Read the first documents that hold N tokens, such as 200k, 8.2M or 1G; or all."""
     context: int | None = None
     """Tokens per row; by default the model's context, for a Hugging Face model at most 1024."""
     seed: int = 0
-    """Of the halving of documents and of random excerpts."""
+    """Seed of the document split and of random excerpts."""
     bf16: bool = False
     """Compute the forward pass in bfloat16 (recorded with the results); float32 by default."""
     batch_rows: int = 16
@@ -87,7 +87,7 @@ def run(options: Options) -> None:
 
 
 def collect_run(source: Path, options: Options) -> None:
-    """Collect the records of one run or foreign model, unless they are there already."""
+    """Collect the records of one run or foreign model, unless they exist already."""
     max_tokens = read_count(options.tokens)
     if options.batch_rows < 1:
         raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
@@ -173,7 +173,7 @@ def own_device(name: DeviceName) -> "torch.device":
 
 
 def _report(run: Path, options: Options, subject: "Subject") -> None:
-    """Say where the records are, and what they mean where activations can be negative."""
+    """Print where the records are, and how to read them if activations can be negative."""
     from cratelm.activations.writing import least_activation
 
     files = [layer_file(run, options.mode, subject.tap, layer) for layer in subject.layers]

@@ -1,12 +1,12 @@
-"""Turn sparsity at run time: the penalty, step size or number of ISTA steps of a trained model, nothing retrained.
+"""Vary sparsity at run time: the penalty, step size or number of ISTA steps of a trained model, nothing retrained.
 
     cratelm dial runs/crate-2l runs/gpt2-2l --data tokens
     cratelm dial runs/crate-2l --data tokens --penalty 1 2 4 8 --steps 1 2 3 --step-size --threshold
 
 Penalty and step size are multiples of the model's own, so 1 is the model as it is; a threshold, which GPT-2 has too,
-sets activations to 0 that are below so many times the root mean square of their layer's. At every point: active neurons
-per token, held-out loss, and how well lookup explains some neurons of every layer. Points go to dial.json in each run,
-one by one, so a call that was stopped goes on, and those of earlier calls stay; figures go to the report's folder.
+sets activations to 0 that are below a multiple of the root mean square of their layer. At every point: active neurons
+per token, held-out loss, and how well lookup explains some neurons of every layer. Points are added to dial.json in
+each run one by one, so a stopped call resumes and earlier points stay; figures go to the report's folder.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ class Options:
     threshold: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
     """Thresholds on the activations, in units of their root mean square."""
     tokens: str = "64k"
-    """Held-out tokens for the loss; points on other numbers of tokens stay beside."""
+    """Held-out tokens for the loss; points on other numbers of tokens are kept."""
     loss_only: bool = False
     """Leave out the lookup scores, which take most of the time."""
     out: Path | None = None
@@ -78,7 +78,7 @@ def run(options: Options) -> None:
 
 
 def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":
-    """Which dial is turned, and to where; each of the settings is checked before anything is computed."""
+    """Pairs of a dial and its setting, all checked before anything is computed."""
     from cratelm.whitebox.dial import Setting
 
     for dial in ("penalty", "step_size", "steps", "threshold"):
@@ -87,7 +87,7 @@ def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":
 
 
 def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Options) -> None:
-    """Measure one run at the settings that it allows and that are not measured yet."""
+    """Measure one run at the settings that apply to it and are not measured yet."""
     from cratelm.rundir import claim, origin, read_json, write_json
     from cratelm.workflows.measurements import lookup
     from cratelm.workflows.opening import open_own
@@ -121,13 +121,13 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
 
 
 def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) -> bool:
-    """Whether a point is of this setting, its loss on so many tokens."""
+    """Whether a point has this setting and number of tokens."""
     turned = {"dial": dial, "tokens": tokens, **asdict(setting)}
     return all(point[name] == value for name, value in turned.items())
 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points of earlier calls; refused where they are of another model or text, so that none is thrown away."""
+    """The points of earlier calls. Raises CrateError if they are of another model or text, so that none is lost."""
     from cratelm.report.results.dial import points_of
     from cratelm.rundir import read_json
 
@@ -145,7 +145,7 @@ def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]
 def _point(
     model: "LanguageModel", data: "TokenDirectory", setting: "Setting", count: int, measure: "Measurement | None"
 ) -> dict[str, Any]:
-    """What the model is at one setting; a loss that is no number is null, as is all that lookup would find then."""
+    """Measure the model at one setting; if the loss is not finite, loss and lookup scores are null."""
     import math
 
     from cratelm.training.evaluate import held_out_loss

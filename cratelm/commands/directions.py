@@ -1,4 +1,4 @@
-"""What the weights say about each neuron: tokens in, tokens out, its neighbours in the next layer, its heads.
+"""Read each neuron from its weights: tokens in, tokens out, neighbours in the next layer, heads.
 
     cratelm directions runs/crate-2l
     cratelm neurons runs/crate-2l --layer 1 --neuron 17
@@ -44,7 +44,7 @@ def run(options: Options) -> None:
 
 
 def directions_run(folder: Path, options: Options) -> None:
-    """Write the directions of one run, unless they are there already."""
+    """Write the directions of one run, unless they exist already."""
     from cratelm.activations.direction_files import directions_folder
     from cratelm.data.tokenizer import tokenizer_hash
     from cratelm.rundir import claim, origin, write_json
@@ -59,7 +59,7 @@ def directions_run(folder: Path, options: Options) -> None:
         console.print(f"directions of this model are in {home}", soft_wrap=True)
         return
     with claim(folder):
-        (home / "directions.json").unlink(missing_ok=True)  # other numbers are on their way into the same files
+        (home / "directions.json").unlink(missing_ok=True)  # the files are about to be replaced
         written = _write(opened, options)
         write_json(home / "directions.json", settings | {"tap": "neurons", "layers": written, "origin": origin()})
     console.print(f"directions in {home}", soft_wrap=True)

@@ -5,7 +5,7 @@
 
 One deterministic pass over a split, or over every token of each text: nats per token with a standard error over
 documents, perplexity, bits per byte; for LAMBADA also accuracy and perplexity of the last word. Printed, and written to
-evaluation.json in the run directory, where each part replaces what an earlier evaluation left of it. The loss of every
+evaluation.json in the run directory, where each part replaces that of an earlier evaluation. The loss of every
 document of a split goes to evaluation_documents.safetensors, by which a report compares models on the same documents.
 """
 
@@ -86,7 +86,7 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
 
 
 def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any]]:
-    """Evaluate one run on the named texts and write what was found under `zero_shot` of its evaluation.json."""
+    """Evaluate one run on the named texts and write the losses under `zero_shot` of its evaluation.json."""
     from cratelm.rundir import claim, origin
     from cratelm.training.zero_shot import zero_shot
     from cratelm.workflows.opening import open_own
@@ -127,21 +127,21 @@ def _evaluated(run_folder: Path) -> dict[str, Any]:
 
 
 def _write(run_folder: Path, part: dict[str, Any]) -> None:
-    """Put a part into evaluation.json; other parts stay."""
+    """Replace a part of evaluation.json; other parts stay."""
     from cratelm.rundir import write_json
 
     write_json(run_folder / "evaluation.json", _strict(_evaluated(run_folder) | part))
 
 
 def _strict(value: Any) -> Any:
-    """The value as JSON has it: null for a number that is none, such as a perplexity too large."""
+    """The value as strict JSON: null for NaN and infinity, such as an overflowing perplexity."""
     if isinstance(value, Mapping):
         return {name: _strict(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_documents(run_folder: Path, losses: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """The loss of every document, and which evaluation it is of."""
+    """Write the loss of every document, with the identity of the evaluation."""
     from safetensors.numpy import save_file
 
     from cratelm.report.results.loss import DOCUMENTS

@@ -25,15 +25,15 @@ class Options:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
     """Run directory, model directory, or a Hugging Face name."""
     prompt: str | None = None
-    """Text to continue; left out, the model begins a document of its own."""
+    """Text to continue; without it the model begins a document."""
     tokens: int = 100
     """Tokens to add."""
     temperature: float = 0.8
     """Below 1 the probable becomes more probable; 0 is deterministic."""
     top_k: int | None = None
-    """Draw only from so many of the most probable tokens."""
+    """Sample only from the N most probable tokens."""
     top_p: float | None = None
-    """Draw only from the fewest most probable tokens that together have this probability."""
+    """Sample only from the fewest most probable tokens that together have this probability."""
     seed: int | None = None
     """The same seed gives the same text."""
     device: DeviceName = "auto"

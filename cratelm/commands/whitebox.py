@@ -33,11 +33,11 @@ class Options:
     split: str = "val"
     """Split to read; held-out text by default."""
     tokens: str = "32k"
-    """Read so many tokens, as in 32k or 1M, in whole sets."""
+    """Number of tokens to read, such as 32k or 1M, in whole sets."""
     epsilon: float = 0.1
     """Precision of the coding rates, in units of the tokens."""
     tolerance: float = 1e-3
-    """Codes up to this count as zero in the share that is given within tolerance."""
+    """Codes up to this value count as zero in the share within tolerance."""
     out: Path | None = None
     """Folder of tables and figures; left out, `report` in the folder that holds the runs, or in a single run."""
     device: DeviceName = "auto"
@@ -45,7 +45,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measure each run, then write and print what all have."""
+    """Measure each run, then write and print the tables of all runs."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.whitebox import whitebox_figures
     from cratelm.report.results.whitebox import open_views

@@ -139,10 +139,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(
     queries: int, keys: int, span: Span | None, *, strict: bool, device: torch.device
 ) -> Bool[Tensor, "rows 1 queries keys"] | None:
-    """Which keys each query may read; None where plain causal attention says the same.
+    """The keys that each query may read; None if plain causal attention is the same.
 
-    Padding is read by nobody. A strict mask leaves out oneself. Whoever has nothing else to read, the first token under
-    a strict mask or padding itself, reads itself.
+    No query reads padding. A strict mask excludes the query's own token. A query with no other key (the first token
+    under a strict mask, or padding) reads itself.
     """
     real = None if span is None else span.real
     if real is None and not strict and queries in (1, keys):

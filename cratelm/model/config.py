@@ -62,7 +62,7 @@ class ModelConfig:
     activation_l1: float = 0.0
     """GPT-2 variant: weight of the L1 norm of the activations in the training objective."""
     top_k_activations: int | None = None
-    """GPT-2 variant: keep so many of a token's activations, the largest, in each layer."""
+    """GPT-2 variant: number of activations of a token, the largest, that each layer keeps."""
 
     def __post_init__(self) -> None:
         if mistyped := _mistyped(self):

@@ -1,4 +1,4 @@
-"""Generation: the cache, reading a text that grows, drawing its next token. The door is `LanguageModel.generate`."""
+"""Generation: the cache, reading a growing text, sampling the next token; used by `LanguageModel.generate`."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """The most tokens it holds."""
+        """Most tokens it can hold."""
         return self.kept.shape[3]
 
     @property
@@ -56,7 +56,7 @@ def spans_of(
     mask: Bool[Tensor, "batch seq"] | None,
     cache: Cache | None,
 ) -> Sequence[Span | None]:
-    """What each layer needs to know about the tokens of a pass; nothing in the plain case. Padding is on the left."""
+    """Positions, padding and cache of a pass for each layer; None in the plain case. Padding is on the left."""
     if mask is None and cache is None:
         return [None] * config.num_layers
     real, length = mask, tokens.shape[1]
@@ -136,13 +136,13 @@ class Reader:
 
 
 def cache_type(device: torch.device) -> torch.dtype:
-    """What linear maps put out: autocast's type where that is on."""
+    """Output type of linear maps: autocast's type if it is on."""
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else torch.float32
 
 
 def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
-    """Refuse what no token can be drawn with."""
+    """Raise CrateError for settings that no token can be sampled with."""
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise CrateError(f"temperature is {temperature} and top_k {top_k}; a number from 0 and at least 1 are needed")
     if top_p is not None and not 0 < top_p <= 1:

@@ -28,9 +28,9 @@ def mean_loss(
 ) -> Float[Tensor, ""]:
     """Mean over tokens of -log softmax(features head^T)[target], in nats; `rows` tokens at a time.
 
-    The gradient of a chunk is made beside its loss, while its logits are there, so nothing is computed twice and what
-    waits for the backward pass has the size of `features` and `head`. Once differentiable; the backward pass can run
-    once. Under autocast the products run in its type; the softmax and the sums stay in float32.
+    The gradient of a chunk is computed along with its loss, from the same logits, so nothing is computed twice and the
+    tensors saved for the backward pass have the size of `features` and `head`. Once differentiable; the backward pass
+    can run once. Under autocast the products run in its type; the softmax and the sums stay in float32.
     """
     rows = rows or rows_at_once(len(head), features.device)
     if not torch.is_grad_enabled():

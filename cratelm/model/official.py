@@ -57,13 +57,13 @@ def read_official(
 ) -> tuple[LanguageModel, Provenance]:  # fmt: skip
     """The model of a released checkpoint: CRATE with a 4x or a complete dictionary, GPT-2 with or without biases.
 
-    Only tensors and plain values are read; a file that holds code is refused, and one whose bytes are not those that
-    were written. Optimizer state is left unread. Raises CrateError for a weight that is no table of finite numbers.
+    Only tensors and plain values are read, no optimizer state. Raises CrateError for a file that holds code, for a
+    damaged file, and for a weight that is not a table of finite numbers.
     """
     checkpoint = _load(path)
     if not isinstance(checkpoint.get("model"), Mapping) or not isinstance(checkpoint.get("model_args"), Mapping):
         found = ", ".join(map(str, list(checkpoint)[:4])) or "nothing"
-        raise CrateError(f"{path} is no released checkpoint: it has no model and model_args (found: {found})")
+        raise CrateError(f"{path} is not a released checkpoint: it has no model and model_args (found: {found})")
     state = _cleaned(checkpoint["model"], path)
     config = _config(state, checkpoint["model_args"], activation, path)
     head = state.pop(_HEAD, None)
@@ -117,7 +117,7 @@ _DAMAGE = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
     MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What torch's reader of plain values raises on bytes that are no checkpoint."""
+"""What torch's reader of plain values raises on bytes that are not a checkpoint."""
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _check_sums(path: Path) -> None:
     """Compare the parts of a zipped checkpoint with their CRC-32, which torch does not; ValueError if one differs.
 
-    `torch.save` can be told to write none; then all are 0.
+    `torch.save` can omit them; then all are 0.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -175,7 +175,7 @@ def _cleaned(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             cleaned[plain] = tensor
     for name in (_EMBEDDING, "transformer.wpe.weight"):
         if name not in cleaned or cleaned[name].dim() != 2 or not cleaned[name].numel():
-            raise CrateError(f"{path} is no released checkpoint: it has no table {name}")
+            raise CrateError(f"{path} is not a released checkpoint: it has no table {name}")
     return cleaned
 
 
@@ -192,20 +192,20 @@ def _fault(tensor: Tensor) -> str | None:
 def _config(
     state: Mapping[str, Tensor], arguments: Mapping[str, Any], activation: Literal["relu", "gelu"], path: Path
 ) -> ModelConfig:
-    """The configuration that the shapes tell; `model_args` has to agree, and gives the number of heads."""
+    """The configuration by the shapes; `model_args` must agree with it and gives the number of heads."""
     layers = {int(found[1]) for name in state if (found := re.match(r"transformer\.h\.(\d+)\.", name))}
     vocab_size, width = state[_EMBEDDING].shape
     context = len(state["transformer.wpe.weight"])
-    told = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
-    for name in ("n_head", *told):
+    from_shapes = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
+    for name in ("n_head", *from_shapes):
         if not isinstance(arguments.get(name), int | None):
             raise CrateError(
                 f"{path} has a {type(arguments[name]).__name__} as {name} in model_args, a number is needed"
             )
     wrong = [
-        f"{name} {arguments[name]}, weights {told[name]}"
-        for name in told
-        if arguments.get(name, told[name]) != told[name]
+        f"{name} {arguments[name]}, weights {from_shapes[name]}"
+        for name in from_shapes
+        if arguments.get(name, from_shapes[name]) != from_shapes[name]
     ]
     if wrong:
         raise CrateError(f"the shapes in {path} do not fit its model_args ({'; '.join(wrong)})")
@@ -218,7 +218,7 @@ def _config(
     }  # fmt: skip
     for name in ("transformer.h.0.ista.weight", "transformer.h.0.mlp.c_fc.weight"):
         if name in state and state[name].dim() != 2:
-            raise CrateError(f"{path} is no released checkpoint: {name} has shape {tuple(state[name].shape)}")
+            raise CrateError(f"{path} is not a released checkpoint: {name} has shape {tuple(state[name].shape)}")
     ista, mlp = state.get("transformer.h.0.ista.weight"), state.get("transformer.h.0.mlp.c_fc.weight")
     if ista is not None:
         if "transformer.ln_f.weight" not in state:

@@ -7,7 +7,6 @@ opens them with the classes of `cratelm.huggingface`.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -229,12 +228,6 @@ def weights_hash(model: LanguageModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def copy_tokenizer(model_folder: Path, to: Path) -> None:
-    """Put the model's tokenizer beside files that hold its token ids."""
-    with atomic_path(to) as temporary:
-        shutil.copyfile(model_folder / "tokenizer.json", temporary)
 
 
 def is_stock_gpt2(config: ModelConfig) -> bool:

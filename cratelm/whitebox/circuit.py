@@ -1,7 +1,7 @@
-"""Which neurons, where, make a model say a token: a graph of the few that matter most, and the share they explain.
+"""A circuit: the few neurons and positions that matter most for a predicted token, and the share they explain.
 
-What is followed is m = log p(target | prompt). To ablate a neuron at a position is to set its code there to a baseline
-(0, or its mean over text) while all that comes after is computed anew.
+The measured quantity is m = log p(target | prompt). To ablate a neuron at a position is to set its code there to a
+baseline (0, or its mean over text) while everything after it is computed again.
 
     effect of a node u        m - m(u ablated)                            positive: it speaks for the target
     its gradient              (a_u - baseline) dm / da_u                  to first order, for all nodes in one pass
@@ -31,14 +31,14 @@ Codes = dict[int, Float[Tensor, "rows seq neurons"]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CircuitConfig:
-    """How a circuit is found."""
+    """Settings of a circuit search."""
 
     nodes: int = 6
     """Neurons of each layer to show."""
     method: Method = "ablation"
-    """What nodes are chosen by: exact ablation, or a gradient alone, at the code or averaged on the way to it."""
+    """How nodes are ranked: exact ablation, or a gradient at the code or averaged between baseline and code."""
     candidates: int = 512
-    """Of each layer, ablate so many nodes at most, those with the largest gradients; 0 for all that are active."""
+    """Most nodes to ablate per layer, those with the largest gradients; 0 for all active ones."""
     integration_steps: int = 16
     """Points on the way from the baseline to the code, for `integrated`."""
     batch: int = 64
@@ -46,7 +46,7 @@ class CircuitConfig:
 
 
 class Subject:
-    """A model, a prompt and a target token, and what the model does where codes are changed."""
+    """A model, a prompt and a target token, run with changed codes."""
 
     def __init__(
         self, model: nn.Module, places: Mapping[int, str], prompt: Int[Tensor, " seq"], target: int,
@@ -63,7 +63,7 @@ class Subject:
             self.full = float(self.measured(1, {})[0])
 
     def logits(self, rows: int) -> Float[Tensor, "rows vocab"]:
-        """Logits after the prompt, for so many copies of it."""
+        """Logits after the prompt, for a number of copies of it."""
         return causal_model(self.model).last_logits(self.prompt.expand(rows, -1))
 
     def measured(self, rows: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Float[Tensor, " rows"]:
@@ -72,7 +72,7 @@ class Subject:
             return self.logits(rows).log_softmax(dim=-1)[:, self.target]
 
     def _edits(self, rows: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> dict[str, Edit]:
-        """Changes of codes (rows, seq, neurons) as changes of what the taps give."""
+        """Changes of codes (rows, seq, neurons) as edits of tap values."""
 
         def shaped(change: Callable[[Tensor], Tensor]) -> Edit:
             return lambda value: change(_batched(rows, value)).view_as(value)
@@ -103,7 +103,7 @@ class Subject:
         return change
 
     def keeping(self, nodes: Sequence[Node], *, others: bool = False) -> dict[int, Callable[[Tensor], Tensor]]:
-        """Changes that ablate every neuron of every layer but these; with `others`, these and no others."""
+        """Changes that ablate every neuron except these; with `others`, only these."""
         changes = {}
         for layer, code in self.codes.items():
             kept = torch.zeros_like(code[0], dtype=torch.bool)
@@ -114,7 +114,7 @@ class Subject:
 
 
 def _batched(rows: int, code: Tensor) -> Float[Tensor, "rows seq neurons"]:
-    """A code with a row for each copy; OPT's layers lay the tokens of all rows behind each other."""
+    """A code with a row for each copy, also for OPT, which concatenates all rows."""
     return code.unflatten(0, (rows, -1)) if code.ndim == 2 else code
 
 
@@ -144,7 +144,7 @@ def _plus(code: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def rank(subject: Subject, config: CircuitConfig, *, bar: ProgressBar) -> dict[Node, float]:
-    """The effect of every node looked at, by the method asked for; the strongest first."""
+    """The effect of every candidate node by the configured method, strongest first."""
     attributed = gradients(subject, config)
     found: dict[Node, float] = {}
     for layer, values in attributed.items():
@@ -174,7 +174,7 @@ def ablated(subject: Subject, nodes: Sequence[Node], config: CircuitConfig, *, b
 
 
 def choose(ranked: Mapping[Node, float], config: CircuitConfig) -> list[Node]:
-    """The nodes to show: of each layer those with the largest effects, either way."""
+    """The nodes to show: per layer those with the largest absolute effects."""
     chosen: list[Node] = []
     for layer in sorted({node[0] for node in ranked}):
         chosen += [node for node in ranked if node[0] == layer][: config.nodes]
@@ -183,7 +183,7 @@ def choose(ranked: Mapping[Node, float], config: CircuitConfig) -> list[Node]:
 
 @torch.no_grad()
 def edges(subject: Subject, chosen: Mapping[Node, float], config: CircuitConfig) -> list[dict[str, Any]]:
-    """What each chosen node does to the chosen nodes of the next layer, by ablating it and reading them."""
+    """Edges from each chosen node to the chosen nodes of the next layer, measured by ablation."""
     found = []
     layers = sorted(subject.codes)
     for layer, following in zip(layers, layers[1:], strict=False):
@@ -204,7 +204,7 @@ def edges(subject: Subject, chosen: Mapping[Node, float], config: CircuitConfig)
 
 @torch.no_grad()
 def explained(subject: Subject, ranked: Sequence[Node], chosen: Sequence[Node]) -> dict[str, Any]:
-    """How much of m the chosen nodes carry, and how many of the ranked ones it takes to carry more."""
+    """The share of m that the chosen nodes carry, and a curve of the share by number of ranked nodes."""
     none = float(subject.measured(1, subject.keeping([]))[0])
     whole = subject.full - none
 
@@ -225,6 +225,6 @@ def explained(subject: Subject, ranked: Sequence[Node], chosen: Sequence[Node]) 
 
 
 def _batches(nodes: Sequence[Node], size: int) -> Iterator[list[Node]]:
-    """Nodes of one layer, so many at a time."""
+    """Nodes of one layer in batches."""
     for first in range(0, len(nodes), size):
         yield list(nodes[first : first + size])

@@ -96,6 +96,6 @@ def _half_log_det(z: Float[Tensor, "sets tokens width"], weight: float) -> Rates
     if bool(failed.any()) or not bool(factor.isfinite().all()):
         raise CrateError(
             "a coding rate has no number: activations are not finite, or so large that the precision is lost in them. "
-            "Give a larger --epsilon, or train anew if the loss is not finite either"
+            "Give a larger --epsilon, or train again if the loss is not finite either"
         )
     return factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)

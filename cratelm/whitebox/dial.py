@@ -2,9 +2,9 @@
 
     a_t = ReLU( a_{t-1} + s eta D^T (x - D a_{t-1}) - s eta m lambda ),   t = 1 .. n
 
-with s, m and n turned. A setting of 1, 1 and the model's own n is the model as it was trained, exactly. A model without
-ISTA, and for comparison one with it, has a threshold instead: activations below so many times the root mean square of
-their layer's are set to 0.
+with s, m and n varied. A setting of 1, 1 and the model's own n is exactly the trained model. A model without ISTA, and
+for comparison one with it, has a threshold instead: activations below a multiple of the root mean square of their layer
+are set to 0.
 """
 
 import contextlib

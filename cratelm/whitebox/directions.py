@@ -30,7 +30,7 @@ from cratelm.activations.direction_files import directions_file
 from cratelm.activations.subject import Subject
 from cratelm.rundir import FORMAT_VERSION, atomic_path
 from cratelm.runtime import ProgressBar
-from cratelm.whitebox.parts import LayerWiring, Norm, Wiring
+from cratelm.whitebox.parts import Norm, Wiring
 
 KEEP = 20
 """Length of each list, at either end."""
@@ -82,11 +82,6 @@ def ranked(
             parts.setdefault(f"{name}.{end}.index", []).append(_numpy(top.indices, np.int32))
             parts.setdefault(f"{name}.{end}.value", []).append(_numpy(top.values))
     return {key: np.concatenate(values) for key, values in parts.items()}
-
-
-def map_between(first: LayerWiring, second: LayerWiring) -> Float[Tensor, "second first"]:
-    """D_{l+1}^T Gamma D_l whole: the drive of each neuron of the second layer per unit of each code of the first."""
-    return second.read @ second.norm.along(first.write).T
 
 
 def _shares_out(subspaces: Mapping[str, Tensor], norm: Norm, write: Tensor) -> Arrays:

@@ -1,4 +1,4 @@
-"""The wiring of a Hugging Face causal language model, found in its modules and by watching a pass of a few tokens.
+"""The wiring of a Hugging Face causal language model, found in its modules and in a forward pass of a few tokens.
 
 A norm belongs to the map that reads exactly what it gave. That is how the norms before the attention, before the MLP
 and before the head are found, whatever they are called.
@@ -18,7 +18,7 @@ from cratelm.whitebox.parts import LayerWiring, Norm, Wiring, seen_norm
 
 
 def foreign_wiring(model: Any) -> Wiring:
-    """Everything that is found; what is not known stays None or empty. Neurons and their norm must be."""
+    """The wiring; unrecognised parts are None or empty. Raises CrateError without a norm before the neurons."""
     places = find_places(model, "neurons")
     writes = decoders(model, places)
     assert writes is not None, "the map behind the neurons leads to the stream"
@@ -29,7 +29,7 @@ def foreign_wiring(model: Any) -> Wiring:
         reading = _reading_map(model.get_submodule(down.rpartition(".")[0]), down, len(writes[layer]))
         norm = watched.norm_before(reading)
         if norm is None:
-            raise CrateError(f"layer {layer} of {type(model).__name__} has no norm right before its MLP, none is known")
+            raise CrateError(f"layer {layer} of {type(model).__name__} has no recognised norm right before its MLP")
         read, bias = _rows(reading), getattr(reading, "bias", None)
         block = model.get_submodule(re.match(r".*?\.\d+(?=\.)", down)[0])  # type: ignore[index]
         layers.append(_attended(model, block, watched, {
@@ -46,7 +46,7 @@ def foreign_wiring(model: Any) -> Wiring:
 
 
 class _Watched:
-    """What norms gave and what linear maps read in one pass of a few tokens."""
+    """Outputs of norms and inputs of linear maps in one forward pass of a few tokens."""
 
     def __init__(self, model: Any) -> None:
         self.given: list[tuple[nn.Module, Tensor]] = []

@@ -1,4 +1,4 @@
-"""The wiring of a model: which weights each neuron reads and writes with, found in our models and in Hugging Face's."""
+"""The wiring of a model: the weights that each neuron reads and writes with."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def _own_layer(block: Any) -> LayerWiring:
 
 
 def own_subspaces(attention: Any) -> dict[str, Float[Tensor, "heads p d_model"]]:
-    """The heads' projections of one of our attentions: of MSSA there is one, which serves as all three."""
+    """The heads' projections of one of our attentions; MSSA has one projection that serves as all three."""
     heads = attention.attend.num_heads
     if hasattr(attention, "subspaces"):
         return {"shared": attention.subspaces.weight.detach().unflatten(0, (heads, -1))}

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 MeasurementName = Literal["lookup", "samples", "whitebox"]
 
 SAMPLE_TOKENS, SAMPLE_DOCUMENTS = 65_536, 96
-"""Held-out text that `lookup` reads at least: the beginnings of documents, as long as makes both numbers.
+"""Least held-out text that `lookup` reads: the beginnings of documents, long enough for both numbers.
 
-So many documents that either half of them, by chance, has the 25 that a neuron's top excerpts come from."""
+With this many documents each half has the 25 that a neuron's top excerpts come from."""
 SAMPLE_NEURONS = 128
 """Neurons of each layer that `lookup` scores, the same ones each time."""
 WHITEBOX_TOKENS = 4096
 """Held-out tokens that `whitebox` reads, or one set if that is more."""
 PROMPTS = ("", "The ")
-"""What `samples` lets the model continue; the empty one begins a document."""
+"""Prompts of `samples`; the empty one begins a document."""
 SAMPLE_LENGTH = 64
 
 
@@ -70,7 +70,7 @@ def lookup(data: "TokenDirectory", *, neurons: int = SAMPLE_NEURONS) -> "Measure
 
 
 def samples(data: "TokenDirectory", run: Path) -> "Measurement":
-    """Text that the model writes, into `samples.jsonl`; gives `distinct`, the share of tokens that are no repeats."""
+    """Generate text into `samples.jsonl`; returns `distinct`, the share of tokens that are not repeats."""
     tokenizer = data.tokenizer()
     prompts = [tokenizer.encode(prompt).ids or [data.end_of_text] for prompt in PROMPTS]
 
@@ -79,7 +79,7 @@ def samples(data: "TokenDirectory", run: Path) -> "Measurement":
 
         from cratelm.rundir import append_jsonl, rewind_jsonl
 
-        rewind_jsonl(run / "samples.jsonl", lambda row: row["step"] < step)  # a run that goes on repeats some steps
+        rewind_jsonl(run / "samples.jsonl", lambda row: row["step"] < step)  # a resumed run repeats some steps
         distinct = []
         for prompt in prompts:
             start = torch.tensor([prompt], device=model.device)

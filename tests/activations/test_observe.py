@@ -213,7 +213,7 @@ def test_a_model_that_sees_later_tokens_is_refused(rng: np.random.Generator) -> 
     model = transformers.BertModel(config).eval()
     for weight in model.parameters():
         weight.data += 0.3 * torch.randn_like(weight)
-    with pytest.raises(CrateError, match="layer 0 sees tokens that come later"):
+    with pytest.raises(CrateError, match="layer 0 sees later tokens"):
         observe(model, model_hash="h", tap="encoder.layer.{layer}.output.dense:input")
 
 
@@ -223,7 +223,7 @@ def test_a_mixture_of_experts_asks_for_a_tap(rng: np.random.Generator) -> None:
     config = transformers.MixtralConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                         num_key_value_heads=1, intermediate_size=40, num_local_experts=2)  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
-    with pytest.raises(CrateError, match=r"neurons are not known by themselves. Name a module: --tap 'model.layers"):
+    with pytest.raises(CrateError, match=r"neurons are not recognised. Name a module: --tap 'model.layers"):
         observe(model, model_hash="h")
     assert observe(model, model_hash="h", tap="residual").layers == {0: 16}
 
@@ -286,7 +286,7 @@ def test_missing_weights_are_refused_and_not_drawn_at_random(rng: np.random.Gene
     with pytest.raises(CrateError, match=r"weights of .* lack model.layers.0.mlp.up_proj.weight. Fetch"):
         load_foreign(folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CrateError, match="no causal language model that transformers reads"):
+    with pytest.raises(CrateError, match="is not a causal language model that transformers reads"):
         load_foreign(folder)
 
 

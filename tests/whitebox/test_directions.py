@@ -17,7 +17,7 @@ from cratelm.cli import main
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.language_model import LanguageModel
-from cratelm.whitebox.directions import layer_directions, map_between, tokens_alone
+from cratelm.whitebox.directions import layer_directions, tokens_alone
 from cratelm.whitebox.wiring import wiring
 
 both = pytest.mark.parametrize("arch", get_args(Architecture))
@@ -107,7 +107,7 @@ def test_a_neuron_drives_the_next_layer_as_its_map_says(
         for weight in (second.mssa if hasattr(second, "mssa") else second.attention).output.parameters():
             weight.zero_()
     found = wiring(model)
-    between = map_between(found.layers[0], found.layers[1])
+    between = found.layers[1].read @ found.layers[1].norm.along(found.layers[0].write).T
     neuron = int(rng.integers(model.config.num_neurons))
     tokens = torch.from_numpy(rng.integers(272, size=(2, 9)))
     places = ["blocks.1.norm_2:input", "blocks.1.ista:input" if crate else "blocks.1.mlp.up"]

@@ -249,12 +249,12 @@ def test_files_of_another_tool_are_imported_with_what_they_say(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no NeuronRecord"),
-        ("[]", "is no NeuronRecord"),
+        ("{", "is not a NeuronRecord"),
+        ("[]", "is not a NeuronRecord"),
         ('{"neuron_id": {}}', "most_positive_activation_records"),
         ('{"most_positive_activation_records": [{"tokens": ["a"], "activations": [1, 2]}]}', "1 tokens"),
         ('{"most_positive_activation_records": [{"tokens": ["a"], "activations": [NaN]}]}', "finite"),
-        ('{"most_positive_activation_records": [{"tokens": ["a"], "activations": ["b"]}]}', "is no NeuronRecord"),
+        ('{"most_positive_activation_records": [{"tokens": ["a"], "activations": ["b"]}]}', "is not a NeuronRecord"),
     ],
 )
 def test_a_file_that_is_no_record_is_named(content: str, message: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from fixtures.tiny import make_tokens, short_training, tiny_config, train_quietly
+from test_house import FLOORS
 
 import cratelm
 from cratelm import cli
@@ -150,6 +151,21 @@ def test_a_command_with_a_flag_that_is_not_there_would_be_noticed(tmp_path: Path
     assert commands(page) == [["evaluate", "runs/x", "--data", "t", "--no-such-flag", "3"]]
     with pytest.raises(cratelm.CrateError, match="no-such-flag"):
         test_every_command_in_the_documentation_is_one_that_runs(page)
+
+
+def test_the_index_links_to_every_page() -> None:
+    index = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = sorted(page.name for page in (REPOSITORY / "docs").glob("*.md") if page.name != "index.md")
+    assert [name for name in pages if f"({name})" not in index] == []
+
+
+def test_the_import_directions_in_contributing_are_those_that_the_house_test_checks() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (chain,) = re.findall(r"^ +commands, cli > .*(?:\n +> .*)*", text, re.MULTILINE)
+    levels = [re.findall(r"\w+", level) for level in chain.split(">")]
+    assert sorted(name for level in levels for name in level) == sorted(FLOORS.keys() - {"__main__"})
+    for upper, lower in zip(levels, levels[1:], strict=False):
+        assert min(FLOORS[name] for name in upper) > max(FLOORS[name] for name in lower), f"{upper} > {lower}"
 
 
 def test_the_python_page_names_the_whole_public_surface() -> None:

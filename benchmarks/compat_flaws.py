@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from cratelm.activations.repairs import REPAIRS, Repair
-from cratelm.commands import collect, interpret
+from cratelm.commands import collect
 from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.scoring.correlation import LayerScores, aggregate
 from cratelm.interpretation.scoring.statistics import interval, shown_layers
 from cratelm.interpretation.store.database import Store
 from cratelm.runtime import console
-from cratelm.workflows.lookup import explain_run, score_run, simulate_run
+from cratelm.workflows.llm.run import interpret_by_lookup
+from cratelm.workflows.options.selection import Selection, chosen_layers
 
 RELEASED = "as released"
 VARIANTS: dict[str, tuple[int, tuple[Repair, ...]]] = {
@@ -45,15 +46,12 @@ def scored(source: Path, run: Path, options: argparse.Namespace, seed: int, repa
             device=options.device,
         )
     )  # fmt: skip
-    selection = interpret.Selection(runs=(run,), mode="compat")
-    explain_run(run, selection)
-    simulate_run(run, selection, ())
-    score_run(run, selection, ())
+    interpret_by_lookup(Selection(runs=(run,), mode="compat"))
 
 
 def read_scores(run: Path, protocol: str) -> list[LayerScores]:
     """The scores of all layers."""
-    layers = interpret.chosen_layers(run, interpret.Selection(runs=(run,), mode="compat"))
+    layers = chosen_layers(run, Selection(runs=(run,), mode="compat"))
     store = Store.open(run)
     return [store.read_scores(layer, protocol, mode="compat") for layer in layers]
 

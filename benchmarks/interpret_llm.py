@@ -19,6 +19,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,7 +32,7 @@ from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.simulators.all_at_once import AllAtOnce
 from cratelm.interpretation.simulators.readout import ReadOut
-from cratelm.interpretation.stages.concurrency import fill
+from cratelm.interpretation.stages.concurrency import each
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, Row, Simulated
@@ -111,6 +112,13 @@ async def ask(run: Path, url: str, neurons: int) -> tuple[Usage, list[float]]:
                 memory.append(resident())
             return usage.line()
 
+        async def fill(growing: GrowingSet, make_row: Callable[[int], Awaitable[Row]]) -> None:
+            await each(
+                growing.missing(), make_row, keep=growing.add, fail=growing.add_failures, in_flight=64,
+                kept=lambda count: bar.advance(count, note=note()),
+            )  # fmt: skip
+            growing.finish()
+
         for name in PROTOCOLS:
             key = SetKey(layer=0, protocol=name, explainer="instant")
 
@@ -123,9 +131,9 @@ async def ask(run: Path, url: str, neurons: int) -> tuple[Usage, list[float]]:
                 return Simulated(source=neuron, activations=ACTIVATIONS)
 
             explained = GrowingSet.begin(store, key, "explain", range(neurons), settings={})
-            await fill(explained, explain, in_flight=64, bar=bar, note=note)
+            await fill(explained, explain)
             simulated = GrowingSet.begin(store, key, "simulate", range(neurons), settings={})
-            await fill(simulated, simulate, in_flight=64, bar=bar, note=note)
+            await fill(simulated, simulate)
     await endpoint.close()
     return usage, [*memory, resident()]
 

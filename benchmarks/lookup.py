@@ -23,6 +23,7 @@ from cratelm.interpretation.scoring.correlation import compare
 from cratelm.interpretation.scoring.statistics import bootstrap_means
 from cratelm.interpretation.simulators.simulation import LayerSimulations
 from cratelm.interpretation.store.database import SetKey, Store
+from cratelm.interpretation.store.growing_sets import write_explanations, write_simulations
 
 T = TypeVar("T")
 BLOCK = 2_000
@@ -66,8 +67,8 @@ def measure(name: str, vocabulary: int, neurons: int) -> None:
             explained = LayerExplanations(neuron=index, texts=texts, tables=tables)
             first = np.arange(BLOCK + 1) * int(tested.valid[0].sum())
             made = LayerSimulations(neuron=index, source=index, first=first, activations=simulated[tested.valid])
-            timed(times, "store", lambda: store.write_explanations(key, explained))  # noqa: B023
-            timed(times, "store", lambda: store.write_simulations(key, made))  # noqa: B023
+            timed(times, "store", lambda: write_explanations(store, key, explained))  # noqa: B023
+            timed(times, "store", lambda: write_simulations(store, key, made))  # noqa: B023
             timed(times, "bootstrap", lambda: bootstrap_means(scores.sums, rng, 2000))  # noqa: B023
         size = store.path.stat().st_size
     done = (layer + 1) * BLOCK

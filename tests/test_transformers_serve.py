@@ -25,10 +25,10 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import probe
 from cratelm.interpretation.clients.usage import Metered, Usage
-from cratelm.interpretation.explainers.language_model import Explainer, explainer_settings
+from cratelm.interpretation.explainers.language_model import LLMExplainer, explainer_settings
+from cratelm.interpretation.simulators.language_model import simulate_set
 from cratelm.interpretation.simulators.opening import open_simulator
-from cratelm.interpretation.stages import language_model as llm_stages
-from cratelm.interpretation.stages.language_model import failures
+from cratelm.interpretation.stages.set_task import failures
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet
@@ -118,9 +118,9 @@ def test_neurons_are_explained_and_asking_again_costs_nothing(
 
         async def explain(endpoint: Endpoint, usage: Usage = usage) -> None:
             cached = Cached(Metered(endpoint, usage), store, usage)
-            explainer = Explainer(llm=cached, settings=explainer_settings("fixed", samples=2), strings=strings(run))
+            explainer = LLMExplainer(llm=cached, settings=explainer_settings("fixed", samples=2), strings=strings(run))
             for sample in (0, 1):
-                await llm_stages.explain(task(run, replace(KEY, sample=sample), neurons="4-5"), explainer)
+                await explainer.explain(task(run, replace(KEY, sample=sample), neurons="4-5"))
 
         if number:
             _keep_only_the_cache(store)
@@ -151,7 +151,7 @@ def test_answers_that_do_not_follow_the_form_are_failures_with_their_text(
     async def simulate(endpoint: Endpoint) -> None:
         simulator = await open_simulator("structured", Cached(endpoint, store))
         work = task(run, key, neurons="4-4")
-        await llm_stages.simulate(work, simulator.simulate, simulator.cache_settings(), strings(run))
+        await simulate_set(work, simulator.simulate, simulator.cache_settings(), strings(run))
 
     served.run(simulate)
     failed = failures(store, key, "simulate")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.model.config import Architecture, padded_vocabulary, sized
-from cratelm.rundir import append_jsonl, claim
+from cratelm.rundir import append_jsonl
 from cratelm.runtime import DeviceName, ProgressBar, console, progress_bars, select_device
 from cratelm.training.config import TrainConfig
 
@@ -131,16 +131,12 @@ def _collect(options: Options, runs: list[Path]) -> None:
 
 
 def _interpret(runs: list[Path], controls: list[Path]) -> None:
-    from cratelm.commands import interpret
-    from cratelm.workflows.lookup import explain_run, score_run, simulate_run
+    from cratelm.workflows.llm.run import interpret_by_lookup
+    from cratelm.workflows.options.selection import Selection
 
     for one in runs + controls:
         shuffled = () if one in controls else ("shuffled",)
-        options = interpret.Options(runs=(one,), controls=shuffled)
-        with claim(one):
-            explain_run(one, options)
-            simulate_run(one, options, shuffled)
-            score_run(one, options, shuffled)
+        interpret_by_lookup(Selection(runs=(one,)), controls=shuffled)
 
 
 def _report(options: Options, runs: list[Path]) -> None:

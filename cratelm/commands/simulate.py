@@ -1,19 +1,19 @@
-"""Simulate neurons: from its explanation alone, predict how strongly each neuron fires on text it was not made from.
+"""Simulate neurons: predict from an explanation how strongly its neuron fires on held-out text.
 
     cratelm simulate runs/demo/crate-2l --controls shuffled
     cratelm simulate runs/demo/crate-2l --llm http://localhost:8000/v1 --controls shuffled
 
 Reads what `cratelm explain` stored in RUN/interpretation.sqlite and stores the simulations there. With --llm a
-language model simulates, by default from the explanations that it gave itself; --explainer lookup takes those by
-lookup. The next stage is `cratelm score`; `cratelm interpret` runs all three. Stopped and started again, it goes on.
+language model simulates, by default from its own explanations; --explainer lookup uses those by lookup. The next stage
+is `cratelm score`; `cratelm interpret` runs all three. An interrupted command can be resumed.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cratelm.interpretation.simulators.controls import LOOKUP_CONTROLS, check_controls
-from cratelm.rundir import claim
-from cratelm.workflows.lookup import simulate_run
+from cratelm.workflows.llm.request import InterpretRequest
+from cratelm.workflows.llm.run import interpret
 from cratelm.workflows.options.language_model import (
     Controls,
     Explained,
@@ -22,36 +22,27 @@ from cratelm.workflows.options.language_model import (
     Simulating,
     Spending,
     Spent,
-    asks,
     group,
 )
-from cratelm.workflows.options.selection import Selection, check_runs
+from cratelm.workflows.options.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Selection):
-    """Which neurons and controls, and who is asked."""
+    """Which neurons and controls, and who simulates."""
 
     BASIC: ClassVar = ("layer", "protocol", "mode", "controls", "llm", "model", "neurons", "simulator", "dry_run")
     """The options that `--help` shows; `--help-all` shows all."""
     controls: Controls = ()
-    """Also simulate each neuron from another neuron's explanation: shuffled; or nobody's (with --llm): constant."""
+    """Also simulate from another neuron's explanation (shuffled) or from one fixed sentence (constant, with --llm)."""
     explaining: Explained = group(Explaining)
-    """Whose explanations. Left out: those by lookup."""
+    """Whose explanations; by default those by lookup."""
     simulating: Simulated = group(Simulating)
-    """Who predicts activations from them, where a language model does."""
+    """Which language model simulates."""
     spending: Spent = group(Spending)
-    """What it may cost, and how the work is divided."""
+    """Limits of the cost, and how the work is divided."""
 
 
 def run(options: Options) -> None:
     """Simulate the neurons of every run."""
-    if asks(options.explaining, options.simulating):
-        from cratelm.workflows.llm.run import Order, ask
-
-        ask(Order.of(options, stages=("simulate",)))
-        return
-    check_controls(options.controls, LOOKUP_CONTROLS)
-    for one in check_runs(options):
-        with claim(one):
-            simulate_run(one, options, options.controls)
+    asyncio.run(interpret(InterpretRequest.of(options, stages=("simulate",))))

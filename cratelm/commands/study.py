@@ -207,9 +207,9 @@ def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.
 
 def _measure(options: Options, part: Part) -> None:
     """Evaluate, collect and score the model and its control."""
-    from cratelm.commands import collect, evaluate, interpret
-    from cratelm.rundir import claim
-    from cratelm.workflows.lookup import explain_run, score_run, simulate_run
+    from cratelm.commands import collect, evaluate
+    from cratelm.workflows.llm.run import interpret_by_lookup
+    from cratelm.workflows.options.selection import Selection
 
     controlled: tuple[tuple[Path, tuple[str, ...]], ...] = ((part.run, ("shuffled",)), (part.control, ()))
     for one, controls in controlled:
@@ -220,11 +220,7 @@ def _measure(options: Options, part: Part) -> None:
             runs=(one,), data=options.data, tokenizer=options.tokenizer, tokens=str(options.collect_tokens or "all"),
             device=options.device,
         ))  # fmt: skip
-        selection = interpret.Options(runs=(one,), controls=controls)
-        with claim(one):
-            explain_run(one, selection)
-            simulate_run(one, selection, selection.controls)
-            score_run(one, selection, selection.controls)
+        interpret_by_lookup(Selection(runs=(one,)), controls=controls)
 
 
 def _report(options: Options, parts: list[Part]) -> None:

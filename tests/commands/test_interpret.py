@@ -16,9 +16,10 @@ from fixtures.synthetic import CONSTANT, DEAD, FIRST_TOKEN_NEURON, NOISE, RARE, 
 
 from cratelm.activations.records import Excerpt, Mode, NeuronRecord, read_records
 from cratelm.cli import main
-from cratelm.commands import interpret
 from cratelm.interpretation.explainers.explanation import unexplained
+from cratelm.interpretation.lookup import explain, simulate
 from cratelm.interpretation.protocols import PROTOCOLS, Draw, protocol
+from cratelm.interpretation.stages import pipeline
 from cratelm.interpretation.store.database import Store
 
 
@@ -142,11 +143,11 @@ def test_interpret_broken_off_goes_on_and_does_nothing_twice(
 
         return wrapped
 
-    stages = ("explain_layer", "simulate_layer", "score_layer")
-    originals = {name: getattr(interpret, name) for name in stages}
+    stages = {"explain_layer": explain, "simulate_layer": simulate, "score_layer": pipeline}
+    originals = {name: getattr(module, name) for name, module in stages.items()}
     for stop_after in (2, 8, 15, 99):
-        for name in stages:
-            monkeypatch.setattr(interpret, name, counting(originals[name], stop_after))
+        for name, module in stages.items():
+            monkeypatch.setattr(module, name, counting(originals[name], stop_after))
         assert main(["interpret", str(broken)]) == (130 if stop_after < 18 else 0)
     assert worked == 3 * 2 * len(PROTOCOLS)
     assert contents(broken) == contents(whole)

@@ -8,7 +8,7 @@ from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.transport import Retry
 from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.llm import Message, Sampling
-from cratelm.interpretation.stages.concurrency import fill
+from cratelm.interpretation.stages.concurrency import each
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, Row
@@ -31,7 +31,9 @@ async def ask(run: Path, url: str, neurons: int, *, in_flight: int = 16) -> Usag
             sure = await llm.chat([Message("user", f"sure of {said.text}?")], Sampling(max_tokens=20))
             return f"{said.text} {sure.text}"
 
-        await fill(GrowingSet.begin(store, key, "explain", range(neurons), settings={}), do, in_flight=in_flight)
+        growing = GrowingSet.begin(store, key, "explain", range(neurons), settings={})
+        await each(growing.missing(), do, keep=growing.add, fail=growing.add_failures, in_flight=in_flight)
+        growing.finish()
     await endpoint.close()
     return usage
 

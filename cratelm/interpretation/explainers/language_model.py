@@ -1,7 +1,7 @@
-"""The explainer that is a language model: the excerpts of a neuron -> one sentence.
+"""The explainer by a language model: the excerpts of a neuron -> one sentence.
 
-What is asked depends on the records and the settings alone. An answer that refuses or is empty raises `LLMError` with
-its text, as does a prompt that does not fit; whoever does this for many neurons counts that and goes on.
+Prompts depend on the records and the settings alone. A refusal, an empty answer and a prompt that does not fit raise
+`LLMError`, which counts as a failure of that neuron.
 """
 
 import hashlib
@@ -17,45 +17,44 @@ from cratelm.interpretation.llm import LLM, Sampling
 from cratelm.interpretation.prompts.explainer import ExplainerPrompt, PromptTooLong, explainer_prompt, shown
 from cratelm.interpretation.prompts.normalisation import OWN, Rounding
 from cratelm.interpretation.protocols import Protocol, draw
+from cratelm.interpretation.stages.concurrency import Tally
+from cratelm.interpretation.stages.set_task import SetTask
 from cratelm.interpretation.store.identities import ExplainerName
 
 MAX_TOKENS: dict[Mode, int] = {"fixed": 100, "compat": 60}
-"""Longest answer. The released 60 often cut a sentence."""
+"""Maximum tokens of an answer. The released value of 60 often cuts a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExplainerSettings:
-    """How explanations are drawn."""
+    """How explanations are sampled."""
 
     mode: Mode
     temperature: float
-    """0 takes the most probable token each time."""
+    """0 for greedy decoding."""
     seed: int
-    """Of the first explanation of each neuron; the next ones count on from it."""
+    """Seed of the first explanation of each neuron; sample N uses seed + N."""
     max_tokens: int
     rounding: Rounding
-    """How activations become the whole numbers of a prompt (`normalise.py`)."""
+    """How activations are rounded to the integers of a prompt (`prompts/normalisation.py`)."""
 
     def name(self, model: str) -> ExplainerName:
         """The name of a model's explanations in the store, with the rounding if it is not the mode's default."""
         return ExplainerName(model=model, rounding=None if self.rounding == OWN[self.mode] else self.rounding)
 
     def sampling(self, sample: int) -> Sampling:
-        """How the explanation of this number is drawn."""
+        """The sampling parameters of one explanation."""
         return Sampling(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed + sample)
 
-    def told(self, llm: LLM, sample: int) -> dict[str, Any]:
-        """All that explanations depend on beside the records and what a short context leaves out (`needs`)."""
+    def cache_settings(self, llm: LLM, sample: int) -> dict[str, Any]:
+        """Every setting that explanations depend on, apart from records and omitted few-shot examples (`needs`)."""
         return {**asdict(self), "sample": sample, "model": llm.identity, "prompts": _prompts_hash()}
 
 
 def explainer_settings(
     mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0, rounding: Rounding | None = None
 ) -> ExplainerSettings:
-    """The settings, with the mode's own temperature where none is given: 1 as released, 0 for one explanation each.
-
-    Likewise the rounding: down as released, or up, so that whatever fires is at least 1.
-    """
+    """The settings of a mode; the default temperature is 1 in `compat` mode and for several samples, otherwise 0."""
     if temperature is None:
         temperature = 1.0 if mode == "compat" or samples > 1 else 0.0
     if samples > 1 and temperature == 0:
@@ -68,35 +67,64 @@ def explainer_settings(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Explainer:
-    """Asks a language model what neurons fire on."""
+class LLMExplainer:
+    """Explains neurons by asking a language model."""
 
     llm: LLM
     settings: ExplainerSettings
     strings: Sequence[str]
-    """What prompts show for each token id (`escape.prompt_strings`)."""
+    """Text of each token id in prompts (`prompts.escaping.prompt_strings`)."""
     _needed: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
 
-    def needs(self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int]) -> int:
-        """Records of solved neurons that have to be left out for the longest prompt of these neurons to fit.
+    async def explain(self, task: SetTask) -> Tally:
+        """Explain the chosen neurons of a set. Raises `CrateError` if no prompt fits the model's context."""
+        settings = self.set_settings(task)
+        growing = task.begin("explain", task.explainable, settings)
+        share = task.share if task.part != (1, 1) else set(growing.neurons.tolist())
+        missing = sorted(share & set(growing.missing()))
+        left_out = settings.get("left_out", 0)
+        prompts = dict(self.prompts(task.records, task.protocol, missing, left_out=left_out))
+        too_long = [prompt for prompt in prompts.values() if isinstance(prompt, PromptTooLong)]
+        if too_long and len(too_long) == len(prompts):
+            raise CrateError(str(too_long[0]))
+        tally = await task.fill(growing, lambda neuron: self.ask(prompts[neuron], task.key.sample), missing)
+        growing.finish()
+        return tally
 
-        All neurons of a set are shown the same ones. A neuron whose prompt never fits does not count. In `compat` mode
-        each prompt leaves out its own, as released, and this is 0.
+    async def ask(self, prompt: ExplainerPrompt | PromptTooLong, sample: int = 0) -> str:
+        """Request one explanation. Raises `LLMError` if the answer is unusable."""
+        if isinstance(prompt, PromptTooLong):
+            raise prompt
+        reply = await self.llm.chat(prompt.messages, self.settings.sampling(sample))
+        return explanation_of(reply, self.settings.mode)
+
+    def set_settings(self, task: SetTask) -> dict[str, Any]:
+        """The settings of a set of explanations, including the number of omitted few-shot examples."""
+        settings = self.settings.cache_settings(self.llm, task.key.sample)
+        needed = self.needs(task.records, task.protocol, task.explainable.tolist())
+        left_out = task.left_out("explain", needed, settings)
+        return settings | ({"left_out": left_out} if left_out else {})
+
+    def needs(self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int]) -> int:
+        """Count the few-shot excerpts to leave out for the longest prompt of these neurons to fit.
+
+        All neurons of a set get the same few-shot excerpts; a neuron whose prompt never fits is ignored. In `compat`
+        mode each prompt leaves out its own, as in the released code, and the count is 0.
         """
         if self.llm.context is None or self.settings.mode == "compat":
             return 0
         wanted = tuple(neurons)
         asked = records.layer, protocol.name, wanted
         if asked not in self._needed:
-            found = self.prompts(records, protocol, wanted)
-            dropped = (prompt.dropped for _, prompt in found if isinstance(prompt, ExplainerPrompt))
+            prompts = (prompt for _, prompt in self.prompts(records, protocol, wanted))
+            dropped = (prompt.dropped for prompt in prompts if isinstance(prompt, ExplainerPrompt))
             self._needed[asked] = max(dropped, default=0)
         return self._needed[asked]
 
     def prompts(
         self, records: LayerRecords, protocol: Protocol, neurons: Iterable[int], *, left_out: int = 0
     ) -> Iterator[tuple[int, ExplainerPrompt | PromptTooLong]]:
-        """What each neuron is asked with, without so many records of solved neurons; or why it cannot be."""
+        """Build the prompt of each neuron without `left_out` few-shot excerpts, or the error that it does not fit."""
         excerpts = draw(records, protocol.explain, "explain")
         for neuron in neurons:
             try:
@@ -108,16 +136,9 @@ class Explainer:
             except PromptTooLong as error:
                 yield neuron, error
 
-    async def explain(self, prompt: ExplainerPrompt | PromptTooLong, sample: int = 0) -> str:
-        """Ask for one explanation. Raises `LLMError` where there is none."""
-        if isinstance(prompt, PromptTooLong):
-            raise prompt
-        reply = await self.llm.chat(prompt.messages, self.settings.sampling(sample))
-        return explanation_of(reply, self.settings.mode)
-
 
 def _prompts_hash() -> str:
-    """Of the words and the solved neurons that prompts are made of."""
+    """Hash the words and the few-shot neurons of the prompts."""
     folder = Path(__file__).parent.parent / "prompts"
     parts = [(folder / name).read_bytes() for name in ("explainer.json", "few_shot.json")]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

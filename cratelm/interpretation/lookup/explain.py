@@ -1,6 +1,7 @@
 """Explain all neurons of a layer by lookup: the mean activation on every token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,6 +9,20 @@ from cratelm.activations.records import LayerRecords
 from cratelm.interpretation.explainers.explanation import LayerExplanations, unexplained
 from cratelm.interpretation.lookup import tables
 from cratelm.interpretation.protocols import Protocol, draw
+from cratelm.interpretation.stages.set_task import SetTask
+from cratelm.interpretation.store.growing_sets import write_explanations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookupExplainer:
+    """Explains a whole layer at once."""
+
+    strings: Callable[[], Sequence[str]]
+    """Reads the text of each token id; called when the first layer is explained."""
+
+    async def explain(self, task: SetTask) -> None:
+        """Explain all neurons of the layer that can be explained."""
+        write_explanations(task.store, task.key, explain_layer(task.records, task.protocol, self.strings()))
 
 
 def explain_layer(records: LayerRecords, protocol: Protocol, strings: Sequence[str]) -> LayerExplanations:

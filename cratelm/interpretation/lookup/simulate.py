@@ -1,5 +1,7 @@
 """Simulate all neurons of a layer by lookup: the tokens of an excerpt are looked up in the explanation's table."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from cratelm.activations.records import LayerRecords
@@ -8,6 +10,21 @@ from cratelm.interpretation.lookup import tables
 from cratelm.interpretation.protocols import Protocol, draw
 from cratelm.interpretation.simulators.controls import sources_of
 from cratelm.interpretation.simulators.simulation import LayerSimulations
+from cratelm.interpretation.stages.set_task import SetTask
+from cratelm.interpretation.store.growing_sets import write_simulations
+
+
+@dataclass(frozen=True, slots=True)
+class LookupSimulator:
+    """Simulates a whole layer at once."""
+
+    stored_name: str = ""
+
+    async def simulate(self, task: SetTask) -> None:
+        """Simulate all neurons of the layer that were explained by lookup."""
+        explanations = task.store.explanations(task.key.explained)
+        made = simulate_layer(task.records, task.protocol, explanations, control=task.key.control)
+        write_simulations(task.store, task.key, made)
 
 
 def simulate_layer(

@@ -21,21 +21,15 @@ from cratelm.interpretation.scorers.registry import SCORERS, ScorerAggregate, ag
 from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.scorers.windows import TOO_FEW, contrast
 from cratelm.interpretation.scoring.statistics import generator
-from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_NEURON
 from cratelm.interpretation.stages.concurrency import Tally
-from cratelm.interpretation.stages.language_model import (
-    Task,
-    explanations_of,
-    failures,
-)
-from cratelm.interpretation.stages.language_model import made_with as explained_with
+from cratelm.interpretation.stages.set_task import SetTask, explanation_from, failures
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
 from cratelm.interpretation.store.schema import SetKey
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Jury:
+class JudgeContext:
     """Who is asked, about what windows, in what text."""
 
     pieces: Sequence[bytes]
@@ -66,47 +60,41 @@ def judged_key(key: SetKey, scorer: str, judge_name: str) -> SetKey:
     return replace(key, simulator=f"judge {judge_name}", explainer="", protocol="", control="", sample=0)
 
 
-async def judge_set(task: Task, scorer: str, jury: Jury) -> Tally:
+async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
     """Apply a scorer to the chosen neurons of a set; `task.key` is its `judged_key`.
 
-    One that tests explanations is applied to the neurons that have one. Those with too few windows are noted first: as
-    successes of nobody they would hide that a model gives no usable answer. Stopped and started again, it goes on.
+    A scorer that tests explanations is applied to the explained neurons. Neurons with too few windows are written first
+    and not counted as successes, which would hide that a model gives no usable answer. Can be interrupted and resumed.
     """
-    settings = jury.told(scorer)
-    texts: dict[int, str] = {}
+    settings, texts, sources = context.told(scorer), dict[int, str](), dict[int, int]()
+    asked = task.neurons
+    share = set(np.array_split(asked, task.part[1])[task.part[0] - 1].tolist())
     if SCORERS[scorer].explained:
-        explained = explanations_of(task)
-        neurons = np.array(sorted(set(explained) & set(task.explainable.tolist())), dtype=np.int64)
-        sources = task.sources(neurons)
-        texts = {
-            neuron: explained[source] if source != NO_NEURON else CONSTANT_EXPLANATION
-            for neuron, source in sources.items()
-        }
-        settings |= {"explained": explained_with(task.store, task.key.explained), "control": task.key.control}
+        texts = task.explanations()
+        sources = task.sources(texts)
+        settings |= {"explained": task.explanations_hash(), "control": task.key.control}
         asked = np.array(list(sources), dtype=np.int64)
-    else:
-        asked = task.neurons
+        # A part knows the explanations of its own share only, so the share is one of the explainable neurons.
+        share = set(sources) & task.share
     growing = task.begin(scorer, asked, settings)
-    part, parts = task.part
-    # A part knows the explanations of its own share alone, so the share is one of the neurons that can be explained.
-    explained_here = set(asked.tolist()) & task.share if SCORERS[scorer].explained else None
-    share = set(np.array_split(asked, parts)[part - 1].tolist()) if explained_here is None else explained_here
 
     few = {}
     for neuron in sorted(share & set(growing.missing())):
-        windows = contrast(task.records[neuron], jury.questions)
-        if not enough_windows(scorer, windows, jury.questions):
+        windows = contrast(task.records[neuron], context.questions)
+        if not enough_windows(scorer, windows, context.questions):
             few[neuron] = Judged(reason=TOO_FEW, active=windows.active, silent=windows.silent).row()
     growing.add(few)
 
-    async def one(neuron: int) -> dict[str, Any]:
-        found = await judge(
-            scorer, task.records[neuron], texts.get(neuron, ""), jury.pieces, jury.questions, llm=jury.llm,
-            encoder=jury.encoder,
+    async def judge_neuron(neuron: int) -> dict[str, Any]:
+        text = explanation_from(texts, sources[neuron]) if sources else ""
+        judged = await judge(
+            scorer, task.records[neuron], text, context.pieces, context.questions, llm=context.llm,
+            encoder=context.encoder,
         )  # fmt: skip
-        return found.row()
+        return judged.row()
 
-    tally = await task.fill(growing, one, share)
+    tally = await task.fill(growing, judge_neuron, share)
+    growing.finish()
     return Tally(done=tally.done + len(few), failed=tally.failed)
 
 

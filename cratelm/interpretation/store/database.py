@@ -161,22 +161,6 @@ class Store:
                 f"than {records_folder(self.run, key.mode)} holds now. {remedy}"
             )
 
-    def write_explanations(self, key: SetKey, made: LayerExplanations) -> None:
-        """Put a set of explanations in place of what was there."""
-        rows = (
-            (int(neuron), made.texts[row], *map(packed, made.tables.of(row), ("<i4", "<f4")))
-            for row, neuron in enumerate(made.neuron)
-        )
-        self.write(key, "explain", "neuron, text, tokens, means", rows)
-
-    def write_simulations(self, key: SetKey, made: LayerSimulations) -> None:
-        """Put a set of simulations in place of what was there."""
-        rows = (
-            (int(neuron), int(source), packed(made.of(row), "<f4"))
-            for row, (neuron, source) in enumerate(zip(made.neuron, made.source, strict=True))
-        )
-        self.write(key, "simulate", "neuron, source, activations", rows)
-
     def write_scores(self, key: SetKey, made: LayerScores) -> None:
         """Put a set of scores in place of what was there."""
         columns = [getattr(made, name).tolist() for name in _NUMBERS]

@@ -1,9 +1,9 @@
-"""Sets that grow neuron by neuron, as a language model makes them: every finished neuron is kept, whatever comes after.
+"""The one way to write sets of explanations, simulations and answers: begin, add rows, finish.
 
-A set is begun with the neurons it is to hold, the records they come from and the settings of whoever makes it. Rows
-are then added as they are ready. Begun again, it has what it had, unless records or settings are others: then it is
-made anew, which costs nothing where the answers are in the cache. It counts as there once every neuron has its row or
-its failure.
+A set is begun with its neurons, the records they come from and the settings that its rows depend on. Rows are added as
+they are ready: neuron by neuron by a language model, all at once by lookup (`complete`). A set that is begun again
+keeps its rows, unless the records or the settings have changed: then it is made again, with answers from the cache. It
+is whole when every neuron has its row or its failure.
 """
 
 import json
@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from cratelm import rundir
+from cratelm.interpretation.explainers.explanation import LayerExplanations
+from cratelm.interpretation.simulators.simulation import LayerSimulations
 from cratelm.interpretation.store.database import Store, add_set, identity, made_by, records_of, set_id
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage, packed, unpacked
-
-FAILED = "failed"
-"""Reason: the language model gave no usable answer; the table `failures` has what it said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,46 +27,56 @@ class Simulated:
     """The row of one neuron in a set of simulations."""
 
     source: int
-    """Index of the neuron whose explanation was used: the same neuron, unless this is a control."""
+    """Index of the neuron whose explanation was used; the same neuron except in a control."""
     activations: Float32[np.ndarray, " tokens"] = field(repr=False)
-    """Expected activation on every token of the scoring excerpts one after the other."""
+    """Expected activation on every token of the scoring excerpts, one after the other."""
 
 
-Row = str | Simulated | Mapping[str, Any]
-"""What a stage keeps of a neuron: `explain` a sentence, `simulate` a `Simulated`, others anything that JSON can say."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableExplained:
+    """The row of one neuron in a set of explanations by lookup."""
+
+    text: str
+    tokens: Int32[np.ndarray, " entries"] = field(repr=False)
+    means: Float32[np.ndarray, " entries"] = field(repr=False)
+    """Mean activation on each of the tokens."""
+
+
+Row = str | TableExplained | Simulated | Mapping[str, Any]
+"""Row of one neuron: a sentence or a table (`explain`), `Simulated` (`simulate`), or JSON (scorers)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrowingSet:
-    """A set that one or more processes fill. Made by `begin`."""
+    """A set that is being written, by one or more processes. Made by `begin`."""
 
     store: Store
     key: SetKey
     stage: Stage
     neurons: Int64[np.ndarray, " neurons"] = field(repr=False)
-    """Every neuron that the whole set is to hold, ascending."""
+    """All neurons of the set, ascending."""
 
     @classmethod
     def begin(
-        cls, store: Store, key: SetKey, stage: Stage, neurons: Iterable[int], *, settings: Mapping[str, Any]
-    ) -> "GrowingSet":
-        """Begin a set or take it up again. `settings`: all that its rows depend on beside the records and the model.
+        cls, store: Store, key: SetKey, stage: Stage, neurons: Iterable[int], *, settings: Mapping[str, Any],
+        not_compared: tuple[str, ...] = (),
+    ) -> "GrowingSet":  # fmt: skip
+        """Begin or resume a set. `settings`: everything that its rows depend on, apart from the records.
 
-        A whole set that has these neurons among others stays as it is. Rows of other neurons go where it is not whole,
-        so that a uniform sample stays one.
+        A whole set that contains these neurons stays as it is, even if the settings `not_compared` differ. If a set is
+        not whole, rows of other neurons are removed, so that a uniform sample stays one.
         """
         wanted = np.unique(np.fromiter(neurons, dtype=np.int64))
         records, told = identity(store.run, key.mode), json.dumps(settings, sort_keys=True)
         with store.transaction() as connection:
             own, had = add_set(connection, key), begun(connection, key, stage)
-            if had is not None and (had.records, had.settings) != (records, told):
-                drop_rows(connection, own, stage)
-            elif had is not None and records_of(connection, key, stage) == records:
-                if np.isin(wanted, had.neurons).all():
+            if had is not None and records_of(connection, key, stage) == records == had.records:
+                contained = bool(np.isin(wanted, had.neurons).all())
+                if contained and _without(had.settings, not_compared) == _without(told, not_compared):
                     return cls(store=store, key=key, stage=stage, neurons=had.neurons)
-                connection.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [own, stage])
-            elif had is None:
-                drop_rows(connection, own, stage)  # a whole set of another kind, or of older records
+            if had is None or (had.records, had.settings) != (records, told):
+                drop_rows(connection, own, stage)
+            connection.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [own, stage])
             extra = sorted(_there(connection, own, stage) - set(wanted.tolist()))
             remove_rows(connection, own, stage, extra)
             connection.execute(
@@ -77,7 +86,7 @@ class GrowingSet:
         return cls(store=store, key=key, stage=stage, neurons=wanted)
 
     def missing(self) -> list[int]:
-        """Neurons that have neither a row nor a failure yet, here or in the run's own store."""
+        """Neurons without a row or a failure, here and in the run's own store."""
         there: set[int] = set()
         for store in self._stores():
             with store.transaction() as connection:
@@ -85,7 +94,7 @@ class GrowingSet:
         return [neuron for neuron in self.neurons.tolist() if neuron not in there]
 
     def rows(self) -> dict[int, Row]:
-        """The rows there are, by neuron, whole set or not; in a part also those of the run's own store."""
+        """The rows so far, by neuron; in a part also those of the run's own store."""
         found: dict[int, Row] = {}
         for store in self._stores():
             with store.transaction() as connection:
@@ -93,33 +102,41 @@ class GrowingSet:
         return {neuron: found[neuron] for neuron in sorted(found)}
 
     def failures(self) -> dict[int, str]:
-        """What the model said where it gave no usable answer, by neuron."""
+        """The messages of failed neurons, by neuron."""
         with self.store.transaction() as connection:
             return read_failures(connection, set_id(connection, self.key), self.stage)
 
     def add(self, rows: Mapping[int, Row]) -> None:
-        """Keep the rows of some neurons, in one transaction; an earlier row or failure of the same neuron goes."""
+        """Write rows in one transaction; they replace earlier rows and failures of the same neurons."""
         with self.store.transaction() as connection:
             own = add_set(connection, self.key)
             remove_rows(connection, own, self.stage, rows)
             add_rows(connection, own, self.stage, rows)
 
+    def complete(self, rows: Mapping[int, Row]) -> None:
+        """Write the rows of all neurons and mark the set as whole, in one transaction."""
+        with self.store.transaction() as connection:
+            own = add_set(connection, self.key)
+            remove_rows(connection, own, self.stage, rows)
+            add_rows(connection, own, self.stage, rows)
+            mark_whole(connection, own, self.stage, identity(self.store.run, self.key.mode))
+
     def add_failures(self, messages: Mapping[int, str]) -> None:
-        """Keep that some neurons got no usable answer, and what was said instead."""
+        """Write that some neurons got no usable answer, with the reason or the answer."""
         rows = [(neuron, self.stage, message) for neuron, message in messages.items()]
         with self.store.transaction() as connection:
             own = add_set(connection, self.key)
             connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", ((own, *row) for row in rows))
 
     def forget_failures(self) -> None:
-        """Let the failed neurons be missing again, to ask once more."""
+        """Remove the failures, so that these neurons are missing and are tried again."""
         with self.store.transaction() as connection:
             own = add_set(connection, self.key)
             for table in ("failures", "stages"):
                 connection.execute(f"DELETE FROM {table} WHERE set_id = ? AND stage = ?", [own, self.stage])
 
     def finish(self) -> bool:
-        """Say that the set is whole, if it is; a part never is. Returns whether it is."""
+        """Mark the set as whole if nothing is missing; a part never is. Returns whether it is whole."""
         if self.store.part or self.missing():
             return False
         with self.store.transaction() as connection:
@@ -127,7 +144,7 @@ class GrowingSet:
         return True
 
     def _stores(self) -> list[Store]:
-        """Where rows may be: the run's own store, if it is of the same making, and then a part's."""
+        """The stores that may hold rows: the run's own store, if begun with the same settings, and this part."""
         own = self.store
         if not own.part or not Store(own.run).path.exists():
             return [own]
@@ -139,22 +156,22 @@ class GrowingSet:
 
 
 class Begun(NamedTuple):
-    """What a growing set was begun with."""
+    """The records, settings and neurons that a set was begun with."""
 
     records: str
-    """Identity of the records its rows are made from."""
+    """Identity of the records."""
     settings: str
-    """Settings of whoever makes it, as JSON."""
+    """Settings, as JSON."""
     neurons: np.ndarray
-    """Every neuron it is to hold, ascending."""
+    """All neurons of the set, ascending."""
 
     def difference(self, other: "Begun") -> str:
-        """In which settings two differ; empty if they agree."""
+        """The settings that differ; empty if none does."""
         return rundir.differing_fields(json.loads(self.settings), json.loads(other.settings))
 
 
 def begun(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> Begun | None:
-    """What a set was begun with; None if it never grew."""
+    """Read what a set was begun with; None for a set of an earlier version by lookup."""
     query = "SELECT records, settings, neurons FROM begun WHERE set_id = ? AND stage = ?"
     row = connection.execute(query, [set_id(connection, key), stage]).fetchone()
     return row and Begun(row[0], row[1], unpacked(row[2], "<i4").astype(np.int64))
@@ -165,21 +182,21 @@ def add_rows(connection: sqlite3.Connection, own: int, stage: Stage, rows: Mappi
     values: list[tuple[Any, ...]] = []
     for neuron, row in rows.items():
         if isinstance(row, str):
-            assert stage == "explain"
-            values.append((own, neuron, row))
+            values.append((own, neuron, row, None, None))
+        elif isinstance(row, TableExplained):
+            values.append((own, neuron, row.text, packed(row.tokens, "<i4"), packed(row.means, "<f4")))
         elif isinstance(row, Simulated):
-            assert stage == "simulate"
             values.append((own, neuron, row.source, packed(row.activations, "<f4")))
         else:
             values.append((own, neuron, stage, json.dumps(row, ensure_ascii=False)))
-    columns = {"explain": "set_id, neuron, text", "simulate": "set_id, neuron, source, activations"}
+    columns = {"explain": "set_id, neuron, text, tokens, means", "simulate": "set_id, neuron, source, activations"}
     names = columns.get(stage, "set_id, neuron, scorer, detail")
     places = ", ".join("?" * (names.count(",") + 1))
     connection.executemany(f"INSERT INTO {MADE[stage]} ({names}) VALUES ({places})", values)
 
 
 def mark_whole(connection: sqlite3.Connection, own: int, stage: Stage, records: str) -> None:
-    """Write the row that says that a set is whole."""
+    """Mark a set as whole."""
     connection.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)", [own, stage, records, made_by()])
 
 
@@ -201,7 +218,7 @@ def read_failures(connection: sqlite3.Connection, own: int | None, stage: Stage)
 
 
 def _of(stage: Stage) -> tuple[str, list[str]]:
-    """The condition that picks a stage's rows of a set from its table, and what to fill in after the set."""
+    """The SQL condition for a stage's rows of a set, and its parameters after the set."""
     return ("set_id = ? AND scorer = ?", [stage]) if MADE[stage] == "answers" else ("set_id = ?", [])
 
 
@@ -226,8 +243,32 @@ def remove_rows(connection: sqlite3.Connection, own: int, stage: Stage, neurons:
 
 
 def drop_rows(connection: sqlite3.Connection, own: int, stage: Stage) -> None:
-    """Remove all that a stage made of a set."""
+    """Remove all rows of a stage of a set."""
     condition, more = _of(stage)
     connection.execute(f"DELETE FROM {MADE[stage]} WHERE {condition}", [own, *more])
     for table in ("failures", "stages", "begun"):
         connection.execute(f"DELETE FROM {table} WHERE set_id = ? AND stage = ?", [own, stage])
+
+
+def write_explanations(store: Store, key: SetKey, made: LayerExplanations) -> None:
+    """Write a whole set of explanations by lookup."""
+    tables = (made.tables.of(row) for row in range(len(made.neuron)))
+    rows = {
+        neuron: TableExplained(text=text, tokens=tokens, means=means)
+        for neuron, text, (tokens, means) in zip(made.neuron.tolist(), made.texts, tables, strict=True)
+    }
+    GrowingSet.begin(store, key, "explain", rows, settings={}).complete(rows)
+
+
+def write_simulations(store: Store, key: SetKey, made: LayerSimulations) -> None:
+    """Write a whole set of simulations by lookup."""
+    rows = {
+        neuron: Simulated(source=source, activations=made.of(row))
+        for row, (neuron, source) in enumerate(zip(made.neuron.tolist(), made.source.tolist(), strict=True))
+    }
+    GrowingSet.begin(store, key, "simulate", rows, settings={}).complete(rows)
+
+
+def _without(settings: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Settings, given as JSON, without some of them."""
+    return {name: value for name, value in json.loads(settings).items() if name not in names}

@@ -18,6 +18,7 @@ from cratelm.interpretation.store.database import Store, add_set, identity, reco
 from cratelm.interpretation.store.growing_sets import (
     Begun,
     Row,
+    Simulated,
     add_rows,
     begun,
     drop_rows,
@@ -180,6 +181,8 @@ def _join(
 def _equal(one: Row, other: Row) -> bool:
     if isinstance(one, str | Mapping) or isinstance(other, str | Mapping):
         return one == other
+    assert isinstance(one, Simulated)
+    assert isinstance(other, Simulated)
     return one.source == other.source and np.array_equal(one.activations, other.activations)
 
 

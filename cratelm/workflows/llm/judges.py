@@ -1,6 +1,6 @@
 """The scorers beside simulation, in the interpreting commands: who is asked, and the tables of what came of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import Questions
 from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION, ScorerAggregate, check_llm
-from cratelm.interpretation.stages.judge import Jury, aggregate_judged, judged_key, judged_sets
+from cratelm.interpretation.stages.judge import JudgeContext, aggregate_judged, judged_key, judged_sets
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.workflows.score_table import interval, line_of, set_words
@@ -22,19 +22,19 @@ class Judges:
     """Who is asked by which scorer."""
 
     scorers: tuple[str, ...]
-    jury: Jury
+    context: JudgeContext
     """For scorers that ask a chat or an encoder."""
     reader: LLM | None
     """For scorers that need the probabilities of a prompt."""
 
-    def jury_for(self, scorer: str) -> Jury:
+    def context_for(self, scorer: str) -> JudgeContext:
         """The jury of one scorer."""
-        return replace(self.jury, llm=self.reader) if SCORERS[scorer].needs == "prompt-logprobs" else self.jury
+        return replace(self.context, llm=self.reader) if SCORERS[scorer].needs == "prompt-logprobs" else self.context
 
     def sets(self, explained: Sequence[SetKey], controls: Sequence[str]) -> Iterator[tuple[str, SetKey]]:
         """Every scorer with every set of its results; one that tests no explanation has one for each layer."""
         for scorer in self.scorers:
-            name = self.jury_for(scorer).name_for(scorer)
+            name = self.context_for(scorer).name_for(scorer)
             keys = [
                 judged_key(replace(key, control=control), scorer, name)
                 for key in explained
@@ -44,9 +44,9 @@ class Judges:
 
 
 async def find_judges(
-    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str, pieces: Sequence[bytes]
+    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str, pieces: Callable[[], Sequence[bytes]]
 ) -> Judges | None:
-    """Open who is needed; None where nothing but simulation was asked for. Refused where one is missing."""
+    """Open the models that the scorers need; None without other scorers. Raises `CrateError` if one is missing."""
     asked = tuple(name for name in scorers if name != SIMULATION)
     if not asked:
         return None
@@ -61,8 +61,8 @@ async def find_judges(
         from cratelm.encoder import DEFAULT, SentenceEncoder
 
         opened = SentenceEncoder.open(encoder or DEFAULT)
-    jury = Jury(pieces=pieces, questions=Questions(), llm=chat, encoder=opened)
-    return Judges(scorers=asked, jury=jury, reader=reader)
+    context = JudgeContext(pieces=pieces(), questions=Questions(), llm=chat, encoder=opened)
+    return Judges(scorers=asked, context=context, reader=reader)
 
 
 def print_judged(run: Path, wanted: Sequence[tuple[str, SetKey]]) -> None:

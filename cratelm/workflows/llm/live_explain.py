@@ -10,13 +10,13 @@ import anyio.to_thread
 from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.interpretation.clients.usage import Usage
-from cratelm.interpretation.explainers.language_model import Explainer, explainer_settings
+from cratelm.interpretation.explainers.language_model import LLMExplainer, explainer_settings
 from cratelm.interpretation.llm import LLMError
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Layer
-from cratelm.workflows.llm.opening import Cast, basename, is_url, kept, measure, opened
+from cratelm.workflows.llm.opening import LLMs, basename, is_url, kept, measure, open_llms
 from cratelm.workflows.options.language_model import Explaining, Spending
 
 PROTOCOL = "top-and-random"
@@ -28,7 +28,7 @@ class LiveExplainer:
 
     def __init__(self, explaining: Explaining) -> None:
         self.explaining, self.usage, self.spending = explaining, Usage(), Spending()
-        self._cast: Cast | None = None
+        self._llms: LLMs | None = None
         self._opening = asyncio.Lock()
         self._open = AsyncExitStack()
 
@@ -42,18 +42,18 @@ class LiveExplainer:
     async def __call__(self, layer: Layer, neuron: int) -> Mapping[str, Any]:
         """The explanation as `text`, or what came instead as `failure`; with the `explainer` and tokens spent."""
         async with self._opening:
-            if self._cast is None:
-                opening = opened(self.explaining, None, self.spending, self.usage)
-                self._cast = await self._open.enter_async_context(opening)
-        assert self._cast.explainer is not None
+            if self._llms is None:
+                opening = open_llms(self.explaining, None, self.spending, self.usage)
+                self._llms = await self._open.enter_async_context(opening)
+        assert self._llms.explainer is not None
         store = Store.create(layer.run)
-        await measure(self._cast.explainer, store, self.usage)
-        llm = kept(self._cast.explainer, store, self.usage, self.spending)
+        await measure(self._llms.explainer, store, self.usage)
+        llm = kept(self._llms.explainer, store, self.usage, self.spending)
         records, strings = await anyio.to_thread.run_sync(_read, layer)
-        explainer = Explainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)
+        explainer = LLMExplainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)
         [(_, prompt)] = explainer.prompts(records, protocol(PROTOCOL, layer.mode), [neuron])
         try:
-            text, failure = await explainer.explain(prompt), ""
+            text, failure = await explainer.ask(prompt), ""
         except LLMError as error:
             text, failure = "", str(error)
         return {"text": text, "failure": failure, "explainer": llm.name}

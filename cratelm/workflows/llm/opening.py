@@ -26,8 +26,8 @@ from cratelm.workflows.options.language_model import Explaining, Simulating, Spe
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
-    """Who explains, simulates and judges; None where that is lookup, or not needed."""
+class LLMs:
+    """The models that explain, simulate and judge; None for lookup or if not needed."""
 
     explainer: LLM | None
     simulator: LLM | None
@@ -127,9 +127,9 @@ def basename(where: str) -> str:
 
 
 @asynccontextmanager
-async def opened(
+async def open_llms(
     explaining: Explaining, simulating: Simulating | None, spending: Spending, usage: Usage, *, judged: bool = False
-) -> AsyncIterator[Cast]:
+) -> AsyncIterator[LLMs]:
     """Open what is needed; connections are given back at the end. The same model is opened once."""
     found: dict[tuple[str, str], LLM] = {}
 
@@ -149,7 +149,7 @@ async def opened(
         if simulating is not None and simulates(explaining, simulating):
             where = simulating.simulator_llm or explaining.llm
             simulator = await open_once(where, simulating.simulator_model or explaining.model)
-        yield Cast(explainer, simulator, judge)
+        yield LLMs(explainer, simulator, judge)
     finally:
         for one in found.values():
             await one.close()

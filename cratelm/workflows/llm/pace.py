@@ -1,4 +1,4 @@
-"""How long what a plan asks will take: a model is let simulate once alone and several at once, at full size."""
+"""Estimate the time of a plan: time some simulations of full size, one alone and several at once."""
 
 import contextlib
 import time
@@ -15,9 +15,9 @@ from cratelm.interpretation.store.database import Store
 from cratelm.runtime import duration, human
 
 WIDTH = 64
-"""Tokens of an excerpt that is tried: as many as the longest of the protocols have."""
+"""Tokens of a timed excerpt: the longest of the protocols."""
 BURST = 8
-"""Excerpts that are tried at once; fewer where fewer may be in flight."""
+"""Excerpts that are timed at once; fewer if fewer may be in flight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,21 +25,18 @@ class Pace:
     """How fast a model answered."""
 
     alone: float
-    """Seconds for one call by itself."""
+    """Seconds for one call."""
     together: float
-    """Seconds for several at once, reading the answers included."""
+    """Seconds for several at once."""
     calls: int
-    """How many these were."""
+    """Number of these calls."""
     tokens: int
-    """Tokens that were read for them, what they share once."""
+    """Tokens read for these calls, a shared prefix counted once."""
     here: bool
-    """Whether the model runs in this process, so that what it reads counts and not how many wait."""
+    """Whether the model runs in this process: then the time depends on tokens, not on calls in flight."""
 
     def seconds(self, asked: Asked, in_flight: int) -> float:
-        """How long all of this takes: never less than a call by itself.
-
-        Of calls that a server answers at once each takes as long as one alone, but for what more of them take longer.
-        """
+        """Estimate the time for these calls; at least that of one call."""
         if self.here:
             return (asked.computed + asked.written) * self.together / self.tokens
         each = max(self.together - self.alone, 0.0) / max(self.calls - 1, 1)
@@ -47,24 +44,23 @@ class Pace:
         return max(asked.calls * max(each, self.alone / at_once), self.alone)
 
     def line(self, asked: Asked, in_flight: int) -> str:
-        """What it says of the time that all of the plan takes."""
-        took = f"time: about {duration(self.seconds(asked, in_flight))}, "
+        """The line of the plan about the time of all calls."""
+        estimate = f"time: about {duration(self.seconds(asked, in_flight))}, "
         if self.here:
-            return f"{took}at {human(self.tokens / self.together)} tokens a second"
-        return f"{took}as one call took {self.alone:.2g} s now and {self.calls} at once {self.together:.2g} s"
+            return f"{estimate}at {human(self.tokens / self.together)} tokens a second"
+        return f"{estimate}as one call took {self.alone:.2g} s now and {self.calls} at once {self.together:.2g} s"
 
 
-async def tried(simulator: Any, store: Store, in_flight: int) -> Pace | str:
-    """Let the model simulate neurons that everybody knows, and see how long that takes; or why it could not.
+async def time_trial(simulator: Any, store: Store, in_flight: int, asked: Asked) -> str:
+    """Time simulations of the self-test's neurons; returns the line of the plan, empty if nothing is to be asked.
 
-    A server's count of what it read makes the plan's estimates of tokens those of its tokenizer.
+    A server's token counts also calibrate the plan's estimates.
     """
-    puzzle, remote = puzzles()[0], simulator.llm.remote
-    words = [token for one in puzzles() for token in one.tokens]
+    puzzle = puzzles()[0]
+    words = [token for puzzle in puzzles() for token in puzzle.tokens]
     excerpts = [list(islice(cycle(words), 7 * i, 7 * i + WIDTH)) for i in range(1 + min(BURST, in_flight))]
-    if simulator.name.method == "token-by-token":  # a call for each token
+    if simulator.name.method == "token-by-token":  # one call per token
         excerpts = [excerpts[0][:1], excerpts[1][:BURST]]
-    alone, together = excerpts[:1], excerpts[1:]
 
     async def seconds(several: Sequence[Sequence[str]]) -> float:
         started = time.perf_counter()
@@ -72,13 +68,14 @@ async def tried(simulator: Any, store: Store, in_flight: int) -> Pace | str:
         return max(time.perf_counter() - started, 1e-6)
 
     try:
-        took = [await seconds(alone), await seconds(together)]
+        alone, together = await seconds(excerpts[:1]), await seconds(excerpts[1:])
     except LLMError as error:
         return f"time: unknown, because a simulation that was tried failed: {error}"
     counting = CountingLLM(simulator.llm, store)
-    with contextlib.suppress(LLMError):  # of an answer that says nothing
-        await replace(simulator, llm=counting, counts=Counter()).simulate(puzzle.explanation, together)
-    return Pace(
-        alone=took[0], together=took[1], calls=max(counting.asked.calls, 1), tokens=max(counting.asked.computed, 1),
-        here=not remote,
+    with contextlib.suppress(LLMError):  # the counting model gives an empty answer
+        await replace(simulator, llm=counting, counts=Counter()).simulate(puzzle.explanation, excerpts[1:])
+    pace = Pace(
+        alone=alone, together=together, calls=max(counting.asked.calls, 1), tokens=max(counting.asked.computed, 1),
+        here=not simulator.llm.remote,
     )  # fmt: skip
+    return pace.line(asked, in_flight) if asked.calls else ""

@@ -1,229 +1,239 @@
-"""The plan that is printed before a language model is asked: what is there, what is missing, what that costs."""
+"""The estimate that is printed before a language model is called: what is missing, and its calls, tokens and price.
+
+The stages run on a few neurons with a model that counts prompts and answers nothing (`stages/estimate.py`).
+"""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
-from cratelm.interpretation.explainers.language_model import Explainer
+from cratelm.interpretation.explainers.language_model import LLMExplainer
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.prompts.explainer import ExplainerPrompt, PromptTooLong
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.scorers.registry import SCORERS, judge
-from cratelm.interpretation.simulators.calibration import calibration_excerpts
-from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_NEURON
+from cratelm.interpretation.simulators.language_model import LLMSimulator
 from cratelm.interpretation.stages.estimate import COUNTED, Asked, CountingLLM, estimated
-from cratelm.interpretation.stages.judge import Jury
-from cratelm.interpretation.stages.language_model import (
-    Task,
-    explain_settings,
-    failures,
-)
-from cratelm.interpretation.store.database import identity
+from cratelm.interpretation.stages.judge import JudgeContext
+from cratelm.interpretation.stages.set_task import SetTask, explanation_from, failures, settings_hash
+from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
 from cratelm.interpretation.store.schema import Stage
 from cratelm.runtime import human
-from cratelm.workflows.llm.pace import Pace
 from cratelm.workflows.options.language_model import Spending
+
+Ask = Callable[[CountingLLM, int], Awaitable[object]]
+"""Asks about one neuron with a model that counts."""
 
 
 @dataclass(slots=True)
 class Line:
     """One stage of the plan."""
 
-    what: str
+    stage: str
     neurons: int = 0
-    """Neurons that the stage is to be done for, counted once for every set."""
-    there: int = 0
+    """Neurons of the stage, counted once for every set."""
+    done: int = 0
     """Those of them that are done."""
     exact: bool = True
     """Whether every prompt was counted."""
     dropped: int = 0
-    """Records of solved neurons that one of its prompts leaves out, because the context is short; the most."""
-    apart: bool = False
-    """Whether each prompt leaves out its own, as released."""
+    """Largest number of few-shot excerpts that a prompt leaves out because the context is short."""
+    each_its_own: bool = False
+    """Whether each prompt leaves out its own number, as in the released code."""
     too_long: str = ""
-    """Why a prompt of it cannot be asked at all: it does not fit the context even without solved neurons."""
-    asked: Asked = None  # type: ignore[assignment]
-    """What is missing would cost."""
-
-    def __post_init__(self) -> None:
-        self.asked = self.asked or Asked()
+    """Why a prompt does not fit the context even without few-shot examples."""
+    asked: Asked = field(default_factory=Asked)
+    """The cost of what is missing."""
 
 
-async def plan_explain(line: Line, task: Task, explainer: Explainer, seen: set[str]) -> None:
-    """Add one set of explanations to a line. `seen`: what the plan asks already."""
-    line.apart |= explainer.settings.mode == "compat"
-    settings = explain_settings(task, explainer)
-    missing, left_out = _missing(line, task, "explain", told=settings), settings.get("left_out", 0)
+@dataclass(slots=True)
+class Plan:
+    """The plan of one run."""
 
-    async def ask(llm: CountingLLM, neuron: int) -> None:
-        counting = replace(explainer, llm=llm)
-        for _, prompt in counting.prompts(task.records, task.protocol, [neuron], left_out=left_out):
-            if isinstance(prompt, ExplainerPrompt):
-                line.dropped = max(line.dropped, prompt.dropped)
-            else:
-                line.too_long = str(prompt)
-            await counting.explain(prompt, task.key.sample)
+    store: Store
+    spending: Spending
+    lines: list[Line] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    """Hashes of the calls in the plan: a duplicate is not counted."""
 
-    await _add(line, task, explainer.llm, missing, ask, seen)
+    async def explain(self, tasks: Iterable[SetTask], explainer: LLMExplainer) -> None:
+        """Add sets of explanations."""
+        line = self._line("explain")
+        line.each_its_own = explainer.settings.mode == "compat"
+        for task in tasks:
+            settings = explainer.set_settings(task)
+            missing, left_out = _missing(line, task, "explain", task.explainable, settings), settings.get("left_out", 0)
+
+            async def ask(llm: CountingLLM, neuron: int, task: SetTask = task, left_out: int = left_out) -> None:
+                counting = replace(explainer, llm=llm)
+                for _, prompt in counting.prompts(task.records, task.protocol, [neuron], left_out=left_out):
+                    if isinstance(prompt, ExplainerPrompt):
+                        line.dropped = max(line.dropped, prompt.dropped)
+                    else:
+                        line.too_long = str(prompt)
+                    await counting.ask(prompt, task.key.sample)
+
+            await self._add(line, explainer.llm, missing, ask)
+
+    async def simulate(
+        self, stage: str, tasks: Iterable[SetTask], simulator: LLMSimulator, explainer: LLMExplainer | None
+    ) -> None:
+        """Add sets of simulations. An explanation that is missing counts as a sentence of typical length."""
+        line = self._line(stage)
+        for task in tasks:
+            fitted = simulator.fitted(task)
+            settings = {**fitted.cache_settings(), "calibrate": simulator.calibrate}
+            if explainer is not None:
+                explained = explainer.set_settings(replace(task, key=task.key.explained))
+                settings["explained"] = settings_hash(json.dumps(explained, sort_keys=True))
+            missing = _missing(line, task, "simulate", task.explainable, settings)
+            excerpts_of, explanation_of = simulator.excerpts(task), _explanations(task)
+
+            async def ask(
+                llm: CountingLLM, neuron: int, fitted: Any = fitted, excerpts_of: Any = excerpts_of,
+                explanation_of: Any = explanation_of,
+            ) -> None:  # fmt: skip
+                counts = Counter[str]()
+                text, llm.about = explanation_of(neuron)
+                try:
+                    await replace(fitted, llm=llm, counts=counts).simulate(text, excerpts_of(neuron))
+                except PromptTooLong as error:
+                    line.too_long = str(error)
+                    raise
+                finally:
+                    line.dropped = max(line.dropped, counts["left out"])
+
+            await self._add(line, simulator.simulator.llm, missing, ask)  # type: ignore[attr-defined]
+
+    async def judge(self, scorer: str, tasks: Iterable[SetTask], context: JudgeContext) -> None:
+        """Add sets of a scorer's results."""
+        line = self.lines[-1] if self.lines and self.lines[-1].stage == scorer else self._line(scorer)
+        explained = SCORERS[scorer].explained
+        for task in tasks:
+            wanted = task.explainable if explained else task.neurons
+            missing = _missing(line, task, scorer, wanted, context.told(scorer))
+            explanation_of = _explanations(task) if explained else lambda _: ("", "")
+
+            async def ask(
+                llm: CountingLLM, neuron: int, task: SetTask = task, explanation_of: Any = explanation_of
+            ) -> None:
+                text, llm.about = explanation_of(neuron)
+                await judge(scorer, task.records[neuron], text, context.pieces, context.questions, llm=llm)
+
+            if context.llm is not None and SCORERS[scorer].needs != "encoder":
+                await self._add(line, context.llm, missing, ask)
+
+    @property
+    def total(self) -> Asked:
+        """The cost of all lines."""
+        total = Asked()
+        for line in self.lines:
+            total.add(line.asked)
+        return total
+
+    @property
+    def error(self) -> str:
+        """Why nothing can be done: no prompt of any stage fits the context."""
+        fits = any(line.asked.calls or line.asked.kept or not line.too_long for line in self.lines)
+        return "" if fits else self.lines[0].too_long
+
+    def table(self, pace: str = "") -> list[str]:
+        """The plan in lines of 80 columns; `pace` is a line about the time that it takes."""
+        total = Line("in all", sum(line.neurons for line in self.lines), sum(line.done for line in self.lines))
+        total.asked = self.total
+        priced = bool(self.spending.price_in or self.spending.price_out)
+        heads = ("neurons", "there", "calls", "read", "shared", "written", *(("price",) if priced else ()))
+        table = [f"{'stage':<17}" + "".join(f"{head:>9}" for head in heads)]
+        for line in (*self.lines, total) if len(self.lines) > 1 else self.lines:
+            table.append(f"{line.stage:<17}" + "".join(f"{cell:>9}" for cell in self._cells(line, priced)))
+        counted = "" if all(line.exact for line in self.lines) else f", counted from {COUNTED} neurons of each set"
+        most = "written and price: of the longest answers" if priced else "written: the longest answers"
+        table += [f"tokens{counted}; shared: read once for many prompts", most]
+        table += [pace] if pace else []
+        if dropped := max(line.dropped for line in self.lines):
+            records = sum(len(neuron.records) for neuron in few_shot_neurons())
+            own = any(line.each_its_own and line.dropped for line in self.lines)
+            which = "each explaining prompt its own, as released; of a set all simulating ones alike"
+            table += [
+                f"the context is short: prompts leave out up to {dropped} of {records} few-shot excerpts",
+                f"({which if own else 'all prompts of a layer and protocol the same ones'})",
+            ]
+        if too_long := next((line.too_long for line in self.lines if line.too_long), ""):
+            table.append(f"neurons with longer prompts than the context cannot be asked: {too_long}")
+        if total.asked.again:
+            table.append(f"{human(total.asked.again)} duplicate calls skipped")
+        return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])
+
+    def _cells(self, line: Line, priced: bool) -> list[str]:
+        asked, spending = line.asked, self.spending
+        cells = [f"{line.neurons:,}", f"{line.done:,}", human(asked.calls), human(asked.read)]
+        cells += [human(asked.read - asked.computed), human(asked.written)]
+        price = (spending.price_in * asked.read + spending.price_out * asked.written) / 1e6
+        return cells + ([f"{price:.2f}"] if priced else [])
+
+    def _line(self, stage: str) -> Line:
+        self.lines.append(Line(stage))
+        return self.lines[-1]
+
+    async def _add(self, line: Line, llm: LLM, missing: Sequence[int], ask: Ask) -> None:
+        line.asked.add(await estimated(llm, missing, ask, self.store, seen=self.seen))
+        line.exact &= len(missing) <= COUNTED
 
 
-async def plan_simulate(
-    line: Line, task: Task, simulator: Any, strings: Sequence[str], told: Mapping[str, Any], seen: set[str]
-) -> None:  # fmt: skip
-    """Add one set of simulations to a line. What is not explained yet is taken to get a sentence of usual length.
+def _explanations(task: SetTask) -> Callable[[int], tuple[str, str]]:
+    """Neuron -> (its explanation in this set, ""), or (a typical sentence, a hash of what the missing one depends on).
 
-    `told`: the settings of the set, as far as they are known before its neurons are explained.
+    The hash is of the excerpts that the neuron is explained from: sets with the same excerpts get the same explanation.
     """
-    missing = _missing(line, task, "simulate", told={**simulator.cache_settings(), **told})
-    parts = [draw(task.records, task.protocol.score, "score")]
-    parts += [calibration_excerpts(task.records, task.protocol)] if told["calibrate"] else []
-    said = _said(task)
-
-    async def ask(llm: CountingLLM, neuron: int) -> None:
-        excerpts = [
-            [strings[token] for token in excerpt.tokens.tolist()] for part in parts for excerpt in part.of(neuron)
-        ]
-        text, llm.about = said(neuron)
-        counts = Counter[str]()
-        try:
-            await replace(simulator, llm=llm, counts=counts).simulate(text, excerpts)
-        except PromptTooLong as error:
-            line.too_long = str(error)
-            raise
-        finally:
-            line.dropped = max(line.dropped, counts["left out"])
-
-    await _add(line, task, simulator.llm, missing, ask, seen)
-
-
-async def plan_judge(line: Line, task: Task, scorer: str, jury: Jury, seen: set[str]) -> None:
-    """Add one set of a scorer's results to a line; what is not explained yet is taken to get a usual sentence."""
-    asked = task.explainable if SCORERS[scorer].explained else task.neurons
-    missing = _missing(line, task, scorer, asked, told=jury.told(scorer))
-    said = _said(task) if SCORERS[scorer].explained else lambda _: ("", "")
-
-    async def ask(llm: CountingLLM, neuron: int) -> None:
-        text, llm.about = said(neuron)
-        await judge(scorer, task.records[neuron], text, jury.pieces, jury.questions, llm=llm)
-
-    if jury.llm is not None and SCORERS[scorer].needs != "encoder":
-        await _add(line, task, jury.llm, missing, ask, seen)
-
-
-def _said(task: Task) -> Callable[[int], tuple[str, str]]:
-    """Neuron -> the explanation that a set gives it; and where that is not there yet, a usual one and what makes it.
-
-    What makes it are the excerpts that it is explained from: by them it is known which sets get the same explanation.
-    """
-    texts, failed = _explained(task), failures(task.store, task.key.explained, "explain") if _is_there(task) else {}
-    expected = [neuron for neuron in task.explainable.tolist() if neuron in texts or neuron not in failed]
-    sources = task.sources(np.array(expected, dtype=np.int64))
+    texts, failed = dict[int, str](), dict[int, str]()
+    if task.store.path.exists():
+        explained = GrowingSet(store=task.store, key=task.key.explained, stage="explain", neurons=task.explainable)
+        texts = {neuron: str(text) for neuron, text in explained.rows().items()}
+        failed = failures(task.store, task.key.explained, "explain")
+    sources = task.sources(neuron for neuron in task.explainable.tolist() if neuron in texts or neuron not in failed)
     excerpts = draw(task.records, task.protocol.explain, "explain")
+    typical = max((neuron.explanation for neuron in few_shot_neurons()), key=len)
 
-    def said(neuron: int) -> tuple[str, str]:
+    def explanation_of(neuron: int) -> tuple[str, str]:
         source = sources.get(neuron, neuron)
-        if source == NO_NEURON:
-            return CONSTANT_EXPLANATION, ""
-        if source in texts:
-            return texts[source], ""
+        if source < 0 or source in texts:
+            return explanation_from(texts, source), ""
         key = task.key
         made_from = hashlib.sha256(repr((key.layer, key.tap, key.explainer, key.sample, source)).encode())
-        for one in excerpts.of(source):
-            made_from.update(one.tokens.tobytes() + one.activations.tobytes())
-        return _usual(), made_from.hexdigest()
+        for excerpt in excerpts.of(source):
+            made_from.update(excerpt.tokens.tobytes() + excerpt.activations.tobytes())
+        return typical, made_from.hexdigest()
 
-    return said
-
-
-def _is_there(task: Task) -> bool:
-    return task.store.path.exists()
-
-
-def _explained(task: Task) -> dict[int, str]:
-    """The explanations that are there already."""
-    explained = GrowingSet(store=task.store, key=task.key.explained, stage="explain", neurons=task.explainable)
-    return {neuron: str(text) for neuron, text in explained.rows().items()} if _is_there(task) else {}
-
-
-def _usual() -> str:
-    """A sentence of usual length, in the place of one that is not there yet."""
-    return max((neuron.explanation for neuron in few_shot_neurons()), key=len)
+    return explanation_of
 
 
 def _missing(
-    line: Line, task: Task, stage: Stage, wanted: Int64[np.ndarray, " neurons"] | None = None, *,
-    told: Mapping[str, Any] | None = None,
-) -> list[int]:  # fmt: skip
-    """The neurons that have no row yet, or one of other settings; counts them and those that have one."""
-    wanted = task.explainable if wanted is None else wanted
+    line: Line, task: SetTask, stage: Stage, wanted: Int64[np.ndarray, " neurons"], settings: Mapping[str, Any]
+) -> list[int]:
+    """The neurons without a row made with these settings; counts them and the others."""
     missing = set(wanted.tolist())
-    if task.store.path.exists() and not _is_of_others(task, stage, told or {}):
+    if task.store.path.exists() and not _is_outdated(task, stage, settings):
         missing = set(GrowingSet(store=task.store, key=task.key, stage=stage, neurons=wanted).missing())
     line.neurons += len(wanted)
-    line.there += len(wanted) - len(missing)
+    line.done += len(wanted) - len(missing)
     return sorted(missing & task.share if task.part != (1, 1) else missing)
 
 
-def _is_of_others(task: Task, stage: Stage, told: Mapping[str, Any]) -> bool:
-    """Whether what is there of a set comes from other records, or was made with other settings: it is made anew."""
+def _is_outdated(task: SetTask, stage: Stage, settings: Mapping[str, Any]) -> bool:
+    """Whether the stored rows come from other records or settings."""
     with task.store.transaction() as connection:
         had = begun(connection, task.key, stage)
     if had is None:
         return False
-    settings = json.loads(had.settings)
-    # Settings as they come back from JSON: lists for tuples.
-    wanted = json.loads(json.dumps(told))
+    stored, wanted = json.loads(had.settings), json.loads(json.dumps(settings))
     return had.records != identity(task.store.run, task.key.mode) or any(
-        settings.get(name) != value for name, value in wanted.items()
+        stored.get(name) != value for name, value in wanted.items()
     )
-
-
-async def _add(
-    line: Line, task: Task, llm: LLM, missing: Sequence[int], ask: Callable[[CountingLLM, int], Awaitable[None]],
-    seen: set[str],
-) -> None:  # fmt: skip
-    line.asked.add(await estimated(llm, missing, ask, task.store, seen=seen))
-    line.exact &= len(missing) <= COUNTED
-
-
-def lines(found: Sequence[Line], spending: Spending, pace: Pace | str = "") -> list[str]:
-    """The plan as a table, 80 columns wide; with the time it takes, where it is known how fast the model is."""
-    total = Line("in all", sum(line.neurons for line in found), sum(line.there for line in found))
-    for line in found:
-        total.asked.add(line.asked)
-    priced = bool(spending.price_in or spending.price_out)
-    heads = ("neurons", "there", "calls", "read", "shared", "written", *(("price",) if priced else ()))
-    table = [f"{'stage':<17}" + "".join(f"{head:>9}" for head in heads)]
-    for line in (*found, total) if len(found) > 1 else found:
-        asked = line.asked
-        cells = [f"{line.neurons:,}", f"{line.there:,}", human(asked.calls), human(asked.read)]
-        cells += [human(asked.read - asked.computed), human(asked.written)]
-        if priced:
-            cells.append(f"{(spending.price_in * asked.read + spending.price_out * asked.written) / 1e6:.2f}")
-        table.append(f"{line.what:<17}" + "".join(f"{cell:>9}" for cell in cells))
-    counted = "" if all(line.exact for line in found) else f", counted from {COUNTED} neurons of each set"
-    most = "written and price: of the longest answers" if priced else "written: the longest answers"
-    table += [f"tokens{counted}; shared: read once for many prompts", most]
-    if isinstance(pace, Pace) and total.asked.calls:
-        table.append(pace.line(total.asked, spending.in_flight))
-    elif isinstance(pace, str) and pace:
-        table.append(pace)
-    if dropped := max(line.dropped for line in found):
-        records = sum(len(neuron.records) for neuron in few_shot_neurons())
-        table.append(f"the context is short: prompts leave out up to {dropped} of {records} excerpts of solved neurons")
-        apart = any(line.apart and line.dropped for line in found)
-        which = "each explaining prompt its own, as released; of a set all simulating ones alike"
-        table.append(f"({which if apart else 'all prompts of a layer and protocol the same ones'})")
-    if too_long := next((line.too_long for line in found if line.too_long), ""):
-        table.append(f"neurons with longer prompts than the context cannot be asked: {too_long}")
-    if total.asked.again:
-        table.append(f"{human(total.asked.again)} more calls would ask the same again, and are not made")
-    return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])

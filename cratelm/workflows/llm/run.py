@@ -1,180 +1,186 @@
-"""What the interpreting commands do where a language model explains or simulates: open it, plan, ask, score, account.
+"""Run the stages that an interpreting command was asked for, on every run, by lookup or with language models.
 
-open       the model behind a URL or in this process; how it simulates, and whether it can (self-test)
-plan       calls, tokens and price of what is not there yet, counted from the prompts
-ask        explain and simulate, each neuron kept as it is ready
-account    the scores; what was asked, what came from the cache, what failed and how
+open     the models, how they simulate, and their self-test
+plan     calls, tokens and price of what is missing (`plan.py`)
+make     explanations, simulations, answers of the other scorers, and scores, set by set
+print    the scores, what was asked, and what failed
 """
 
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Usage
-from cratelm.interpretation.firing.measures import firing_layer, write_firing
-from cratelm.interpretation.lookup.tables import EXPLAINER
-from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.registry import SIMULATION
-from cratelm.interpretation.stages import language_model as llm_stages
+from cratelm.interpretation.stages.pipeline import score_set
+from cratelm.interpretation.stages.set_task import all_failures
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.parts import merge
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.rundir import claim
 from cratelm.runtime import human
 from cratelm.workflows.llm.judges import print_judged
-from cratelm.workflows.llm.opening import (
-    explainer_name,
-    opened,
-)
-from cratelm.workflows.llm.order import Order
-from cratelm.workflows.llm.run_work import Made, Work, records_for
+from cratelm.workflows.llm.opening import LLMs, explainer_name, open_llms
+from cratelm.workflows.llm.request import InterpretRequest
+from cratelm.workflows.llm.run_work import RunWork
 from cratelm.workflows.options.selection import Selection, check_runs, chosen_layers, chosen_protocols
 from cratelm.workflows.score_table import print_scores
 
 
-def ask(order: Order) -> None:
-    """Do it, for every run."""
-    runs = check_runs(order.selection)
-    order.check(runs)
-    usage, (part, parts) = Usage(), order.spending.share
-    if order.spending.merge:
+async def interpret(request: InterpretRequest, *, quiet: bool = False) -> None:
+    """Run the stages of a request on every run and print the results; `quiet` prints nothing."""
+    runs = check_runs(request.selection)
+    request.check(runs)
+    usage, (part, parts) = Usage(), request.spending.share
+    if request.spending.merge:
         merge_parts(runs)
-    with contextlib.ExitStack() as held:
+    works = []
+    async with contextlib.AsyncExitStack() as opened:
         for run in runs:
-            held.enter_context(claim(run, part=part if parts > 1 else 0))
-        made = asyncio.run(_ask(order, runs, usage))
-    if order.spending.dry_run:
+            opened.enter_context(claim(run, part=part if parts > 1 else 0))
+        llms = await opened.enter_async_context(_open(request, usage))
+        for run in runs:
+            works.append(work := RunWork(request=request, run=run, llms=llms, usage=usage, quiet=quiet))
+            if await work.prepare():
+                with contextlib.closing(work.steps()) as steps:
+                    for task, make in steps:
+                        await make(task)
+    if not (quiet or request.spending.dry_run):
+        for work in works:
+            await _print_run(work)
+        if usage.calls or usage.cached or not (request.by_lookup or "score" in request.stages):
+            _print_usage(request, runs, usage)
+
+
+def interpret_by_lookup(selection: Selection, *, controls: tuple[str, ...] = ()) -> None:
+    """Explain, simulate and score by lookup what is not there yet, and print nothing."""
+    asyncio.run(interpret(InterpretRequest.lookup(selection, controls=controls), quiet=True))
+
+
+def _open(request: InterpretRequest, usage: Usage) -> contextlib.AbstractAsyncContextManager[LLMs]:
+    """Open the models that the stages need; scores of a named model need none."""
+    judged = any(scorer != SIMULATION for scorer in request.scorers)
+    if not judged and request.stages == ("score",) and explainer_name(request.explaining):
+        return contextlib.nullcontext(LLMs(None, None, None))
+    simulating = request.simulating if "simulate" in request.stages else None
+    return open_llms(request.explaining, simulating, request.spending, usage, judged=judged)
+
+
+async def _print_run(work: RunWork) -> None:
+    """Print the scores of one run; those of simulations that were made earlier are computed now."""
+    request, run = work.request, work.run
+    if request.spending.part:
         return
-    for run in runs:
-        if "score" in order.stages and not order.spending.part:
-            if kinds := made[run].kinds:
-                _score(order.selection, run, kinds)
-                print_scores(run, order.selection, kinds)
-            else:
-                _score_whole(order, run, _kinds(order, run, made[run].explainer))
-        if made[run].judged and not order.spending.part:
-            print_judged(run, made[run].judged)
-    if usage.calls or usage.cached or "score" not in order.stages:
-        _account(order, runs, usage)
+    if "score" in request.stages:
+        if kinds := work.simulated_kinds:
+            print_scores(run, request.selection, kinds)
+        else:
+            await _score_stored(work)
+    if work.judged_sets:
+        print_judged(run, work.judged_sets)
 
 
-async def _ask(order: Order, runs: Sequence[Path], usage: Usage) -> dict[Path, Made]:
-    """Ask what is to be asked."""
-    judges = any(scorer != SIMULATION for scorer in order.scorers)
-    if not judges and order.stages == ("score",) and explainer_name(order.explaining):
-        return {run: Made(order.named(explainer_name(order.explaining))) for run in runs}
-    simulating = order.simulating if "simulate" in order.stages else None
-    async with opened(order.explaining, simulating, order.spending, usage, judged=judges) as cast:
-        return {run: await Work(order=order, run=run, cast=cast, usage=usage).do() for run in runs}
+async def _score_stored(work: RunWork) -> None:
+    """Score what is whole of the stored simulations of an explainer, and name what is not."""
+    selection, run, name = work.request.selection, work.run, work.explainer_name
+    stored = [
+        key for key in Store.open(run).sets("simulate")
+        if (key.mode, key.tap, key.explainer) == (selection.mode, selection.tap, name) and not key.by_lookup
+    ]  # fmt: skip
+    if not stored:
+        raise CrateError(f"{run} holds no simulations of what {name} explained. Run: cratelm interpret {run} --llm URL")
+    controls = work.request.controls
+    whole = {
+        kind: names for kind, names in whole_protocols(work, stored).items()
+        if not controls or kind.control in ("", *controls)
+    }  # fmt: skip
+    asked = chosen_protocols(selection)
+    for kind, names in whole.items():
+        # If nothing is whole, the first missing set raises the error that says what to run.
+        await score_and_print(work, kind, names if any(whole.values()) else asked)
+    missing = [
+        f"{kind.control or 'own explanations'} by {name}"
+        for kind, names in whole.items() for name in asked if name not in names
+    ]  # fmt: skip
+    if missing:
+        print(f"\nnot whole, so not scored: {'; '.join(missing)}")
+
+
+def whole_protocols(work: RunWork, stored: Sequence[SetKey]) -> dict[SetKey, tuple[str, ...]]:
+    """Map each kind of stored sets (layer and protocol open) to the protocols for which all chosen layers are there."""
+    layers = set(chosen_layers(work.run, work.request.selection))
+    there: dict[SetKey, dict[str, set[int]]] = {}
+    for key in stored:
+        kind = replace(key, layer=0, protocol="")
+        there.setdefault(kind, {}).setdefault(key.protocol, set()).add(key.layer)
+    names = chosen_protocols(work.request.selection)
+    return {
+        kind: tuple(name for name in names if found.get(name, set()) >= layers) for kind, found in there.items()
+    }  # fmt: skip
+
+
+async def score_and_print(work: RunWork, kind: SetKey, protocols: Sequence[str]) -> None:
+    """Score all sets of one kind by these protocols and print the table."""
+    if protocols:
+        selection = replace(work.request.selection, protocol=tuple(protocols))
+        layers = chosen_layers(work.run, selection)
+        keys = [replace(kind, layer=layer, protocol=name) for layer in layers for name in protocols]
+        for task in work.tasks(keys):
+            await score_set(task)
+        print_scores(work.run, selection, [kind])
 
 
 def merge_parts(runs: Sequence[Path]) -> None:
-    """Join what the parts of each run made, and say what that was."""
+    """Merge the parts of each run and print what was new."""
     for run in runs:
         with claim(run):
-            found = merge(run)
-        numbers = ", ".join(map(str, found.parts))
-        missing = f"; {found.missing} neurons are missing in the others" if found.missing else ""
+            merged = merge(run)
+        numbers = ", ".join(map(str, merged.parts))
+        missing = f"; {merged.missing} neurons are missing in the others" if merged.missing else ""
         print(
-            f"{run.name}: merged part{'s' * (len(found.parts) > 1)} {numbers}: {found.rows:,} new rows, "
-            f"{found.failures:,} failures, {found.calls:,} answers; {found.whole} sets are whole{missing}"
+            f"{run.name}: merged part{'s' * (len(merged.parts) > 1)} {numbers}: {merged.rows:,} new rows, "
+            f"{merged.failures:,} failures, {merged.calls:,} answers; {merged.whole} sets are whole{missing}"
         )
 
 
-def merge_alone(selection: Selection) -> dict[Path, tuple[str, ...]]:
-    """Join the parts of every run, and score what is whole then; returns the protocols by which that is, by run."""
-    runs = check_runs(selection)
+async def merge_and_score(request: InterpretRequest) -> Mapping[Path, tuple[str, ...]]:
+    """Merge the parts of every run and score what is whole then; returns the scored protocols of each run."""
+    runs, scored = check_runs(request.selection), dict[Path, tuple[str, ...]]()
     merge_parts(runs)
-    layers = {run: chosen_layers(run, selection) for run in runs}
-    scored: dict[Path, tuple[str, ...]] = {}
+    selection = request.selection
     for run in runs:
-        whole: dict[SetKey, list[SetKey]] = {}
-        for key in Store.open(run).sets("simulate"):
-            asked = (key.explainer, key.simulator) != (EXPLAINER, "")
-            if asked and (key.mode, key.tap) == (selection.mode, selection.tap):
-                whole.setdefault(replace(key, layer=0, protocol=""), []).append(key)
-        found = list[str]()
-        for kind, keys in whole.items():
-            for name in chosen_protocols(selection):
-                if {key.layer for key in keys if key.protocol == name} >= set(layers[run]):
-                    one = replace(selection, protocol=(name,))
-                    _score(one, run, [kind])
-                    print_scores(run, one, [kind])
-                    found.append(name)
-        scored[run] = tuple(dict.fromkeys(found))
+        work = RunWork(request=request, run=run, llms=LLMs(None, None, None), usage=Usage())
+        stored = [
+            key for key in Store.open(run).sets("simulate")
+            if (key.mode, key.tap) == (selection.mode, selection.tap) and not key.by_lookup
+        ]  # fmt: skip
+        whole = whole_protocols(work, stored)
+        for kind, names in whole.items():
+            for name in names:
+                await score_and_print(work, kind, [name])
+        scored[run] = tuple(dict.fromkeys(name for names in whole.values() for name in names))
     return scored
 
 
-def _kinds(order: Order, run: Path, name: str) -> list[SetKey]:
-    """The kinds of simulations there are of an explainer, layer and protocol open."""
-    selection = order.selection
-    found = [
-        replace(key, layer=0, protocol="")
-        for key in Store.open(run).sets("simulate")
-        if (key.mode, key.tap, key.explainer) == (selection.mode, selection.tap, name)
-        and (key.explainer, key.simulator) != (EXPLAINER, "")
-    ]
-    if not found:
-        raise CrateError(f"{run} holds no simulations of what {name} explained. Run: cratelm interpret {run} --llm URL")
-    return list(dict.fromkeys(found))
-
-
-def _score_whole(order: Order, run: Path, kinds: Sequence[SetKey]) -> None:
-    """Score of these kinds what is whole, by the protocols by which it is, and say what is not."""
-    selection, there = order.selection, set(Store.open(run).sets("simulate"))
-    names, lacking = chosen_protocols(selection), list[str]()
-    chosen = [kind for kind in kinds if not order.controls or kind.control in ("", *order.controls)]
-    whole = {
-        kind: tuple(
-            name for name in names
-            if all(replace(kind, layer=layer, protocol=name) in there for layer in chosen_layers(run, selection))
-        )
-        for kind in chosen
-    }  # fmt: skip
-    if not any(whole.values()):
-        _score(selection, run, chosen)  # which says what is missing, and what to run
-    for kind, by in whole.items():
-        if by:
-            one = replace(selection, protocol=by)
-            _score(one, run, [kind])
-            print_scores(run, one, [kind])
-        lacking += [f"{kind.control or 'own explanations'} by {name}" for name in names if name not in by]
-    if lacking:
-        print(f"\nnot whole, so not scored: {'; '.join(lacking)}")
-
-
-def _score(selection: Selection, run: Path, kinds: Sequence[SetKey]) -> None:
-    """Score every set of these kinds that was selected, anew each time: that takes milliseconds."""
-    store = Store.open(run)
-    for layer in chosen_layers(run, selection):
-        for name in chosen_protocols(selection):
-            for kind in kinds:
-                key = replace(kind, layer=layer, protocol=name)
-                store.check(key, "simulate")
-                records, by = records_for(run, key), protocol(name, key.mode)
-                write_firing(store, key, firing_layer(records, by, store.simulations(key)))
-                store.write_scores(key, llm_stages.score(store, key, records, by))
-
-
-def _account(order: Order, runs: Sequence[Path], usage: Usage) -> None:
-    """What was asked, and what failed and how."""
-    spending = order.spending
+def _print_usage(request: InterpretRequest, runs: Sequence[Path], usage: Usage) -> None:
+    """Print calls, tokens and price, and the failures by kind."""
+    spending = request.spending
     price = spending.price_in * usage.prompt_tokens + spending.price_out * usage.new_tokens
-    said = f"asked: {usage.line()} ({human(usage.prompt_tokens)} read, {human(usage.new_tokens)} written)"
-    print("\n" + said + (f", price {price / 1e6:.2f}" if price else ""))
-    failed: Counter[str] = Counter()
-    for run in runs:
-        store = Store(run) if not spending.part else Store(run, spending.share[0])
-        for stage, message in llm_stages.all_failures(store):
-            failed[f"{stage}: {failure_kind(message)}"] += 1
+    line = f"asked: {usage.line()} ({human(usage.prompt_tokens)} read, {human(usage.new_tokens)} written)"
+    print("\n" + line + (f", price {price / 1e6:.2f}" if price else ""))
+    failed = Counter(
+        f"{stage}: {failure_kind(message)}"
+        for run in runs
+        for stage, message in all_failures(Store(run) if not spending.part else Store(run, spending.share[0]))
+    )
     if failed:
         print("failed: " + "; ".join(f"{kind} ({count})" for kind, count in failed.most_common()))
 
 
 def failure_kind(message: str) -> str:
-    """What kind of failure a message tells of: its beginning, without what the model said."""
+    """The kind of a failure: the beginning of its message, without the answer."""
     return message.split(":", 1)[0].split('"', 1)[0].strip()[:60]

@@ -27,6 +27,7 @@ from cratelm.interpretation.lookup.explain import explain_layer
 from cratelm.interpretation.lookup.simulate import simulate_layer
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import write_explanations, write_simulations
 from cratelm.interpretation.store.schema import SetKey
 
 KEY = SetKey(layer=0, protocol="top-and-random")
@@ -94,10 +95,10 @@ def run(tmp_path: Path, rng: np.random.Generator) -> Path:
     path = make_run(tmp_path / "run", rng, layers=1, neurons=40)
     records, store, by = read_records(path, 0), Store.create(path), protocol(KEY.protocol)
     explanations = explain_layer(records, by, ["?"] * 400)
-    store.write_explanations(KEY, explanations)
+    write_explanations(store, KEY, explanations)
     for control in ("", "shuffled"):
         key = SetKey(layer=0, protocol=KEY.protocol, control=control)
-        store.write_simulations(key, simulate_layer(records, by, explanations, control=control))
+        write_simulations(store, key, simulate_layer(records, by, explanations, control=control))
     return path
 
 
@@ -137,7 +138,7 @@ def test_excerpts_are_told_apart_by_kind(run: Path) -> None:
         assert {kind: one.base.shape[1] for kind, one in kinds.items()} == (
             {"random": 5} if name == "random-only" else {"top": 10, "random": 5}
         )
-        store.write_simulations(key, simulations)
+        write_simulations(store, key, simulations)
 
 
 def test_what_is_kept_comes_back(run: Path) -> None:

@@ -21,9 +21,17 @@ from cratelm.interpretation.scorers.classification import Questions
 from cratelm.interpretation.scorers.registry import aggregate_scorer
 from cratelm.interpretation.scorers.windows import TOO_FEW
 from cratelm.interpretation.stages.concurrency import Tally
-from cratelm.interpretation.stages.judge import Jury, aggregate_judged, judge_set, judged, judged_key, judged_sets
-from cratelm.interpretation.stages.language_model import CONSTANT_EXPLANATION, Task, failures
+from cratelm.interpretation.stages.judge import (
+    JudgeContext,
+    aggregate_judged,
+    judge_set,
+    judged,
+    judged_key,
+    judged_sets,
+)
+from cratelm.interpretation.stages.set_task import CONSTANT_EXPLANATION, SetTask, failures
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import write_explanations
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.parts import merge
 from cratelm.interpretation.store.schema import SetKey
@@ -39,7 +47,7 @@ def run(tmp_path: Path, rng: np.random.Generator) -> Path:
 def make_explained(path: Path, rng: np.random.Generator, neurons: int = 12) -> Path:
     make_run(path, rng, layers=1, neurons=neurons)
     records = read_records(path, 0)
-    Store.create(path).write_explanations(KEY, explain_layer(records, protocol(KEY.protocol), strings(path)))
+    write_explanations(Store.create(path), KEY, explain_layer(records, protocol(KEY.protocol), strings(path)))
     return path
 
 
@@ -55,11 +63,11 @@ def apply(
     run: Path, scorer: str, judge: Judge, *, control: str = "", neurons: str = "all", questions: Questions | None = None
 ) -> Tally:
     key = judged_key(replace(KEY, control=control), scorer, judge.name)
-    task = Task(
+    task = SetTask(
         store=Store.create(run), key=key, records=read_records(run, 0), protocol=protocol(KEY.protocol),
         chosen=chosen(neurons), in_flight=3,
     )  # fmt: skip
-    jury = Jury(pieces=pieces(run), questions=questions or Questions(), llm=judge)
+    jury = JudgeContext(pieces=pieces(run), questions=questions or Questions(), llm=judge)
     return asyncio.run(judge_set(task, scorer, jury))
 
 
@@ -195,14 +203,14 @@ def test_parts_judge_what_they_explained_and_merged_that_is_all(run: Path) -> No
     for number in (1, 2):
         store = Store.create(run, number)
         for one in (key, KEY):
-            task = Task(
+            task = SetTask(
                 store=store, key=one, records=read_records(run, 0), protocol=protocol(KEY.protocol),
                 chosen=chosen("all"), part=(number, 2),
             )  # fmt: skip
             if one is key:
                 explained = task.begin("explain", task.explainable, {})
                 explained.add({neuron: f"words {neuron}" for neuron in task.share})
-            jury = Jury(pieces=pieces(run), questions=Questions(seed=0), llm=judge)
+            jury = JudgeContext(pieces=pieces(run), questions=Questions(seed=0), llm=judge)
             asyncio.run(judge_set(replace(task, key=judged_key(one, "detection", "judge")), "detection", jury))
     merged = merge(run)
     assert (merged.whole, merged.missing) == (3, 0)

@@ -14,13 +14,14 @@ from fixtures.synthetic import CONSTANT, DEAD, FIRST_TOKEN_NEURON, NOISE, RARE, 
 from cratelm.activations.records import read_records, records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
-from cratelm.interpretation.explainers.language_model import Explainer, explainer_settings
+from cratelm.interpretation.explainers.language_model import LLMExplainer, explainer_settings
 from cratelm.interpretation.llm import LLMError, Message, Sampling
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scoring.correlation import NO_EXPLANATION, NO_SIMULATION, NOT_CHOSEN, LayerScores
-from cratelm.interpretation.stages import language_model as llm_stages
-from cratelm.interpretation.stages.language_model import Task, failures
+from cratelm.interpretation.simulators.language_model import simulate_set
+from cratelm.interpretation.stages.pipeline import score_set
+from cratelm.interpretation.stages.set_task import SetTask, failures
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
@@ -34,8 +35,8 @@ def run(tmp_path: Path, rng: np.random.Generator) -> Path:
     return make_run(tmp_path / "run", rng)
 
 
-def task(run: Path, key: SetKey = KEY, *, neurons: str = "all", part: tuple[int, int] = (1, 1)) -> Task:
-    return Task(
+def task(run: Path, key: SetKey = KEY, *, neurons: str = "all", part: tuple[int, int] = (1, 1)) -> SetTask:
+    return SetTask(
         store=Store.create(run, part[0] if part != (1, 1) else 0), key=key, chosen=chosen(neurons), part=part,
         records=read_records(run, key.layer), protocol=protocol(key.protocol), in_flight=4,
     )  # fmt: skip
@@ -45,19 +46,17 @@ def strings(run: Path) -> list[str]:
     return prompt_strings(load_tokenizer(records_tokenizer(run, "fixed")))
 
 
-def explainer(run: Path, llm: ScriptedLLM, **settings: Any) -> Explainer:
-    return Explainer(llm=llm, settings=explainer_settings("fixed", **settings), strings=strings(run))
+def explainer(run: Path, llm: ScriptedLLM, **settings: Any) -> LLMExplainer:
+    return LLMExplainer(llm=llm, settings=explainer_settings("fixed", **settings), strings=strings(run))
 
 
 def interpret(
     run: Path, llm: ScriptedLLM, *, simulator: Any = simulate, control: str = "", neurons: str = "all", **settings: Any
 ) -> LayerScores:
     key = replace(SIMULATED, control=control)
-    asyncio.run(llm_stages.explain(task(run, neurons=neurons), explainer(run, llm, **settings)))
-    asyncio.run(llm_stages.simulate(task(run, key, neurons=neurons), simulator, {"by": "rule"}, strings(run)))
-    scores = llm_stages.score(Store.open(run), key, read_records(run, 1), protocol(key.protocol))
-    Store.open(run).write_scores(key, scores)
-    return scores
+    asyncio.run(explainer(run, llm, **settings).explain(task(run, neurons=neurons)))
+    asyncio.run(simulate_set(task(run, key, neurons=neurons), simulator, {"by": "rule"}, strings(run)))
+    return asyncio.run(score_set(task(run, key)))
 
 
 def test_true_explanations_score_high_and_those_of_others_near_nothing(run: Path) -> None:
@@ -127,7 +126,7 @@ def test_another_temperature_makes_explanations_and_what_follows_anew(run: Path)
     assert len(llm.asked) == 2 * first
     assert {(one.temperature, one.seed) for _, one in llm.asked[first:]} == {(0.5, 3)}
     key = replace(KEY, sample=2)
-    asyncio.run(llm_stages.explain(task(run, key), explainer(run, llm, samples=3)))
+    asyncio.run(explainer(run, llm, samples=3).explain(task(run, key)))
     assert {(one.temperature, one.seed) for _, one in llm.asked[2 * first :]} == {(1.0, 2)}
 
 
@@ -149,13 +148,13 @@ def test_parts_ask_about_their_own_share(run: Path) -> None:
     for number in (1, 2, 3):
         llm = ScriptedLLM()
         part = task(run, part=(number, 3))
-        asyncio.run(llm_stages.explain(part, explainer(run, llm)))
-        asyncio.run(llm_stages.simulate(task(run, SIMULATED, part=(number, 3)), simulate, {"by": "rule"}, strings(run)))
+        asyncio.run(explainer(run, llm).explain(part))
+        asyncio.run(simulate_set(task(run, SIMULATED, part=(number, 3)), simulate, {"by": "rule"}, strings(run)))
         assert len(llm.asked) == len(part.share)
         shares.append(part.share)
     assert sorted(neuron for share in shares for neuron in share) == list(range(CONSTANT, 12))
     with pytest.raises(CrateError, match="is not there. Run: cratelm interpret"):
-        asyncio.run(llm_stages.simulate(
+        asyncio.run(simulate_set(
             task(run, replace(SIMULATED, control="shuffled"), part=(1, 3)), simulate, {}, strings(run)
         ))  # fmt: skip
 

@@ -19,6 +19,7 @@ from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scoring.correlation import LayerScores, score_layer
 from cratelm.interpretation.simulators.simulation import LayerSimulations
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import write_explanations, write_simulations
 from cratelm.interpretation.store.schema import SetKey
 
 Made = tuple[LayerExplanations, LayerSimulations, LayerScores]
@@ -36,8 +37,8 @@ def make(run: Path, key: SetKey = KEY) -> Made:
 
 def write(store: Store, key: SetKey, made: Made) -> None:
     if not key.control:
-        store.write_explanations(key, made[0])
-    store.write_simulations(key, made[1])
+        write_explanations(store, key, made[0])
+    write_simulations(store, key, made[1])
     store.write_scores(key, made[2])
 
 
@@ -125,7 +126,7 @@ def test_scored_lists_what_there_is(run: Path, store: Store) -> None:
 
 def test_a_set_is_written_whole_or_not_at_all(run: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     explanations, simulations, _ = make(run)
-    store.write_explanations(KEY, explanations)
+    write_explanations(store, KEY, explanations)
     before = store.path.read_bytes()
 
     def broken_off(_: LayerSimulations, row: int) -> np.ndarray:
@@ -136,7 +137,7 @@ def test_a_set_is_written_whole_or_not_at_all(run: Path, store: Store, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(LayerSimulations, "of", broken_off)
         with pytest.raises(KeyboardInterrupt):
-            store.write_simulations(KEY, simulations)
+            write_simulations(store, KEY, simulations)
     assert store.path.read_bytes() == before
     assert not store.is_done(KEY, "simulate")
     assert store.is_done(KEY, "explain")
@@ -144,22 +145,22 @@ def test_a_set_is_written_whole_or_not_at_all(run: Path, store: Store, monkeypat
 
 def test_writing_again_replaces_the_set_and_the_search_follows(run: Path, store: Store) -> None:
     explanations, *_ = make(run)
-    store.write_explanations(KEY, explanations)
+    write_explanations(store, KEY, explanations)
     texts = ("zebra stripes", *explanations.texts[1:])
-    store.write_explanations(
-        KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
+    write_explanations(
+        store, KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
     )
     assert [(key, text) for key, _, text in store.search("zebra")] == [(KEY, "zebra stripes")]
     assert len(store.read_explanations(1, "anthropic")) == len(texts)
-    store.write_explanations(KEY, explanations)
+    write_explanations(store, KEY, explanations)
     assert store.search("zebra") == []
 
 
 def test_search_finds_all_words_in_any_order_and_takes_them_literally(run: Path, store: Store) -> None:
     explanations, *_ = make(run)
     texts = tuple(f'neuron {i} fires on "ret"' if i % 2 else "sleeps" for i in range(len(explanations.texts)))
-    store.write_explanations(
-        KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
+    write_explanations(
+        store, KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
     )
     odd = [int(neuron) for i, neuron in enumerate(explanations.neuron) if i % 2]
     assert sorted(index for _, index, _ in store.search('fires "ret"')) == odd
@@ -257,8 +258,8 @@ def test_a_full_disk_is_said_and_leaves_the_store_as_it_was(
     monkeypatch.setattr(sqlite3, "connect", small)
     texts = tuple(f"{text} " + "x" * 100_000 for text in explanations.texts)
     with pytest.raises(CrateError, match="no space left"):
-        store.write_explanations(
-            KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
+        write_explanations(
+            store, KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
         )
     assert not store.is_done(KEY, "explain")
     assert NOISE in explanations.neuron

@@ -18,6 +18,7 @@ from cratelm.commands import interpret
 from cratelm.interpretation.explainers.explanation import LayerExplanations
 from cratelm.interpretation.lookup.tables import tables_of
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import write_explanations
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.browser.chunks import read_script
 from cratelm.report.browser.site import write_site
@@ -63,7 +64,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
             made = LayerExplanations(
                 neuron=np.arange(40), texts=texts, tables=tables_of([(np.empty(0), np.empty(0))] * 40)
             )
-            store.write_explanations(key, made)
+            write_explanations(store, key, made)
             store.write_scores(key, store.read_scores(layer, "top-and-random"))
         return write_site([run], folder / "site").parent
 

@@ -16,14 +16,16 @@ from cratelm.cli import main
 from cratelm.commands import interpret, report
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
-from cratelm.interpretation.explainers.language_model import Explainer, explainer_settings
+from cratelm.interpretation.explainers.language_model import LLMExplainer, explainer_settings
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scoring.correlation import CONSTANT_SIMULATION
 from cratelm.interpretation.scoring.statistics import components, holm
-from cratelm.interpretation.stages import language_model as llm_stages
-from cratelm.interpretation.stages.language_model import Task
+from cratelm.interpretation.simulators.language_model import simulate_set
+from cratelm.interpretation.stages.pipeline import score_set
+from cratelm.interpretation.stages.set_task import SetTask
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import write_simulations
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.results.firing import gather_firing
@@ -44,17 +46,15 @@ def ask(
     for layer in range(2):
         for sample in range(samples):
             key = SetKey(layer=layer, protocol=NAME, explainer="scripted", sample=sample)
-            task = Task(
+            task = SetTask(
                 store=Store.create(run), key=key, records=read_records(run, layer), protocol=protocol(NAME),
                 chosen=chosen(neurons, seed=seed),
             )  # fmt: skip
-            asyncio.run(llm_stages.explain(task, Explainer(llm=ScriptedLLM(), settings=settings, strings=strings)))
+            asyncio.run(LLMExplainer(llm=ScriptedLLM(), settings=settings, strings=strings).explain(task))
             for control in ("", *controls) if sample == 0 else ("",):
                 own = replace(task, key=replace(key, simulator=BY, control=control))
-                asyncio.run(llm_stages.simulate(own, simulate, {}, strings))
-                Store.open(run).write_scores(
-                    own.key, llm_stages.score(own.store, own.key, own.records, own.protocol)
-                )  # fmt: skip
+                asyncio.run(simulate_set(own, simulate, {}, strings))
+                asyncio.run(score_set(own))
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_the_share_of_the_simulators_is_told_where_several_simulated_the_same_ex
         key = SetKey(layer=layer, protocol=NAME, explainer="scripted", simulator=BY)
         scores = store.scores(key)
         changed = np.clip(scores.correlation + rng.normal(0, 0.1, len(scores.neuron)), -1, 1)
-        store.write_simulations(replace(key, simulator=other), store.simulations(key))
+        write_simulations(store, replace(key, simulator=other), store.simulations(key))
         store.write_scores(replace(key, simulator=other), replace(scores, correlation=changed))
         columns.append(100 * np.stack([scores.correlation, changed], axis=1))
     points = np.concatenate(columns)

@@ -22,9 +22,10 @@ from cratelm.interpretation.firing.measures import STATED, THRESHOLDS, count_set
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.classification import Questions
 from cratelm.interpretation.scorers.registry import SCORERS, Scorer
-from cratelm.interpretation.stages.judge import Jury, judge_set, judged_key
-from cratelm.interpretation.stages.language_model import Task
+from cratelm.interpretation.stages.judge import JudgeContext, judge_set, judged_key
+from cratelm.interpretation.stages.set_task import SetTask
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import write_simulations
 from cratelm.interpretation.store.neuron_selection import chosen
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.contents import ReportContents
@@ -198,7 +199,7 @@ def test_other_explanations_and_simulations_stand_beside_in_the_table(results: R
     run = results.models[1].path
     store, made = Store.open(run), replace(keys()[0], explainer="some-model", simulator="all-at-once:some-model")
     for key in keys():
-        store.write_simulations(replace(made, layer=key.layer), store.simulations(key))
+        write_simulations(store, replace(made, layer=key.layer), store.simulations(key))
     again = gather_firing(replace(results, models=results.models[1:]))
     ((who, firing),) = again[0].others
     assert who == "explained by some-model, simulated by all-at-once:some-model"
@@ -213,11 +214,11 @@ def test_scorers_stand_in_a_table_of_their_own(results: Results) -> None:
     for layer in (0, 1):
         for scorer, judge in (("intruder", Judge(lambda *_: '{"intruder": 1}')), ("detection", Judge(always(1)))):
             key = judged_key(SetKey(layer=layer, protocol="top-and-random"), scorer, "judge")
-            task = Task(
+            task = SetTask(
                 store=Store.open(run), key=key, records=read_records(run, layer), protocol=protocol("top-and-random"),
                 chosen=chosen("all"),
             )  # fmt: skip
-            asyncio.run(judge_set(task, scorer, Jury(pieces=[b"?"] * 400, questions=Questions(), llm=judge)))
+            asyncio.run(judge_set(task, scorer, JudgeContext(pieces=[b"?"] * 400, questions=Questions(), llm=judge)))
     (table,) = judged_tables(results)
     assert cells(table, "Scorer") == ["detection"] * 3 + ["intruder"] * 3
     assert cells(table, "Layer") == ["0", "1", "mean"] * 2
@@ -235,11 +236,11 @@ def test_a_scorer_of_the_registry_is_in_the_table(results: Results, monkeypatch:
     monkeypatch.setitem(SCORERS, "toy", Scorer(name="toy", needs="chat", run=toy, number="balanced_accuracy"))
     run = results.models[1].path
     key = judged_key(SetKey(layer=0, protocol="top-and-random"), "toy", "judge")
-    task = Task(
+    task = SetTask(
         store=Store.open(run), key=key, records=read_records(run, 0), protocol=protocol("top-and-random"),
         chosen=chosen("all"),
     )  # fmt: skip
-    asyncio.run(judge_set(task, "toy", Jury(pieces=[b"?"] * 400, questions=Questions(), llm=Judge(always(1)))))
+    asyncio.run(judge_set(task, "toy", JudgeContext(pieces=[b"?"] * 400, questions=Questions(), llm=Judge(always(1)))))
     (table,) = judged_tables(results)
     assert [row[5] for row in table.rows if row[0] == "toy"] == [100.0]
     assert "toy" in table.notes[0]

@@ -15,7 +15,7 @@ from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import LLM, Declined, LLMError, Message, Sampling
 from cratelm.interpretation.store.answer_cache import spent
 from cratelm.interpretation.store.database import Store
-from cratelm.workflows.llm.opening import Cast, kept, metered
+from cratelm.workflows.llm.opening import LLMs, kept, metered
 from cratelm.workflows.llm.run import failure_kind
 from cratelm.workflows.options.language_model import Spending
 
@@ -110,7 +110,7 @@ def test_what_the_probe_asks_is_counted(tmp_path: Path) -> None:
 
     async def probed(url: str) -> None:
         endpoint = Endpoint(url, "small", usage=usage)
-        cast = Cast(None, endpoint, None)
+        cast = LLMs(None, endpoint, None)
 
         def meter(llm: LLM) -> Any:
             return metered(llm, usage, Spending())

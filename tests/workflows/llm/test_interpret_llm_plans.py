@@ -97,7 +97,7 @@ def test_a_plan_counts_what_will_really_be_asked(
     judged = sum("Pieces:" in json.dumps(body) for _, body in server.asked)
     assert judged > 0
     assert int(total[1]) == len(asked) + judged
-    assert re.search(r"^\d+ more calls would ask the same again, and are not made$", said, re.M)
+    assert re.search(r"^\d+ duplicate calls skipped$", said, re.M)
     capsys.readouterr()
     assert main([*command, "--dry-run"]) == 0
     assert planned(capsys.readouterr().out)["explain"] == ["4", "4", "0"]
@@ -148,7 +148,7 @@ def test_a_plan_says_what_a_short_context_leaves_out(run: Path, capsys: pytest.C
     for context in (8192, 1800, 1600):
         with RuleServer(context=context) as server:
             assert main(["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]) == 0
-        said = re.search(r"prompts leave out up to (\d) of 6 excerpts of solved neurons", capsys.readouterr().out)
+        said = re.search(r"prompts leave out up to (\d) of 6 few-shot excerpts", capsys.readouterr().out)
         found[context] = int(said[1]) if said else 0
     assert found[8192] == 0 < found[1800] <= found[1600] == 2, found
 

@@ -28,7 +28,7 @@ class Judges:
     """For scorers that need the probabilities of a prompt."""
 
     def context_for(self, scorer: str) -> JudgeContext:
-        """The jury of one scorer."""
+        """The context of one scorer."""
         return replace(self.context, llm=self.reader) if SCORERS[scorer].needs == "prompt-logprobs" else self.context
 
     def sets(self, explained: Sequence[SetKey], controls: Sequence[str]) -> Iterator[tuple[str, SetKey]]:

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped. Run the same command again to go on.", file=sys.stderr)
+        print("\nstopped. Run the same command again to resume.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone. Python flushes once more at exit, which must not complain either.

@@ -31,8 +31,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it is flushed to disk and renamed to `path`.
 
     On any exception the temporary file or folder is removed and `path` is untouched, so a file under its final
-    name is always whole. A full disk becomes a `CrateError`. The temporary path lies in a folder of its own beside
-    `path`: some libraries write further files next to the one they are told to.
+    name is always whole. A full disk becomes a `CrateError`. The temporary path lies in a separate folder next
+    to `path`, because some libraries write further files next to the requested one.
     """
     with _space_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +59,9 @@ def _make(folder: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _space_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into a `CrateError`. Libraries wrap the system's error in one of theirs, but keep its words.
+    """Convert the error of a full disk to a `CrateError`.
 
-    SQLite has words of its own.
+    Libraries wrap the system's error but keep its message; SQLite has a different message.
     """
     codes = (errno.ENOSPC, errno.EDQUOT)
     words = (*map(os.strerror, codes), "database or disk is full")
@@ -171,7 +171,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines[:-1] if line]
     except json.JSONDecodeError as error:
-        raise CrateError(f"{path} holds a line that is no JSON ({error.doc[:40]!r}). Remove the line") from None
+        raise CrateError(f"{path} has a line that is not JSON ({error.doc[:40]!r}). Remove the line") from None
 
 
 def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -182,7 +182,7 @@ def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 @contextlib.contextmanager
 def claim(run: Path, *, part: int = 0) -> Iterator[None]:
-    """Hold the run directory, or only a part of its work, for this process; a second one is told who holds it.
+    """Lock the run directory, or one part of its work, for this process; a second process gets a `CrateError`.
 
     The lock belongs to the open file, so it goes away with the process however that ends.
     """

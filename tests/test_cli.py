@@ -236,7 +236,7 @@ def test_ctrl_c_says_how_to_go_on(ledger_runs: Any, capsys: pytest.CaptureFixtur
 
     ledger_runs(run)
     assert cli.main(["ledger", "--steps", "3"]) == 130
-    assert capsys.readouterr().err.strip() == "stopped. Run the same command again to go on."
+    assert capsys.readouterr().err.strip() == "stopped. Run the same command again to resume."
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("tokenise", "tokenize"), ("scores", "score"), ("simulat", "simulate")])

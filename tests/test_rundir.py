@@ -264,9 +264,9 @@ def test_rewinding_what_is_not_there_makes_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
-    with pytest.raises(CrateError, match="holds a line that is no JSON .*nonsense"):
+    with pytest.raises(CrateError, match="has a line that is not JSON .*nonsense"):
         read_jsonl(tmp_path / "m.jsonl")
 
 

@@ -3,9 +3,9 @@
     cratelm study --data tokens --sizes 1l,2l,3l --seeds 3 --out study --tokens 3_000_000 --context 256 \\
         --batch-tokens 2048 --learning-rate 3e-3 --warmup-steps 40
 
-For each of them: train, write the random-init control, evaluate, collect, explain, simulate and score by lookup with
-shuffled explanations beside; at last the report, with means and differences over seeds. How long it takes is told
-first, and `--dry-run` stops there. Stopped and started again, it goes on: what is done is not done twice.
+For each run: train, write the random-init control, evaluate, collect, explain, simulate and score by lookup, with
+shuffled explanations as a control; then the report, with means and differences over seeds. An estimate of the time is
+printed first, and `--dry-run` stops there. The same command resumes a stopped study.
 
 A variant is a model configuration by name: `crate` and `gpt2`, or `NAME:FIELD=VALUE,...`, for example
 `sparser:penalty=1.0` or `gelu:arch=gpt2,activation=gelu`.
@@ -96,7 +96,7 @@ class Part:
 
 
 def run(options: Options) -> None:
-    """Foretell, then do every part that is not done yet, then report."""
+    """Print the estimate, run every part that is missing, then report."""
     from cratelm.data.tokens import TokenDirectory
     from cratelm.training.opening import check_run
 
@@ -108,7 +108,7 @@ def run(options: Options) -> None:
     if note := options.training.schedule_note():
         console.print(note, soft_wrap=True)
     _check_documents(options, data)
-    _foretell(options, parts, data, device)
+    _print_estimate(options, parts, data, device)
     if options.dry_run:
         return
     for number, part in enumerate(parts, 1):
@@ -128,7 +128,7 @@ def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
         raise CrateError(f"--seeds is {options.seeds}, at least 1 is needed")
     names = [text.partition(":")[0] for text in options.variant]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise CrateError(f"two variants are named {twice[0]!r}. Give each a name of its own: NAME:FIELD=VALUE,...")
+        raise CrateError(f"variants must have different names, got {twice[0]!r} twice. Write NAME:FIELD=VALUE,...")
     vocab = options.vocab_size or padded_vocabulary(data.vocab_size)
     for number in range(options.seeds):
         for size in cast(list[Size], sizes):
@@ -143,17 +143,17 @@ def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[st
     name, _, listed = text.partition(":")
     changes: dict[str, Any] = {"arch": name} if name in ("crate", "gpt2") else {"arch": "crate"}
     if not name or (not listed and name not in ("crate", "gpt2")):
-        raise CrateError(f"variant {text!r} says nothing. Write crate, gpt2, or NAME:FIELD=VALUE,...")
+        raise CrateError(f"a variant must be crate, gpt2 or NAME:FIELD=VALUE,..., got {text!r}")
     for setting in filter(None, listed.split(",")):
         key, equals, value = setting.partition("=")
         if not equals:
-            raise CrateError(f"variant {text!r}: {setting!r} is no FIELD=VALUE")
+            raise CrateError(f"a variant must be NAME:FIELD=VALUE,..., got {setting!r} in {text!r}")
         changes[key] = field_value(text, key, value)
     arch = changes.pop("arch")
     return name, sized(arch, size, vocab_size=vocab_size, **({"context_length": context} | changes))
 
 
-def _foretell(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
+def _print_estimate(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
     """Print what each model costs and how long the parts that are left will take, from a few timed passes of each."""
     from cratelm.training.forecast import forecast
 

@@ -1,12 +1,12 @@
 """Train a CRATE or GPT-2 language model.
 
-The defaults are the paper's (157 billion tokens); a laptop wants fewer:
+The defaults are the paper's (157 billion tokens); on a laptop, train on fewer:
 
     cratelm tokenize stdlib --tokenizer bpe:4096 --out tokens
     cratelm train --data tokens --out runs/crate-2l --arch crate --size 2l --context 256 \\
         --tokens 1_228_800 --batch-tokens 2048 --learning-rate 3e-3 --warmup-steps 40
 
-Stop it at any moment; the same command goes on from the last checkpoint and ends with the same model. What is written:
+You can stop it at any moment; the same command resumes from the last checkpoint and ends with the same model. Files:
 run.json (configuration and origin), metrics.jsonl (losses), checkpoints/ and, at the end, model/ (a model directory).
 On several GPUs, with the same batches in the same order:
 
@@ -49,7 +49,7 @@ class Options:
     )
     """The options that `--help` shows; `--help-all` shows all."""
     out: Path
-    """Run directory to write, or to go on with."""
+    """Run directory to create or resume."""
     data: Path | None = None
     """Token directory (from `cratelm tokenize`, or nanoGPT's)."""
     tokenizer: str | None = None
@@ -135,7 +135,7 @@ def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or key == "arch":
-            raise CrateError(f"--variant {setting!r} is no FIELD=VALUE of a model. See docs/variants.md")
+            raise CrateError(f"--variant must be FIELD=VALUE of a model, got {setting!r}. See docs/variants.md")
         changes[key] = field_value(setting, key, value)
     return replace(model_config, **changes)
 

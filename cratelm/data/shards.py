@@ -169,7 +169,7 @@ def _encoder(tokenizer: Tokenizer, dtype: np.dtype[Any], end: int) -> Callable[[
     serialised, of_thread = tokenizer.to_str(), threading.local()
 
     def own_tokenizer() -> Tokenizer:
-        # Threads that share one tokenizer wait for each other inside it: two are no faster than one.
+        # A tokenizer holds a lock, so threads that share one run one at a time.
         if not hasattr(of_thread, "tokenizer"):
             of_thread.tokenizer = Tokenizer.from_str(serialised)
             of_thread.tokenizer.encode_special_tokens = True

@@ -26,13 +26,13 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 STDLIB_LEFT_OUT = (
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-    # Generated character tables, most of them near-copies of one another. The hash that splits documents tells only
-    # exact copies apart, so the held-out text would be a fifth tables already seen in training.
+    # Generated character tables, most of them near-duplicates. The hash that splits documents detects exact duplicates
+    # only, so a fifth of the held-out text would be tables seen in training.
     "encodings",
     # The settings of one machine's build, its paths among them.
     "_sysconfigdata*",
 )  # fmt: skip
-"""Folders and files of the standard library that are not read: tests, what is installed beside it, generated tables."""
+"""Folders and files of the standard library that are skipped: tests, installed packages, generated tables."""
 
 _CHUNK = 1 << 16
 

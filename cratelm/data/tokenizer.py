@@ -115,7 +115,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def token_strings(tokenizer: Tokenizer) -> list[str]:
-    r"""For each id the text shown to a person: ` the` with its space, `\xe2` for a byte that is no whole character."""
+    r"""Text of each id for display: ` the` with its space, `\xe2` for a byte that is not a whole character."""
     return [text.decode(errors="backslashreplace") for text in token_bytes(tokenizer)]
 
 

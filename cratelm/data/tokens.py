@@ -1,7 +1,7 @@
 """Token directories: documents -> flat files of token ids as nanoGPT writes them, and batches read from them.
 
 `train.bin`, `val.bin` and `test.bin` hold little-endian ids, each document followed by `<|endoftext|>`; `tokens.json`
-beside them says which tokenizer, how many, from where, with hashes (`docs/formats.md`).
+next to them records tokenizer, counts, sources and hashes (`docs/formats.md`).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, differing_fields, origin, read_json, write_json
 
 BPE_TRAINING_CHARACTERS = 100_000_000
-"""A `bpe:N` tokenizer is trained on the first so many characters of the training split."""
+"""A `bpe:N` tokenizer is trained on this many first characters of the training split."""
 
 _BLOCK = 1 << 22  # tokens looked at together when a shard is scanned
 
@@ -121,7 +121,7 @@ class TokenDirectory:
             )
         tokenizer = load_tokenizer(inside if self.source else self.tokenizer_source)
         if tokenizer_hash(tokenizer) != self.tokenizer_hash:
-            raise CrateError(f"{inside} is not the tokenizer that made the tokens beside it. Tokenize again")
+            raise CrateError(f"{inside} is not the tokenizer that made the tokens next to it. Tokenize again")
         return tokenizer
 
     def _check_ids(self, split: str, block: UInt[np.ndarray, " block"], start: int) -> None:
@@ -295,10 +295,10 @@ def _sample(documents: Iterator[Document], seed: int, shares: Mapping[str, float
 def sample_batch(
     tokens: UInt[np.ndarray, " tokens"], *, seed: int, step: int, rows: range, context: int
 ) -> tuple[Int64[np.ndarray, "rows context"], Int64[np.ndarray, "rows context"]]:
-    """Inputs and targets of some rows of the batch of a step: windows at uniform offsets of the stream.
+    """Inputs and targets of the given rows of a step's batch: windows at uniform offsets of the stream.
 
     The offset of a row is a function of (seed, step, row) alone, so any number of processes or of accumulation steps
-    reads the same data, and a resumed run goes on where it stopped. Windows cross documents, as in the paper.
+    reads the same data, and a resumed run continues with the next batch. Windows cross documents, as in the paper.
     """
     choices = len(tokens) - context
     if choices < 1:

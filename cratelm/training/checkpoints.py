@@ -1,4 +1,4 @@
-"""Checkpoints: written by all processes while training goes on, whole under their final name, some of them kept.
+"""Checkpoints: written by all processes during training, complete under their final name, a few of them kept.
 
 `checkpoints/step_N/` is torch's distributed format, which loads on any number of processes, and `checkpoint.json`:
 the step, the configuration, the held-out loss if it was measured, and size and CRC-32 of every file. It is written
@@ -41,7 +41,7 @@ class Checkpoints:
         self, run: Path, *, configuration: Mapping[str, Any], keep_last: int = 2, world: World = ALONE
     ) -> None:
         """`configuration` goes into every checkpoint, and one with another is refused."""
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is a normal case
         self.run, self.folder, self.world = run, run / "checkpoints", world
         self.configuration, self.keep_last = configuration, keep_last
         self._made: Future[None] | None = None
@@ -53,7 +53,7 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
-        elif self._made is not None:  # the first error is the one to tell
+        elif self._made is not None:  # report the first error
             self._made.exception()
 
     def save(
@@ -142,10 +142,10 @@ class Checkpoints:
         return None
 
     def resume(self, build: Callable[[], tuple[LanguageModel, Optimizers]]) -> tuple[LanguageModel, Optimizers, int]:
-        """A model and its optimizers from the newest readable checkpoint and how many steps it has seen; else fresh.
+        """Model, optimizers and step of the newest readable checkpoint; freshly built if there is none.
 
-        One that is not readable is renamed to `damaged_step_N`: it must not count as the newest, or the best, of those
-        that training goes on to write.
+        An unreadable checkpoint is renamed to `damaged_step_N`, so that it does not count as the newest or the best of
+        later checkpoints.
         """
         model, optimizers = build()
         tried = False

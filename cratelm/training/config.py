@@ -56,7 +56,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_last: int = 2
-    """Newest checkpoints that are kept, beside the best (the lowest held-out loss that was measured at one)."""
+    """Newest checkpoints to keep, in addition to the best (the lowest held-out loss measured at a checkpoint)."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -115,7 +115,7 @@ class TrainConfig:
         highest = max(map(self.learning_rate_at, range(min(self.warmup_steps, self.steps))))
         decay = f" and a decay of {self.decay_steps}" if self.decay_steps else ""
         return (
-            f"{self.steps} steps leave nothing beside a warm-up of {self.warmup_steps}{decay}: the learning rate rises "
+            f"{self.steps} steps leave none after a warm-up of {self.warmup_steps}{decay}: the learning rate rises "
             f"to {highest:.3g} of {self.learning_rate:.3g}. Lower --warmup-steps"
         )
 
@@ -153,10 +153,10 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "final_learning_rate": _FINITE, "warmup_steps": _FINITE, "weight_decay": _FINITE, "beta1": _SHARE, "beta2": _SHARE,
     "clip": ("above 0", lambda value: value > 0), "seed": ("of 64 bits", lambda value: -(2**63) <= value < 2**64),
 }  # fmt: skip
-"""What a setting that is no count may be, in words and as a test; a NaN passes none."""
+"""Valid range of each setting that is not a count, in words and as a test that NaN fails."""
 
 MAY_CHANGE = ("micro_batch", "log_every", "checkpoint_every", "keep_last")
-"""Settings with which a run may go on though it began with others: the same batches in the same order are computed."""
+"""Settings that may differ when a run resumes: batches and their order stay the same."""
 
 
 def settled(training: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def settled(training: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How the arithmetic is carried out. It does not change what is computed, so a run may go on with another."""
+    """How the arithmetic is carried out. It does not change the result, so a run may resume with other values."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes (torchrun): each with the whole model, or each with a share of its tensors (FSDP2)."""
@@ -176,9 +176,9 @@ class Execution:
     recompute: bool = False
     """Keep less for the backward pass: it computes the codes of CRATE's earlier ISTA steps again (a product more)."""
     prefetch: int = 4
-    """Micro-batches read ahead by a thread of their own."""
+    """Micro-batches that a separate thread reads ahead."""
     track: tuple[Tracker, ...] = ()
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio (needs the extra `track`)."""
+    """Trackers that receive the metrics in addition to metrics.jsonl: tensorboard, wandb, trackio (extra `track`)."""
 
     def __post_init__(self) -> None:
         if self.prefetch < 1:

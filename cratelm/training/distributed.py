@@ -1,7 +1,7 @@
-"""Several processes as one trainer: torchrun starts them, this file says who does what.
+"""Several processes as one trainer: torchrun starts them, this module divides the work.
 
-Each process computes its own rows of every batch; gradients are averaged. Process 0 alone writes files. Whatever one
-process decides for all (open the run, stop) is told to the others, so that none waits for one that has left.
+Each process computes its own rows of every batch; gradients are averaged. Process 0 alone writes files. A decision of
+one process for all (open the run, stop) is sent to the others, so that no process waits for one that has left.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ class World:
     rank: int = 0
     size: int = 1
     hosts: Any = field(default=None, repr=False)
-    """Process group on the CPUs, for words between the processes."""
+    """Process group on the CPUs, for messages between the processes."""
     disks: Any = field(default=None, repr=False)
-    """Process group of its own for checkpoints, which are written while training goes on."""
+    """Separate process group for checkpoints, which are written during training."""
 
     @property
     def leads(self) -> bool:
@@ -110,7 +110,7 @@ def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
         found = torch.cuda.device_count()
         if local >= found:
             raise CrateError(
-                f"process {local} of this machine has no GPU of its own (found {found}). "
+                f"process {local} of this machine needs a GPU, the machine has {found}. "
                 f"Start with: torchrun --nproc-per-node {found}"
             )
         device = torch.device("cuda", local)

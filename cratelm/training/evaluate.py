@@ -82,7 +82,7 @@ def document_losses(
 
 
 def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
-    """The loss of a text of so many bytes and its standard error.
+    """The loss of a text of `text_bytes` bytes and its standard error.
 
     With S_d and n_d the summed loss and the number of tokens of document d, the loss is L = sum S_d / sum n_d and its
     variance, as of a ratio, D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
@@ -91,7 +91,7 @@ def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
     total, predicted = sums.sum(), sizes.sum()
     loss = total / predicted
     if not math.isfinite(loss):
-        raise CrateError(f"the loss of this model is {loss}: its training has diverged. Train anew with a lower rate")
+        raise CrateError(f"the loss of this model is {loss}: its training has diverged. Train again with a lower rate")
     spread = ((sums - loss * sizes) ** 2).sum() * count / max(1, count - 1)
     return Evaluation(
         nats_per_token=float(loss), standard_error=math.sqrt(spread) / predicted if count > 1 else math.nan,

@@ -34,8 +34,8 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Taken:
-    """What one optimizer step saw in this process; nothing in it makes the device wait."""
+class StepResult:
+    """Losses and gradient norm of one optimizer step in this process, as tensors on the device."""
 
     step: int
     losses: Float[Tensor, " micro_batches"]
@@ -54,7 +54,7 @@ class Learner:
         self.device = torch.device(model.device)
         self._objective = _wrap(model, world, execution)
 
-    def step(self, batches: Batches, step: int) -> Taken:
+    def step(self, batches: Batches, step: int) -> StepResult:
         """Accumulate the gradient of the batch, clip, update. Processes exchange gradients once, at the end."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -72,7 +72,7 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return Taken(step=step, losses=torch.stack(losses), norm=whole_norm)
+        return StepResult(step=step, losses=torch.stack(losses), norm=whole_norm)
 
     def whole_model(self) -> LanguageModel | None:
         """The model as one piece, on process 0; where it is spread over processes, a copy. All must call this."""

@@ -1,7 +1,6 @@
-"""What a run says while it trains: metrics.jsonl always, TensorBoard, Weights & Biases and Trackio where asked for.
+"""Metrics of a training: always metrics.jsonl; TensorBoard, Weights & Biases and Trackio on request.
 
-A training that goes on from a checkpoint first drops the lines that a killed one wrote past it, so no step is there
-twice.
+A training that resumes from a checkpoint first drops later lines of the killed one, so no step is logged twice.
 """
 
 import hashlib
@@ -21,10 +20,10 @@ Settings = Mapping[str, Any]
 
 
 class Log:
-    """Where the lines of one training go. Only process 0 has one that writes."""
+    """The sinks of a training's metrics. Only that of process 0 writes."""
 
     def __init__(self, run: Path, trackers: tuple[Tracker, ...], *, first: int, writes: bool, config: Settings) -> None:
-        """`first` is the step that training goes on from; later lines of metrics.jsonl are dropped."""
+        """`first` is the step at which training resumes; later lines of metrics.jsonl are dropped."""
         self.run, self.writes = run, writes
         self._sinks: list[tuple[Callable[[Row], None], Callable[[], None]]] = []
         self._since, self._seen = time.monotonic(), first
@@ -54,13 +53,13 @@ class Log:
         return rate
 
     def pause(self) -> Callable[[], None]:
-        """Stop the clock of `steps_per_second` for what is no training; call what is returned to go on."""
+        """Stop the clock of `steps_per_second` during other work; call the returned function to restart it."""
         stopped = time.monotonic()
 
-        def go_on() -> None:
+        def restart() -> None:
             self._since += time.monotonic() - stopped
 
-        return go_on
+        return restart
 
 
 def _package(tracker: Tracker, module: str) -> ModuleType:
@@ -88,7 +87,7 @@ def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Ro
 
 def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
     wandb: Any = _package("wandb", "wandb")
-    own = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]  # a run that goes on is one run there too
+    own = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]  # a resumed run stays one run in the tracker
     try:
         session = wandb.init(
             project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=own, resume="allow"

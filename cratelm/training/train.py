@@ -25,9 +25,9 @@ from cratelm.training.distributed import ALONE, World
 from cratelm.training.evaluate import held_out_loss
 from cratelm.training.learner import Learner, autocast, shard
 from cratelm.training.log import Log
+from cratelm.training.loss_monitor import LossMonitor
 from cratelm.training.opening import check_run, open_run, training_identity, write_run
 from cratelm.training.optimizer import Optimizers, build_optimizers
-from cratelm.training.watch import Watch
 
 Measurement = Callable[[LanguageModel, int], Mapping[str, float]]
 """Whatever else is to be known of a model along its training: (model, step) to named numbers."""
@@ -46,7 +46,7 @@ def train(
     execution: Execution | None = None,
     world: World = ALONE,
 ) -> LanguageModel:
-    """Train a model into a run directory, or go on where an earlier call stopped; return it on `device`.
+    """Train a model into a run directory, or resume the training there; return the model on `device`.
 
     `stop` is asked before each step; once true, a checkpoint is written and KeyboardInterrupt raised. `measurements`
     are called every `measure_every` steps on process 0, and their numbers logged as `NAME/NUMBER`. In a `world` of
@@ -104,19 +104,19 @@ def _loop(
     stop: Callable[[], bool],
 ) -> None:
     """Steps `first` to the last: step, log, evaluate, measure, checkpoint."""
-    world, watch = learner.world, Watch(config, saved, batches)
+    world, monitor = learner.world, LossMonitor(config, saved, batches)
     held_out = data.tokens("val")[: config.evaluate_tokens + 1]
     if first == 0:
         log.write({"step": 0, "tokens": 0} | _measure(learner, measurements, 0))
     for step in range(first, config.steps):
         if world.any(stop()):
             if step > first:
-                watch.check()
+                monitor.check()
                 if not saved.holds(step):  # the one there may know its held-out loss
                     saved.save(learner.model, learner.optimizers, step)
                 saved.finish()
             raise KeyboardInterrupt
-        watch.saw(learner.step(batches, step))
+        monitor.add(learner.step(batches, step))
         done = step + 1
         last = done == config.steps
         checkpoint = last or done % config.checkpoint_every == 0
@@ -124,8 +124,8 @@ def _loop(
         measurement = last or done % config.measure_every == 0
         logged = checkpoint or done % config.log_every == 0
         row: dict[str, float | int] = {"step": done, "tokens": done * config.batch_tokens}
-        if logged or evaluation or measurement:  # of weights that are no numbers nothing is worth measuring
-            loss, norm = watch.check()
+        if logged or evaluation or measurement:  # weights that are not finite are not worth measuring
+            loss, norm = monitor.check()
         if logged:
             row |= {"loss": loss, "gradient_norm": norm, "learning_rate": config.learning_rate_at(step)}
             row["tokens_per_second"] = log.steps_per_second(done) * config.batch_tokens
@@ -133,7 +133,7 @@ def _loop(
         if evaluation:
             with autocast(learner.device):
                 found = held_out_loss(learner.model, held_out, batch=config.micro_batch, world=world)
-            row["held_out_loss"] = watch.held_out(found)
+            row["held_out_loss"] = monitor.held_out(found)
         if measurement:
             row |= _measure(learner, measurements, done)
         log.write(row)
@@ -172,10 +172,10 @@ def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer, saved: 
 
 
 def write_control(of: Path, run: Path) -> None:
-    """Write the control of a trained run: the same model before its first step, in a run directory of its own."""
+    """Write the control of a trained run: the same model before its first step, in a separate run directory."""
     trained = read_json(of / "run.json", made_by=f"cratelm train --out {of}")
     if trained["control"] is not None or trained["training"] is None:
-        raise CrateError(f"{of} is no trained model (control: {trained['control']}). Name the run that was trained")
+        raise CrateError(f"{of} is not a trained model (control: {trained['control']}). Name the run that was trained")
     if not (of / "model" / "tokenizer.json").exists():
         raise CrateError(f"the training of {of} is not finished (no model/ there). Run: cratelm train --out {of}")
     model_config, name = ModelConfig(**trained["model"]), of.resolve().name

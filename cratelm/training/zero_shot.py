@@ -1,7 +1,7 @@
 """Zero-shot evaluation, as the paper reports it: the loss on texts the model was not trained for.
 
-The paper's number is the cross-entropy of every token of the concatenated text; LAMBADA's own, the accuracy and
-perplexity of the last word of each passage, stand beside it.
+The paper's number is the cross-entropy of every token of the concatenated text; LAMBADA's metrics, accuracy and
+perplexity of the last word of each passage, are measured too.
 """
 
 import importlib
@@ -36,7 +36,7 @@ class Corpus:
     """The column of the text."""
     revision: str | None = None
     rows_are_documents: bool = False
-    """A row is a passage of its own; elsewhere the rows are lines of one text."""
+    """Whether each row is a separate passage; otherwise the rows are lines of one text."""
 
 
 CORPORA: Mapping[str, Corpus] = {
@@ -171,7 +171,7 @@ def check_vocabulary(model: LanguageModel, tokens: np.ndarray) -> None:
     if tokens.max(initial=0) >= model.config.vocab_size:
         raise CrateError(
             f"the tokenizer gives id {tokens.max()}, the model's vocabulary has {model.config.vocab_size} rows. "
-            "Put the model's own tokenizer.json beside its weights"
+            "Put the model's own tokenizer.json next to its weights"
         )
 
 

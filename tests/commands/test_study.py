@@ -52,8 +52,8 @@ def test_the_plan_is_every_variant_at_every_size_from_every_seed(data: TokenDire
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("mine", "says nothing"),
-        ("mine:penalty", "'penalty' is no FIELD=VALUE"),
+        ("mine", "must be crate, gpt2 or NAME"),
+        ("mine:penalty", "got 'penalty' in"),
         ("mine:penality=1", "no field 'penality'.*penalty"),
         ("mine:penalty=much", "penalty is 'much', it must be float"),
         ("mine:arch=gpt3", "arch is 'gpt3', it must be crate or gpt2"),
@@ -71,7 +71,7 @@ def test_a_variant_that_makes_no_sense_is_refused(text: str, said: str) -> None:
     [
         ({"sizes": "1l,4l"}, "unknown size '4l'"),
         ({"seeds": 0}, "--seeds is 0"),
-        ({"variant": ("a:bias=true", "a:bias=false")}, "two variants are named 'a'"),
+        ({"variant": ("a:bias=true", "a:bias=false")}, "variants must have different names"),
         ({"collect_tokens": 500}, "documents fall to the half"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_truncated_file_is_refused_or_read_up_to_the_cut(
     assert found[:-1] == rows[: len(found) - 1]
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
     for suffix in ("gz", "zst"):
         (tmp_path / f"a.jsonl.{suffix}").write_bytes(b"plain text, not an archive")
         assert "truncated or damaged after line 0" in refusal(tmp_path / f"a.jsonl.{suffix}")

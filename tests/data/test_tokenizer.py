@@ -143,7 +143,7 @@ def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
         train_bpe([], 256)
 
 
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CrateError, match=r"tokenizer.json is not a readable tokenizer"):
         load_tokenizer(tmp_path)

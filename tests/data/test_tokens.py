@@ -1,4 +1,4 @@
-"""Token directories: exact contents, both ways with nanoGPT, bounded memory, and what each kind of damage is told."""
+"""Token directories: exact contents, exchange with nanoGPT, bounded memory, and a message for each kind of damage."""
 
 import hashlib
 import json
@@ -179,7 +179,7 @@ def test_an_empty_split_says_how_many_documents_there_were(tmp_path: Path, bpe: 
         tokenize([source], tmp_path / "out", bpe, held_out=0.6, test=0.4)
 
 
-def test_a_missing_source_is_told_before_the_tokenizer_is_fetched(tmp_path: Path) -> None:
+def test_a_missing_source_is_reported_before_the_tokenizer_is_fetched(tmp_path: Path) -> None:
     with pytest.raises(CrateError, match="source nowhere is not there"):
         tokenize(["nowhere"], tmp_path / "out", "no-such/tokenizer", held_out=0.1)
     with pytest.raises(CrateError, match="no source of text was named"):

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, and stops beside one: a run always gets further, and loses nothing that was whole."""
+"""Damaged checkpoints, and stops during a save: a run always makes progress and loses nothing that was complete."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def damage(folder: Path) -> None:
         file.write_bytes(content)
 
 
-def test_a_run_whose_checkpoints_were_damaged_keeps_what_it_does_anew(
+def test_a_run_whose_checkpoints_were_damaged_keeps_its_new_ones(
     data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = short_training(checkpoint_every=2, keep_last=1)
@@ -138,7 +138,7 @@ def test_a_batch_that_ruins_the_weights_is_recorded_though_no_line_was_due(
     assert (found["step"], found["batch"], found["seed"]) == (step, step - 1, config.seed)
 
 
-def test_no_measurement_is_made_of_weights_that_are_no_numbers(data: TokenDirectory, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_measured(data: TokenDirectory, tmp_path: Path) -> None:
     measured: list[int] = []
 
     def note(_model: LanguageModel, step: int) -> Mapping[str, float]:

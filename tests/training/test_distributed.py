@@ -126,7 +126,7 @@ def test_a_killed_rank_is_started_again_and_the_losses_are_those_of_one_process(
 
 
 @linux
-def test_a_job_that_lost_a_rank_stops_and_one_process_goes_on(
+def test_a_job_that_lost_a_rank_stops_and_one_process_resumes(
     data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -153,7 +153,7 @@ def test_what_one_process_began_two_finish(data: TokenDirectory, alone: list[dic
 
 
 @linux
-def test_a_mistake_is_told_once_and_stops_all_processes(data: TokenDirectory, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once_and_stops_all_processes(data: TokenDirectory, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with job(data, run, "--batch-tokens", "480", "--micro-batch", "3", processes=2) as process:
         assert process.wait(60) != 0
@@ -185,14 +185,14 @@ def test_processes_that_do_not_fit_the_batch_are_refused(size: int, micro: int, 
         config.rows_of(0, size)
 
 
-def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_separate_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from cratelm.training.distributed import join_world
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(CrateError, match=r"process 3 .* has no GPU of its own \(found 2\)"), join_world("cuda"):
+    with pytest.raises(CrateError, match=r"process 3 .* needs a GPU, the machine has 2"), join_world("cuda"):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, fail, are damaged or do not fit, and go on or are refused."""
+"""Runs that are stopped, fail, are damaged or do not match, and resume or are refused."""
 
 import math
 import shutil
@@ -20,7 +20,7 @@ from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, weights_hash
 from cratelm.rundir import claim
 from cratelm.training.checkpoints import Checkpoints
-from cratelm.training.learner import Learner, Taken
+from cratelm.training.learner import Learner, StepResult
 from cratelm.training.opening import training_identity
 from cratelm.training.optimizer import Optimizers, build_optimizers
 
@@ -49,7 +49,7 @@ def stop_after(steps: int) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("stops", [[1], [4], [7, 2], [3, 3, 3, 2]])
-def test_a_stopped_run_goes_on_as_if_it_had_not(
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
     stops: list[int], data: TokenDirectory, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -143,14 +143,14 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[..., An
     """Let `change` have its way with the result of one step."""
     real = Learner.step
 
-    def faulty(learner: Learner, batches: Any, at: int) -> Taken:
+    def faulty(learner: Learner, batches: Any, at: int) -> StepResult:
         taken = real(learner, batches, at)
         return change(learner.model, taken) if at + 1 == step else taken
 
     monkeypatch.setattr(Learner, "step", faulty)
 
 
-def spoil(model: LanguageModel, taken: Taken) -> Taken:
+def spoil(model: LanguageModel, taken: StepResult) -> StepResult:
     with torch.no_grad():
         model.get_parameter("norm.weight")[3] = math.nan
     return taken
@@ -170,12 +170,12 @@ def spoil(model: LanguageModel, taken: Taken) -> Taken:
         (12, spoil, "the held-out loss became nan at step 12", 8),
     ],
 )
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     step: int, change: Any, said: str, kept: int, data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_at(monkeypatch, step, change)
     good = f"checkpoints/step_{kept:07d}"
-    with pytest.raises(CrateError, match=f"{said} of .*; the last good checkpoint is .*{good}. Train anew") as told:
+    with pytest.raises(CrateError, match=f"{said} of .*; the last good checkpoint is .*{good}. Train again") as told:
         train_quietly(short_training(), tiny_config(), data, tmp_path)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "model").exists()
@@ -195,7 +195,7 @@ def test_a_loss_lost_between_two_lines_of_the_log_is_noticed_before_a_checkpoint
 
 
 def test_a_run_that_fails_at_once_says_that_there_is_no_checkpoint(data: TokenDirectory, tmp_path: Path) -> None:
-    with pytest.raises(CrateError, match="there is no checkpoint yet. Train anew with a lower --learning-rate"):
+    with pytest.raises(CrateError, match="there is no checkpoint yet. Train again with a lower --learning-rate"):
         train_quietly(short_training(learning_rate=1e30), tiny_config(), data, tmp_path)
 
 

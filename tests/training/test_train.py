@@ -233,7 +233,7 @@ def test_a_diverging_run_ends_with_one_line_and_exit_code_2(
     assert command(data, tmp_path, "--learning-rate 1e30 --clip 1e30") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: the ")
-    assert f"of {tmp_path}; there is no checkpoint yet. Train anew with a lower --learning-rate" in last
+    assert f"of {tmp_path}; there is no checkpoint yet. Train again with a lower --learning-rate" in last
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_control_goes_with_one_trained_run(trained: Path, tmp_path: Path, caps
     for of, out, said in (
         (other, tmp_path / "random", "holds another run (of 'crate' -> 'other')"),
         (trained, other, "holds another run (control None -> 'random-init', of None -> 'crate')"),
-        (tmp_path / "random", tmp_path / "new", "is no trained model (control: random-init)"),
+        (tmp_path / "random", tmp_path / "new", "is not a trained model (control: random-init)"),
         (unfinished, tmp_path / "new", "is not finished (no model/ there). Run: cratelm train"),
         (tmp_path / "nowhere", tmp_path / "new", "nowhere/run.json is not there. Run: cratelm train"),
     ):

@@ -78,7 +78,7 @@ def test_a_warm_up_that_meets_the_decay_turns_without_a_jump(warmup: int, share:
     ("schedule", "warmup", "said"),
     [("cosine", 100, False), ("cosine", 101, True), ("cosine", 0, False), ("wsd", 80, False), ("wsd", 81, True)],
 )
-def test_a_rate_that_never_reaches_its_peak_is_told(schedule: Any, warmup: int, said: bool) -> None:
+def test_a_rate_that_never_reaches_its_peak_is_reported(schedule: Any, warmup: int, said: bool) -> None:
     config = short_training(tokens=64 * 100, warmup_steps=warmup, schedule=schedule)
     highest = max(map(config.learning_rate_at, range(100)))
     assert (config.schedule_note() is not None) == said == (highest < 1e-2 * (1 - 1e-12))
@@ -141,14 +141,12 @@ def test_the_schedule_is_remarked_on_before_the_first_step(
     command = ["train", "--data", str(data.path), "--out", str(tmp_path / "run"), "--size", "1l", "--device", "cpu"]
     command += ["--context", "16", "--batch-tokens", "128", "--tokens", "1280", "--dry-run"]
     assert cli.main(command) == 0
-    assert (
-        "10 steps leave nothing beside a warm-up of 2000: the learning rate rises to 3e-06" in capsys.readouterr().err
-    )
+    assert "10 steps leave none after a warm-up of 2000: the learning rate rises to 3e-06" in capsys.readouterr().err
     assert cli.main([*command, "--warmup-steps", "5"]) == 0
     assert "warm-up" not in capsys.readouterr().err
 
 
-def test_a_tracker_without_a_key_is_told_in_one_line(
+def test_a_tracker_without_a_key_is_reported_in_one_line(
     data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class UsageError(Exception):

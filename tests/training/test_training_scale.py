@@ -1,4 +1,4 @@
-"""What training offers beside the loop: schedules, optimizers, checkpoints, measurements, trackers, the preview."""
+"""Parts of training around the loop: schedules, optimizers, checkpoints, measurements, trackers, the preview."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from cratelm.training.checkpoints import best_checkpoint, checkpoints, read_weig
 from cratelm.training.config import Execution, TrainConfig
 from cratelm.training.evaluate import held_out_loss
 from cratelm.training.forecast import forecast
-from cratelm.training.learner import Learner, Taken
+from cratelm.training.learner import Learner, StepResult
 from cratelm.workflows.measurements import lookup, samples
 
 
@@ -68,7 +68,7 @@ def test_a_failure_to_read_reaches_the_trainer(data: TokenDirectory) -> None:
         next(batches.step())
 
 
-def test_muon_learns_and_goes_on_where_it_stopped(data: TokenDirectory, tmp_path: Path) -> None:
+def test_muon_learns_and_resumes(data: TokenDirectory, tmp_path: Path) -> None:
     config = short_training(optimizer="muon")
     train_quietly(config, tiny_config(), data, tmp_path / "whole")
     asked = iter(range(100))
@@ -136,7 +136,7 @@ def test_a_batch_that_is_not_finite_is_recorded(
 ) -> None:
     real = Learner.step
 
-    def faulty(learner: Learner, batches: Batches, step: int) -> Taken:
+    def faulty(learner: Learner, batches: Batches, step: int) -> StepResult:
         taken = real(learner, batches, step)
         return replace(taken, losses=taken.losses * torch.tensor([1.0, math.nan])) if step == 5 else taken
 
@@ -184,7 +184,7 @@ def test_lookup_rises_with_training_and_samples_are_kept_once(data: TokenDirecto
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 0, 20, 20]
 
 
-def test_a_missing_tracker_is_told_in_one_line(
+def test_a_missing_tracker_is_reported_in_one_line(
     data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -254,7 +254,7 @@ def test_recomputing_codes_keeps_less_and_learns_the_same(data: TokenDirectory, 
     assert kept[0].activation_bytes - kept[1].activation_bytes == neurons
 
 
-def test_a_dry_run_tells_the_cost_and_writes_nothing(data: TokenDirectory, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_cost_and_writes_nothing(data: TokenDirectory, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cratelm", "train", "--data", str(data.path), "--out", str(tmp_path / "run")]
     command += ["--size", "1l", "--context", "32", "--tokens", "65536", "--batch-tokens", "512", "--dry-run"]
     result = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=True)
@@ -263,7 +263,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(data: TokenDirectory, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(data: TokenDirectory, tmp_path: Path) -> None:
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_resumes(data: TokenDirectory, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cratelm", "train", "--data", str(data.path), "--out", str(tmp_path / "run")]
     command += ["--size", "1l", "--context", "32", "--tokens", "2048000", "--batch-tokens", "512", "--log-every", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -272,7 +272,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(data: TokenDire
     process.send_signal(2)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped. Run the same command again to go on." in said
+    assert "stopped. Run the same command again to resume." in said
     last = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     description = json.loads((checkpoints(tmp_path / "run")[-1] / "checkpoint.json").read_text())
     assert description["step"] == last

@@ -1,4 +1,4 @@
-"""A watch over the losses: none is looked at before it is needed, none that is not a number goes unseen."""
+"""Check losses and gradient norms for NaN and inf without a device sync at every step."""
 
 import math
 
@@ -9,22 +9,22 @@ from cratelm.rundir import write_json
 from cratelm.training.batches import Batches
 from cratelm.training.checkpoints import Checkpoints, checkpoints
 from cratelm.training.config import TrainConfig
-from cratelm.training.learner import Taken
+from cratelm.training.learner import StepResult
 
 
-class Watch:
-    """Holds what recent steps saw on the device, where reading it makes nothing wait, until `check`."""
+class LossMonitor:
+    """Collects the losses and norms of recent steps on the device until `check` reads them."""
 
     def __init__(self, config: TrainConfig, saved: Checkpoints, batches: Batches) -> None:
         self.config, self.saved, self.world, self.batches = config, saved, saved.world, batches
-        self._recent: list[Taken] = []
+        self._recent: list[StepResult] = []
         self._newest = (math.nan, math.nan)
-        self._last: Taken | None = None
+        self._last: StepResult | None = None
 
-    def saw(self, taken: Taken) -> None:
-        """Take note of a step."""
-        self._recent.append(taken)
-        self._last = taken
+    def add(self, result: StepResult) -> None:
+        """Add the result of a step."""
+        self._recent.append(result)
+        self._last = result
 
     def check(self) -> tuple[float, float]:
         """Mean loss and gradient norm of the newest step.
@@ -35,20 +35,21 @@ class Watch:
         recent, self._recent = self._recent, []
         if not recent:
             return self._newest
-        losses = self.world.mean(torch.stack([taken.losses for taken in recent]).mean(dim=1)).tolist()
-        norms = torch.stack([taken.norm for taken in recent]).tolist()
-        for taken, loss, norm in zip(recent, losses, norms, strict=True):
+        losses = self.world.mean(torch.stack([result.losses for result in recent]).mean(dim=1)).tolist()
+        norms = torch.stack([result.norm for result in recent]).tolist()
+        for result, loss, norm in zip(recent, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._record(taken, loss, norm)
-            self._finite(loss, "loss", taken.step + 1)
-            self._finite(norm, "norm of the gradient", taken.step + 1)
+                self._record(result, loss, norm)
+            self._finite(loss, "loss", result.step + 1)
+            self._finite(norm, "norm of the gradient", result.step + 1)
         self._newest = (losses[-1], norms[-1])
         return self._newest
 
     def held_out(self, loss: float) -> float:
-        """The held-out loss after the newest step, which `check` has passed; that step is recorded if it is no number.
+        """Check the held-out loss after the newest step, which `check` has passed, and return it.
 
-        Then its loss and gradient were finite, but not the weights it left. All processes must call this.
+        If it is not finite, the step's loss and gradient were finite but its weights are not; the step is recorded. All
+        processes must call this.
         """
         assert self._last is not None
         if not math.isfinite(loss):
@@ -56,29 +57,29 @@ class Watch:
         return self._finite(loss, "held-out loss", self._last.step + 1)
 
     def _finite(self, value: float, what: str, step: int) -> float:
-        """The value; CrateError if it is no number, before a checkpoint is written of what made it so."""
+        """Return the value; raise CrateError if it is not finite, before those weights reach a checkpoint."""
         if math.isfinite(value):
             return value
         self.saved.finish()
         kept = checkpoints(self.saved.run)
         where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise CrateError(
-            f"the {what} became {value} at step {step} of {self.saved.run}; {where}. Train anew with a lower "
+            f"the {what} became {value} at step {step} of {self.saved.run}; {where}. Train again with a lower "
             "--learning-rate"
         )
 
-    def _record(self, taken: Taken, loss: float, norm: float) -> None:
-        """Say in `diverged.json` which batch it was: with it and the last checkpoint, the step can be done again."""
+    def _record(self, result: StepResult, loss: float, norm: float) -> None:
+        """Describe the batch in `diverged.json`, so that the step can be repeated from the last checkpoint."""
         bad = [
             row
-            for micro, value in enumerate(taken.losses.tolist())
+            for micro, value in enumerate(result.losses.tolist())
             if not math.isfinite(value)
             for row in self.batches.micro_rows(micro)
         ]
         rows = sorted(row for part in self.world.gather(bad) for row in part)
         batch = {
-            "step": taken.step + 1, "seed": self.config.seed, "batch": taken.step, "rows": self.config.sequences,
+            "step": result.step + 1, "seed": self.config.seed, "batch": result.step, "rows": self.config.sequences,
             "rows_not_finite": rows, "loss": str(loss), "gradient_norm": str(norm),
-            "learning_rate": self.config.learning_rate_at(taken.step),
+            "learning_rate": self.config.learning_rate_at(result.step),
         }  # fmt: skip
         self.world.decide(lambda: write_json(self.saved.run / "diverged.json", batch))

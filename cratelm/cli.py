@@ -23,27 +23,27 @@ from cratelm import __version__
 from cratelm.errors import CrateError
 
 VERBS = {
-    "demo": "the whole job below, small, on text that is already on this machine",
-    "study": "many trainings, sizes by seeds, scored and compared: the paper's comparison with intervals",
-    "tokenize": "text, from files, folders or data sets, to a directory of tokens",
-    "train": "tokens to a CRATE or GPT-2 model; run again, it goes on where it stopped",
-    "evaluate": "the loss of a model on held-out text",
-    "generate": "text that goes on from a prompt",
-    "import": "a released checkpoint, nanoGPT's or a Hugging Face GPT-2 to a run",
-    "export": "a model or its records in the formats of other tools: Hugging Face, NeuronRecord, Neuronpedia",
-    "collect": "the records of every neuron in one pass: where it fires and how strongly",
-    "explain": "records to explanations: what a neuron stands for",
-    "simulate": "explanations to simulations: how strongly the neuron should fire on other text",
-    "score": "simulations to scores: how well the explanation predicts the neuron",
-    "interpret": "explain, simulate and score in one go",
-    "sae train": "a sparse autoencoder on any activations of a model: the post-hoc way",
-    "sae evaluate": "what an autoencoder costs the model, how sparse and how faithful it is",
-    "whitebox": "what each layer does to the objective: coding rates, sparsity, LASSO, dictionary",
+    "demo": "the whole flow below, small, on text that is already on this machine",
+    "study": "train, score and compare many models, sizes by seeds: the paper's comparison with intervals",
+    "tokenize": "tokenize files, folders or data sets into a token directory",
+    "train": "train a CRATE or GPT-2 model; the same command resumes a stopped run",
+    "evaluate": "measure the loss of a model on held-out text",
+    "generate": "generate text from a prompt",
+    "import": "make a run from a released checkpoint, nanoGPT's, or a Hugging Face GPT-2",
+    "export": "write a model or its records for other tools: Hugging Face, NeuronRecord, Neuronpedia",
+    "collect": "record every neuron in one pass: where it fires and how strongly",
+    "explain": "explain neurons from their records: what a neuron fires on",
+    "simulate": "predict from an explanation how strongly the neuron fires on other text",
+    "score": "score simulations: how well the explanation predicts the neuron",
+    "interpret": "explain, simulate and score in one command",
+    "sae train": "train a sparse autoencoder on activations of a model, post hoc",
+    "sae evaluate": "measure an autoencoder: sparsity, reconstruction, loss added to the model",
+    "whitebox": "measure each layer's objective: coding rates, sparsity, LASSO, dictionary",
     "dial": "sparsity at run time: active neurons, loss and lookup score, nothing retrained",
-    "directions": "what each neuron's weights say: tokens in and out, its neighbours in the next layer",
-    "circuit": "the neurons that make the model say a token, as a graph",
-    "neurons": "the neurons of a layer as a table, or one with its excerpts",
-    "report": "scores of one or more runs to tables, figures and a page; --site: the neuron browser, a folder",
+    "directions": "read each neuron's weights: tokens in and out, neighbours in the next layer",
+    "circuit": "find the neurons that make the model predict a token, as a graph",
+    "neurons": "list the neurons of a layer, or show one with its excerpts",
+    "report": "write tables, figures and a page of scores; --site: the neuron browser as a folder",
     "serve": "the neuron browser live: try a text, steer neurons, see what changes",
     "steer": "change neurons while the model generates: effect on the text and the next token",
     "ablate": "remove neurons: change of the loss on held-out text",
@@ -58,7 +58,7 @@ FLOW = (
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
     ("Sparse autoencoders", ("sae train", "sae evaluate")),
     ("Inside a model", ("whitebox", "dial", "directions", "circuit")),
-    ("Neurons to look at", ("neurons", "report", "serve")),
+    ("Look at neurons", ("neurons", "report", "serve")),
     ("Steer neurons", ("steer", "ablate", "ledger")),
 )
 """The verbs as the overview groups them."""
@@ -67,7 +67,7 @@ FIRST_COMMANDS = ("cratelm demo", "cratelm generate runs/demo/crate-2l", "cratel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 2 for a user's mistake, told in one line, and 130 for Ctrl-C."""
+    """Run one command and return its exit code: 2 for a user's mistake, reported in one line, and 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _run(arguments)

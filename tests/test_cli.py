@@ -25,7 +25,7 @@ class Options:
 
     steps: int
     """How many steps to take."""
-    # A reason that is nobody's help text.
+    # A reason that is not a help text.
     arch: str = "crate"
     """Which model."""
 
@@ -61,7 +61,7 @@ def test_every_whole_number_is_read_as_people_write_it(typed: str, count: int, l
 
 
 @pytest.mark.parametrize("typed", ["many", "1e6", "0.2", "5 M", "all", ""])
-def test_what_is_no_whole_number_is_one_line_that_says_how_to_write_one(
+def test_text_that_is_not_a_whole_number_is_one_line_that_says_how_to_write_one(
     typed: str, ledger_runs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger_runs(print)
@@ -89,7 +89,7 @@ def test_help_of_a_command_teaches_its_flags(ledger_runs: Any, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert "usage: cratelm ledger" in text or "Write the tables." in text
     assert "How many steps to take." in text
-    assert "nobody's help" not in text
+    assert "not a help text" not in text
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_programming_error_keeps_its_traceback(ledger_runs: Any) -> None:
         cli.main(["ledger", "--steps", "3"])
 
 
-def test_ctrl_c_says_how_to_go_on(ledger_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_how_to_resume(ledger_runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: Options) -> None:
         raise KeyboardInterrupt
 
@@ -281,7 +281,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert result.stderr == "[]\n"
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_reader_that_goes_away_is_not_an_error() -> None:
     code = "import time; time.sleep(0.5); from cratelm.cli import main; raise SystemExit(main(['--help']))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -100,7 +100,9 @@ def _fields_without_help(options: type) -> list[str]:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str())):
                     documented.add(name)
     missing = [
-        f"{options.__name__}.{field.name}" for field in dataclasses.fields(options) if field.name not in documented
+        f"{options.__name__}.{field.name}"
+        for field in dataclasses.fields(options)
+        if field.name not in documented and not any(getattr(mark, "help", None) for mark in get_args(field.type)[1:])
     ]
     for field in dataclasses.fields(options):
         for inner in _classes(field.type):

@@ -5,7 +5,7 @@
 Tokenizes the Python library that runs this program, trains CRATE and GPT-2 with two layers side by side on the same
 tokens, records every neuron of both and of their random-init controls on held-out documents, explains and scores the
 neurons by the paper's three protocols without a language model, and writes tables, figures and a page. Under five
-minutes on two cores. Stopped and started again, it goes on where it was.
+minutes on two cores. Stopped and started again, it resumes.
 """
 
 import threading

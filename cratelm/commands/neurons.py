@@ -57,11 +57,11 @@ class Options:
     protocol: str = ""
     """Protocol whose scores and explanations to show; the first that is scored if left out."""
     limit: int = 20
-    """List so many neurons at most; 0 for all."""
+    """List at most N neurons; 0 for all."""
     excerpts: int = 5
-    """Of one neuron, show so many excerpts of each kind; 0 for all."""
+    """With --neuron: show N excerpts of each kind; 0 for all."""
     width: int | None = None
-    """Of one neuron, show excerpts of so many tokens; the longest recorded if left out."""
+    """With --neuron: length of the excerpts in tokens; the longest recorded if left out."""
     mode: Mode = "fixed"
     """Which records."""
     tap: str = "neurons"
@@ -188,6 +188,6 @@ def _strongest_kind_first(item: tuple[tuple[int, str, str], object]) -> tuple[in
 
 
 def _spread(excerpts: Sequence, count: int) -> Iterator:
-    """So many of them, evenly from the first (weakest) to the last (strongest)."""
+    """`count` items, evenly spaced from the first (weakest) to the last (strongest)."""
     for i in range(count):
         yield excerpts[round(i * (len(excerpts) - 1) / max(count - 1, 1))]

@@ -7,7 +7,7 @@
 Name control runs (random weights) along with their models. The folder gets report.html, which opens from disk and
 asks nothing of the network; performance, interpretability and layers as .md, .csv and .tex; loss and scores as .svg
 and .png, and firing_examples, two models' best neurons side by side. Where runs have autoencoders that are evaluated
-and scored (docs/sae.md), faithfulness sets their latents beside the neurons of the same layers.
+and scored (docs/sae.md), faithfulness compares their latents with the neurons of the same layers.
 
 With --site it is a browser instead: a folder with a page for every neuron of every run, scored or not, that opens by
 double click or from any static host. Run again, it renews what has changed. It shows every tap, explainer and
@@ -42,7 +42,7 @@ class Options:
     mode: Literal["fixed", "compat"] = "fixed"
     """Which records the scores are from."""
     tap: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("neurons",)
-    """Which places of the models: neurons, sae-NAME, ...; several are shown as rows of their own."""
+    """Which places of the models: neurons, sae-NAME, ...; several are shown as separate rows."""
     explainer: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
     """Who explained: lookup, or the language model's name; left out, lookup. All are set side by side in any case."""
     simulator: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""

@@ -1,10 +1,10 @@
-"""The live browser: the neurons of one or more runs, and a text box that turns them.
+"""The live browser: the neurons of one or more runs, and a text box to steer them.
 
     cratelm serve runs/demo/crate-2l runs/demo/gpt2-2l
     cratelm serve runs/demo/crate-2l --llm http://127.0.0.1:8000/v1 --model NAME
 
 Open the address it prints. Besides what `cratelm report --site` puts into a folder: type a text and see every layer's
-strongest neurons at each token, turn neurons and see what becomes of the next token and of the text, ask a language
+strongest neurons at each token, steer neurons and see how the next token and the text change, ask a language
 model for an explanation, and vote with others. It works offline and answers this machine only; `--host` opens it to
 others, who then need the token in the printed address. Ctrl-C ends it.
 """
@@ -172,7 +172,7 @@ def few_arenas() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is loaded: a port that is taken is told at once."""
+    """A listening socket, before anything is loaded: a port in use is reported at once."""
     if not 0 <= port <= 65535:
         raise CrateError(f"--port is {port}, a number from 0 to 65535 is needed")
     listening = None
@@ -181,7 +181,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(place)
-        listening.listen(128)  # whoever comes while the rest is loaded waits
+        listening.listen(128)  # clients wait while the models are loaded
     except OSError as error:
         if listening is not None:
             listening.close()

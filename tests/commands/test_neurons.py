@@ -40,7 +40,7 @@ def run(bare: Path) -> Path:
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Show:
-    """What `cratelm neurons` prints on so many columns."""
+    """What `cratelm neurons` prints at this number of columns."""
 
     def listing(run: Path, *options: str, columns: int = 120) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -92,7 +92,7 @@ def test_after_scoring_it_shows_scores_reasons_and_explanations(run: Path, show:
         assert status in lines[str(index)]
 
 
-def test_another_protocol_and_outdated_scores_are_told(run: Path, show: Show) -> None:
+def test_another_protocol_and_outdated_scores_are_reported(run: Path, show: Show) -> None:
     assert "scores and explanations: anthropic" in show(run, "--protocol", "anthropic")
     path = run / "records" / "fixed" / "records.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_hash": "another"}))
@@ -216,7 +216,7 @@ def test_letters_that_steer_a_terminal_are_shown_as_codes() -> None:
     assert visible("a\n\tb\r\x1b[31m\u202e c\u00a0é文") == "a↵⇥b␍U+001B[31mU+202E c\u00a0é文"
 
 
-def test_layers_neurons_modes_and_runs_that_are_not_there_are_told_the_range(
+def test_layers_neurons_modes_and_runs_that_are_not_there_are_errors_with_the_range(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [

@@ -1,4 +1,4 @@
-"""Whole numbers as a person writes them: 1_228_800, 200k, 8.2M, 1G. Every count on the command line is read so."""
+"""Whole numbers as a person writes them: 1_228_800, 200k, 8.2M, 1G. Every count on the command line is parsed here."""
 
 import re
 from typing import TYPE_CHECKING
@@ -13,18 +13,18 @@ def whole_number(text: str) -> int:
     """`8.2M` -> 8200000, `1_000` -> 1000; a `ValueError` says how to write one."""
     match = re.fullmatch(r"(-?\d[\d_]*)(?:(?:\.(\d+))?([kKMG]))?", text)
     if match is None:
-        raise ValueError(f"{text!r} is no whole number. Write one such as 200000, 200k, 8.2M or 1G")
+        raise ValueError(f"{text!r} is not a whole number. Write one such as 200000, 200k, 8.2M or 1G")
     factor = FACTORS.get(match[3] or "", 1)
     return int(match[1]) if factor == 1 else round(float(f"{match[1]}.{match[2] or 0}") * factor)
 
 
 def registry() -> "ConstructorRegistry":
-    """What makes the command line read every whole number so."""
+    """The tyro registry with which the command line reads every whole number."""
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-    found = ConstructorRegistry()
+    registry = ConstructorRegistry()
 
-    @found.primitive_rule
+    @registry.primitive_rule
     def rule(info: PrimitiveTypeInfo) -> "PrimitiveConstructorSpec[int] | None":
         if info.type is not int:
             return None
@@ -34,4 +34,4 @@ def registry() -> "ConstructorRegistry":
             str_from_instance=lambda value: [str(value)],
         )  # fmt: skip
 
-    return found
+    return registry

@@ -1,4 +1,4 @@
-"""The options of the commands that can ask a language model, in groups: whom, about which neurons, at what cost."""
+"""The options of the commands that can ask a language model, in groups: explainer and neurons, simulator, budget."""
 
 import math
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ Calibration = Literal["none", "linear", "percentile"]
 
 @dataclass(frozen=True, kw_only=True)
 class Explaining:
-    """Who explains. Left out: lookup, which asks nobody, takes seconds and costs nothing."""
+    """The explainer. Left out: lookup, which needs no language model and takes seconds."""
 
     llm: Where = ""
     """Ask this language model: http://localhost:8000/v1 for a server, or a Hugging Face directory or name, run here."""
@@ -35,22 +35,23 @@ class Explaining:
     explainer: Literal["auto", "lookup", "llm"] = "auto"
     """lookup: a table of tokens. llm: a sentence by --llm. auto: llm where one is given."""
     explainer_model: Name = ""
-    """The model that explains, where that is not --model."""
+    """The explaining model, if it is not --model."""
     neurons: Annotated[str, tyro.conf.arg(metavar="N|I-J,...")] = "300"
     """Neurons of each layer to ask about: all, a number evenly spaced, or indices as 0-99,120. Lookup takes all."""
     neuron_seed: Number = None
     """Draw that number at random instead, with this seed; evenly spaced or drawn, every model gets the same indices."""
     samples: int = 1
-    """Explanations of each neuron, each scored, to see how much chance there is in one."""
+    """Explanations per neuron, each scored separately, to measure the variance between samples."""
     temperature: Amount = None
-    """Of the explanations; left out, 0 for one of each neuron, 1 for several and in compat mode."""
+    """Sampling temperature of explanations; by default 0 for one sample, 1 for several samples and in compat mode."""
     seed: int = 0
-    """Of the first explanation; the others count on from it."""
+    """Sampling seed of the first explanation; further samples take the next seeds."""
     rounding: Literal["auto", "up", "down"] = "auto"
-    """Of activations to the 0-10 of prompts. up: whatever fires is at least 1. down: below a tenth of the strongest it
-    is 0, as released. auto: up, and down in compat mode. Explanations made the other way are kept beside these."""
+    """Rounding of activations to the 0-10 of prompts. up: an activation above 0 becomes at least 1. down: an activation
+    below a tenth of the largest becomes 0, as released. auto: up, and down in compat mode. Both kinds of explanations
+    are stored."""
     device: DeviceName = "auto"
-    """Where a model in this process computes."""
+    """Device of a model that runs in this process."""
     llm_tokenizer: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""
     """Tokenizer of a server's model, to count prompts exactly: tokenizer.json, its directory, or a name on the hub."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
@@ -64,30 +65,31 @@ class Explaining:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulating:
-    """Who predicts the activations from an explanation."""
+    """The simulator, which predicts activations from an explanation."""
 
     simulator: Simulator = "auto"
-    """all-at-once: read an excerpt once. token-by-token: once a token. structured: a chat writes. auto: as it can."""
+    """all-at-once: one prompt per excerpt, read from prompt logprobs. token-by-token: one prompt per token. structured:
+    the model answers in JSON. auto: the best that the model supports."""
     simulator_llm: Where = ""
-    """Another server or directory that simulates; left out, --llm. A base model does it better than a chat."""
+    """Another server or directory for simulation; by default --llm. Base models simulate better than chat models."""
     simulator_model: Name = ""
-    """The model that simulates, where that is not --model."""
+    """The simulating model, if it is not --model."""
     read_out_repair: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
-    """compat only: leave out these flaws of the released read-out (docs/simulators.md), the others staying."""
+    """compat only: repair these flaws of the released read-out (docs/simulators.md) and keep the others."""
     calibrate: Calibration = "none"
-    """Fit simulated to real activations on excerpts of their own: linear, or percentile."""
+    """Fit simulated to real activations on separate excerpts: linear, or percentile."""
     skip_self_test: bool = False
-    """Go on with a model that cannot even simulate neurons that everybody knows. Its scores will mean nothing."""
+    """Continue even if the model fails the self-test on obvious neurons; its scores are not meaningful."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """What it may cost, and how the work is divided."""
+    """Budget, prices, and division of the work."""
 
     dry_run: bool = False
-    """Say what would be asked, how many tokens that is, and stop."""
+    """Print the estimated calls and tokens, then stop."""
     budget_tokens: Number = None
-    """Stop after so many tokens, read and written together."""
+    """Stop after N tokens, prompts and answers together."""
     budget_price: Amount = None
     """Stop at this price; needs --price-in and --price-out."""
     price_in: float = 0.0
@@ -95,11 +97,11 @@ class Spending:
     price_out: float = 0.0
     """Price of a million tokens written."""
     in_flight: int = 32
-    """Neurons asked about at once."""
+    """Neurons that are processed concurrently."""
     part: Annotated[str, tyro.conf.arg(metavar="K/N", help_behavior_hint="")] = ""
-    """K/N: ask about the K-th of N shares of the neurons, in a file of its own; start one process for each."""
+    """K/N: work on the K-th of N shares of the neurons, in a separate file; start one process for each share."""
     merge: bool = False
-    """Join what the parts made; then the same command goes on without --part."""
+    """Join the results of all parts, then continue with the same command without --part."""
 
     def __post_init__(self) -> None:
         least("--in-flight", self.in_flight, 1)

@@ -28,7 +28,7 @@ UNKNOWN_MODEL = re.compile(
     r"model.{0,80}(not (found|exist|served|available)|does not exist|no such|unknown)|pinned to", re.I | re.S
 )
 FACTS = ("root", "parent", "owned_by", "meta", "quantization")
-"""Fields of a server's model list that tell different models under one name apart."""
+"""Fields of a server's model list that differ between models with the same name."""
 CONTEXTS = ("max_model_len", "context_length", "max_context_length", "n_ctx", "n_ctx_train")
 """Fields under which servers report the context length."""
 IGNORED = "ignored"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cratelm.interpretation.clients.token_alignment import Span, align
+from cratelm.interpretation.clients.token_alignment import TokenSpan, align
 from cratelm.interpretation.clients.transport import Malformed
 from cratelm.interpretation.llm import Prompt, PromptLogprobs
 
@@ -86,7 +86,7 @@ def _openai(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> _Response:
     return _Response(tokens[:count], reading, lambda token: [*(top[token] or {}).items()])
 
 
-def _spans(response: _Response, text: str) -> list[Span]:
+def _spans(response: _Response, text: str) -> list[TokenSpan]:
     """Where each token lies: by the most likely texts, or by all that the tables hold."""
     spans = align([[] if token is None else [token] for token in response.texts], text)
     if spans is None or len(spans) < len(response.texts):
@@ -97,7 +97,7 @@ def _spans(response: _Response, text: str) -> list[Span]:
     return spans
 
 
-def _of_rest(prompt: Prompt, response: _Response, spans: Sequence[Span], count: int, top: int) -> PromptLogprobs:
+def _of_rest(prompt: Prompt, response: _Response, spans: Sequence[TokenSpan], count: int, top: int) -> PromptLogprobs:
     """The tokens of the prompt's rest, with candidates at the requested offsets."""
     start, text = len(prompt.prefix), prompt.prefix + prompt.rest
     tokens, logprobs, candidates = list[str](), list[float](), dict[int, dict[str, float]]()

@@ -19,7 +19,7 @@ STEPS = 20
 ESCAPED = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)$|<0x([0-9a-fA-F]{2})>$")
 
 
-class Span(NamedTuple):
+class TokenSpan(NamedTuple):
     """Where a token lies in the text."""
 
     start: int
@@ -30,7 +30,7 @@ class Span(NamedTuple):
     """Which of the token's possible texts matched; -1 if none was reported."""
 
 
-def align(tokens: Sequence[Sequence[str]], text: str) -> list[Span] | None:
+def align(tokens: Sequence[Sequence[str]], text: str) -> list[TokenSpan] | None:
     """Align tokens to character offsets. Each token is a list of possible texts, most likely first; empty if unknown.
 
     A split character belongs to its first token. Tokens after the end of the text are left out. None if the tokens do
@@ -47,10 +47,10 @@ def align(tokens: Sequence[Sequence[str]], text: str) -> list[Span] | None:
     return first
 
 
-def _search(tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool) -> list[Span] | None:
+def _search(tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool) -> list[TokenSpan] | None:
     """As `align`; `spaceless`: each token lacks one leading space."""
-    untried: list[Iterator[Span]] = []
-    spans: list[Span] = []
+    untried: list[Iterator[TokenSpan]] = []
+    spans: list[TokenSpan] = []
     failed: set[tuple[int, int]] = set()
     cursor, steps = 0, STEPS * (len(tokens) + len(text))
     while cursor < len(text):
@@ -73,26 +73,26 @@ def _search(tokens: Sequence[Sequence[str]], text: str, *, spaceless: bool) -> l
     return _split_characters(spans, tokens, text)
 
 
-def _matches(readings: Sequence[str], text: str, at: int, number: int, spaceless: bool) -> Iterator[Span]:
+def _matches(readings: Sequence[str], text: str, at: int, number: int, spaceless: bool) -> Iterator[TokenSpan]:
     """Spans that a token may have at an offset, most likely first."""
     for reading, token in enumerate(readings):
         if spaceless and text[at] == " " and text.startswith(token, at + 1):
-            yield Span(at, at + 1 + len(token), reading)
+            yield TokenSpan(at, at + 1 + len(token), reading)
             if at:
                 continue
         spelled = _spelling(token)
         if token and text.startswith(token, at):
-            yield Span(at, at + len(token), reading)
+            yield TokenSpan(at, at + len(token), reading)
         if spelled is not None:
             for end in range(min(at + len(spelled or BROKEN), len(text)), at - 1, -1):
                 if _pattern(spelled).fullmatch(text, at, end):
-                    yield Span(at, end, reading)
+                    yield TokenSpan(at, end, reading)
         if at == 0 and token[:1] in (" ", "▁") and text.startswith(token[1:]):
-            yield Span(0, len(token) - 1, reading)  # SentencePiece starts every text with a space
+            yield TokenSpan(0, len(token) - 1, reading)  # SentencePiece starts every text with a space
     if not readings:
-        yield from (Span(at, end, -1) for end in range(at, min(at + LONGEST_UNKNOWN, len(text)) + 1))
+        yield from (TokenSpan(at, end, -1) for end in range(at, min(at + LONGEST_UNKNOWN, len(text)) + 1))
     elif number == 0:
-        yield Span(at, at, 0)  # the token that marks the beginning of a text
+        yield TokenSpan(at, at, 0)  # the token that marks the beginning of a text
 
 
 @cache
@@ -111,7 +111,7 @@ def _pattern(spelled: str) -> re.Pattern[str]:
     return re.compile(re.escape(spelled or BROKEN).replace(BROKEN, r"[^\x00-\x7f]?"))
 
 
-def _split_characters(spans: list[Span], tokens: Sequence[Sequence[str]], text: str) -> list[Span]:
+def _split_characters(spans: list[TokenSpan], tokens: Sequence[Sequence[str]], text: str) -> list[TokenSpan]:
     """Let split characters begin in the right token of a run of pieces: by their share of the run's bytes.
 
     If all pieces are empty, the server decoded the character at the token that ends it, which closes the run.

@@ -23,7 +23,7 @@ KEY = "OPENAI_API_KEY"
 """Environment variable of the key, unless another one is named."""
 NO_KEY = "none"
 """Sent as the key if there is none: servers without keys ignore it."""
-QUOTED = 500
+LONGEST_QUOTE = 500
 """Characters of a server's message that an error quotes."""
 LONGEST_RETRY_AFTER = 600.0
 """Seconds: if a server asks for a longer wait, the work stops."""
@@ -217,7 +217,7 @@ class Transport:
         inner = body.get("error", body)
         message = inner.get("message") if isinstance(inner, dict) else inner
         message = message or body.get("message") or body.get("detail") or error.response.text
-        return self._hidden(" ".join(str(message).split())[:QUOTED] or "no reason given")
+        return self._hidden(" ".join(str(message).split())[:LONGEST_QUOTE] or "no reason given")
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "(the key)") if self._key else text

@@ -79,7 +79,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """Limits on spending; None is no limit."""
+    """Limits on spending; None for unlimited."""
 
     tokens: int | None = None
     """Tokens read and generated together."""

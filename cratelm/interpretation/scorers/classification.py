@@ -1,12 +1,12 @@
-"""Detection, fuzzing and intruder: short questions whose answers a language model gives as a few numbers.
+"""Detection, fuzzing and intruder: short questions that a language model answers with a few numbers.
 
-    detection        does this window show what the explanation says? Half do, in the rest the neuron is silent
-    fuzzing          do the marked tokens fit the explanation? Marked are those on which the neuron fires, or any
-    fuzzing-active   likewise, but the wrong marks are in the windows on which the neuron fires, on its weak tokens
-    intruder         which window is not like the others? No explanation is shown: how alike are a neuron's windows
+    detection        does this window show what the explanation says? In half of the windows the neuron fires
+    fuzzing          do the marked tokens fit the explanation? They are tokens on which the neuron fires, or random
+    fuzzing-active   the same, but the wrong marks are on weak tokens of the windows on which the neuron fires
+    intruder         which window differs from the others? No explanation is shown: it tests the neuron itself
 
 The scorers of Paulo et al. (2024, automated interpretation of sparse autoencoders), with windows from documents that
-the explainer never saw, drawn without replacement, and with every answer that cannot be read counted and kept.
+the explainer did not see, drawn without replacement. Answers that fail to parse are counted and stored.
 """
 
 import json
@@ -30,7 +30,7 @@ from cratelm.interpretation.scorers.windows import (
     Windows,
     drawn_marks,
     marked,
-    marks_of_strangers,
+    num_marks_for_negatives,
     plain,
     signs_for,
     strong,
@@ -43,28 +43,30 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions(Windows):
-    """Which windows are asked about, and how."""
+    """Which windows are in the prompts, and how the answers are read."""
 
     per_prompt: int = 5
-    """Windows that one prompt asks about, positives and negatives shuffled (detection and fuzzing)."""
+    """Windows in one prompt, positives and negatives shuffled (detection and fuzzing)."""
     options: int = 5
-    """Windows that an intruder hides among, itself counted."""
+    """Windows of a question, the intruder included."""
     answers: Literal["json", "probabilities"] = "json"
-    """json: the answers of a chat, per_prompt at once. probabilities: one prompt per window, P(1) / (P(0) + P(1)) from
-    the model's probabilities of what comes next, which gives an AUC too (detection and fuzzing)."""
+    """json: a chat answers per_prompt windows at once. probabilities: one prompt per window, P(1) / (P(0) + P(1)) from
+    the logprobs of the next token, which also gives an AUC (detection and fuzzing)."""
 
     answer_tokens: int = 64
-    """Longest answer in the model's tokens: some numbers. A model that thinks aloud needs many more."""
+    """Longest answer in the model's tokens. A model that writes its reasoning needs many more."""
 
     def __post_init__(self) -> None:
         Windows.__post_init__(self)
         if self.per_prompt < 1 or self.options < 2:
-            raise CrateError("per_prompt is at least 1, and options at least 2: an intruder needs company")
+            raise CrateError(
+                f"per_prompt must be at least 1, options at least 2, got {self.per_prompt} and {self.options}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One window as it is shown."""
+    """One window as the prompt shows it."""
 
     truth: int
     text: str
@@ -74,7 +76,7 @@ class _Item:
 async def detection(
     explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions
 ) -> Judged:
-    """Whether the explanation tells windows on which the neuron fires from those on which it is silent."""
+    """Does the explanation separate windows on which the neuron fires from windows on which it is silent?"""
     if not enough_windows("detection", contrast, questions):
         return _too_few(contrast)
     items = [_Item(1, plain(window, pieces), window.position) for window in contrast.positives]
@@ -86,14 +88,14 @@ async def fuzzing(
     explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions, *,
     active: bool = False,
 ) -> Judged:  # fmt: skip
-    """Whether the explanation tells tokens on which the neuron fires from others.
+    """Does the explanation separate tokens on which the neuron fires from other tokens?
 
-    `active`: the others are weak tokens of the same windows, instead of tokens of windows on which it is silent.
+    `active`: the other tokens are weak tokens of the same windows, not tokens of windows on which it is silent.
     """
     if not enough_windows("fuzzing-active" if active else "fuzzing", contrast, questions):
         return _too_few(contrast)
     rng = contrast.rng(questions.seed, "marks", "active" if active else "")
-    count = marks_of_strangers(contrast.positives)
+    count = num_marks_for_negatives(contrast.positives)
     wrong: list[tuple[Excerpt, np.ndarray]]
     if active:
         weak = [(window, ~strong(window)) for window in contrast.positives]
@@ -112,9 +114,9 @@ async def fuzzing(
 
 
 async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions) -> Judged:
-    """Whether a window on which the neuron is silent stands out among windows on which it fires. One for each negative.
+    """Does a window on which the neuron is silent stand out among windows on which it fires? One question per negative.
 
-    The others of a question are of one strength; the strengths take turns.
+    The other windows of a question have one strength; questions cycle through the strengths.
     """
     others = questions.options - 1
     if not enough_windows("intruder", contrast, questions):
@@ -122,7 +124,7 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
     groups = min(questions.strengths, len(contrast.positives) // others)
     rng = contrast.rng(questions.seed, "intruder")
     strengths = np.array_split(np.arange(len(contrast.positives)), groups)
-    count = marks_of_strangers(contrast.positives)
+    count = num_marks_for_negatives(contrast.positives)
     everywhere = np.ones(questions.width, dtype=bool)
     truth, answer, failures = [], list[int | None](), []
     for place, negative in enumerate(contrast.negatives):
@@ -132,13 +134,13 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
         shown.insert(seat, (negative, drawn_marks(everywhere, count, rng)))
         signs = signs_for(plain(window, pieces) for window, _ in shown)
         texts = [marked(window, marks, pieces, signs) for window, marks in shown]
-        said = await _said(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
+        said = await _ask(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
         found = _read(said.text, "intruder", questions.options) if isinstance(said, _Answer) else None
         truth.append(seat + 1)
         answer.append(found[0] if found else None)
         if not found:
             failures.append(Unreadable(items=(place,), said=said.text))
-    _stop_if_silent(failures, len(truth))
+    _check_any_answer(failures, len(truth))
     return Judged(
         reason="" if sum(one is not None for one in answer) >= questions.least else UNREADABLE,
         active=contrast.active, silent=contrast.silent, truth=tuple(truth), answer=tuple(answer),
@@ -148,7 +150,7 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
 
 
 def enough_windows(scorer: str, contrast: Contrast, questions: Questions) -> bool:
-    """Whether a neuron has windows enough for a scorer: nobody is asked about one that has not."""
+    """Whether a neuron has enough windows for a scorer; otherwise no call is made."""
     fires, silent = len(contrast.positives), len(contrast.negatives)
     if scorer == "fuzzing-active":
         silent = sum(bool((~strong(window)).any()) for window in contrast.positives)
@@ -164,7 +166,7 @@ async def _classify(
     kind: Literal["detection", "fuzzing"], explanation: str, items: Sequence[_Item], signs: tuple[str, str],
     contrast: Contrast, llm: LLM, questions: Questions,
 ) -> Judged:  # fmt: skip
-    """Ask about all items in a random order and put the answers together."""
+    """Ask about all items in a random order, and collect the answers."""
     order = contrast.rng(questions.seed, kind).permutation(len(items))
     asked = [items[i] for i in order]
     answer: list[int | None] = [None] * len(asked)
@@ -180,13 +182,13 @@ async def _classify(
     else:
         for part in _parts(len(asked), questions.per_prompt):
             chat = _chat(kind, signs, [asked[i].text for i in part], explanation)
-            said = await _said(llm, chat, _schema(kind, len(part)), questions)
+            said = await _ask(llm, chat, _schema(kind, len(part)), questions)
             numbers = _read(said.text, kind, len(part)) if isinstance(said, _Answer) else None
             if numbers is None:
                 failures.append(Unreadable(items=tuple(part), said=said.text))
             else:
                 answer[part.start : part.stop] = numbers
-    _stop_if_silent(failures, len(asked))
+    _check_any_answer(failures, len(asked))
     truth = tuple(item.truth for item in asked)
     return Judged(
         reason="" if enough(truth, answer, questions.least) else UNREADABLE, active=contrast.active,
@@ -196,16 +198,16 @@ async def _classify(
 
 
 def _parts(count: int, size: int) -> Iterator[range]:
-    """Items of one prompt each, as equal in number as can be."""
+    """Ranges of items, one per prompt, of nearly equal size."""
     prompts = math.ceil(count / size)
     ends = [round(count * i / prompts) for i in range(prompts + 1)]
     yield from (range(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True))
 
 
-def _stop_if_silent(failures: Sequence[Unreadable], items: int) -> None:
-    """A model that gave nothing readable about a neuron at all failed at it; what it said first says how."""
+def _check_any_answer(failures: Sequence[Unreadable], items: int) -> None:
+    """Raise if no answer about a neuron could be parsed, with the first answer."""
     if failures and sum(len(one.items) for one in failures) == items:
-        raise LLMError(f"no answer can be read: {len(failures)} were given, the first is {failures[0].said!r}")
+        raise LLMError(f"none of {len(failures)} answers could be parsed; the first is {failures[0].said!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,16 +216,16 @@ class _Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class _NoAnswer:
+class _Failure:
     text: str
 
 
-async def _said(llm: LLM, chat: Sequence[Message], schema: dict[str, Any], questions: Questions) -> _Answer | _NoAnswer:
-    """What the model answered, or why it did not."""
+async def _ask(llm: LLM, chat: Sequence[Message], schema: dict[str, Any], questions: Questions) -> _Answer | _Failure:
+    """The model's answer, or its error message."""
     try:
         return _Answer((await llm.chat(chat, Sampling(max_tokens=questions.answer_tokens, schema=schema))).text)
     except LLMError as error:
-        return _NoAnswer(str(error))
+        return _Failure(str(error))
 
 
 WORDS = Path(__file__).parent.parent / "prompts" / "scorers.json"
@@ -231,12 +233,12 @@ WORDS = Path(__file__).parent.parent / "prompts" / "scorers.json"
 
 @cache
 def words() -> dict[str, Any]:
-    """The prompts' text."""
+    """Texts of the prompts."""
     return read_json(WORDS, made_by="pip install --force-reinstall cratelm")
 
 
 def _chat(kind: str, signs: tuple[str, str], texts: Sequence[str], explanation: str = "") -> tuple[Message, ...]:
-    """The task, solved examples, and the question."""
+    """The task, few-shot examples, and the question."""
     text = words()[kind]
 
     def question(pieces: Sequence[str], about: str) -> Message:
@@ -252,9 +254,9 @@ def _chat(kind: str, signs: tuple[str, str], texts: Sequence[str], explanation: 
     return (*messages, question(texts, explanation))
 
 
-def filled(form: str, **values: str) -> str:
-    """A form with its `{names}` replaced, in one pass: what is put in may hold braces of its own, as code does."""
-    return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), form)
+def filled(template: str, **values: str) -> str:
+    """Replace `{names}` in a template, in one pass: the values may contain braces, as code does."""
+    return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), template)
 
 
 def _schema(kind: str, count: int) -> dict[str, Any]:
@@ -267,11 +269,10 @@ def _schema(kind: str, count: int) -> dict[str, Any]:
 
 
 def _read(said: str, kind: str, count: int) -> list[int] | None:
-    """The numbers of an answer; None where it is not exactly what was asked for.
+    """The numbers of an answer; None if it does not have exactly the requested form.
 
-    Words around the one JSON object are passed over, and so are the thoughts of a model that thinks aloud. Nothing
-    else is: a list of the wrong length says that the model lost count, so none of its numbers is sure to be about its
-    item.
+    Text around the single JSON object is ignored, and so is the reasoning of a reasoning model. Nothing else is
+    repaired: in a list of the wrong length the model lost count, and its numbers cannot be assigned to items.
     """
     objects = _OBJECT.findall(_AROUND.sub("", said))
     if len(objects) != 1:
@@ -293,10 +294,10 @@ def _read(said: str, kind: str, count: int) -> list[int] | None:
 async def _probabilities(
     kind: str, explanation: str, items: Sequence[_Item], signs: tuple[str, str], llm: LLM
 ) -> list[float | str]:
-    """P(1) / (P(0) + P(1)) of each item, from what the model expects where the answer stands; text where it is neither.
+    """P(1) / (P(0) + P(1)) of each item, from the logprobs at the place of the answer; a message if neither is there.
 
-    Every item is a text of its own that begins like the others: the prefix is computed once. A number whose
-    probability is not among those told counts as 0.
+    Each item is one prompt and all share a prefix, which is computed once. A number that is not among the returned
+    candidates has probability 0.
     """
     form = words()["single"][kind]
     before, after = form.split("{piece}")
@@ -316,5 +317,5 @@ async def _probabilities(
         next_tokens = answer.candidates.get(prompt.at[0] if prompt.at else 0, {})
         no, yes = (math.exp(next_tokens[text]) if text in next_tokens else 0.0 for text in ("0", "1"))
         likely = ", ".join(sorted(next_tokens, key=lambda token: -next_tokens[token])[:5])
-        found.append(yes / (no + yes) if no + yes > 0 else f"neither 0 nor 1 was expected, but: {likely}")
+        found.append(yes / (no + yes) if no + yes > 0 else f"neither 0 nor 1 is among the candidates: {likely}")
     return found

@@ -1,4 +1,4 @@
-"""Embedding and example embedding: what a sentence encoder finds alike, without a language model that answers.
+"""Embedding and example embedding: similarity by a sentence encoder, without a language model.
 
     embedding           cosine of the explanation and each window; AUC of windows on which the neuron fires
     example-embedding   no explanation: is a window on which it fires nearer to others of the same strength than a
@@ -18,14 +18,14 @@ from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.scorers.windows import TOO_FEW, Contrast, raw
 
 COMPANY = 10
-"""Most windows of either kind that a window is compared with (example embedding)."""
+"""Most windows of each class that a window is compared with (example embedding)."""
 QUERIES = 20
 """Pairs of a window on which the neuron fires and one on which it is silent (example embedding)."""
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What turns texts into vectors; of sentence-transformers, or anything that has this."""
+    """Turns texts into vectors: sentence-transformers, or any object with this interface."""
 
     name: str
 
@@ -38,9 +38,9 @@ def embedding(
     explanation: str, contrast: Contrast, pieces: Sequence[bytes], encoder: Encoder, questions: Questions,
     instruction: str = "",
 ) -> Judged:  # fmt: skip
-    """How well the likeness to the explanation tells windows on which the neuron fires from the others.
+    """How well similarity to the explanation separates windows on which the neuron fires from the others.
 
-    `instruction` stands before the explanation, for encoders that want to be told what a query is.
+    `instruction` is put before the explanation, for encoders that expect a query prefix.
     """
     if not enough_windows("embedding", contrast, questions):
         return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
@@ -54,10 +54,10 @@ def embedding(
 
 
 def example_embedding(contrast: Contrast, pieces: Sequence[bytes], encoder: Encoder, questions: Questions) -> Judged:
-    """How well windows on which a neuron fires know each other.
+    """How similar windows on which a neuron fires are to each other.
 
     A query's score is its mean cosine to windows on which the neuron fires, of one strength and itself not counted,
-    less that to windows on which it is silent. The strengths take turns.
+    less that to windows on which it is silent. Queries cycle through the strengths.
     """
     groups = min(questions.strengths, len(contrast.positives) // 2)
     if not enough_windows("example-embedding", contrast, questions) or min(groups, len(contrast.negatives) - 1) < 1:

@@ -118,29 +118,29 @@ async def judge(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerAggregate:
-    """One scorer over the neurons of a layer."""
+    """One scorer averaged over the neurons of a layer."""
 
     scorer: str
     mean: float | None
     """Mean of the scorer's number over judged neurons, in per cent; None if no neuron is judged."""
     low: float | None
-    """Lower end of the 95 % interval of the mean: neurons drawn anew, then the items of each (two levels)."""
+    """Lower end of the 95 % interval of the mean: two-level bootstrap over neurons and their items."""
     high: float | None
     """Upper end."""
     others: dict[str, float]
     """Means of the other measures over the neurons that have them, in per cent: `f1`, `precision`, `recall`, `auc`."""
     chance: float
-    """What guessing gives, in per cent."""
+    """Chance level, in per cent."""
     judged: int
     """Neurons with a number."""
     total: int
-    """Neurons that were to be judged."""
+    """Neurons that the scorer was applied to."""
     undefined: dict[str, int]
-    """Reason -> neurons without a number; `failed` where the model gave nothing readable."""
+    """Reason -> neurons without a number; `failed` if no answer could be parsed."""
     items: int
-    """Items asked about."""
+    """Items in all prompts."""
     failed: int
-    """Items without a readable answer."""
+    """Items without a usable answer."""
 
 
 def aggregate_scorer(
@@ -149,8 +149,8 @@ def aggregate_scorer(
 ) -> ScorerAggregate:  # fmt: skip
     """Summarise a scorer's results on the neurons of a layer.
 
-    `failed`: neurons that gave nothing readable at all. `options`: among how many windows the questions hide an
-    intruder; left out, as many as was asked about, or as questions have them where nobody changes it.
+    `failed`: neurons for which no answer could be parsed. `options`: windows of an intruder question; by default the
+    number in the results, or the default of `Questions`.
     """
     scorer = SCORERS[name]
     numbers = [one.numbers() for one in found.values()]
@@ -177,27 +177,27 @@ def aggregate_scorer(
 
 
 def chance(name: str, options: int | None = None) -> float:
-    """What guessing gives, as a share; `options`: among how many windows an intruder hides, if not the usual number."""
+    """Chance level as a share; `options`: windows of an intruder question, if not the default."""
     return 1 / (options or Questions().options) if SCORERS[name].number == "accuracy" else 0.5
 
 
 def _resampled(
     found: Sequence[Judged], number: str, values: np.ndarray, rng: np.random.Generator, resamples: int
 ) -> np.ndarray:
-    """Means over neurons drawn anew, each with its items drawn anew, positives and negatives apart.
+    """Bootstrap means over neurons, each with resampled items, positives and negatives separately.
 
-    Moved to have the observed mean as theirs, as the bootstrap of correlations is (`statistics.bootstrap_means`).
+    Shifted to the observed mean, as the bootstrap of correlations is (`statistics.bootstrap_means`).
     """
     sets = sets_each(len(found), resamples, ITEM_RESAMPLES)
-    table = np.stack([_items_drawn_anew(one, number, rng, sets) for one in found])
+    table = np.stack([_resample_items(one, number, rng, sets) for one in found])
     table = np.where(np.isnan(table), values[:, None], table)
     table += (values - table.mean(axis=1))[:, None]
     drawn = rng.integers(len(found), size=(resamples, len(found)))
     return table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1)
 
 
-def _items_drawn_anew(one: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:
-    """The number of one neuron on items drawn with replacement from its own, `sets` times; NaN where undefined."""
+def _resample_items(one: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:
+    """The number of one neuron on items drawn with replacement, `sets` times; NaN if undefined."""
     truth = np.array(one.truth)
 
     def times(count: int) -> np.ndarray:

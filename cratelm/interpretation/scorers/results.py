@@ -1,10 +1,10 @@
-"""What a classifying scorer found for one neuron: item by item, with every answer that cannot be read; and in numbers.
+"""The result of a scorer for one neuron: item by item, with every answer that failed to parse; and as numbers.
 
 balanced accuracy   (share of the positives called positive + share of the negatives called negative) / 2
-precision           share of what was called positive that is
+precision           share of items called positive that are positive
 recall              share of the positives called positive
 F1                  harmonic mean of precision and recall
-AUC                 P(score of a positive > score of a negative), a tie counted half
+AUC                 P(score of a positive > score of a negative), a tie counts as half
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,54 +15,54 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 UNREADABLE = "too few answers"
-"""Reason: fewer items than asked of either kind were answered in a form that can be read."""
+"""Reason: too few positives or negatives have an answer that could be parsed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unreadable:
-    """An answer that is none: not the form asked for, a refusal, the wrong number of items."""
+    """An unusable answer: wrong format, a refusal, or the wrong number of items."""
 
     items: tuple[int, ...]
-    """The items it was to be about."""
+    """Items that the prompt asked about."""
     said: str
-    """What came instead, whole."""
+    """The complete answer, or the error message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """What one scorer found for one neuron. Items are in the order in which they were asked."""
+    """Result of one scorer for one neuron. Items are in the order of the prompts."""
 
     reason: str = ""
-    """Why there is no number: `too few excerpts`, `too few answers`; empty where there is one."""
+    """Why there is no number: `too few excerpts` or `too few answers`; otherwise empty."""
     active: int = 0
-    """Windows on which the neuron fires, to draw positives from."""
+    """Number of windows on which the neuron fires, from which positives are drawn."""
     silent: int = 0
-    """Windows on which it is silent, to draw negatives from."""
+    """Number of windows on which it is silent, from which negatives are drawn."""
     truth: tuple[int, ...] = ()
-    """Of each item: 1 for a positive, 0 for a negative; for `intruder` the place of the intruder, from 1."""
+    """Label of each item: 1 for a positive, 0 for a negative; for `intruder` the position of the intruder, from 1."""
     answer: tuple[int | None, ...] = ()
-    """What was answered; None where the answer could not be read. Empty for scorers that give a score alone."""
+    """Answer to each item, None if it failed to parse. Empty for scorers that return only a score."""
     score: tuple[float | None, ...] = ()
-    """What ranks the items: P(1) / (P(0) + P(1)), nats per token gained, or a cosine. Empty where there is none."""
+    """Score that ranks the items: P(1) / (P(0) + P(1)), gain in nats per token, or a cosine. Empty if there is none."""
     position: tuple[int, ...] = ()
-    """Index of each item's first token in the collected split; of `intruder` that of the intruder."""
+    """Index of each item's first token in the collected split; for `intruder` that of the intruder."""
     options: int = 0
-    """Windows that an intruder hides among, itself counted; 0 for other scorers."""
+    """Windows of a question, the intruder included; 0 for other scorers."""
     failures: tuple[Unreadable, ...] = ()
-    """Every answer that could not be read."""
+    """Every unusable answer."""
 
     @property
     def failed(self) -> int:
-        """Items without a readable answer."""
+        """Number of items without a usable answer."""
         return sum(len(one.items) for one in self.failures)
 
     def row(self) -> dict[str, Any]:
-        """As JSON for the store, without what is empty."""
+        """As JSON for the store, without empty fields."""
         return {name: value for name, value in asdict(self).items() if value not in ("", (), 0)}
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Judged":
-        """From the store; fields of a later version are passed over."""
+        """Read a row of the store; fields of a later version are ignored."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
@@ -73,7 +73,7 @@ class Judged:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def numbers(self) -> dict[str, float]:
-        """All measures that the items allow; those that are undefined are left out."""
+        """All measures that are defined for the items."""
         if self.reason:
             return {}
         found: dict[str, float] = {}
@@ -96,7 +96,7 @@ class Judged:
 
 
 def classification(truth: Bool[np.ndarray, " items"], said: Bool[np.ndarray, " items"]) -> dict[str, float]:
-    """The measures of answers; NaN where one divides by nothing."""
+    """The measures of answers; NaN if the denominator is 0."""
     hits, alarms = int((truth & said).sum()), int((~truth & said).sum())
     misses, rejections = int((truth & ~said).sum()), int((~truth & ~said).sum())
     recall, precision = _share(hits, hits + misses), _share(hits, hits + alarms)
@@ -111,7 +111,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def auc(truth: Bool[np.ndarray, " items"], scores: Float64[np.ndarray, " items"]) -> float:
-    """How often a positive has the higher score than a negative, ties counted half; NaN without both."""
+    """How often a positive has a higher score than a negative, ties count as half; NaN without both classes."""
     if truth.all() or not truth.any():
         return float("nan")
     difference = scores[truth][:, None] - scores[~truth]
@@ -119,7 +119,7 @@ def auc(truth: Bool[np.ndarray, " items"], scores: Float64[np.ndarray, " items"]
 
 
 def binomial_interval(hits: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, in [0, 1] whatever the counts."""
+    """Wilson's 95 % interval of a share, always within [0, 1]."""
     if not trials:
         return 0.0, 1.0
     z, share = 1.959963984540054, hits / trials
@@ -130,6 +130,6 @@ def binomial_interval(hits: int, trials: int) -> tuple[float, float]:
 
 
 def enough(truth: Sequence[int], answer: Sequence[int | None], least: int) -> bool:
-    """Whether enough positives and enough negatives were answered."""
+    """Whether at least `least` positives and negatives have an answer."""
     answered = [true for true, one in zip(truth, answer, strict=True) if one is not None]
     return min(sum(true == 1 for true in answered), sum(true == 0 for true in answered)) >= least

@@ -1,11 +1,11 @@
 """Surprisal: how much better a language model predicts a window once it has read the explanation.
 
-With a description D before the window x, and G a description of nothing in particular,
+With a description D before the window x, and a generic description G,
 
     gain(x) = mean over the tokens of x of   log p(token | D, what precedes) - log p(token | G, what precedes)
 
-in nats per token. An explanation that says something about what a neuron fires on gains on windows where it fires and
-not on those where it is silent: the score is the AUC of the gain. After Paulo et al. (2024).
+in nats per token. A good explanation gains on windows where the neuron fires and not on windows where it is silent:
+the score is the AUC of the gain. After Paulo et al. (2024).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from cratelm.interpretation.scorers.windows import TOO_FEW, Contrast, raw
 async def surprisal(
     explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions
 ) -> Judged:
-    """How well the gain in nats per token tells windows on which the neuron fires from those on which it is silent."""
+    """How well the gain in nats per token separates windows on which the neuron fires from silent ones."""
     if not enough_windows("surprisal", contrast, questions):
         return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
     windows = (*contrast.positives, *contrast.negatives)
@@ -34,23 +34,23 @@ async def surprisal(
     without = await llm.prompt_logprobs([Prompt(prefix=_before(generic), rest=text) for text in texts], top=1)
     gains = [_gain(ours, theirs) for ours, theirs in zip(with_it, without, strict=True)]
     failures = tuple(
-        Unreadable(items=(place,), said="the probabilities of its tokens are not all told")
+        Unreadable(items=(place,), said="some of its tokens have no log-probability")
         for place, gain in enumerate(gains)
         if gain is None
     )
     if len(failures) == len(gains):
-        raise LLMError("the model told none of the probabilities that it was asked for")
+        raise LLMError("the model returned none of the requested log-probabilities")
     truth = tuple(int(i < len(contrast.positives)) for i in order)
-    told = [true for true, gain in zip(truth, gains, strict=True) if gain is not None]
+    known = [true for true, gain in zip(truth, gains, strict=True) if gain is not None]
     return Judged(
-        reason="" if min(sum(told), len(told) - sum(told)) >= questions.least else UNREADABLE, active=contrast.active,
-        silent=contrast.silent, truth=truth, score=tuple(gains), failures=failures,
+        reason="" if min(sum(known), len(known) - sum(known)) >= questions.least else UNREADABLE,
+        active=contrast.active, silent=contrast.silent, truth=truth, score=tuple(gains), failures=failures,
         position=tuple(window.position for window in asked),
     )  # fmt: skip
 
 
 def _before(description: str) -> str:
-    """Solved examples, and the description that a window follows."""
+    """Few-shot examples, and the description before a window."""
     text = words()["surprisal"]
     examples = "".join(
         f"{filled(text['entry'], description=one['description'])}{one['piece']}\n\n" for one in text["examples"]
@@ -59,9 +59,9 @@ def _before(description: str) -> str:
 
 
 def _gain(ours: PromptLogprobs, theirs: PromptLogprobs) -> float | None:
-    """Nats per token; None where a token's probability is not known or the two were cut into other tokens.
+    """Gain in nats per token; None if a log-probability is missing or the two tokenizations differ.
 
-    A first token that begins before the window, as where a tokenizer joins a colon and a line break, is left out.
+    A first token that begins before the window is left out, as when a tokenizer joins a colon and a line break.
     """
     if ours.tokens != theirs.tokens or not len(ours.logprobs):
         return None
@@ -72,16 +72,16 @@ def _gain(ours: PromptLogprobs, theirs: PromptLogprobs) -> float | None:
 
 
 async def check_prompt_logprobs(llm: LLM) -> None:
-    """Refuse a model that does not tell the probabilities of a prompt, with what to use instead."""
+    """Refuse a model that does not return prompt logprobs, and say what to use instead."""
     try:
         (answer,) = await llm.prompt_logprobs([Prompt(prefix="The sun rises in the", rest=" east")], top=1)
     except LLMError as error:
-        said = str(error).rstrip(".")
+        reason = str(error).rstrip(".")
     else:
         if len(answer.logprobs) and np.isfinite(answer.logprobs).all():
             return
-        said = "it answered without them"
+        reason = "the answer has none"
     raise CrateError(
-        f"{llm.name} does not give the probabilities of a prompt's tokens ({said}), which this scorer needs. "
-        "Use --scorer detection, fuzzing or intruder, or a server that gives them, as vLLM does"
+        f"{llm.name} does not return prompt logprobs ({reason}), which this scorer needs. "
+        "Use --scorer detection, fuzzing or intruder, or a server that returns them, such as vLLM"
     )

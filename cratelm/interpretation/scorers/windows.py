@@ -1,6 +1,6 @@
-"""Windows of text on which a neuron fires, and windows on which it is silent: what classifying scorers tell apart.
+"""Windows of text on which a neuron fires, and windows on which it is silent: the classes that scorers separate.
 
-All come from the scoring half of the records, so that no document of theirs was seen by the explainer. A positive is
+All come from the scoring half of the records, so the explainer saw none of their documents. A positive is
 cut around the strongest token of a recorded excerpt, which lies anywhere in it; a negative is a window of a random or
 quantile excerpt on whose every token the neuron is silent. No two windows of a neuron overlap, and none is drawn twice.
 """
@@ -17,38 +17,40 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.prompts.escaping import Character, characters, shown_letter, text_of
 
 TOO_FEW = "too few excerpts"
-"""Reason: the scoring half holds fewer windows than asked on which the neuron fires, or on which it is silent."""
+"""Reason: the scoring half has too few windows on which the neuron fires, or on which it is silent."""
 MARKED = 0.3
-"""A token is marked whose activation is at least this share of the window's strongest."""
+"""A token is marked if its activation is at least this share of the window's strongest activation."""
 SIGNS = (("<<", ">>"), ("[[", "]]"), ("{{", "}}"), ("\N{LEFT DOUBLE ANGLE BRACKET}", "\N{RIGHT DOUBLE ANGLE BRACKET}"))
-"""What a mark may be written as, best first; code has some of these of its own."""
+"""Delimiters of a mark, preferred first; code may contain some of them."""
 ACTIVE_KINDS: tuple[Kind, ...] = ("top", "quantile", "random")
 SILENT_KINDS: tuple[Kind, ...] = ("random", "quantile")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Windows:
-    """How many windows are drawn, and how long they are."""
+    """Number and length of the windows."""
 
     width: int = 8
-    """Tokens of a window. A dense neuron is silent throughout a short window more often than throughout a long one."""
+    """Tokens of a window. A dense neuron has more silent windows if they are short."""
     positives: int = 20
     """Most windows on which the neuron fires, drawn evenly from the strong ones and the weak ones."""
     negatives: int = 20
     """Most windows on which it is silent."""
     least: int = 5
-    """Fewest of either; a neuron with fewer is counted as having too few excerpts."""
+    """Fewest windows of each class; a neuron with fewer counts as having too few excerpts."""
     strengths: int = 5
     """Groups of positives by strength: each gives the same number."""
     seed: int = 0
-    """Of every draw."""
+    """Seed of every draw."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.least, self.strengths) < 1:
-            raise CrateError("width, least and strengths of the windows are at least 1")
+            raise CrateError(
+                f"width, least, strengths must be at least 1, got {self.width}, {self.least}, {self.strengths}"
+            )
         if min(self.positives, self.negatives) < self.least:
             raise CrateError(
-                f"at least {self.least} positives and negatives are to be drawn: give more, or a lower least"
+                f"positives and negatives must be at least {self.least}, got {self.positives} and {self.negatives}"
             )
 
 
@@ -67,19 +69,19 @@ class Contrast:
     """Windows that the negatives were drawn from."""
 
     def rng(self, seed: int, *what: str) -> np.random.Generator:
-        """Random numbers for this neuron and purpose, whatever else is asked of it."""
+        """Random numbers for this neuron and purpose, independent of other draws."""
         return np.random.default_rng([seed, self.neuron.layer, self.neuron.index, *"/".join(what).encode()])
 
 
 def contrast(record: NeuronRecord, windows: Windows) -> Contrast:
     """Draw the windows of one neuron.
 
-    Raises `CrateError` for records that keep no documents apart for scoring (`compat` mode).
+    Raises `CrateError` for records without held-out documents for scoring (`compat` mode).
     """
     scored = _recorded(record, "score")
     if not scored:
         raise CrateError(
-            "only fixed records keep documents for scoring apart, on which an explanation can be tested like this. "
+            "this scorer needs records with held-out documents, which mode compat does not have. "
             "Run: cratelm collect RUN --data DIR, and leave --mode out"
         )
     explained = {excerpt.document for _, excerpts in _recorded(record, "explain") for excerpt in excerpts}
@@ -110,9 +112,9 @@ def _of(sets: Sequence[tuple[str, tuple[Excerpt, ...]]], kinds: Sequence[str]) -
 
 
 def _around_peaks(excerpts: Iterable[Excerpt], width: int, rng: np.random.Generator) -> list[Excerpt]:
-    """Windows that hold the strongest token of each excerpt at a place drawn for each, strongest first.
+    """Windows with the strongest token of each excerpt at a random position, strongest first.
 
-    Were it always the same place, the place would tell positives from negatives.
+    A fixed position would reveal which windows are positives.
     """
     found = []
     for excerpt in excerpts:
@@ -124,7 +126,7 @@ def _around_peaks(excerpts: Iterable[Excerpt], width: int, rng: np.random.Genera
 
 
 def _silent(excerpts: Iterable[Excerpt], width: int) -> Iterator[Excerpt]:
-    """Windows, side by side, on whose every token the neuron is silent."""
+    """Adjacent windows in which the neuron is silent on every token."""
     for excerpt in excerpts:
         for first in range(0, len(excerpt.tokens) - width + 1, width):
             window = _cut(excerpt, first, width)
@@ -141,7 +143,7 @@ def _cut(excerpt: Excerpt, first: int, width: int) -> Excerpt:
 
 
 def _apart(windows: Sequence[Excerpt]) -> list[Excerpt]:
-    """Those that overlap none before them."""
+    """The windows that overlap no earlier one."""
     taken: set[int] = set()
     found = []
     for window in windows:
@@ -153,7 +155,7 @@ def _apart(windows: Sequence[Excerpt]) -> list[Excerpt]:
 
 
 def _evenly(ordered: Sequence[Excerpt], count: int, groups: int, rng: np.random.Generator) -> Iterator[Excerpt]:
-    """As many from every group of neighbours in an order, as far as it has them; the order stays."""
+    """Equal numbers from each group of an ordered list, as far as the group has them; keeps the order."""
     parts = [list(part) for part in np.array_split(np.arange(len(ordered)), groups)]
     shares = [0] * groups
     for turn in range(min(count, len(ordered)) * groups):
@@ -169,15 +171,15 @@ def strong(window: Excerpt) -> Bool[np.ndarray, " width"]:
     return (window.activations > 0) & (window.activations >= MARKED * window.activations.max())
 
 
-def marks_of_strangers(positives: Sequence[Excerpt]) -> int:
-    """How many tokens to mark where the marks mean nothing: the mean of those marked in the positives, rounded up."""
+def num_marks_for_negatives(positives: Sequence[Excerpt]) -> int:
+    """Number of tokens to mark in a negative: the mean number of marks in the positives, rounded up."""
     return math.ceil(float(np.mean([strong(window).sum() for window in positives])))
 
 
 def drawn_marks(
     allowed: Bool[np.ndarray, " width"], count: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " width"]:
-    """So many of the allowed tokens, or all of them."""
+    """`count` random tokens of the allowed ones, or all of them."""
     places = np.flatnonzero(allowed)
     marks = np.zeros(len(allowed), dtype=bool)
     marks[rng.choice(places, size=min(count, len(places)), replace=False)] = True
@@ -185,14 +187,14 @@ def drawn_marks(
 
 
 def signs_for(texts: Iterable[str]) -> tuple[str, str]:
-    """How to write marks in these texts: the first pair of signs that none of them holds."""
+    """Delimiters of marks in these texts: the first pair that no text contains."""
     together = "\n".join(texts)
     free = [pair for pair in SIGNS if not any(sign in together for sign in pair)]
     return free[0] if free else SIGNS[-1]
 
 
 def raw(window: Excerpt, pieces: Sequence[bytes]) -> str:
-    """The text of a window as it was written, line breaks and all. `pieces` is the bytes of each token id."""
+    """The text of a window, line breaks included. `pieces` is the bytes of each token id."""
     return text_of([pieces[token] for token in window.tokens.tolist()])
 
 
@@ -204,7 +206,7 @@ def plain(window: Excerpt, pieces: Sequence[bytes]) -> str:
 def marked(window: Excerpt, marks: Bool[np.ndarray, " width"], pieces: Sequence[bytes], signs: tuple[str, str]) -> str:
     """The text of a window on one line, with the marked tokens between signs, neighbours together, spaces outside.
 
-    A character that lies in several tokens is marked where one of them is: no sign stands inside a character.
+    A character split over several tokens is marked if one of them is: delimiters never split a character.
     """
     text, run = "", ""
     for letter, first, last in _characters(window, pieces):

@@ -90,15 +90,15 @@ def test_surprisal_counts_windows_whose_probabilities_are_missing() -> None:
     found = asyncio.run(surprisal("some words", windows, pieces, reader, QUESTIONS))
     assert (found.failed, found.score.count(None)) == (1, 1)
     assert found.numbers() == {"auc": 0.5}
-    with pytest.raises(LLMError, match="none of the probabilities"):
+    with pytest.raises(LLMError, match="none of the requested"):
         asyncio.run(surprisal("x", windows, pieces, Reader(lambda _: np.nan, candidates=lambda _: {}), QUESTIONS))
 
 
 def test_a_model_that_tells_no_probabilities_is_refused_with_what_to_use() -> None:
     blind = Judge(lambda *_: "")
-    with pytest.raises(CrateError, match=r"judge does not give the prob.*ignores logprobs.*Use --scorer detection"):
+    with pytest.raises(CrateError, match=r"not return prompt logprobs.*ignores logprobs.*Use --scorer detection"):
         asyncio.run(check_llm(["surprisal"], blind, QUESTIONS))
-    with pytest.raises(CrateError, match="judge does not give"):
+    with pytest.raises(CrateError, match="judge does not return"):
         asyncio.run(check_llm(["detection"], blind, Questions(answers="probabilities")))
     asyncio.run(check_llm(["detection", "fuzzing", "intruder", "embedding", "simulation"], blind, QUESTIONS))
     asyncio.run(check_llm(["surprisal"], Reader(lambda _: -1.0, candidates=lambda _: {}), QUESTIONS))

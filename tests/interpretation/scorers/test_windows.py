@@ -17,7 +17,7 @@ from cratelm.interpretation.scorers.windows import (
     contrast,
     drawn_marks,
     marked,
-    marks_of_strangers,
+    num_marks_for_negatives,
     signs_for,
     strong,
 )
@@ -117,14 +117,14 @@ def test_a_dead_neuron_has_no_positives_and_one_that_never_rests_no_negatives(re
 
 def test_records_without_a_scoring_half_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     run = make_run(tmp_path / "run", rng, mode="compat")
-    with pytest.raises(CrateError, match="only fixed records .*Run: cratelm collect"):
+    with pytest.raises(CrateError, match="held-out documents.*Run: cratelm collect"):
         contrast(read_records(run, 0, mode="compat")[FIRST_TOKEN_NEURON], WINDOWS)
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(CrateError, match="at least 1"):
         Windows(width=0)
-    with pytest.raises(CrateError, match="lower least"):
+    with pytest.raises(CrateError, match="at least 4"):
         Windows(positives=3, least=4)
 
 
@@ -133,7 +133,7 @@ def test_marks_of_a_known_window() -> None:
     assert strong(one).tolist() == [False, True, False, True, True]
     table = [b"?"] * 5 + [b"if", b" a", b" <", b" b", b":"]
     assert marked(one, strong(one), table, ("<<", ">>")) == "if <<a>> < <<b:>>"
-    assert marks_of_strangers([one, window([1, 2], [0, 3])]) == 2
+    assert num_marks_for_negatives([one, window([1, 2], [0, 3])]) == 2
     silent = window([5, 6], [-1, -2])
     assert not strong(silent).any()
 

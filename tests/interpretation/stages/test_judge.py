@@ -186,7 +186,7 @@ def test_a_neuron_that_gets_only_nonsense_is_a_failure_and_counted(run: Path) ->
     assert apply(run, "detection", judge).failed == 1
     store, key = Store.open(run), judged_key(KEY, "detection", "judge")
     (message,) = failures(store, key, "detection").values()
-    assert re.fullmatch(r"no answer can be read: \d were given, the first is 'I cannot.'", message)
+    assert re.fullmatch(r"none of \d answers could be parsed; the first is 'I cannot.'", message)
     assert aggregate_judged(store, key, "detection", resamples=50).undefined["failed"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Directories for the Hugging Face hub: a model, its tokenizer, and a card with what was measured; and their upload."""
+"""Write and upload directories for the Hugging Face hub: model, tokenizer and a model card with the results."""
 
 import tempfile
 from pathlib import Path
@@ -10,19 +10,19 @@ from cratelm.rundir import atomic_path
 
 
 def write_directory(source: str | Path, folder: Path, *, title: str | None = None) -> None:
-    """Write the model directory of a run, tokenizer included, with its card as README.md."""
+    """Write the model and tokenizer of a run, with the model card as README.md."""
     model, tokenizer = load(source)
-    found = find_model(source)
+    directory = find_model(source)
     with atomic_path(folder) as temporary:
         save_model(model, temporary, tokenizer)
-        card = model_card(run_of(found) or temporary, title=title or folder.name)
+        card = model_card(run_of(directory) or temporary, title=title or folder.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def push_to_hub(
     source: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
 ) -> str:  # fmt: skip
-    """Upload the model of a run, of either architecture, with its card; returns the address."""
+    """Upload the model of a run with its model card; returns the URL."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         write_directory(source, folder, title=repo_id)
@@ -39,12 +39,12 @@ def upload(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Put the files of a folder into a repository on the hub, which is made where it is new; returns the address."""
+    """Upload a folder to a repository on the hub, which is created if it does not exist; returns the URL."""
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
-        raise CrateError("the hub needs an extra. Run: pip install 'cratelm[hf]'") from None
+        raise CrateError("uploading needs huggingface_hub. Hint: pip install 'cratelm[hf]'") from None
     hub = HfApi(token=token)
     try:
         name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id

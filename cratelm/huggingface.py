@@ -1,8 +1,8 @@
-"""CRATE in transformers: `import cratelm.huggingface`, and `AutoModelForCausalLM` opens our model directories.
+"""CRATE in transformers: after `import cratelm.huggingface`, `AutoModelForCausalLM` opens CRATE directories.
 
-A stock GPT-2 needs nothing of this. CRATE, and a GPT-2 that differs from the stock one, have the `model_type` `crate`:
-`CrateConfig` carries the fields of a `ModelConfig`, and `CrateForCausalLM` holds the `LanguageModel` that the rest of
-cratelm works with as its `model`, so taps have the names they have elsewhere, behind `model.`.
+A stock GPT-2 does not need this module. CRATE, and GPT-2 variants, have the `model_type` `crate`: `CrateConfig` has the
+fields of a `ModelConfig`, and `CrateForCausalLM.model` is the `LanguageModel` of cratelm, so taps have their usual
+names after `model.`.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ try:
     )
     from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 except ImportError:
-    raise CrateError("cratelm.huggingface needs transformers. Run: pip install 'cratelm[hf]'") from None
+    raise CrateError("cratelm.huggingface needs transformers. Hint: pip install 'cratelm[hf]'") from None
 
 Mask = Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
 FIELDS = tuple(ModelConfig.__dataclass_fields__)
 
 
 class CrateConfig(PretrainedConfig):
-    """The fields of a `ModelConfig`, whichever it has; left out, they are those of the paper's smallest model."""
+    """The fields of a `ModelConfig`; the defaults are those of the paper's smallest model."""
 
     model_type = "crate"
     attribute_map = {
@@ -70,22 +70,22 @@ class CrateConfig(PretrainedConfig):
         return self.model_config().num_neurons
 
     def model_config(self) -> ModelConfig:
-        """The same as cratelm has it."""
+        """The configuration as a `ModelConfig`."""
         return ModelConfig(**{name: getattr(self, name) for name in FIELDS if hasattr(self, name)})
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
-        """Write config.json, and beside it the stub that lets tools open the directory with `trust_remote_code`."""
+        """Write config.json and the stub that lets tools open the directory with `trust_remote_code`."""
         super().save_pretrained(save_directory, push_to_hub, **options)
         with atomic_path(Path(save_directory) / "modeling_crate.py") as temporary:
             temporary.write_text(STUB)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
+        """Do nothing: transformers would copy this file into every saved directory, which has the stub instead."""
 
 
 class CratePreTrainedModel(PreTrainedModel):
-    """What the classes around a `LanguageModel`, their `model`, have in common."""
+    """The common part of the classes around a `LanguageModel`."""
 
     config_class = CrateConfig
     base_model_prefix = "model"
@@ -98,7 +98,7 @@ class CratePreTrainedModel(PreTrainedModel):
         self.model = LanguageModel(config.model_config())
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding, which the head is tied to."""
+        """The embedding, tied to the head."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -108,7 +108,7 @@ class CratePreTrainedModel(PreTrainedModel):
     def read(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Mask | None, *, wanted: bool
     ) -> tuple[Float[Tensor, "batch seq d_model"], ...]:
-        """What the head reads and, if `wanted`, before it the input of each block."""
+        """The input of the head, preceded by the input of each block if `wanted`."""
         padding = _left_padding(attention_mask)
         inputs: list[Tensor] = []
         with _block_inputs(self.model, inputs) if wanted else contextlib.nullcontext():
@@ -117,11 +117,11 @@ class CratePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: transformers would copy this file into every directory it saves, where the stub does."""
+        """Do nothing: transformers would copy this file into every saved directory, which has the stub instead."""
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw the weights that no file gave as `LanguageModel.initialise` does, and remake tables that no file has."""
+        """Initialise weights and tables that were not loaded, as `LanguageModel.initialise` does."""
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         needed = {name: x for name, x in tensors.items() if not getattr(x, "_is_hf_initialized", False)}
         if needed:
@@ -148,7 +148,7 @@ class CrateModel(CratePreTrainedModel):
         return_dict: bool | None = None,
         **options: Any,
     ) -> BaseModelOutput | tuple[Tensor, ...]:
-        """`last_hidden_state` is what the head of the language model reads, after the final LayerNorm."""
+        """`last_hidden_state` is the input of the language model's head, after the final LayerNorm."""
         _check_options(input_ids, attention_mask, options)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = self.read(input_ids, attention_mask, wanted=bool(wanted))
@@ -177,10 +177,10 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
-        """Logits of the next token; with `labels` (the same tokens, -100 where none counts) the loss, too.
+        """Logits of the next token; with `labels` (the same tokens, -100 to ignore one) also the loss.
 
-        `attention_mask` may leave out tokens at both ends of a row. `hidden_states` are the input of each block and,
-        last, what the head reads. Positions are counted from the mask: other `position_ids` are refused.
+        `attention_mask` may mask tokens at both ends of a row. `hidden_states` are the input of each block and the
+        input of the head. Positions are counted from the mask; other `position_ids` are refused.
         """
         _check_options(input_ids, attention_mask, options)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -201,18 +201,16 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def generate(self, *inputs: Any, use_cache: bool = True, **options: Any) -> Any:
-        """As in transformers, with cratelm's cache: one tensor per layer for CRATE.
+        """Generate as in transformers, with the cache of cratelm: one tensor per layer for CRATE.
 
-        transformers passes all tokens at each step, so greedy search, sampling and beams are right. Tokens that
-        continue those of the last step are read alone; others, as of another beam, anew. Assisted decoding, which
-        needs a cache of transformers' kind, raises CrateError, and so does a text that outgrows the context.
+        transformers passes all tokens at each step, so greedy search, sampling and beam search work. If the tokens
+        continue those of the last step, only the new ones are read; otherwise (another beam) all are. Assisted
+        decoding, which needs a cache of transformers, and a text longer than the context raise CrateError.
         """
         config = options.get("generation_config") or (inputs[1] if len(inputs) > 1 else None) or self.generation_config
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
             if options.get(name) or getattr(config, name, None):
-                raise CrateError(
-                    f"{name} asks for assisted decoding, which takes a cache that CRATE has not. Leave it out"
-                )
+                raise CrateError(f"{name} must be left out for CRATE: assisted decoding needs a cache of transformers")
         self._read = _Read() if use_cache else None
         try:
             return super().generate(*inputs, **options | {"use_cache": False})
@@ -230,7 +228,7 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         revision: str | None = None,
         **_: Any,
     ) -> str:
-        """Upload model, tokenizer and a card with what was measured, if the model was loaded from a run."""
+        """Upload model and tokenizer with a model card, which has the results if the model was loaded from a run."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(self.config._name_or_path)
             for file in source.glob("tokenizer*.json") if self.config._name_or_path else ():
@@ -245,14 +243,14 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
 
 
 class _Read:
-    """The tokens that a generation has read so far, and their cache."""
+    """The tokens of a generation that were read, and their cache."""
 
     def __init__(self) -> None:
         self.tokens: Tensor | None = None
         self.cache: Cache | None = None
 
     def features(self, model: LanguageModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Features of the tokens that are new; padding is on the left."""
+        """Features of the new tokens; padding is on the left."""
         known = 0 if self.tokens is None else self.tokens.shape[1]
         if self.tokens is None or known >= tokens.shape[1] or not torch.equal(tokens[:, :known], self.tokens):
             known, weight = 0, model.embedding.weight
@@ -266,29 +264,29 @@ class _Read:
 
 
 def _check_options(tokens: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
-    """Refuse arguments of transformers' models that would change what is computed and are not known here."""
+    """Refuse arguments of transformers that would change the result and are not supported."""
     if options.get("inputs_embeds") is not None or options.get("past_key_values") is not None:
-        raise CrateError("a CRATE reads input_ids, without inputs_embeds and without past_key_values")
+        raise CrateError("CRATE must get input_ids, without inputs_embeds and past_key_values")
     positions = options.get("position_ids")
     if positions is None:
         return
     kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    own = kept.cumsum(1) - 1
-    fits = positions.dim() == 2 and positions.shape[-1] == own.shape[-1] and len(positions) in (1, len(own))
-    if not fits or not bool(((positions == own) | ~kept).all()):
+    expected = kept.cumsum(1) - 1
+    fits = positions.dim() == 2 and positions.shape[-1] == expected.shape[-1] and len(positions) in (1, len(expected))
+    if not fits or not bool(((positions == expected) | ~kept).all()):
         raise CrateError(
-            "a CRATE counts positions from the attention_mask and refuses other position_ids, as packed sequences "
-            "have. Give each sequence a row of its own"
+            "position_ids of a CRATE must match the attention_mask; packed sequences are not supported. Hint: give "
+            "each sequence a separate row"
         )
 
 
 def _left_padding(mask: Mask | None) -> Int[Tensor, " batch"] | None:
-    """How many tokens each row leaves out at its beginning; None if no row does."""
+    """The number of masked tokens at the beginning of each row; None without any."""
     if mask is None or bool(mask.all()):
         return None
     kept = mask.bool()
     if bool((kept[:, 1:] & ~kept[:, :-1]).sum(1).add(kept[:, 0]).gt(1).any()):
-        raise CrateError("an attention_mask may leave out tokens at the ends of a row, not inside")
+        raise CrateError("attention_mask must mask tokens only at the ends of a row, got masked tokens inside")
     return kept.int().argmax(1)
 
 
@@ -298,9 +296,9 @@ def _rolled(
     *,
     back: bool = False,
 ) -> Int[Tensor, "batch seq"] | Float[Tensor, "batch seq d_model"]:
-    """Each row moved left by its padding, or moved back.
+    """Rotate each row left by its padding, or back.
 
-    Moved to the front, the tokens have their right positions and, attention being causal, see nothing of the padding.
+    At the front, tokens have the right positions, and causal attention hides the padding from them.
     """
     if padding is None:
         return x
@@ -311,7 +309,7 @@ def _rolled(
 
 @contextlib.contextmanager
 def _block_inputs(model: LanguageModel, inputs: list[Tensor]) -> Iterator[None]:
-    """A forward pass inside the block appends what each block of the model is given."""
+    """Append the input of each block of the model to `inputs` during a forward pass inside the context."""
 
     def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs.append(arguments[0])

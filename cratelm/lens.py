@@ -1,22 +1,22 @@
-"""CRATE in TransformerLens: `import cratelm.lens`, and `TransformerBridge.boot_transformers` opens our directories.
+"""CRATE in TransformerLens: after `import cratelm.lens`, `TransformerBridge.boot_transformers` opens CRATE directories.
 
-A GPT-2 of ours is a stock one, which TransformerLens knows without this.
+GPT-2 directories are stock GPT-2 models, which TransformerLens opens without this module.
 
 | TransformerLens                   | CRATE                                                  |
 |-----------------------------------|--------------------------------------------------------|
 | `blocks.N.hook_resid_pre`         | the input of the block                                 |
 | `blocks.N.hook_attn_out`          | MSSA(LN(x))                                            |
 | `blocks.N.hook_resid_mid`         | z = x + MSSA(LN(x))                                    |
-| `blocks.N.mlp.hook_in`            | LN(z), what ISTA codes                                 |
+| `blocks.N.mlp.hook_in`            | LN(z), the input of ISTA                                 |
 | `blocks.N.mlp.hook_post`          | the code: the neurons                                  |
-| `blocks.N.hook_mlp_out`, `hook_resid_post` | D a, which is the block's output: no residual |
+| `blocks.N.hook_mlp_out`, `hook_resid_post` | D a, the output of the block: no residual |
 """
 
 from typing import Any
 
 from torch import nn
 
-import cratelm.huggingface  # noqa: F401  (makes transformers know the model)
+import cratelm.huggingface  # noqa: F401  (registers the model with transformers)
 from cratelm.errors import CrateError
 
 try:
@@ -34,11 +34,11 @@ try:
     )
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 except ImportError:
-    raise CrateError("cratelm.lens needs TransformerLens. Run: pip install 'cratelm[lens]'") from None
+    raise CrateError("cratelm.lens needs TransformerLens. Hint: pip install 'cratelm[lens]'") from None
 
 
 class Block(BlockBridge):
-    """A block of ours: one tensor in, one tensor out."""
+    """A block of a `LanguageModel`: one tensor in, one tensor out."""
 
     hook_aliases = {
         "hook_resid_pre": "hook_in",
@@ -49,22 +49,22 @@ class Block(BlockBridge):
     }
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """As for any block, which may return a tuple; ours do not."""
+        """Return the tensor if the bridge returns a tuple."""
         output = super().forward(*inputs, **options)
         return output[0] if isinstance(output, tuple) else output
 
 
 class Coder(GeneralizedComponent):
-    """The ISTA block, or the MLP of a GPT-2 variant: what holds the neurons."""
+    """The ISTA block, or the MLP of a GPT-2 variant, which contains the neurons."""
 
     hook_aliases = {"hook_post": "neurons.hook_out"}
 
 
 class CrateAdapter(ArchitectureAdapter):
-    """Where TransformerLens finds the parts of a `CrateForCausalLM`.
+    """Map the parts of a `CrateForCausalLM` to those of TransformerLens.
 
-    Weights are left as they are: what TransformerLens folds and centres for GPT-2 assumes a residual stream that every
-    layer adds to, and the output of a CRATE block replaces it.
+    Weights are not folded or centred: that assumes a residual stream to which every layer adds, and the output of a
+    CRATE block replaces it.
     """
 
     supports_fold_ln = False
@@ -82,7 +82,7 @@ class CrateAdapter(ArchitectureAdapter):
         self.weight_processing_conversions: dict[str, Any] = {}
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Map the parts of this very model: their names follow its architecture and its variant."""
+        """Map the parts of this model; their names depend on architecture and variant."""
         super().prepare_model(hf_model)
         block = hf_model.model.blocks[0]
         coder, neurons = block.neurons.split(".")
@@ -107,7 +107,7 @@ class CrateAdapter(ArchitectureAdapter):
 
 
 def _linear_maps(block: nn.Module, part: str) -> dict[str, LinearBridge]:
-    """The linear maps of a part of a block, under their own names."""
+    """The linear maps of a part of a block, by name."""
     children = block.get_submodule(part).named_children()
     return {name: LinearBridge(name=name) for name, child in children if isinstance(child, nn.Linear)}
 

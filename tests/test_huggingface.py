@@ -221,7 +221,7 @@ def test_padding_at_either_end_changes_nothing(crate: tuple[LanguageModel, Path]
         assert len(output.hidden_states) == 3
         head = torch.nn.functional.linear(output.hidden_states[-1], theirs.lm_head.weight)
         torch.testing.assert_close(head, output.logits)
-    with pytest.raises(CrateError, match="not inside"):
+    with pytest.raises(CrateError, match="got masked tokens inside"):
         theirs(padded, attention_mask=torch.tensor([[1] * 5 + [0] * 2 + [1] * 5] * 4))
 
 
@@ -338,4 +338,4 @@ print(type(model).__module__, ids.tolist(), round(model(ids).logits.double().sum
 
 def test_without_transformers_one_line_names_the_extra() -> None:
     result = python("import sys; sys.modules['transformers'] = None\nimport cratelm.huggingface")
-    assert "CrateError: cratelm.huggingface needs transformers. Run: pip install 'cratelm[hf]'" in result.stderr
+    assert "CrateError: cratelm.huggingface needs transformers. Hint: pip install 'cratelm[hf]'" in result.stderr

@@ -126,4 +126,4 @@ def test_the_documented_code_runs(tmp_path: Path, rng: np.random.Generator) -> N
 def test_without_transformer_lens_one_line_names_the_extra() -> None:
     code = "import sys; sys.modules['transformer_lens'] = None\nimport cratelm.lens"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "CrateError: cratelm.lens needs TransformerLens. Run: pip install 'cratelm[lens]'" in result.stderr
+    assert "CrateError: cratelm.lens needs TransformerLens. Hint: pip install 'cratelm[lens]'" in result.stderr

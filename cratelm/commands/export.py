@@ -56,7 +56,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Write the export, then print where it is."""
+    """Write the export and print its path."""
     if options.push is not None and options.format != "hf":
         raise CrateError(f"--push uploads a model: use it with --format hf, not {options.format}")
     if options.out is None and options.push is None:
@@ -72,7 +72,7 @@ def _export_model(options: Options) -> None:
     from cratelm.hub import push_to_hub, write_directory
 
     if options.out is not None and options.out.exists():
-        raise CrateError(f"{options.out} is there already. Use another --out, or remove it")
+        raise CrateError(f"--out must not exist, got {options.out}. Hint: use another --out, or remove it")
     if options.out is not None and options.format == "official":
         _official(options.run, options.out)
     elif options.out is not None:
@@ -83,7 +83,7 @@ def _export_model(options: Options) -> None:
 
 
 def _official(folder: Path, out: Path) -> None:
-    """Write a checkpoint, with the steps and the loss that the run knows of."""
+    """Write a checkpoint with the steps and the loss of the run."""
     from cratelm.model.official import Provenance, write_official
     from cratelm.model.weights import find_model, load_model
     from cratelm.rundir import read_json

@@ -296,7 +296,7 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
         (["import", "{ckpt}", "--out", "{tmp}/new", "--tokenizer", "{tokenizer}"], "the tokenizer has"),
         (["import", "{run}/model/model.safetensors", "--out", "{tmp}/new"], "Name its folder"),
         (["export", "{run}"], "nowhere to write to"),
-        (["export", "{run}", "--out", "{run}"], "is there already"),
+        (["export", "{run}", "--out", "{run}"], "--out must not exist, got"),
         (["export", "{run}", "--format", "official", "--push", "me/model"], "--push uploads a model"),
     ],
 )

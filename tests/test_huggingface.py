@@ -246,7 +246,9 @@ def test_generate_and_pipeline_continue_as_the_model_does(crate: tuple[LanguageM
 def test_the_documented_code_runs(
     crate: tuple[LanguageModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runpy.run_path(str(code_block("ecosystem.md", "transformers", tmp_path / "it.py", model=crate[1])))
+    runpy.run_path(
+        str(code_block("ecosystem.md", "Load a model with transformers", tmp_path / "it.py", model=crate[1]))
+    )
     assert "def read_file(" in capsys.readouterr().out
 
 

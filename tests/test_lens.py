@@ -119,7 +119,9 @@ def test_sae_lens_boots_the_same_way(tmp_path: Path, rng: np.random.Generator) -
 
 def test_the_documented_code_runs(tmp_path: Path, rng: np.random.Generator) -> None:
     make_model(tmp_path / "crate", rng, "crate")
-    script = code_block("ecosystem.md", "TransformerLens and sae-lens", tmp_path / "it.py", model=tmp_path / "crate")
+    script = code_block(
+        "ecosystem.md", "Open a model in TransformerLens or sae-lens", tmp_path / "it.py", model=tmp_path / "crate"
+    )
     assert runpy.run_path(str(script))["code"].shape[-1] == 128
 
 

@@ -22,7 +22,9 @@ def test_the_documented_code_reads_and_turns_a_neuron(tmp_path: Path, rng: np.ra
     config = ModelConfig(arch="crate", num_layers=2, d_model=32, num_heads=4, vocab_size=384, context_length=48)
     model = LanguageModel(config).initialise(int(rng.integers(2**31))).eval()
     save_model(model, tmp_path / "crate", make_tokenizer())
-    found = runpy.run_path(str(code_block("ecosystem.md", "nnsight", tmp_path / "it.py", model=tmp_path / "crate")))
+    found = runpy.run_path(
+        str(code_block("ecosystem.md", "Open a model in nnsight", tmp_path / "it.py", model=tmp_path / "crate"))
+    )
     tokens, tap = torch.tensor([make_tokenizer().encode("def read_file(").ids]), model.neuron_taps[0]
 
     def turn(code: torch.Tensor) -> torch.Tensor:

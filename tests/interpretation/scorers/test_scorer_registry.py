@@ -232,7 +232,7 @@ def test_an_intruders_aggregate_stands_against_its_own_chance(rng: np.random.Gen
 
 def test_sentence_transformers_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    with pytest.raises(CrateError, match=r"Run: pip install 'cratelm\[embed\]'"):
+    with pytest.raises(CrateError, match=r"Hint: pip install 'cratelm\[embed\]'"):
         SentenceEncoder.open()
 
 

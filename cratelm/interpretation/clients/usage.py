@@ -112,29 +112,26 @@ class Metered(LLMWrapper):
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat within the budget."""
-
-        async def call() -> Reply:
-            reply = await self.inner.chat(messages, sampling)
-            self.usage.add(reply.prompt_tokens, reply.new_tokens)
-            return reply
-
         # A chat template adds a few tokens to each turn.
-        return await self._paid((sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens), call)
+        bound = sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens
+        return await self._paid(
+            bound, lambda: self.inner.chat(messages, sampling), lambda reply: (reply.prompt_tokens, reply.new_tokens)
+        )
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Prompt logprobs within the budget, one call for each prompt. Servers generate one token after a prompt."""
 
         async def paid(prompt: Prompt) -> PromptLogprobs:
-            async def call() -> PromptLogprobs:
-                (answer,) = await self.inner.prompt_logprobs([prompt], top=top)
-                self.usage.add(answer.prompt_tokens, 1)
-                return answer
-
-            return await self._paid((self.count(prompt.prefix + prompt.rest) + 2, 1), call)
+            bound = self.count(prompt.prefix + prompt.rest) + 2, 1
+            (answer,) = await self._paid(
+                bound, lambda: self.inner.prompt_logprobs([prompt], top=top),
+                lambda answers: (answers[0].prompt_tokens, 1),
+            )  # fmt: skip
+            return answer
 
         return await asyncio.gather(*map(paid, prompts))
 
-    async def _paid(self, bound: Tokens, call: Callable[[], Awaitable[T]]) -> T:
+    async def _paid(self, bound: Tokens, call: Callable[[], Awaitable[T]], cost: Callable[[T], Tokens]) -> T:
         """Make a call that costs at most `bound`. An unparsed response without reported usage counts as `bound`."""
         message = ""
         for attempt in range(self.attempts):
@@ -143,7 +140,9 @@ class Metered(LLMWrapper):
                 await asyncio.sleep(attempt * self.pause)
             await self._reserve(bound)
             try:
-                return await call()
+                answer = await call()
+                self.usage.add(*cost(answer))
+                return answer
             except Declined as error:
                 self.usage.add(error.prompt_tokens, error.new_tokens, usable=False)
                 raise

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,6 @@ BUSY_ATTEMPTS = 5
 """How often answers are tried to be written where another process holds the store."""
 Answer = asyncio.Future[dict[str, Any]]
 """An answer on its way, as it is kept."""
-Ask = Callable[[str], Awaitable[dict[str, Any]]]
-"""Asks the model for what has this hash."""
 
 
 class Cached(LLMWrapper):
@@ -49,79 +48,63 @@ class Cached(LLMWrapper):
         self._writer: asyncio.Task[None] | None = None
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """The kept answer, or the model's."""
-        asked = chat_hash(self.inner.identity, messages, sampling)
-
-        async def ask(_: str) -> dict[str, Any]:
-            return asdict(await self.inner.chat(messages, sampling))
-
-        (answer,) = await self._answers([asked], ask)
-        return Reply(**answer)
+        """The cached answer, or the model's."""
+        key = chat_hash(self.inner.identity, messages, sampling)
+        if (future := self._joined(key)) is None:
+            future = self._asking[key] = asyncio.get_running_loop().create_future()
+            work = asyncio.create_task(self._answer(key, future, lambda: self.inner.chat(messages, sampling), asdict))
+            self._keep_running(work)
+        return Reply(**_accepted(await asyncio.shield(future)))
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """The cached prompt logprobs, or the model's. One call for each prompt: if one fails, the others are cached."""
-        hashes = [prompt_logprobs_hash(self.inner.identity, prompt, top) for prompt in prompts]
-        prompt_of = dict(zip(hashes, prompts, strict=True))
-
-        async def ask(one: str) -> dict[str, Any]:
-            (read,) = await self.inner.prompt_logprobs([prompt_of[one]], top=top)
-            return logprobs_to_json(prompt_of[one], read)
-
-        answers = await self._answers(hashes, ask)
+        futures = []
+        for prompt in prompts:
+            key = prompt_logprobs_hash(self.inner.identity, prompt, top)
+            if (future := self._joined(key)) is None:
+                future = self._asking[key] = asyncio.get_running_loop().create_future()
+                call = partial(self.inner.prompt_logprobs, [prompt], top=top)
+                work = asyncio.create_task(self._answer(key, future, call, partial(_single_to_json, prompt)))
+                self._keep_running(work)
+            futures.append(future)
+        answers = [_accepted(await asyncio.shield(future)) for future in futures]
         return [logprobs_from_json(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
-    async def _answers(self, hashes: Sequence[str], ask: Ask) -> list[dict[str, Any]]:
-        """The answers to what has these hashes: kept, on their way, or asked for now.
+    def _joined(self, key: str) -> Answer | None:
+        """The answer to a call in flight, which counts as a cache hit."""
+        future = self._asking.get(key)
+        self.usage.cached += future is not None
+        return future
 
-        What is new is taken on before anything is awaited, so that nobody else takes it on too. It is worked on in a
-        task of its own: that goes on where the one that first asked is given up.
-        """
-        new: dict[str, Answer] = {}
-        for one in hashes:
-            if one not in self._asking:
-                self._asking[one] = new[one] = asyncio.get_running_loop().create_future()
-        awaited = [self._asking[one] for one in hashes]
-        self.usage.cached += len(hashes) - len(new)
-        if new:
-            work = asyncio.create_task(self._work(new, ask))
-            self._working.add(work)
-            work.add_done_callback(self._working.discard)
-        answers = [await asyncio.shield(one) for one in awaited]
-        for answer in answers:
-            if DECLINED in answer:
-                paid = answer["prompt_tokens"], answer["new_tokens"]
-                raise Declined(answer[DECLINED], prompt_tokens=paid[0], new_tokens=paid[1])
-        return answers
+    def _keep_running(self, work: asyncio.Task[None]) -> None:
+        """Hold a task that continues even if the caller is cancelled: its answer is paid for."""
+        self._working.add(work)
+        work.add_done_callback(self._working.discard)
 
-    async def _work(self, new: dict[str, Answer], ask: Ask) -> None:
+    async def _answer(
+        self, key: str, future: Answer, call: Callable[[], Awaitable[Any]], to_json: Callable[[Any], dict[str, Any]]
+    ) -> None:
+        """Set the future to the stored answer, or call the model and store its answer first."""
         try:
-            known = await asyncio.to_thread(self._find, list(new))
-            self.usage.cached += len(known)
-            for one, answer in known.items():
-                self._done(one, new[one], answer)
-            await asyncio.gather(*(self._ask(one, new[one], ask) for one in new if one not in known))
+            answer = await asyncio.to_thread(self._find, key)
+            if answer is not None:
+                self.usage.cached += 1
+            else:
+                async with self._slot():
+                    try:
+                        answer = to_json(await call())
+                    except Declined as error:
+                        paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
+                        answer = {DECLINED: str(error), **paid}
+                    await self._keep(self._row(key, answer))
         except Exception as error:
-            for one, future in new.items():
-                self._done(one, future, error)
-        finally:
-            for one, future in new.items():
-                if not future.done():  # this was cancelled
-                    del self._asking[one]
-                    future.cancel()
-
-    async def _ask(self, one: str, future: Answer, ask: Ask) -> None:
-        try:
-            async with self._slot():
-                try:
-                    answer = await ask(one)
-                except Declined as error:
-                    paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
-                    answer = {DECLINED: str(error), **paid}
-                await self._keep(self._row(one, answer))
-        except Exception as error:
-            self._done(one, future, error)
+            self._done(key, future, error)
         else:
-            self._done(one, future, answer)
+            self._done(key, future, answer)
+        finally:
+            if not future.done():  # this task was cancelled
+                del self._asking[key]
+                future.cancel()
 
     def _slot(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Room for a call from when it is asked until its answer is on disk: a kill loses no more than that many."""
@@ -172,17 +155,27 @@ class Cached(LLMWrapper):
                     if not written.done():
                         written.set_result(None)
 
-    def _find(self, hashes: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The kept answers, by hash."""
-        found: dict[str, dict[str, Any]] = {}
+    def _find(self, key: str) -> dict[str, Any] | None:
+        """The stored answer; in a part also one in the run's own store."""
         for store in (self.store, *([Store(self.store.run)] if self.store.part else [])):
             if store.path.exists():
                 with store.transaction() as connection:
-                    for asked in hashes:
-                        row = connection.execute("SELECT reply FROM calls WHERE hash = ?", [asked]).fetchone()
-                        if row is not None:
-                            found[asked] = json.loads(zlib.decompress(row[0]))
-        return found
+                    row = connection.execute("SELECT reply FROM calls WHERE hash = ?", [key]).fetchone()
+                if row is not None:
+                    return json.loads(zlib.decompress(row[0]))
+        return None
+
+
+def _accepted(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer that is not a refusal. Raises `Declined` for a stored refusal."""
+    if DECLINED in answer:
+        raise Declined(answer[DECLINED], prompt_tokens=answer["prompt_tokens"], new_tokens=answer["new_tokens"])
+    return answer
+
+
+def _single_to_json(prompt: Prompt, answers: Sequence[PromptLogprobs]) -> dict[str, Any]:
+    (answer,) = answers
+    return logprobs_to_json(prompt, answer)
 
 
 def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:

@@ -26,7 +26,7 @@ from cratelm.interpretation.simulators.simulation import Activations
 from cratelm.interpretation.store.identities import SimulatorName
 
 UNKNOWN = ("unknown", "?", "_", "-", "x")
-"""Placeholders for an activation: the first one that leaves the tab before it a token of its own is used."""
+"""Placeholders for an activation: the first one that leaves the tab before it a separate token is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

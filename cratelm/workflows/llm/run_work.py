@@ -54,7 +54,7 @@ class RunWork:
     """The models with cache and budget, by identity."""
 
     async def prepare(self) -> bool:
-        """Open the simulator and the judges and print the plan. Returns whether to go on: not after a dry run."""
+        """Open the simulator and the judges and print the plan. Returns whether to continue: not after a dry run."""
         request, llms = self.request, self.llms
         self.spent_before  # noqa: B018 (read before the first call)
         await llms.measure(self.store, self.usage)

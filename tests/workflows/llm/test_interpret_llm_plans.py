@@ -135,7 +135,7 @@ def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     assert [busy.seconds(asked, one) for one in (32, 100_000)] == [480, 480], "one after the other, however many wait"
     assert busy.seconds(Asked(calls=1), 32) == 0.5
     here = Pace(alone=0.1, together=0.5, calls=4, tokens=1000, here=True)
-    assert here.line(asked, 32) == "time: about 18 s, at 2k tokens a second"
+    assert here.line(asked, 32) == "time: about 18 seconds, at 2k tokens a second"
     with RuleServer(context=500) as short:
         assert main(["interpret", str(run), "--llm", short.url, *TAR, "--dry-run"]) == 2
     assert (

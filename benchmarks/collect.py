@@ -19,8 +19,7 @@ import torch
 
 from cratelm.activations.collector import Collector
 from cratelm.activations.plan import CollectConfig, make_plan, read_rows
-from cratelm.activations.reading import NARROW, WIDE
-from cratelm.activations.released import PER_INTERVAL, RANDOM, rank_bounds
+from cratelm.activations.released import NARROW, PER_INTERVAL, RANDOM, WIDE, rank_bounds
 from cratelm.activations.taps import capture
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel

@@ -5,7 +5,7 @@ its tokens are ranked by activation: the top ones, uniformly drawn ones, and dra
 centre of a window that may run over the edges of blocks and documents. The released code holds and sorts everything;
 here a first pass counts activations by their leading 16 bits, which settles the interval of nearly every token, and a
 second pass gathers the windows and ranks the tokens of the few values where an interval ends. Equal activations are
-ranked by position. `docs/compat.md` lists the flaws of the procedure; `repairs.py` has a switch for each.
+ranked by position. `docs/compat.md` lists the flaws of the procedure.
 """
 
 from dataclasses import replace
@@ -16,9 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cratelm.activations.draws import DRAWS, EDGE, OUTSIDE, Candidates, priorities, random_sequences
-from cratelm.activations.reading import NARROW, WIDE, Reading
+from cratelm.activations.records import ABSENT
 from cratelm.activations.running import Moments, TopExcerpts
 
+WIDE, NARROW = 64, 8
+TOKENS = {WIDE: 8_192_000, NARROW: 819_200}
+"""The released corpus: 8000 blocks of 1024 tokens for the 64-token records, 800 for the 8-token ones."""
 TOP = RANDOM = 50
 PER_INTERVAL = 20
 QUANTILES = {WIDE: (0, 0.5, 0.9, 0.99, 0.999, 1), NARROW: tuple(k / 12 for k in range(12))}
@@ -42,18 +45,12 @@ def rank_bounds(tokens: Int[np.ndarray, "*some"], width: int) -> Int[np.ndarray,
 class ReleasedLayer:
     """The two passes for one layer and one width. Tokens arrive in order: `count` all of them, then `gather` all.
 
-    Each call takes whole blocks. `position` is the number of a token among the choosable ones (`Reading`).
-
     A draw without replacement from an interval is the first PER_INTERVAL tokens of a random sequence that fall in it;
     from a rare interval, the PER_INTERVAL of its tokens whose random priorities are smallest.
     """
 
-    def __init__(
-        self, neurons: int, width: int, reading: Reading, *, seed: tuple[int, ...], device: torch.device
-    ) -> None:
-        self.neurons, self.width, self.reading, self.device = neurons, width, reading, device
-        self.repairs, self.tokens = reading.repairs, reading.choosable
-        self.cuts = torch.from_numpy(reading.cuts).to(device)
+    def __init__(self, neurons: int, width: int, tokens: int, *, seed: tuple[int, ...], device: torch.device) -> None:
+        self.neurons, self.width, self.tokens, self.device = neurons, width, tokens, device
         self.generator = np.random.default_rng(seed)
         self.seed = int(self.generator.integers(2**62))
         self.histogram = torch.zeros(neurons * _KEYS, dtype=torch.int32, device=device)
@@ -61,42 +58,25 @@ class ReleasedLayer:
         self.moments = Moments(neurons, device)
         self.leading: list[Tensor] = []  # activations of the first tokens, to fill up the top lists of rare neurons
         self.zeros = torch.zeros(neurons, dtype=torch.int64, device=device)
-        self.found: list[Candidates] = []
+        self.candidates: list[Candidates] = []
         self.edges: list[tuple[Tensor, Tensor, Tensor]] = []
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (neuron, position) of tokens whose window is not cut yet
         self.windows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.tail = torch.zeros(0, neurons, device=device)
-        if "one-top-per-document" in self.repairs:
-            self.piece_starts, self.piece_documents = (torch.from_numpy(one).to(device) for one in reading.pieces)
 
-    def count(self, activations: Float[Tensor, "tokens neurons"], place: int) -> None:
-        """First pass: how many tokens have each leading 16 bits, and the top tokens. `place` is that of the first."""
-        if place == 0:
+    def count(self, activations: Float[Tensor, "tokens neurons"], first: int) -> None:
+        """First pass: how many tokens have each leading 16 bits, and the top tokens. `first` is the first position."""
+        if first == 0:
             self.moments.start(activations)
         self.moments.update(activations)
-        activations, first = self._choosable(activations, place)
         if first < 2 * TOP:
             self.leading.append(activations[: 2 * TOP - first].clone())
         cells = (_key(activations) + torch.arange(self.neurons, device=self.device) * _KEYS).flatten()
         self.histogram.index_add_(0, cells, torch.ones((), dtype=torch.int32, device=self.device).expand(len(cells)))
         token, neuron = ((activations >= self.best.threshold) & (activations > 0)).nonzero(as_tuple=True)
         values, position = activations[token, neuron], token + first
-        self.best.offer(
-            neuron, values, position, self._document(position), torch.ones_like(token), values[:, None]
-        )  # fmt: skip
-
-    def _choosable(self, activations: Tensor, place: int) -> tuple[Float[Tensor, "choosable neurons"], int]:
-        """Those of the tokens that may be chosen, and the number of the first."""
-        context, skipped = self.reading.context, self.reading.skipped
-        if skipped:
-            activations = activations.unflatten(0, (-1, context))[:, skipped:].flatten(0, 1)
-        return activations, place // context * (context - skipped)
-
-    def _document(self, position: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
-        """Of what `TopExcerpts` keeps one only: the released procedure may choose any token."""
-        if "one-top-per-document" not in self.repairs:
-            return position
-        return self.piece_documents[torch.searchsorted(self.piece_starts, position, right=True) - 1]
+        # The position stands for the document, of which one excerpt is kept: the procedure may choose any token.
+        self.best.offer(neuron, values, position, position, torch.ones_like(token), values[:, None])
 
     def choose(self) -> None:
         """Between the passes: the interval of each value, where top and random tokens are, and the random sequences."""
@@ -123,9 +103,9 @@ class ReleasedLayer:
         key = torch.where(lowest.any(dim=1), lowest.to(torch.uint8).argmax(dim=1), _KEYS).to(torch.int32)
         self.rare_from = (key << 16).view(torch.float32)
         self.fixed = self._top_and_random()
-        there = self.fixed.flatten() >= 0
+        present = self.fixed.flatten() >= 0
         neuron = torch.arange(self.neurons, device=self.device).repeat_interleave(self.fixed.shape[1])
-        self.waiting = [(neuron[there], self.fixed.flatten()[there])]
+        self.waiting = [(neuron[present], self.fixed.flatten()[present])]
         sequences = random_sequences(self.neurons, self.tokens, self.generator).ravel()
         order = np.argsort(sequences, kind="stable")
         self.drawn, self.drawn_slot = sequences[order], torch.from_numpy(order).to(self.device)
@@ -133,9 +113,7 @@ class ReleasedLayer:
 
     def _set_intervals(self) -> None:
         """Each neuron's intervals [low, high) of ranks, and how candidates for them are found."""
-        everything = np.full(self.neurons, self.tokens)
-        of = self.positive.cpu().numpy() if "positive-intervals" in self.repairs else everything
-        self.bounds = torch.from_numpy(rank_bounds(of, self.width)).to(self.device)
+        self.bounds = torch.from_numpy(rank_bounds(np.full(self.neurons, self.tokens), self.width)).to(self.device)
         self.low, self.high = self.bounds[:, 1:], self.bounds[:, :-1]
         self.intervals = self.low.shape[1]
         sizes = self.high - self.low
@@ -146,57 +124,34 @@ class ReleasedLayer:
 
     def _top_and_random(self) -> Int[Tensor, "neurons chosen"]:
         self.best.merge()
-        top = self.best.tables["position"]
-        if "no-filling" not in self.repairs:
-            top = self._filled(top)
+        top = self._filled(self.best.tables["position"])
         random = torch.from_numpy(self.generator.integers(0, self.tokens, (self.neurons, RANDOM))).to(self.device)
-        if "distinct-random" in self.repairs:
-            random = self._distinct_random(top)
         return torch.cat([top, random], dim=1)
 
     def _filled(self, top: Int[Tensor, "neurons top"]) -> Int[Tensor, "neurons top"]:
-        """A neuron with fewer positive tokens than TOP gets its first zeros, as a sort would give it.
-
-        Where a document has one place, those are the first tokens of the documents in which it never fires; too few
-        documents leave the list short.
-        """
-        if "one-top-per-document" in self.repairs:
-            _, first = np.unique(self.reading.pieces[1], return_index=True)
-            spare = self.piece_starts[torch.from_numpy(first[: 2 * TOP]).to(self.device)]
-            taken = (self._document(spare)[:, None, None] == self.best.tables["document"]).any(dim=2)
-        else:
-            taken = torch.cat(self.leading)[: 2 * TOP] > 0
-            spare = torch.arange(len(taken), device=self.device)
-        free_first = spare[torch.argsort(taken.to(torch.uint8), dim=0, stable=True).T]
-        free = (~taken).sum(dim=0)[:, None]
+        """Fill the list of a neuron with fewer positive tokens than TOP with its first zeros, as a sort would."""
+        positive = torch.cat(self.leading)[: 2 * TOP] > 0
+        zeros_first = torch.argsort(positive.to(torch.uint8), dim=0, stable=True).T
+        num_zeros = (~positive).sum(dim=0)[:, None]
         missing = top < 0
         rank = torch.arange(TOP, device=self.device) - (~missing).sum(dim=1, keepdim=True)
-        fill = torch.where(rank < free, free_first.gather(1, rank.clamp(0, len(spare) - 1)), -1)
+        fill = torch.where(rank < num_zeros, zeros_first.gather(1, rank.clamp(0, len(positive) - 1)), -1)
         return torch.where(missing, fill, top)
 
-    def _distinct_random(self, top: Int[Tensor, "neurons top"]) -> Int[Tensor, "neurons random"]:
-        """Uniform among the tokens that are not top ones, none twice. Its own generator leaves other draws alone."""
-        drawn = random_sequences(self.neurons, self.tokens, np.random.default_rng(self.seed))[:, : 4 * (TOP + RANDOM)]
-        sequence = torch.from_numpy(drawn).to(self.device)
-        refused = (sequence < 0) | (sequence[:, :, None] == top[:, None, :]).any(dim=2)
-        return sequence.gather(1, refused.to(torch.uint8).argsort(dim=1, stable=True)[:, :RANDOM])
-
-    def gather(self, activations: Float[Tensor, "tokens neurons"], place: int) -> None:
+    def gather(self, activations: Float[Tensor, "tokens neurons"], first: int) -> None:
         """Second pass: find the candidates of every interval, and keep the windows of all chosen tokens."""
-        chosen, first = self._choosable(activations, place)
-        key = _key(chosen)
+        key = _key(activations)
         for edge in self.edge_keys:
             token, neuron = (key == edge).nonzero(as_tuple=True)
-            self.edges.append((neuron, token + first, chosen[token, neuron]))
-        zero = chosen == 0
+            self.edges.append((neuron, token + first, activations[token, neuron]))
+        zero = activations == 0
         rank_of_zero = self.positive + self.zeros + zero.cumsum(dim=0, dtype=torch.int32) - 1
         self.zeros += zero.sum(dim=0)
-        self._propose(self._drawn_candidates(chosen, rank_of_zero, first))
-        self._propose(self._rare_candidates(chosen, zero & (rank_of_zero < self.rare_ranks), rank_of_zero, first))
-        joined, end = torch.cat([self.tail, activations]), place + len(activations)
-        # Tokens whose whole window has been read; half a width is enough where they stand in the middle.
-        seen = end if end == self.reading.tokens else end - self.width + self._least_before()
-        self._cut(joined, place - len(self.tail), seen)
+        self._propose(self._drawn_candidates(activations, rank_of_zero, first))
+        self._propose(self._rare_candidates(activations, zero & (rank_of_zero < self.rare_ranks), rank_of_zero, first))
+        joined, end = torch.cat([self.tail, activations]), first + len(activations)
+        complete = end if end == self.tokens else end - self.width // 2
+        self._cut(joined, first - len(self.tail), complete)
         self.tail = joined[-2 * self.width :].clone()
 
     def _drawn_candidates(self, activations: Tensor, rank_of_zero: Tensor, first: int) -> Candidates:
@@ -223,9 +178,9 @@ class ReleasedLayer:
     def _propose(self, candidates: Candidates) -> None:
         """Keep what has a chance: the right kind for its interval, and a small enough priority."""
         likely = self._likely(candidates) | (candidates.interval == EDGE)
-        kept = candidates.where(likely & (candidates.priority < self.rate.amax(dim=1)[candidates.neuron]))
-        self.found.append(kept)
-        self.waiting.append((kept.neuron, kept.position))
+        candidates = candidates.where(likely & (candidates.priority < self.rate.amax(dim=1)[candidates.neuron]))
+        self.candidates.append(candidates)
+        self.waiting.append((candidates.neuron, candidates.position))
 
     def _likely(self, candidates: Candidates) -> Bool[Tensor, " some"]:
         inside = candidates.interval < self.intervals
@@ -238,65 +193,44 @@ class ReleasedLayer:
             interval[(rank >= self.low[neuron, index]) & (rank < self.high[neuron, index])] = index
         return interval
 
-    def _cut(self, joined: Float[Tensor, "tokens neurons"], start: int, seen: int) -> None:
-        """Copy the windows of the waiting tokens before place `seen`; `joined` begins at place `start`."""
+    def _cut(self, joined: Float[Tensor, "tokens neurons"], start: int, complete: int) -> None:
+        """Copy the windows of the waiting tokens before position `complete`; `joined` begins at position `start`."""
         neuron, position = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-        ready = self.reading.place(position) < seen
+        ready = position < complete
         self.waiting = [(neuron[~ready], position[~ready])]
         neuron, position = neuron[ready], position[ready]
-        begin, length = self._window(neuron, position)
+        begin, length = self._window(position)
         columns = torch.arange(self.width, device=self.device)
         token = (begin[:, None] - start + columns).clamp(max=len(joined) - 1)
         values = torch.where(columns < length[:, None], joined[token, neuron[:, None]], 0.0)
         self.windows.append((neuron, position, values))
 
-    def _window(
-        self, neuron: Int[Tensor, "*some"], position: Int[Tensor, "*some"]
-    ) -> tuple[Int[Tensor, "*some"], Int[Tensor, "*some"]]:
-        """First place and length of a token's window, which cuts make shorter."""
-        place = self.reading.place(position)
-        begin = place - self._before(neuron, place)
-        cut = torch.searchsorted(self.cuts, place, right=True)
-        end = torch.minimum(begin + self.width, self.cuts[cut])
-        begin = torch.maximum(begin, self.cuts[cut - 1])
+    def _window(self, position: Int[Tensor, "*some"]) -> tuple[Int[Tensor, "*some"], Int[Tensor, "*some"]]:
+        """First position and length of a token's window, which the ends of the corpus make shorter."""
+        begin = position - self.width // 2
+        end = (begin + self.width).clamp(max=self.tokens)
+        begin = begin.clamp(min=0)
         return begin, end - begin
 
-    def _before(self, neuron: Int[Tensor, "*some"], place: Int[Tensor, "*some"]) -> Int[Tensor, "*some"]:
-        """Tokens of a window before the sampled one."""
-        if "random-place" not in self.repairs:
-            return torch.full_like(place, self.width // 2)
-        # Another seed than that of the draws: a token is drawn for its small priority.
-        return (priorities(neuron, place, self.seed + 1) * self.width).long()
-
-    def _least_before(self) -> int:
-        return 0 if "random-place" in self.repairs else self.width // 2
-
     def result(self) -> dict[str, np.ndarray]:
-        """Place, length and activations of the top, random and quantile windows of every neuron, -1 where none is.
-
-        With repairs also `sampled`, the index in the window of the token that it was chosen for; without, that is half
-        the width except at the beginning of the corpus.
-        """
+        """Position, length and activations of every neuron's top, random and quantile windows, -1 if absent."""
         quantile = self._quantile_positions()
         neuron, position, values = (torch.cat(parts) for parts in zip(*self.windows, strict=True))
         code, order = (neuron * self.tokens + position).sort()
         arrays: dict[str, np.ndarray] = {}
         for kind, chosen in (("top", self.fixed[:, :TOP]), ("random", self.fixed[:, TOP:]), ("quantile", quantile)):
             row = torch.arange(self.neurons, device=self.device)[:, None].expand(chosen.shape)
-            there, known = chosen >= 0, chosen.clamp(min=0)
+            present, known = chosen >= 0, chosen.clamp(min=0)
             index = order[torch.searchsorted(code, row * self.tokens + known).clamp(max=len(code) - 1)]
-            begin, length = self._window(row, known)
-            arrays[f"{kind}.position"] = torch.where(there, begin, -1).cpu().numpy()
-            arrays[f"{kind}.length"] = torch.where(there, length, 0).to(torch.int16).cpu().numpy()
-            arrays[f"{kind}.activation"] = torch.where(there[..., None], values[index], 0.0).cpu().numpy()
-            if self.repairs:
-                sampled = torch.where(there, self.reading.place(known) - begin, -1)
-                arrays[f"{kind}.sampled"] = sampled.to(torch.int16).cpu().numpy()
+            begin, length = self._window(known)
+            arrays[f"{kind}.position"] = torch.where(present, begin, ABSENT).cpu().numpy()
+            arrays[f"{kind}.length"] = torch.where(present, length, 0).to(torch.int16).cpu().numpy()
+            arrays[f"{kind}.activation"] = torch.where(present[..., None], values[index], 0.0).cpu().numpy()
         return arrays
 
     def _quantile_positions(self) -> Int[Tensor, "neurons chosen"]:
         """The PER_INTERVAL candidates of smallest priority in each interval, -1 where an interval has fewer tokens."""
-        candidates = self._settle(Candidates.join(self.found))
+        candidates = self._settle(Candidates.join(self.candidates))
         candidates = candidates.where(self._likely(candidates))
         cell = candidates.neuron * self.intervals + candidates.interval
         order = candidates.priority.argsort(stable=True)
@@ -304,9 +238,9 @@ class ReleasedLayer:
         cell, position = cell[order], candidates.position[order]
         cells = torch.arange(self.neurons * self.intervals, device=self.device)
         rank = torch.arange(len(cell), device=self.device) - torch.searchsorted(cell, cells)[cell]
-        kept = rank < PER_INTERVAL
+        chosen = rank < PER_INTERVAL
         table = torch.full((len(cells), PER_INTERVAL), -1, dtype=torch.int64, device=self.device)
-        table[cell[kept], rank[kept]] = position[kept]
+        table[cell[chosen], rank[chosen]] = position[chosen]
         return table.view(self.neurons, -1)
 
     def _settle(self, candidates: Candidates) -> Candidates:

@@ -19,7 +19,6 @@ import tyro
 
 from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
-from cratelm.activations.repairs import Repair
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, claim
 from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
@@ -51,8 +50,6 @@ class Options:
     """Split to read; held-out text by default."""
     mode: Mode = "fixed"
     """`fixed`, or `compat` for the released procedure."""
-    repair: tuple[Repair, ...] = ()
-    """With `compat`, flaws of the released procedure to repair (docs/compat.md). Another set needs another run."""
     tap: str = "neurons"
     """What to record: neurons, heads (their outputs side by side), residual (the output of each layer), or a module
     such as 'model.layers.{layer}.mlp.down_proj:input'; :input is what it reads."""
@@ -91,8 +88,6 @@ def collect_run(source: Path, options: Options) -> None:
     max_tokens = read_count(options.tokens)
     if options.batch_rows < 1:
         raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
-    if options.repair and options.mode != "compat":
-        raise CrateError(f"--repair {options.repair[0]} is for the released procedure. Use it with --mode compat")
     device = own_device(options.device)
     opened, home = open_for_run(source, device, out=options.out, data=options.data)
     corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
@@ -160,7 +155,7 @@ def _collect(
             raise CrateError(f"--mode compat is for one process, torchrun started {team.size}. Run it without torchrun")
         collect_compat(
             subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, seed=options.seed,
-            batch_rows=options.batch_rows, repairs=frozenset(options.repair),
+            batch_rows=options.batch_rows,
         )  # fmt: skip
 
 

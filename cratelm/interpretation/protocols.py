@@ -112,16 +112,9 @@ def draw(records: LayerRecords, draws: Sequence[Draw], part: Part) -> Excerpts:
 
 
 def _first_kept(records: LayerRecords, one: Draw, excerpts: Excerpts) -> Int[np.ndarray, "neurons excerpts"]:
-    """Where to cut excerpts out of their context: around the strongest token, or in `compat` mode the sampled one.
-
-    Repaired `compat` records say which that is; in the released ones it always stands in the same place.
-    """
+    """Where to cut excerpts out of their context: around the strongest token, or in `compat` mode the sampled one."""
     assert one.crop is not None
-    sampled = records.arrays.get(f"{one.width}.all.{one.kind}.sampled")
-    if records.mode == "fixed":
-        middle = np.where(excerpts.valid, excerpts.activations, -np.inf).argmax(axis=2)
-    elif sampled is None:
+    if records.mode == "compat":
         return np.full(excerpts.position.shape, COMPAT_FIRST)
-    else:
-        middle = sampled[:, one.picks].astype(np.int64)
+    middle = np.where(excerpts.valid, excerpts.activations, -np.inf).argmax(axis=2)
     return np.clip(middle - one.crop // 2, 0, np.maximum(excerpts.valid.sum(axis=2) - one.crop, 0))

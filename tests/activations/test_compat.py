@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures.planted import CONTEXT, NEURONS, TOKENS, collect_planted, planted
+from fixtures.planted import NEURONS, TOKENS, collect_planted, planted
 
+from cratelm.activations import compat
 from cratelm.activations.compat import collect_compat
-from cratelm.activations.reading import NARROW, WIDE, Reading
-from cratelm.activations.records import ABSENT, read_records
-from cratelm.activations.released import PER_INTERVAL, QUANTILES, TOP, ReleasedLayer, rank_bounds
-from cratelm.activations.repairs import Repair
+from cratelm.activations.records import ABSENT, read_collection, read_records
+from cratelm.activations.released import NARROW, PER_INTERVAL, QUANTILES, TOP, WIDE, ReleasedLayer, rank_bounds
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.errors import CrateError
 from cratelm.runtime import progress_bar
@@ -58,21 +57,21 @@ def test_rank_ranges_are_the_released_ones() -> None:
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_top_tokens_are_the_first_of_a_stable_sort(collected: tuple[Path, np.ndarray], width: int) -> None:
     run, codes = collected
-    found = centres(run, width, "top")
+    top = centres(run, width, "top")
     for neuron in range(NEURONS):
-        assert found[neuron].tolist() == np.argsort(-codes[:, neuron], kind="stable")[:TOP].tolist()
+        assert top[neuron].tolist() == np.argsort(-codes[:, neuron], kind="stable")[:TOP].tolist()
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_each_interval_gives_distinct_tokens_of_its_ranks(collected: tuple[Path, np.ndarray], width: int) -> None:
     run, codes = collected
-    found = centres(run, width, "quantile").reshape(NEURONS, -1, PER_INTERVAL)
+    sampled = centres(run, width, "quantile").reshape(NEURONS, -1, PER_INTERVAL)
     for neuron in range(NEURONS):
         rank = ranks(codes, neuron)
-        for (low, high), drawn in zip(rank_ranges(TOKENS, width), found[neuron], strict=True):
-            there = drawn[drawn != ABSENT]
-            assert len(set(there.tolist())) == len(there) == min(PER_INTERVAL, high - low)
-            assert ((rank[there] >= low) & (rank[there] < high)).all()
+        for (low, high), drawn in zip(rank_ranges(TOKENS, width), sampled[neuron], strict=True):
+            tokens = drawn[drawn != ABSENT]
+            assert len(set(tokens.tolist())) == len(tokens) == min(PER_INTERVAL, high - low)
+            assert ((rank[tokens] >= low) & (rank[tokens] < high)).all()
 
 
 @pytest.mark.parametrize("kind", ["top", "random", "quantile"])
@@ -82,47 +81,49 @@ def test_windows_run_from_half_a_width_before_the_token_cut_only_by_the_corpus(
 ) -> None:
     run, codes = collected
     excerpts = read_records(run, 0, mode="compat").excerpts(width, "all", kind)
-    found = centres(run, width, kind)
+    middle_of = centres(run, width, kind)
     for neuron in range(NEURONS):
-        middles = found[neuron][found[neuron] != ABSENT]
+        middles = middle_of[neuron][middle_of[neuron] != ABSENT]
         for excerpt, middle in zip(excerpts.of(neuron), middles, strict=True):
             first, last = max(0, middle - width // 2), min(TOKENS, middle + width // 2)
             assert excerpt.tokens.tolist() == list(range(first, last))
             assert np.array_equal(excerpt.activations, codes[first:last, neuron])
 
 
-@pytest.mark.parametrize("repairs", [frozenset(), frozenset({"positive-intervals", "skip-first-tokens"})], ids=len)
-def test_draws_from_an_interval_are_uniform(repairs: frozenset[Repair]) -> None:
+def test_draws_from_an_interval_are_uniform() -> None:
     """Over many seeds each token of an interval comes equally often: ties, zeros, rare and common intervals alike."""
-    repeats, counts, read = 150, np.zeros((2, NEURONS, 600)), np.zeros(600, bool)
-    codes = planted(600)
+    repeats, counts, codes = 150, np.zeros((2, NEURONS, 600)), planted(600)
     for seed in range(repeats):
         for number, width in enumerate((WIDE, NARROW)):
-            reading = Reading(
-                blocks=np.arange(6) * CONTEXT, context=CONTEXT, documents=np.array([0, 600]), repairs=repairs
-            )
-            layer = ReleasedLayer(NEURONS, width, reading, seed=(seed, width), device=torch.device("cpu"))
+            layer = ReleasedLayer(NEURONS, width, 600, seed=(seed, width), device=torch.device("cpu"))
             for first in range(0, 600, 100):
                 layer.count(torch.from_numpy(codes[first : first + 100]), first)
             layer.choose()
             for first in range(0, 600, 100):
                 layer.gather(torch.from_numpy(codes[first : first + 100]), first)
-            table = layer._quantile_positions().numpy()
-            for neuron in range(NEURONS):
-                chosen = reading.place(torch.from_numpy(table[neuron][table[neuron] >= 0])).numpy()
-                counts[number, neuron] += np.bincount(chosen, minlength=600)
-    read[reading.place(torch.arange(reading.choosable)).numpy()] = True
-    assert not counts[..., ~read].any()
+            for neuron, positions in enumerate(layer._quantile_positions().numpy()):
+                counts[number, neuron] += np.bincount(positions[positions >= 0], minlength=600)
     for number, width in enumerate((WIDE, NARROW)):
         for neuron in range(NEURONS):
-            rank = ranks(codes[read], neuron)
-            ranked = int((codes[read, neuron] > 0).sum()) if "positive-intervals" in repairs else len(rank)
-            for low, high in rank_ranges(ranked, width):
-                inside = counts[number, neuron][read][(rank >= low) & (rank < high)]
+            rank = ranks(codes, neuron)
+            for low, high in rank_ranges(600, width):
+                inside = counts[number, neuron][(rank >= low) & (rank < high)]
                 chance = min(1, PER_INTERVAL / max(1, high - low))
                 assert inside.sum() == repeats * min(PER_INTERVAL, high - low)
                 error = np.sqrt(repeats * chance * (1 - chance)) + 1e-9
                 assert (np.abs(inside - repeats * chance) < 5.5 * error).all()
+
+
+def test_narrow_records_read_the_first_tokens_of_the_wide_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "TOKENS", {WIDE: 2050, NARROW: 1050})
+    codes = planted(TOKENS)
+    collect_planted(tmp_path / "run", codes, 3)
+    for width, tokens in ((WIDE, 2000), (NARROW, 1000)):
+        top = centres(tmp_path / "run", width, "top")
+        for neuron in range(NEURONS):
+            assert top[neuron].tolist() == np.argsort(-codes[:tokens, neuron], kind="stable")[:TOP].tolist()
+    collection = read_collection(tmp_path / "run", mode="compat")
+    assert (collection["tokens"], collection["tokens_narrow"], collection["documents"]) == (2000, 1000, 2)
 
 
 def test_another_seed_draws_other_tokens_and_the_same_seed_the_same(

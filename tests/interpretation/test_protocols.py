@@ -1,6 +1,5 @@
 """Which excerpts each protocol draws: the counts of the paper's procedure, and nothing shared where it must not be."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,24 +78,6 @@ def test_an_excerpt_out_of_context_is_three_tokens_around_the_one_that_matters(
         assert short.position == long.position + middle - 1
         if mode == "fixed":
             assert short.activations.max() == long.activations.max()
-
-
-def test_where_repaired_records_say_which_token_was_sampled_the_cut_is_around_that_one(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    records = read_records(make_run(tmp_path, rng, layers=1, mode="compat"), 0, mode="compat")
-    length = records.arrays["8.all.top.length"]
-    sampled = np.where(length > 0, rng.integers(0, np.maximum(length, 1)), ABSENT).astype(np.int16)
-    repaired = replace(records, arrays={**records.arrays, "8.all.top.sampled": sampled})
-    cut = draw(repaired, protocol("anthropic", "compat").score, "score")
-    for neuron in range(records.num_neurons):
-        for long, middle, short in zip(
-            records[neuron].excerpts[8, "all", "top"][25:35], sampled[neuron, 25:35], list(cut.of(neuron))[-10:],
-            strict=True,
-        ):  # fmt: skip
-            first = min(max(int(middle) - 1, 0), max(len(long.tokens) - 3, 0))
-            np.testing.assert_array_equal(short.tokens, long.tokens[first : first + 3])
-            np.testing.assert_array_equal(short.activations, long.activations[first : first + 3])
 
 
 def test_top_needed_counts_the_ranks_that_are_drawn() -> None:

@@ -117,7 +117,7 @@ def export_neuronpedia(
             layer = _Layer(
                 table=table, naming=naming, width=choose_width(table.records, width),
                 per_interval=int(collection.get("per_quantile", PER_INTERVAL[mode])),
-                centred=mode == "compat" and not (collection.get("repairs") or "imported" in collection),
+                centred=mode == "compat" and "imported" not in collection,
             )  # fmt: skip
             _write_layer(out / naming.model / layer.source, layer, collection)
             bar.advance(1, note=layer.source)

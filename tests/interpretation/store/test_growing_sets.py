@@ -124,3 +124,19 @@ def test_an_older_store_gets_the_tables_it_lacks(store: Store) -> None:
             connection.execute(f"DROP TABLE {table}")
     connection.close()
     assert begin(Store.create(store.run)).missing() == [1, 4, 7]
+
+
+def test_a_whole_set_keeps_its_rows_if_only_a_setting_that_is_not_compared_differs(tmp_path: Path) -> None:
+    """A control set of an earlier version has other pairs of neurons; it is not simulated again."""
+    store, key = Store.create(tmp_path), SetKey(layer=0, protocol="anthropic", explainer="m", control="shuffled")
+
+    def begin(pairs: str, neurons: range, temperature: int = 0) -> GrowingSet:
+        settings = {"sources": pairs, "temperature": temperature}
+        return GrowingSet.begin(store, key, "explain", neurons, settings=settings, not_compared=("sources",))
+
+    begin("old", range(3)).complete({neuron: "text" for neuron in range(3)})
+    assert begin("new", range(2)).missing() == []
+    assert store.is_done(key, "explain")
+    assert begin("new", range(4)).missing() == [0, 1, 2, 3]
+    begin("new", range(3)).complete({neuron: "text" for neuron in range(3)})
+    assert begin("new", range(3), temperature=1).missing() == [0, 1, 2]

@@ -92,8 +92,8 @@ def _sorted(tasks: Mapping["asyncio.Future[T]", int]) -> tuple[dict[int, T], dic
     results: dict[int, T] = {}
     failures: dict[int, str] = {}
     ended: CrateError | None = None
-    for task, neuron in tasks.items():
-        error = task.exception()
+    errors = [task.exception() for task in tasks]  # all are retrieved before one is raised
+    for (task, neuron), error in zip(tasks.items(), errors, strict=True):
         if isinstance(error, LLMError):
             failures[neuron] = str(error)
         elif isinstance(error, CrateError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationConfig
 
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
@@ -40,6 +41,8 @@ class LocalLLM(InProcess):
             raise CrateError(
                 f"the tokenizer of {name} must have a tokenizer.json, got none. Hint: save it again with transformers"
             )
+        # The other settings of a checkpoint, such as a repetition penalty, would change the probabilities of an answer.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         self.name, self.tokenizer = name, tokenizer
         device = next(model.parameters()).device.type
         self.reader = Reader(model, tokens_at_once=tokens_at_once or TOKENS_AT_ONCE.get(device, 544))

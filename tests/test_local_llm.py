@@ -223,6 +223,19 @@ def test_a_sampled_answer_depends_only_on_its_seed(rng: np.random.Generator) -> 
     assert together[0].text != together[1].text
 
 
+def test_answers_do_not_depend_on_a_shared_cache_or_on_the_generation_settings_of_the_checkpoint(
+    rng: np.random.Generator,
+) -> None:
+    """A repetition penalty of the checkpoint is ignored; without a shareable cache, chats are answered one by one."""
+    llm = make_llm(rng)
+    how = [Sampling(max_tokens=n, temperature=t, seed=n) for n, t in ((6, 0.0), (9, 1.0), (3, 0.0))]
+    shared = chat(llm, chats_of(3), how)
+    llm.reader.model.generation_config.repetition_penalty = 50.0
+    other = LocalLLM(llm.reader.model, llm.tokenizer, name="small")
+    other.reader.shares = False
+    assert chat(other, chats_of(3), how) == shared
+
+
 def test_sampling_follows_temperature_and_top_p(rng: np.random.Generator) -> None:
     from cratelm.shared_prefix.generation import Sampler
 

@@ -114,49 +114,25 @@ class Reader:
         return [readings[i] for i in range(len(rows))]
 
     @torch.inference_mode()
-    def begin(self, texts: Sequence[Tokens]) -> tuple[Float[Tensor, "rows vocab"], Cache, Bool[Tensor, "rows columns"]]:
-        """Read texts that will be continued.
-
-        Returns the logits after each, a cache in which each text has a row, padded on the left, and where it is not
-        padding.
-        """
-        order = sorted(range(len(texts)), key=lambda i: texts[i])
-        first, last = texts[order[0]], texts[order[-1]]
-        prefix = self._prefix(first[: min(common_length(first, last), len(first) - 1)])
-        rows = [Row(tokens=text, shared=len(prefix.tokens), at=(len(text),)) for text in texts]
+    def padded(self, texts: Sequence[Tokens]) -> dict[str, Any]:
+        """Texts as inputs of transformers' `generate`: padded on the left, their common beginning in the cache."""
         width = max(map(len, texts))
-        logits: dict[int, Tensor] = {}
-        layers: dict[int, Layers] = {}
-        while order:
-            batch = order[: self._fitting([rows[i] for i in order])]
-            wanted = [[len(texts[i]) - 1] for i in batch]
-            batch_logits, cache, paths = self._forward([texts[i] for i in batch], prefix, wanted)
-            for i, path, text_logits in zip(batch, paths, batch_logits, strict=True):
-                gap, columns = width - len(path), torch.from_numpy(path).to(self.device)
-                layers[i] = [
-                    (pad(layer.keys[:, :, columns], (0, 0, gap, 0)), pad(layer.values[:, :, columns], (0, 0, gap, 0)))
-                    for layer in cache.layers
-                ]
-                logits[i] = text_logits
-            order = order[len(batch) :]
-        joined = [
-            tuple(torch.cat([layers[i][layer][part] for i in range(len(texts))]) for part in (0, 1))
-            for layer in range(self.num_layers)
-        ]
-        filled = torch.arange(width) >= width - torch.tensor([len(text) for text in texts])[:, None]
-        return torch.stack([logits[i] for i in range(len(texts))]), self._cache(joined), filled
-
-    @torch.inference_mode()
-    def step(
-        self, tokens: Int[Tensor, " rows"], filled: Bool[Tensor, "rows columns"], cache: Cache
-    ) -> Float[Tensor, "rows vocab"]:
-        """Read one more token in every row; `filled` includes it."""
-        self.tokens_computed += len(tokens)
-        positions = filled.sum(dim=1, keepdim=True) - 1
-        return self.model(
-            input_ids=tokens[:, None].to(self.device), attention_mask=filled.long().to(self.device),
-            position_ids=positions.to(self.device), past_key_values=cache, use_cache=True,
-        ).logits[:, -1]  # fmt: skip
+        gaps = [width - len(text) for text in texts]
+        rows = [[0] * gap + list(text) for gap, text in zip(gaps, texts, strict=True)]
+        mask = torch.arange(width) >= torch.tensor(gaps)[:, None]
+        inputs = {"input_ids": torch.tensor(rows).to(self.device), "attention_mask": mask.long().to(self.device)}
+        start = 0
+        if self.shares:
+            common = min(common_length(min(texts), max(texts)), min(map(len, texts)) - 1)
+            prefix = self._prefix(texts[0][:common])
+            start = len(prefix.tokens)
+            layers = [
+                tuple(torch.cat([pad(part, (0, 0, gap, 0))[:, :, :start] for gap in gaps]) for part in layer)
+                for layer in prefix.layers
+            ]
+            inputs["past_key_values"] = self._cache(layers)
+        self.tokens_computed += len(texts) * (width - start)
+        return inputs
 
     def _fitting(self, rows: Sequence[Row]) -> int:
         """How many of the rows, which are sorted, fit into one forward pass."""
@@ -258,7 +234,7 @@ class Reader:
 
     @torch.inference_mode()
     def _matches_uncached(self) -> bool:
-        """Whether random texts that share tokens, read together and then continued, have the logits of whole texts."""
+        """Whether random texts that share tokens have the same logits read together as read alone."""
         if not self.attention <= {"full_attention", "sliding_attention"}:
             return False
         numbers = np.random.default_rng(0).integers(self.vocabulary, size=15).tolist()
@@ -268,11 +244,8 @@ class Reader:
             prefix = Prefix(texts[0][:3], [(layer.keys, layer.values) for layer in cache.layers])
             whole = [self._whole(text, range(3, len(text))) for text in texts]
             together, _, _ = self._forward(texts, prefix, [range(3, len(text)) for text in texts])
-            _, cache, filled = self.begin([text[:-1] for text in texts])
-            filled = torch.cat([filled, torch.ones(2, 1, dtype=torch.bool)], dim=1)
-            continued = self.step(torch.tensor([text[-1] for text in texts]), filled, cache)
-            expected = torch.cat([*whole, whole[0][-1:], whole[1][-1:]]).double()
-            error = (torch.cat([together, continued]).double() - expected).norm()
+            expected = torch.cat(whole).double()
+            error = (together.double() - expected).norm()
             allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
             return bool(error <= allowed * expected.norm())
         except Exception:  # models fail in their own ways at a cache or a mask that they do not support

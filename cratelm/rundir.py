@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, format versions, JSON lines, `run.json`, and the lock on a run directory.
+"""Files on disk: atomic writes, format versions, JSON, JSON lines, tensors, and the lock on a run directory.
 
 A run directory holds everything about one model (`docs/formats.md`). Nothing here knows what a model is.
 """
@@ -18,9 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cratelm.errors import CrateError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -49,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _make(folder: Path, path: Path) -> None:
-    """Make the temporary folder; where that is refused, the error names the path that was asked for."""
+    """Make the temporary folder; an error names the requested path instead."""
     try:
         folder.mkdir()
     except OSError as error:
@@ -64,19 +67,19 @@ def _space_for(path: Path) -> Iterator[None]:
     Libraries wrap the system's error but keep its message; SQLite has a different message.
     """
     codes = (errno.ENOSPC, errno.EDQUOT)
-    words = (*map(os.strerror, codes), "database or disk is full")
+    messages = (*map(os.strerror, codes), "database or disk is full")
     try:
         yield
     except BaseException as error:
-        if getattr(error, "errno", None) in codes or any(said in str(error) for said in words):
+        if getattr(error, "errno", None) in codes or any(message in str(error) for message in messages):
             raise CrateError(f"no space left while writing {path}. Free some and run the same command again") from error
         raise
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes that were killed left behind while writing this path.
+    """Remove temporary folders that killed processes left behind while writing this path.
 
-    A container gives the same number to one process after another: what bears our own was left by a dead namesake.
+    In a container, successive processes can have the same id, so a folder with the id of this process is stale too.
     """
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = stale.name.removesuffix(".tmp").rpartition(".")[2]
@@ -102,7 +105,7 @@ def _flush(path: Path) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename into place. No folder can be renamed onto a full one, so the old one first steps aside, whole."""
+    """Rename into place. A folder cannot replace a folder that is not empty, so the old folder is renamed first."""
     aside = temporary.with_name(f"{path.name}.old")
     try:
         if temporary.is_dir() and path.exists():
@@ -155,6 +158,29 @@ def check_format_version(path: Path, found: int | str) -> None:
         )
 
 
+def write_tensors(path: Path, arrays: "Mapping[str, np.ndarray]", **metadata: str) -> None:
+    """Write arrays to a safetensors file atomically, with `format_version` in its metadata."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    # The library writes memory as it lies, so transposed and strided arrays must be made contiguous first.
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format_version": str(FORMAT_VERSION), **metadata})
+
+
+def read_tensors(path: Path, *, hint: str) -> "dict[str, np.ndarray]":
+    """All arrays of a safetensors file of ours. `hint` ends the error message of a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            check_format_version(path, (file.metadata() or {}).get("format_version", 1))
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CrateError(f"{path} is not readable ({error}). {hint}") from None
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line and push it to the operating system, so that a killed process loses no earlier line."""
     with _space_for(path):
@@ -175,7 +201,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows that `keep` refuses: what a killed run logged past the checkpoint it resumes from."""
+    """Drop the rows that `keep` refuses: lines that a killed run logged after the checkpoint it resumes from."""
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path) if keep(row)))
 
@@ -184,7 +210,7 @@ def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 def claim(run: Path, *, part: int = 0) -> Iterator[None]:
     """Lock the run directory, or one part of its work, for this process; a second process gets a `CrateError`.
 
-    The lock belongs to the open file, so it goes away with the process however that ends.
+    The lock belongs to the open file, so it ends with the process, even one that is killed.
     """
     import fcntl
 
@@ -222,10 +248,10 @@ def origin() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """What was typed, to be typed again; the interpreter's path to this package says nothing."""
+    """The command line, ready to be copied: `cratelm` stands for the interpreter's path to this package."""
     program, *arguments = sys.argv
-    own = Path(program).parent == Path(__file__).parent or Path(program).name == "cratelm"
-    return shlex.join(["cratelm" if own else program, *arguments])
+    is_cratelm = Path(program).parent == Path(__file__).parent or Path(program).name == "cratelm"
+    return shlex.join(["cratelm" if is_cratelm else program, *arguments])
 
 
 def _commit() -> str | None:

@@ -1,9 +1,9 @@
 """Directions of neurons on disk, read with numpy alone: tokens in and out, neighbours in the next layer, head shares.
 
-`cratelm directions` writes them; `whitebox/directions.py` says what each number is, `docs/formats.md` how it lies:
+`cratelm directions` writes them; `whitebox/directions.py` defines each number, `docs/formats.md` the layout:
 
     RUN/directions/tokenizer.json                how token ids become text
-    RUN/directions/<tap>/directions.json         what was computed, of which model
+    RUN/directions/<tap>/directions.json         settings and the hash of the model
     RUN/directions/<tap>/layer_NN.safetensors    one row per neuron
 """
 
@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 
 from cratelm.activations.records import ABSENT
 from cratelm.errors import CrateError
-from cratelm.rundir import check_format_version, read_json
+from cratelm.rundir import read_json, read_tensors
 
 End = Literal["largest", "smallest"]
 
@@ -30,7 +29,7 @@ NEURON_LISTS = ("predecessors", "successors")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDirections:
-    """What the weights say about the neurons of one layer."""
+    """Tokens, neighbours and heads of the neurons of one layer, computed from the weights."""
 
     tap: str
     layer: int
@@ -39,12 +38,11 @@ class LayerDirections:
 
     @property
     def num_neurons(self) -> int:
-        """Neurons of this layer."""
         return len(self.arrays["write_norm"])
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """The lists there are, such as `tokens_out`."""
+        """Names of the recorded lists, such as `tokens_out`."""
         return tuple(name for name in TOKEN_LISTS + NEURON_LISTS if self.has(name, "largest"))
 
     def ranked(self, name: str, neuron: int, end: End = "largest") -> list[tuple[int, float]]:
@@ -61,12 +59,12 @@ class LayerDirections:
         return f"{name}.{end}.index" in self.arrays
 
     def head_shares(self, neuron: int) -> dict[str, Float[np.ndarray, " heads"]]:
-        """By `heads_in`, `heads_out.shared` and so on: the share of each head."""
+        """Share of each head, by name: `heads_in`, `heads_out.shared` and so on."""
         return {name: values[neuron] for name, values in self.arrays.items() if name.startswith("heads_")}
 
 
 def directions_folder(run: Path, tap: str = "neurons") -> Path:
-    """Where a run keeps the directions of the neurons at a tap."""
+    """The folder of the directions of the neurons at a tap."""
     return run / "directions" / tap
 
 
@@ -76,21 +74,18 @@ def directions_file(run: Path, layer: int, tap: str = "neurons") -> Path:
 
 
 def described_directions(run: Path, tap: str = "neurons") -> dict[str, Any]:
-    """What was computed and of which model: the contents of `directions.json`."""
+    """The contents of `directions.json`: the settings, the layers and the hash of the model."""
     return read_json(directions_folder(run, tap) / "directions.json", made_by=f"cratelm directions {run}")
 
 
 def read_directions(run: str | Path, layer: int, *, tap: str = "neurons") -> LayerDirections:
-    """Read the directions of one layer of a run, with numpy alone. Raises CrateError where there are none."""
+    """Read the directions of one layer of a run, with numpy alone. Raises CrateError if they are missing."""
     path = directions_file(Path(run), layer, tap)
     if not path.exists():
-        there = sorted(file.stem.removeprefix("layer_").lstrip("0") or "0" for file in path.parent.glob("layer_*"))
-        found = f"there are layers {', '.join(there)}" if there else "there are none"
-        raise CrateError(f"no directions of layer {layer} in {run} ({found}). Run: cratelm directions {run}")
-    try:
-        with safe_open(path, framework="np") as file:
-            check_format_version(path, (file.metadata() or {}).get("format_version", 1))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CrateError(f"{path} is not readable ({error}). Remove it and run: cratelm directions {run}") from None
+        layers = sorted(file.stem.removeprefix("layer_").lstrip("0") or "0" for file in path.parent.glob("layer_*"))
+        raise CrateError(
+            f"no directions of layer {layer} in {run} (found layers: {', '.join(layers) or 'none'}). "
+            f"Run: cratelm directions {run}"
+        )
+    arrays = read_tensors(path, hint=f"Remove it and run: cratelm directions {run}")
     return LayerDirections(tap=tap, layer=layer, arrays=arrays)

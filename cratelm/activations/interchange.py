@@ -2,8 +2,8 @@
 
     DIR/<layer>/<neuron>.json    or DIR/neurons/<layer>/<neuron>.json
 
-Such a file holds texts of tokens and no ids, so the distinct texts become the vocabulary of a tokenizer made for the
-purpose. It names no documents either: each different excerpt counts as a document of its own.
+Such a file has the texts of tokens without ids, so the distinct texts become the vocabulary of a new tokenizer. It
+does not name documents either, so each distinct excerpt counts as a document.
 """
 
 import hashlib
@@ -16,21 +16,20 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Integer
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from cratelm.activations.records import ABSENT, Mode, layer_file, records_folder
 from cratelm.errors import CrateError
-from cratelm.rundir import FORMAT_VERSION, atomic_path, origin, read_json, write_json
+from cratelm.rundir import atomic_path, origin, read_json, write_json, write_tensors
 from cratelm.runtime import ProgressBar, progress_bar
 
 Half = Literal["explain", "score"]
 Item = TypeVar("Item")
 
 TOP_HALVES: tuple[Half, ...] = ("explain", "explain", "score", "score")
-"""What each of four consecutive top excerpts is for; the official slices are train, calibration, validation, test."""
+"""The half of each of four consecutive top excerpts: the official train, calibration, validation and test slices."""
 RANDOM_HALVES: tuple[Half, ...] = ("explain", "score", "score")
-"""The same of three random ones: calibration, validation, test."""
+"""The half of each of three consecutive random excerpts: calibration, validation, test."""
 PER_INTERVAL: Mapping[Mode, int] = {"fixed": 2, "compat": 20}
 """Excerpts kept of each quantile interval, in each half, as the protocols count them."""
 PROTOCOL_WIDTHS = (8, 64)
@@ -45,8 +44,8 @@ Placed = tuple[int, Float32[np.ndarray, " _"]]
 def interleave(explain: Sequence[Item], score: Sequence[Item], halves: Sequence[Half]) -> list[Item]:
     """Two ranked lists as one in which every whole group follows the pattern `halves`.
 
-    Slices with the pattern's stride then hold one half only. What is left over when one list runs out is dropped, but
-    for the up to `len(halves) - 1` items at the end that make no whole group, which no such slice reaches.
+    Slices with the pattern's stride then hold one half only. The rest of the longer list is dropped, except up to
+    `len(halves) - 1` items at the end, which do not fill a group and are in no such slice.
     """
     waiting = {"explain": deque(explain), "score": deque(score)}
     groups = min(len(queue) // halves.count(half) for half, queue in waiting.items() if half in halves)
@@ -58,7 +57,7 @@ def interleave(explain: Sequence[Item], score: Sequence[Item], halves: Sequence[
 
 
 def deal(items: Sequence[Item], halves: Sequence[Half]) -> dict[Half, list[Item]]:
-    """What `interleave` put together, apart again."""
+    """Split a list that `interleave` made into its two halves."""
     dealt: dict[Half, list[Item]] = {"explain": [], "score": []}
     for i, item in enumerate(items):
         dealt[halves[i % len(halves)]].append(item)
@@ -66,32 +65,32 @@ def deal(items: Sequence[Item], halves: Sequence[Half]) -> dict[Half, list[Item]
 
 
 def import_neuron_records(folder: Path, run: Path, *, mode: Mode | None = None) -> Path:
-    """Write the records that a folder of `NeuronRecord` JSON holds into a run directory; returns where they are.
+    """Convert a folder of `NeuronRecord` JSON to the records of a run; return the folder of the records.
 
-    `compat` keeps each list as it is, as the released procedure reads it. `fixed` deals top and random excerpts out
-    into what the official tools explain from and what they score on. Left out, a folder that `cratelm export` wrote
-    keeps its mode and any other is `compat`. What the files do not say is estimated or left undefined: the density
-    is the share of positive tokens in the random sample; a neuron without a file has no statistics.
+    `compat` keeps each list as it is, as the released procedure reads it. `fixed` splits top and random excerpts into
+    those that the official tools explain from and those they score on. By default a folder that `cratelm export` wrote
+    keeps its mode, and any other is `compat`. Missing statistics are estimated or undefined: the density is the share
+    of positive tokens in the random sample; a neuron without a file has no statistics.
     """
     layers = _layer_files(folder)
     chosen = mode or _exported_mode(folder) or "compat"
     target = records_folder(run, chosen)
     if (target / "records.json").exists():
-        raise CrateError(f"{run} holds {chosen} records already. Give another run directory, or remove {target}")
+        raise CrateError(f"{run} already has {chosen} records. Give another run directory, or remove {target}")
     text, digest = _Text(), hashlib.sha256()
     with progress_bar("import", total=sum(map(len, layers.values())), unit="neurons") as bar:
-        found = {layer: _read_layer(files, chosen, text, digest.update, bar) for layer, files in layers.items()}
-    longest = max((layer.longest for layer in found.values()), default=0)
+        imported = {layer: _read_layer(files, chosen, text, digest.update, bar) for layer, files in layers.items()}
+    longest = max((layer.longest for layer in imported.values()), default=0)
     width = next((wide for wide in PROTOCOL_WIDTHS if longest <= wide), longest)
     target.mkdir(parents=True, exist_ok=True)
     text.write(target)
-    for number, layer in found.items():
-        _write(layer_file(run, chosen, "neurons", number), layer.arrays(width))
-    signed = any(bool((layer.statistics["minimum"] < 0).any()) for layer in found.values())
+    for number, layer in imported.items():
+        write_tensors(layer_file(run, chosen, "neurons", number), layer.arrays(width))
+    signed = any(bool((layer.statistics["minimum"] < 0).any()) for layer in imported.values())
     write_json(target / "records.json", {
-        "mode": chosen, "taps": {"neurons": {"layers": list(found), "signed": signed}}, "signed": signed,
+        "mode": chosen, "taps": {"neurons": {"layers": list(imported), "signed": signed}}, "signed": signed,
         "tokens": text.size, "documents": len(text.starts),
-        "num_layers": len(found), "imported": "NeuronRecord JSON", "content_hash": digest.hexdigest(),
+        "num_layers": len(imported), "imported": "NeuronRecord JSON", "content_hash": digest.hexdigest(),
         "density": "share of positive tokens in the random sample", "origin": origin(),
     })  # fmt: skip
     return target
@@ -104,7 +103,7 @@ def _layer_files(folder: Path) -> dict[int, dict[int, Path]]:
     files = {layer: {int(path.stem): path for path in _numbered(layers[layer])} for layer in sorted(layers)}
     files = {layer: dict(sorted(inside.items())) for layer, inside in files.items() if inside}
     if not files:
-        raise CrateError(f"{folder} holds no <layer>/<neuron>.json. Give the folder in which 0/0.json would lie")
+        raise CrateError(f"{folder} has no <layer>/<neuron>.json. Give the folder that contains 0/0.json")
     return files
 
 
@@ -119,7 +118,7 @@ def _exported_mode(folder: Path) -> Mode | None:
 
 @dataclass(kw_only=True)
 class _Text:
-    """The excerpts read so far as one stream of tokens, each different one of a half once."""
+    """The excerpts read so far as one stream of tokens, each distinct excerpt of a half once."""
 
     vocabulary: dict[str, int] = field(default_factory=dict)
     pieces: list[Integer[np.ndarray, " _"]] = field(default_factory=list)
@@ -129,8 +128,10 @@ class _Text:
     known: dict[tuple[bytes, int], int] = field(default_factory=dict)
 
     def place(self, tokens: Sequence[str], half: int) -> int:
-        """Where the excerpt's tokens are in the stream, which they join if they are new."""
-        ids = np.array([self.vocabulary.setdefault(_whole(token), len(self.vocabulary)) for token in tokens], np.uint32)
+        """Index of the excerpt's first token in the stream; a new excerpt is appended."""
+        ids = np.array(
+            [self.vocabulary.setdefault(_encodable(token), len(self.vocabulary)) for token in tokens], np.uint32
+        )
         key = (ids.tobytes(), half)
         if key not in self.known:
             self.known[key] = self.size
@@ -146,15 +147,15 @@ class _Text:
         with atomic_path(folder / "tokenizer.json") as temporary:
             tokenizer.save(str(temporary))
         dtype = np.uint16 if len(self.vocabulary) <= 1 << 16 else np.uint32
-        _write(folder / "windows.safetensors", {
+        write_tensors(folder / "windows.safetensors", {
             "tokens": np.concatenate([*self.pieces, np.empty(0, np.uint32)]).astype(dtype),
             "span_position": np.zeros(1, np.int64), "span_offset": np.zeros(1, np.int64),
             "document_position": np.array(self.starts, np.int64), "document_split": np.array(self.halves, np.int64),
         })  # fmt: skip
 
 
-def _whole(token: str) -> str:
-    """The token's text with half surrogates, which no file in UTF-8 can hold, replaced."""
+def _encodable(token: str) -> str:
+    """The token's text with unpaired surrogates, which UTF-8 cannot encode, replaced."""
     return token.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -164,12 +165,14 @@ class _Layer:
 
     statistics: dict[str, Float32[np.ndarray, " neurons"]]
     sets: dict[str, list[list[Placed | None]]] = field(default_factory=dict)
-    """By `<split>.<kind>`, for every neuron; None holds the place of an excerpt that is not there."""
+    """By `<split>.<kind>`, for every neuron; None stands for an absent excerpt."""
 
     @property
     def longest(self) -> int:
         """Tokens of the longest excerpt."""
-        lengths = (len(one[1]) for rows in self.sets.values() for row in rows for one in row if one is not None)
+        lengths = (
+            len(excerpt[1]) for rows in self.sets.values() for row in rows for excerpt in row if excerpt is not None
+        )
         return max(lengths, default=0)
 
     def arrays(self, width: int) -> dict[str, np.ndarray]:
@@ -204,20 +207,20 @@ def _read_layer(files: Mapping[int, Path], mode: Mode, text: _Text, digest: Any,
         for name, excerpts in _divide(record, mode).items():
             rows = layer.sets.setdefault(name, [[] for _ in range(neurons)])
             half = int(name.startswith("score"))
-            rows[index] = [one and (text.place(one[0], half), one[1]) for one in excerpts]
+            rows[index] = [excerpt and (text.place(excerpt[0], half), excerpt[1]) for excerpt in excerpts]
         bar.advance(1)
     return layer
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
-    """One file's object, its excerpts as arrays."""
+    """The contents of a file, with its excerpts as arrays."""
     try:
         record = json.loads(content)
         return {
             **{name: record.get(name) for name in MOMENTS},
-            "top": [_excerpt(one) for one in record["most_positive_activation_records"]],
-            "random": [_excerpt(one) for one in record.get("random_sample") or []],
-            "quantile": [[_excerpt(one) for one in part] for part in record.get("random_sample_by_quantile") or []],
+            "top": [_excerpt(value) for value in record["most_positive_activation_records"]],
+            "random": [_excerpt(value) for value in record.get("random_sample") or []],
+            "quantile": [[_excerpt(value) for value in part] for part in record.get("random_sample_by_quantile") or []],
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CrateError(
@@ -228,15 +231,16 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
 def _excerpt(value: Mapping[str, Any]) -> Read:
     tokens, activations = list(map(str, value["tokens"])), np.array(value["activations"], np.float32)
     if activations.shape != (len(tokens),) or not np.isfinite(activations).all():
-        raise ValueError(f"{len(tokens)} tokens need as many finite activations, found {activations.shape}")
+        raise ValueError(f"{len(tokens)} tokens need {len(tokens)} finite activations, got shape {activations.shape}")
     return tokens, activations
 
 
 def _statistics(record: Mapping[str, Any]) -> dict[str, float]:
-    """What the file says, and what its excerpts allow to estimate."""
-    every = [one for part in (record["top"], record["random"], *record["quantile"]) for one in part]
-    values = np.concatenate([*(one[1] for one in every), np.empty(0, np.float32)])
-    sample = np.concatenate([*(one[1] for one in record["random"] or every), np.empty(0, np.float32)])
+    """Statistics from the file, and estimates from its excerpts."""
+    excerpts = [excerpt for part in (record["top"], record["random"], *record["quantile"]) for excerpt in part]
+    empty = np.empty(0, np.float32)
+    values = np.concatenate([*(activations for _, activations in excerpts), empty])
+    sample = np.concatenate([*(activations for _, activations in record["random"] or excerpts), empty])
     moments = {name: np.nan if record[name] is None else float(record[name]) for name in MOMENTS}
     if not len(values):
         return moments | {"density": 0.0, "maximum": 0.0, "minimum": 0.0}
@@ -251,8 +255,8 @@ def _divide(record: Mapping[str, Any], mode: Mode) -> dict[str, list[Read | None
         sets = {"all.top": record["top"], "all.random": record["random"]}
         quantiles = {"all": [interval[:keep] for interval in intervals]}
     else:
-        dealt = {"top": deal(record["top"], TOP_HALVES), "random": deal(record["random"], RANDOM_HALVES)}
-        sets = {f"{half}.{kind}": items for kind, parts in dealt.items() for half, items in parts.items()}
+        halves = {"top": deal(record["top"], TOP_HALVES), "random": deal(record["random"], RANDOM_HALVES)}
+        sets = {f"{half}.{kind}": items for kind, parts in halves.items() for half, items in parts.items()}
         first = [min(keep, (len(interval) + 1) // 2) for interval in intervals]
         quantiles = {
             "explain": [interval[:n] for interval, n in zip(intervals, first, strict=True)],
@@ -267,8 +271,3 @@ def _padded(intervals: Sequence[list[Read]], size: int) -> Iterator[Read | None]
     for interval in intervals:
         yield from interval
         yield from [None] * (size - len(interval))
-
-
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with atomic_path(path) as temporary:
-        save_file(dict(arrays), temporary, metadata={"format_version": str(FORMAT_VERSION)})

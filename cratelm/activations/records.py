@@ -1,11 +1,11 @@
 """Records: the excerpts of text on which each neuron was observed, and the numbers that describe it.
 
-The treaty between measuring and interpreting: `collect` writes these files, everything after reads them with numpy
-alone. `docs/formats.md` gives the layout. In short, under `RUN/records/<mode>/`:
+The interface between measuring and interpreting: `collect` writes these files, and every later stage reads them with
+numpy alone. `docs/formats.md` gives the layout. In short, under `RUN/records/<mode>/`:
 
     records.json                     what was collected: settings, counts, hashes, origin
     tokenizer.json                   how token ids become text
-    windows.safetensors              the tokens that excerpts point into, and which document is for what
+    windows.safetensors              the tokens that excerpts point into, and the split of each document
     <tap>/layer_NN.safetensors       per neuron: statistics, and excerpts as (position, length, activations)
 
 An excerpt's position is the index of its first token in the split that was collected (`val.bin` by default).
@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
-from safetensors import SafetensorError, safe_open
 
 from cratelm.errors import CrateError
-from cratelm.rundir import check_format_version, read_json
+from cratelm.rundir import read_json, read_tensors
 
 Mode = Literal["fixed", "compat"]
 Kind = Literal["top", "random", "quantile"]
@@ -33,7 +32,7 @@ ABSENT = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeuronId:
-    """Which neuron of a run: tap, zero-based layer and zero-based index in that layer's code."""
+    """A neuron of a run: tap, zero-based layer, and zero-based index in the code of that layer."""
 
     tap: str
     layer: int
@@ -69,12 +68,12 @@ class Excerpts:
 
     @property
     def valid(self) -> Bool[np.ndarray, "neurons excerpts width"]:
-        """Where a token is."""
+        """True at tokens, False at padding."""
         return self.tokens != ABSENT
 
     @property
     def present(self) -> Bool[np.ndarray, "neurons excerpts"]:
-        """Where an excerpt is."""
+        """True for excerpts that exist."""
         return self.position != ABSENT
 
     def of(self, row: int) -> Iterator[Excerpt]:
@@ -167,8 +166,8 @@ class Windows:
 
     def document_of(self, position: Int[np.ndarray, "neurons excerpts"]) -> Int[np.ndarray, "neurons excerpts"]:
         """Index of the document that holds a position; `ABSENT` stays."""
-        found = np.searchsorted(self.document_position, position, side="right") - 1
-        return np.where(position == ABSENT, ABSENT, found)
+        document = np.searchsorted(self.document_position, position, side="right") - 1
+        return np.where(position == ABSENT, ABSENT, document)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +194,7 @@ class LayerRecords:
 
     @cached_property
     def sets(self) -> tuple[tuple[int, str, str], ...]:
-        """The excerpt sets there are, as (width, split, kind)."""
+        """The recorded sets of excerpts, as (width, split, kind)."""
         names = (name.rsplit(".", 1)[0].split(".") for name in self.arrays if name.endswith(".position"))
         return tuple(sorted((int(width), split, kind) for width, split, kind in names))
 
@@ -207,10 +206,10 @@ class LayerRecords:
         """
         name = f"{width}.{split}.{kind}"
         if f"{name}.position" not in self.arrays:
-            found = ", ".join("/".join(map(str, one)) for one in self.sets)
+            recorded = ", ".join("/".join(map(str, key)) for key in self.sets)
             raise CrateError(
                 f"the {self.mode} records of layer {self.layer} hold no {width}-token {kind} excerpts for {split} "
-                f"(found {found}). Run: cratelm collect RUN --data DIR"
+                f"(found {recorded}). Run: cratelm collect RUN --data DIR"
             )
         position, length = self.arrays[f"{name}.position"], self.arrays[f"{name}.length"]
         activations = self.arrays[f"{name}.activation"]
@@ -220,7 +219,7 @@ class LayerRecords:
         )  # fmt: skip
 
     def rows(self, neurons: slice) -> "LayerRecords":
-        """The records of some neurons in a row, without a copy; their indices begin at 0 again."""
+        """The records of consecutive neurons, without a copy; the indices of the result begin at 0."""
         return replace(
             self, statistics={name: values[neurons] for name, values in self.statistics.items()},
             tables={name: values[neurons] for name, values in self.tables.items()},
@@ -249,7 +248,7 @@ class NeuronRecord:
 
 
 def records_folder(run: Path, mode: Mode) -> Path:
-    """Where a run keeps its records of one mode."""
+    """The folder of a run's records of one mode."""
     return run / "records" / mode
 
 
@@ -267,8 +266,8 @@ def recorded_layers(run: Path, *, mode: Mode = "fixed", tap: str = "neurons") ->
 def recorded_taps(run: Path, *, mode: Mode = "fixed") -> list[str]:
     """The taps a run has records of, the model's own neurons first."""
     files = records_folder(run, mode).rglob("layer_*.safetensors")
-    found = {file.parent.relative_to(records_folder(run, mode)).as_posix() for file in files}
-    return sorted(found, key=lambda tap: (tap != "neurons", tap))
+    taps = {file.parent.relative_to(records_folder(run, mode)).as_posix() for file in files}
+    return sorted(taps, key=lambda tap: (tap != "neurons", tap))
 
 
 def records_tokenizer(run: Path, mode: Mode) -> Path:
@@ -277,14 +276,14 @@ def records_tokenizer(run: Path, mode: Mode) -> Path:
     if not path.exists():
         option = " --mode compat" if mode == "compat" else ""
         raise CrateError(
-            f"{path} is not there. Copy {run / 'model' / 'tokenizer.json'} to it, or remove {path.parent} "
+            f"{path} is missing. Copy {run / 'model' / 'tokenizer.json'} to it, or remove {path.parent} "
             f"and run: cratelm collect {run} --data DIR{option}"
         )
     return path
 
 
 def read_collection(run: Path, *, mode: Mode = "fixed") -> dict[str, Any]:
-    """What was collected and how: the contents of `records.json`."""
+    """The contents of `records.json`: what was collected, and the settings."""
     return read_json(records_folder(run, mode) / "records.json", made_by=f"cratelm collect {run} --data DIR")
 
 
@@ -299,7 +298,7 @@ def read_records(run: str | Path, layer: int, *, mode: Mode = "fixed", tap: str 
             f"no {mode} records of layer {layer} in {run} (found layers: {layers}). "
             f"Run: cratelm collect {run} --data DIR{option}"
         )
-    arrays = read_tensors(path)
+    arrays = read_tensors(path, hint=_collect_again(run, mode))
     per_neuron = {name: value for name, value in arrays.items() if "." not in name and value.ndim == 1}
     tables = {name: value for name, value in arrays.items() if "." not in name and value.ndim > 1}
     excerpts = {name: value for name, value in arrays.items() if "." in name}
@@ -311,19 +310,10 @@ def read_records(run: str | Path, layer: int, *, mode: Mode = "fixed", tap: str 
 
 def read_windows(run: Path, mode: Mode) -> Windows:
     """Read the tokens that a run's excerpts point into."""
-    return Windows(**read_tensors(records_folder(run, mode) / "windows.safetensors"))
+    path = records_folder(run, mode) / "windows.safetensors"
+    return Windows(**read_tensors(path, hint=_collect_again(run, mode)))
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file of ours as numpy arrays."""
-    try:
-        with safe_open(path, framework="np") as file:
-            check_format_version(path, (file.metadata() or {}).get("format_version", 1))
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        records = path.parent if path.name == "windows.safetensors" else path.parent.parent
-        option = " --mode compat" if records.name == "compat" else ""
-        raise CrateError(
-            f"{path} is not a readable records file ({error}). "
-            f"Remove {records} and run: cratelm collect {records.parent.parent} --data DIR{option}"
-        ) from None
+def _collect_again(run: Path, mode: Mode) -> str:
+    option = " --mode compat" if mode == "compat" else ""
+    return f"Remove {records_folder(run, mode)} and run: cratelm collect {run} --data DIR{option}"

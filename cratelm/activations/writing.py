@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from cratelm.activations.records import Mode, layer_file, read_windows, records_folder
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.errors import CrateError
-from cratelm.rundir import FORMAT_VERSION, atomic_path, differing_fields, origin, read_json, write_json
+from cratelm.rundir import differing_fields, origin, read_json, write_json, write_tensors
 
-OF_THE_TAP = {"layers", "sae_hash"}
-"""What a collection says of one tap and not of all taps of its run."""
+TAP_SETTINGS = {"layers", "sae_hash"}
+"""Settings of one tap; the other settings of a collection hold for all taps of the run."""
 
 
 def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, Any]) -> bool:
@@ -28,17 +27,17 @@ def already_collected(run: Path, mode: Mode, tap: str, settings: Mapping[str, An
     path = records_folder(run, mode) / "records.json"
     if not path.exists():
         return False
-    found = read_json(path, made_by=f"cratelm collect {run} --data DIR")
-    shared = {name: value for name, value in settings.items() if name not in OF_THE_TAP}
-    different = differing_fields({name: found.get(name) for name in shared}, json.loads(json.dumps(shared)))
-    if not different and tap in found["taps"]:
-        there, asked = found["taps"][tap]["layers"], list(settings.get("layers", ()))
-        different = f"layers {there} -> {asked}" if set(asked) - set(there) else ""
+    recorded = read_json(path, made_by=f"cratelm collect {run} --data DIR")
+    shared = {name: value for name, value in settings.items() if name not in TAP_SETTINGS}
+    different = differing_fields({name: recorded.get(name) for name in shared}, json.loads(json.dumps(shared)))
+    if not different and tap in recorded["taps"]:
+        layers, requested = recorded["taps"][tap]["layers"], list(settings.get("layers", ()))
+        different = f"layers {layers} -> {requested}" if set(requested) - set(layers) else ""
     if different:
         raise CrateError(
             f"{run} holds {mode} records of other settings ({different}). Remove {path.parent} to collect again"
         )
-    return tap in found["taps"] and found["taps"][tap].get("sae_hash") == settings.get("sae_hash")
+    return tap in recorded["taps"] and recorded["taps"][tap].get("sae_hash") == settings.get("sae_hash")
 
 
 def write_layers(
@@ -46,7 +45,7 @@ def write_layers(
 ) -> None:
     """Write one file per layer, made one at a time."""
     for layer in layers:
-        _write_tensors(layer_file(run, mode, tap, layer), arrays_of(layer))
+        write_tensors(layer_file(run, mode, tap, layer), arrays_of(layer))
 
 
 def write_windows(
@@ -73,25 +72,25 @@ def write_windows(
         "tokens": tokens[index], "span_position": spans[:, 0].copy(), "span_offset": offsets,
         "document_position": document_position.astype(np.int64), "document_split": document_split.astype(np.int64),
     }  # fmt: skip
-    _write_tensors(records_folder(run, mode) / "windows.safetensors", arrays)
+    write_tensors(records_folder(run, mode) / "windows.safetensors", arrays)
 
 
 def write_description(run: Path, mode: Mode, description: Mapping[str, Any], subject: Subject, corpus: Corpus) -> None:
-    """Write `records.json`, the last file of a collection: with it there, the records are whole.
+    """Write `records.json`, the last file of a collection: it marks the records as complete.
 
-    What it says of all taps together stays as the first of them wrote it; each tap adds its layers and whether it is
-    signed (some activation is negative).
+    The first tap writes the settings that all taps share; each tap adds its layers and whether it is signed (some
+    activation is negative).
     """
     path = records_folder(run, mode) / "records.json"
     earlier = read_json(path, made_by=f"cratelm collect {run} --data DIR") if path.exists() else {}
     shared = {"mode": mode, **description, **subject.identity, **corpus.identity, "origin": origin()} | earlier
     layers = sorted(subject.layers)
     signed = any(least_activation(layer_file(run, mode, subject.tap, layer)) < 0 for layer in layers)
-    own = {"layers": layers, "signed": signed}
-    own |= {name: value for name, value in subject.identity.items() if name in OF_THE_TAP - {"layers"}}
-    taps = earlier.get("taps", {}) | {subject.tap: own}
-    shared |= {"taps": dict(sorted(taps.items())), "signed": any(one["signed"] for one in taps.values())}
-    write_json(path, {key: value for key, value in shared.items() if key not in OF_THE_TAP})
+    described = {"layers": layers, "signed": signed}
+    described |= {name: value for name, value in subject.identity.items() if name in TAP_SETTINGS - {"layers"}}
+    taps = earlier.get("taps", {}) | {subject.tap: described}
+    shared |= {"taps": dict(sorted(taps.items())), "signed": any(tap["signed"] for tap in taps.values())}
+    write_json(path, {key: value for key, value in shared.items() if key not in TAP_SETTINGS})
 
 
 def least_activation(path: Path) -> float:
@@ -101,19 +100,9 @@ def least_activation(path: Path) -> float:
 
 
 def union(intervals: Int[np.ndarray, "some 2"]) -> Int[np.ndarray, "fewer 2"]:
-    """Half-open intervals that cover the same integers, ascending, none touching another."""
+    """The fewest half-open intervals that cover the same integers, ascending."""
     ordered = intervals[np.argsort(intervals[:, 0], kind="stable")]
     reach = np.maximum.accumulate(ordered[:, 1])
     starts = np.concatenate([[True], ordered[1:, 0] > reach[:-1]])
     ends = np.concatenate([starts[1:], [True]])
     return np.stack([ordered[starts, 0], reach[ends]], axis=1)
-
-
-def _write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with atomic_path(path) as temporary:
-        # The library writes memory as it lies, so anything transposed or strided must be laid out first.
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            temporary,
-            metadata={"format_version": str(FORMAT_VERSION)},
-        )

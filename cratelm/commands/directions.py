@@ -39,8 +39,8 @@ def run(options: Options) -> None:
         raise CrateError("no run directory was named. Run: cratelm directions RUN")
     if options.keep < 1:
         raise CrateError(f"--keep is {options.keep}, it must be at least 1")
-    for one in options.runs:
-        directions_run(one, options)
+    for folder in options.runs:
+        directions_run(folder, options)
 
 
 def directions_run(folder: Path, options: Options) -> None:
@@ -55,34 +55,35 @@ def directions_run(folder: Path, options: Options) -> None:
         "model_hash": opened.model_hash, "tokenizer_hash": tokenizer_hash(opened.tokenizer), "keep": options.keep,
     }  # fmt: skip
     home = directions_folder(folder)
-    if _is_there(folder, settings):
+    if _is_written(folder, settings):
         console.print(f"directions of this model are in {home}", soft_wrap=True)
         return
     with claim(folder):
-        (home / "directions.json").unlink(missing_ok=True)  # the files are about to be replaced
+        (home / "directions.json").unlink(missing_ok=True)  # its presence marks the layer files as complete
         written = _write(opened, options)
         write_json(home / "directions.json", settings | {"tap": "neurons", "layers": written, "origin": origin()})
     console.print(f"directions in {home}", soft_wrap=True)
 
 
-def _is_there(folder: Path, settings: dict[str, object]) -> bool:
+def _is_written(folder: Path, settings: dict[str, object]) -> bool:
     from cratelm.activations.direction_files import described_directions, directions_folder
 
     if not (directions_folder(folder) / "directions.json").exists():
         return False
-    found = described_directions(folder)
-    return all(found.get(name) == value for name, value in settings.items())
+    described = described_directions(folder)
+    return all(described.get(name) == value for name, value in settings.items())
 
 
 def _write(opened: "OpenModel", options: Options) -> dict[str, list[str]]:
     """Write a file for each layer and the tokenizer; return the lists of each layer."""
+    from cratelm.activations.direction_files import directions_file
     from cratelm.activations.observe import observe
     from cratelm.data.tokenizer import vocabulary_size
-    from cratelm.rundir import atomic_path
-    from cratelm.whitebox.directions import layer_directions, tokens_alone, write_layer
+    from cratelm.rundir import atomic_path, write_tensors
+    from cratelm.whitebox.directions import layer_directions, tokens_alone
     from cratelm.whitebox.wiring import wiring
 
-    causal, found = opened.causal, wiring(opened.model)
+    causal, weights = opened.causal, wiring(opened.model)
     vocabulary = min(vocabulary_size(opened.tokenizer), causal.vocabulary_rows)
     subject = observe(opened.model, model_hash=opened.model_hash)
     with atomic_path(opened.source / "directions" / "tokenizer.json") as temporary:
@@ -92,9 +93,9 @@ def _write(opened: "OpenModel", options: Options) -> dict[str, list[str]]:
         alone = tokens_alone(
             subject, vocabulary=vocabulary, start=causal.start_token, device=causal.device, bar=bar, keep=options.keep
         )  # fmt: skip
-        for layer in range(len(found.layers)):
-            arrays = layer_directions(found, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]
-            write_layer(opened.source, layer, arrays)
+        for layer in range(len(weights.layers)):
+            arrays = layer_directions(weights, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]
+            write_tensors(directions_file(opened.source, layer), arrays)
             written[str(layer)] = sorted({name.split(".")[0] for name in arrays if name.endswith(".index")})
-            bar.advance(vocabulary / len(found.layers))
+            bar.advance(vocabulary / len(weights.layers))
     return written

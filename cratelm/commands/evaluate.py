@@ -6,7 +6,7 @@
 One deterministic pass over a split, or over every token of each text: nats per token with a standard error over
 documents, perplexity, bits per byte; for LAMBADA also accuracy and perplexity of the last word. Printed, and written to
 evaluation.json in the run directory, where each part replaces that of an earlier evaluation. The loss of every
-document of a split goes to evaluation_documents.safetensors, by which a report compares models on the same documents.
+document of a split goes to evaluation_documents.safetensors, which lets a report compare models on the same documents.
 """
 
 import math
@@ -48,17 +48,17 @@ def run(options: Options) -> None:
     if not options.runs:
         raise CrateError("no run directory was named. Run: cratelm evaluate RUN --data DIR")
     if options.data is None and not _names(options):
-        raise CrateError("nothing to evaluate on. Give --data DIR, or --zero-shot lambada,wikitext2,ptb")
-    for one in options.runs:
+        raise CrateError("no text to evaluate on. Give --data DIR, or --zero-shot lambada,wikitext2,ptb")
+    for folder in options.runs:
         if options.data is not None:
-            result = evaluate_run(one, options.data, options)
+            result = evaluate_run(folder, options.data, options)
             print(
-                f"{one.name}: {result['nats_per_token']:.4f} ± {result['standard_error']:.4f} nats per token, "
+                f"{folder.name}: {result['nats_per_token']:.4f} ± {result['standard_error']:.4f} nats per token, "
                 f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte "
                 f"({result['tokens']} tokens of {result['documents']} {options.split} documents)"
             )
         if _names(options):
-            print_table(one.name, zero_shot_run(one, options))
+            print_table(folder.name, zero_shot_run(folder, options))
 
 
 def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[str, object]:
@@ -69,7 +69,7 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     from cratelm.workflows.token_data import open_tokens
 
     if options.batch < 1:
-        raise CrateError(f"--batch is {options.batch}, it must be at least 1")
+        raise CrateError(f"--batch must be at least 1, got {options.batch}")
     opened, model = open_own(run_folder, options.device)
     data = open_tokens(opened, data_folder, options.tokenizer)
     tokens = data.tokens(options.split)
@@ -93,21 +93,21 @@ def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any
 
     opened, model = open_own(run_folder, options.device)
     tokenizer = opened.tokenizer
-    found = {}
+    losses = {}
     with claim(run_folder):
         for name in _names(options):
             measured = zero_shot(model, tokenizer, name, options.eval_data, batch=options.batch)
-            found[name] = measured | {"origin": origin()}
-            _write(run_folder, {"zero_shot": _evaluated(run_folder).get("zero_shot", {}) | found})
-    return found
+            losses[name] = measured | {"origin": origin()}
+            _write(run_folder, {"zero_shot": _evaluated(run_folder).get("zero_shot", {}) | losses})
+    return losses
 
 
-def print_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+def print_table(title: str, losses: Mapping[str, Mapping[str, Any]]) -> None:
     """One line per text."""
-    width = max(len("text"), *map(len, found))
+    width = max(len("text"), *map(len, losses))
     columns = "   nats per token  perplexity  bits/byte   tokens  last word: %, perplexity"
     print(f"{title}, zero-shot\n{'text':{width}}{columns}")
-    for name, row in found.items():
+    for name, row in losses.items():
         loss = f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f}"
         line = f"{name:{width}}  {loss:>15}  {row['perplexity']:10.6g}  {row['bits_per_byte']:9.4f}  {row['tokens']:7d}"
         if word := row.get("last_word"):
@@ -136,17 +136,13 @@ def _write(run_folder: Path, part: dict[str, Any]) -> None:
 def _strict(value: Any) -> Any:
     """The value as strict JSON: null for NaN and infinity, such as an overflowing perplexity."""
     if isinstance(value, Mapping):
-        return {name: _strict(one) for name, one in value.items()}
+        return {name: _strict(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_documents(run_folder: Path, losses: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write the loss of every document, with the identity of the evaluation."""
-    from safetensors.numpy import save_file
-
     from cratelm.report.results.loss import DOCUMENTS
-    from cratelm.rundir import FORMAT_VERSION, atomic_path
+    from cratelm.rundir import write_tensors
 
-    named = {"split": result["split"], "data_hash": result["data_hash"] or "", "format_version": str(FORMAT_VERSION)}
-    with atomic_path(run_folder / DOCUMENTS) as temporary:
-        save_file(dict(losses), temporary, metadata=named)
+    write_tensors(run_folder / DOCUMENTS, losses, split=result["split"], data_hash=result["data_hash"] or "")

@@ -18,17 +18,13 @@ only in the last; elsewhere they say where a direction points.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from cratelm.activations.direction_files import directions_file
 from cratelm.activations.subject import Subject
-from cratelm.rundir import FORMAT_VERSION, atomic_path
 from cratelm.runtime import ProgressBar
 from cratelm.whitebox.parts import Norm, Wiring
 
@@ -124,15 +120,6 @@ def tokens_alone(
         }
         for layer, (values, tokens) in best.items()
     }  # fmt: skip
-
-
-def write_layer(run: Path, layer: int, arrays: Mapping[str, np.ndarray], *, tap: str = "neurons") -> None:
-    """Write one layer's file, whole."""
-    with atomic_path(directions_file(run, layer, tap)) as temporary:
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            temporary, metadata={"format_version": str(FORMAT_VERSION)},
-        )  # fmt: skip
 
 
 def _numpy(values: Tensor, kind: type = np.float32) -> np.ndarray:

@@ -167,7 +167,7 @@ def test_a_truncated_records_file_is_named(data: TokenDirectory, tmp_path: Path)
     whole = file.read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(CrateError, match=r"layer_00.safetensors is not a readable records file ") as told:
+        with pytest.raises(CrateError, match=r"layer_00.safetensors is not readable ") as told:
             read_records(run, 0)
         assert str(told.value).endswith(f"Remove {run}/records/fixed and run: cratelm collect {run} --data DIR")
     file.write_bytes(whole)
@@ -185,7 +185,7 @@ def test_a_tokenizer_that_is_gone_from_the_records_is_told_with_both_ways_back(
     for command in (["interpret", str(run)], ["neurons", str(run)]):
         assert cli.main(command) == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"error: {run}/records/fixed/tokenizer.json is not there. Copy {run}/model/tokenizer.json to it, "
+            f"error: {run}/records/fixed/tokenizer.json is missing. Copy {run}/model/tokenizer.json to it, "
             f"or remove {run}/records/fixed and run: cratelm collect {run} --data DIR"
         )
 

@@ -228,7 +228,7 @@ def test_an_unreadable_evaluation_is_refused_with_a_whole_command(
     [
         ("{run} --data {other}", "come from another tokenizer than the model"),
         ("{small} --data {tokens}", "has 270 tokens, the model of .* has 99"),
-        ("{run} --data {tokens} --batch 0", "--batch is 0"),
+        ("{run} --data {tokens} --batch 0", "--batch must be at least 1, got 0"),
         ("{run} --data {tokens} --split test", "has no split test"),
         ("{run} --data {run}", "is not a token directory"),
         ("{tokens} --data {tokens}", "no model in"),

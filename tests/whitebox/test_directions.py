@@ -206,7 +206,7 @@ def test_the_command_writes_what_numpy_reads_and_neurons_shows(
     assert found.head_shares(3)["heads_out.shared"].sum() == pytest.approx(1)
     with pytest.raises(CrateError, match="neurons 0 to 63, not 64"):
         found.ranked("tokens_in", 64)
-    with pytest.raises(CrateError, match="there are layers 0, 1"):
+    with pytest.raises(CrateError, match="found layers: 0, 1"):
         read_directions(trained, 7)
 
     before = (trained / "directions/neurons/layer_00.safetensors").stat().st_mtime_ns

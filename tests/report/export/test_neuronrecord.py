@@ -267,9 +267,9 @@ def test_a_file_that_is_no_record_is_named(content: str, message: str, tmp_path:
 
 
 def test_a_folder_without_records_and_a_run_with_records_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CrateError, match="holds no <layer>/<neuron>.json"):
+    with pytest.raises(CrateError, match="has no <layer>/<neuron>.json"):
         import_neuron_records(tmp_path, tmp_path / "new")
-    with pytest.raises(CrateError, match="holds fixed records already"):
+    with pytest.raises(CrateError, match="already has fixed records"):
         import_neuron_records(export(run, tmp_path / "out"), run)
 
 

@@ -9,9 +9,9 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.prompt_logprobs import STYLES, Absent, read, request
@@ -21,7 +21,6 @@ from cratelm.interpretation.llm import Declined, LLMError, Message, Prompt, Prom
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.interpretation.prompts.few_shot import solved_tables
 
-T = TypeVar("T")
 NO_SYSTEM = re.compile(r"system.{0,20}role|role.{0,20}system|roles? must alternate|only user and assistant", re.I)
 """Error messages of servers whose chat template has no system message."""
 UNKNOWN_MODEL = re.compile(
@@ -110,7 +109,10 @@ class Endpoint:
     async def _measure(self) -> float:
         text, cost = solved_tables(), (0, 0)
         try:
-            cost = await self._post_chat([Message("user", text)], Sampling(max_tokens=4), _reported_usage)
+            for body in self._chat_bodies([Message("user", text)], Sampling(max_tokens=4)):
+                async with self._adapting_to_refusals(body):
+                    cost = await self.transport.post("/chat/completions", body, _reported_usage)
+                    break
         except LLMError:
             body = {"model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0}
             with contextlib.suppress(LLMError):
@@ -121,30 +123,32 @@ class Endpoint:
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. Raises `LLMError` if the server refuses or fails, `CrateError` if it cannot be reached."""
         size = sum(len(message.text.encode()) for message in messages)
-        return await self._post_chat(messages, sampling, partial(self._parse_chat, size))
-
-    async def _post_chat(
-        self, messages: Sequence[Message], sampling: Sampling, parse: Callable[[dict[str, Any]], T]
-    ) -> T:
-        for _ in range(4):  # each attempt drops one feature that the server may not support
-            body = self._chat_body(messages, sampling)
-            try:
-                return await self.transport.post("/chat/completions", body, parse)
-            except Refused as error:
-                if not self._drop_feature(error, body):
-                    await self._check_model(error)
-                    raise
+        for body in self._chat_bodies(messages, sampling):
+            async with self._adapting_to_refusals(body):
+                return await self.transport.post("/chat/completions", body, partial(self._parse_chat, size))
         raise AssertionError("each feature is dropped once")
 
-    def _chat_body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
-        supported = messages if self._system else without_system(messages)
-        turns = [{"role": message.role, "content": message.text} for message in supported]
-        body: dict[str, Any] = {"model": self.name, "messages": turns, self._limit: sampling.max_tokens}
-        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
-        if sampling.schema is not None and self._schema:
-            schema = {"name": "answer", "strict": True, "schema": dict(sampling.schema)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return body
+    def _chat_bodies(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[dict[str, Any]]:
+        """The body of each attempt: before each, one more feature that the server does not support was dropped."""
+        for _ in range(4):
+            supported = messages if self._system else without_system(messages)
+            turns = [{"role": message.role, "content": message.text} for message in supported]
+            body: dict[str, Any] = {"model": self.name, "messages": turns, self._limit: sampling.max_tokens}
+            body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+            if sampling.schema is not None and self._schema:
+                schema = {"name": "answer", "strict": True, "schema": dict(sampling.schema)}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            yield body
+
+    @contextlib.asynccontextmanager
+    async def _adapting_to_refusals(self, body: Mapping[str, Any]) -> AsyncIterator[None]:
+        """Suppress a refusal of an optional feature of this request, and drop the feature from later requests."""
+        try:
+            yield
+        except Refused as error:
+            if not self._drop_feature(error, body):
+                await self._check_model(error)
+                raise
 
     def _drop_feature(self, error: Refused, body: Mapping[str, Any]) -> bool:
         """Stop using the feature that the server refuses; whether this request used it.

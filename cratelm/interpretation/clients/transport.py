@@ -97,8 +97,31 @@ class Transport:
         Raises `Refused`; `Unparsed` with the reported cost; `LLMError` if only this request failed; `CrateError` if
         every request would fail.
         """
+        import openai
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+        client = self._connection()
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.retry.attempts), wait=self._wait, reraise=True,
+            retry=retry_if_exception_type(openai.APIError),
+        )  # fmt: skip
+        async with self._slots:
+            try:
+                async for attempt in retrying:
+                    with attempt:
+                        await asyncio.sleep(self._not_before - time.monotonic())
+                        self.usage.requests += 1
+                        try:
+                            text = str(await client.post(path, cast_to=str, body=body))
+                        except openai.APIStatusError as error:
+                            self._check_status(error)
+                            raise
+            except openai.APIError as error:
+                raise await self._given_up(error) from None
+        return self._parsed(text, parse)
+
+    def _parsed(self, text: str, parse: Callable[[dict[str, Any]], T]) -> T:
         answer: dict[str, Any] = {}
-        text = await self._post(path, body)
         try:
             answer = _json(text)
             return parse(answer)
@@ -110,35 +133,6 @@ class Transport:
                 self._hidden(str(error)), prompt_tokens=read if isinstance(read, int) else None,
                 new_tokens=generated if isinstance(generated, int) else None,
             ) from None  # fmt: skip
-
-    async def _post(self, path: str, body: dict[str, Any]) -> str:
-        """The text of a response, after retries."""
-        from openai import APIError
-        from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_attempt
-
-        client = self._connection()
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.retry.attempts), wait=self._wait,
-            retry=retry_if_exception(lambda error: isinstance(error, APIError)),
-        )  # fmt: skip
-        async with self._slots:
-            try:
-                return await retrying(self._attempt, client, path, body)
-            except RetryError as error:
-                failure = error.last_attempt.exception()
-            raise await self._given_up(failure)
-
-    async def _attempt(self, client: Any, path: str, body: dict[str, Any]) -> str:
-        """One request. Raises openai's `APIError` if a retry may succeed, and a `CrateError` if not."""
-        import openai
-
-        await asyncio.sleep(self._not_before - time.monotonic())
-        self.usage.requests += 1
-        try:
-            return str(await client.post(path, cast_to=str, body=body))
-        except openai.APIStatusError as error:
-            self._check_status(error)
-            raise
 
     def _wait(self, state: Any) -> float:
         """Seconds before the next attempt (tenacity calls this)."""

@@ -1,9 +1,9 @@
 """Token usage of calls to a language model: counters, prices, and a budget that is never exceeded."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import (
@@ -20,7 +20,6 @@ from cratelm.interpretation.llm import (
 )
 from cratelm.runtime import human
 
-T = TypeVar("T")
 Tokens = tuple[int, int]
 """Tokens read, and tokens generated."""
 OnUnparsed = Callable[[int, int], Awaitable[None]]
@@ -114,48 +113,52 @@ class Metered(LLMWrapper):
         """Answer a chat within the budget."""
         # A chat template adds a few tokens to each turn.
         bound = sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens
-        return await self._paid(
-            bound, lambda: self.inner.chat(messages, sampling), lambda reply: (reply.prompt_tokens, reply.new_tokens)
-        )
+        for attempt in range(self.attempts):
+            async with self._paid(attempt, bound):
+                reply = await self.inner.chat(messages, sampling)
+                self.usage.add(reply.prompt_tokens, reply.new_tokens)
+                return reply
+        raise AssertionError("the last attempt raises")
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Prompt logprobs within the budget, one call for each prompt. Servers generate one token after a prompt."""
 
         async def paid(prompt: Prompt) -> PromptLogprobs:
             bound = self.count(prompt.prefix + prompt.rest) + 2, 1
-            (answer,) = await self._paid(
-                bound, lambda: self.inner.prompt_logprobs([prompt], top=top),
-                lambda answers: (answers[0].prompt_tokens, 1),
-            )  # fmt: skip
-            return answer
+            for attempt in range(self.attempts):
+                async with self._paid(attempt, bound):
+                    (answer,) = await self.inner.prompt_logprobs([prompt], top=top)
+                    self.usage.add(answer.prompt_tokens, 1)
+                    return answer
+            raise AssertionError("the last attempt raises")
 
         return await asyncio.gather(*map(paid, prompts))
 
-    async def _paid(self, bound: Tokens, call: Callable[[], Awaitable[T]], cost: Callable[[T], Tokens]) -> T:
-        """Make a call that costs at most `bound`. An unparsed response without reported usage counts as `bound`."""
-        message = ""
-        for attempt in range(self.attempts):
-            if attempt:
-                self.usage.retries += 1
-                await asyncio.sleep(attempt * self.pause)
-            await self._reserve(bound)
-            try:
-                answer = await call()
-                self.usage.add(*cost(answer))
-                return answer
-            except Declined as error:
-                self.usage.add(error.prompt_tokens, error.new_tokens, usable=False)
-                raise
-            except Unparsed as error:
-                message = str(error)
-                read = bound[0] if error.prompt_tokens is None else error.prompt_tokens
-                generated = bound[1] if error.new_tokens is None else error.new_tokens
-                self.usage.add(read, generated, usable=False)
-                if self.on_unparsed is not None:
-                    await self.on_unparsed(read, generated)
-            finally:
-                self._release(bound)
-        raise LLMError(f"could not parse the server's answer in {self.attempts} attempts: {message}")
+    @contextlib.asynccontextmanager
+    async def _paid(self, attempt: int, bound: Tokens) -> AsyncIterator[None]:
+        """Reserve `bound`, and count an unusable answer. `Unparsed` is suppressed in all attempts but the last.
+
+        An unparsed response without reported usage counts as `bound`.
+        """
+        if attempt:
+            self.usage.retries += 1
+            await asyncio.sleep(attempt * self.pause)
+        await self._reserve(bound)
+        try:
+            yield
+        except Declined as error:
+            self.usage.add(error.prompt_tokens, error.new_tokens, usable=False)
+            raise
+        except Unparsed as error:
+            read = bound[0] if error.prompt_tokens is None else error.prompt_tokens
+            generated = bound[1] if error.new_tokens is None else error.new_tokens
+            self.usage.add(read, generated, usable=False)
+            if self.on_unparsed is not None:
+                await self.on_unparsed(read, generated)
+            if attempt == self.attempts - 1:
+                raise LLMError(f"could not parse the server's answer in {self.attempts} attempts: {error}") from None
+        finally:
+            self._release(bound)
 
     def spent(self) -> Tokens:
         """Tokens read and generated so far, earlier processes included."""

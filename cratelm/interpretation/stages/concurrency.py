@@ -50,28 +50,26 @@ async def each(
     tally, remaining = Tally(), iter(neurons)
     streak: dict[int, str] = {}
     pending: dict[asyncio.Task[T], int] = {}
+    results, failures = dict[int, T](), dict[int, str]()
     ended: CrateError | None = None
     lost = False
-
-    def begin() -> None:
-        while ended is None and len(pending) < in_flight and (neuron := next(remaining, None)) is not None:
-            pending[asyncio.ensure_future(do(neuron))] = neuron
-
     try:
-        begin()
-        while pending:
-            ready, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            results, failures, broken = _sorted({task: pending.pop(task) for task in ready})
-            ended, streak = ended or broken, streak | failures
-            if not results and ended is None and len(streak) >= (patience.in_a_row if tally.done else patience.first):
-                ended, lost = _lost(streak, tally), True
-            begin()
-            if results:
+        while True:
+            while ended is None and len(pending) < in_flight and (neuron := next(remaining, None)) is not None:
+                pending[asyncio.ensure_future(do(neuron))] = neuron
+            if results:  # written while the next neurons are in progress
                 tally.done, tally.failed = tally.done + len(results), tally.failed + len(streak)
                 await _written(keep, results)
                 await _written(fail, streak)
                 streak = {}
             kept(len(results) + len(failures))
+            if not pending:
+                break
+            ready, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            results, failures, broken = _sorted({task: pending.pop(task) for task in ready})
+            ended, streak = ended or broken, streak | failures
+            if not results and ended is None and len(streak) >= (patience.in_a_row if tally.done else patience.first):
+                ended, lost = _lost(streak, tally), True
         if not lost:
             tally.failed += len(streak)
             await _written(fail, streak)

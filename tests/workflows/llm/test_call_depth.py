@@ -78,5 +78,5 @@ def test_an_explanation_is_few_frames_and_files_away_from_its_request(
         )
     shown = "\n".join(f"{file}: {name}" for file, name in walk)
     assert walk[-1][0] == "interpretation/clients/transport.py", shown
-    assert len(walk) <= 14, shown
+    assert len(walk) <= 9, shown
     assert len({file for file, _ in walk}) + 1 <= 9, shown

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # One process per core with one thread each: the tests' models are too small to share a core's work out.
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not gpu"
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 CODE := cratelm tests $(wildcard benchmarks docs)
 
 .PHONY: help demo test test-all check format clean browser
@@ -13,8 +13,8 @@ CODE := cratelm tests $(wildcard benchmarks docs)
 
 help:
 	@echo "make demo      install, then run the whole job on text that is already here (under 5 minutes)"
-	@echo "make test      install, then run the tests (core)"
-	@echo "make test-all  install every extra, then run all tests but the GPU ones"
+	@echo "make test      install, then run the tests of the core that are fast (under 5 minutes on 2 cores)"
+	@echo "make test-all  install every extra, then run all tests but the GPU ones: slow ones, several processes, servers"
 	@echo "make check     formatting, lint, types"
 	@echo "make format    reformat"
 	@echo "make clean     remove what make and the tests made (not runs/)"
@@ -23,10 +23,10 @@ demo: $(VENV)/.core
 	$(BIN)/cratelm demo
 
 test: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) -m "not gpu and not slow"
 
 test-all: $(VENV)/.all browser
-	CRATELM_TEST_ALL=1 $(PYTEST) --durations=10
+	CRATELM_TEST_ALL=1 $(PYTEST) -m "not gpu" --durations=10
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(CODE)

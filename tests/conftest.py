@@ -1,5 +1,6 @@
 """What every test may use: real text where it is at hand, fresh random numbers, and the rule about skips."""
 
+import io
 import os
 import secrets
 import sys
@@ -55,6 +56,21 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = int(os.environ.get("CRATELM_TEST_SEED") or secrets.randbits(32))
     request.node.add_report_section("setup", "seed", f"CRATELM_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write every figure as an empty drawing: matplotlib takes most of the time of a report.
+
+    For tests of reports that check nothing in a figure.
+    """
+    from cratelm.report.figures import form
+
+    def save(_figure: object, out: "Path | io.BytesIO", _suffix: str, *, transparent: bool = False) -> None:
+        drawing = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
+        _ = out.write_bytes(drawing) if isinstance(out, Path) else out.write(drawing)
+
+    monkeypatch.setattr(form, "_save", save)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,7 @@ def assert_same_records(first: Path, second: Path) -> None:
             assert np.array_equal(array, tensors(other)[name], equal_nan=True), name
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_records_of_one(made: tuple[Path, Path]) -> None:
     data, folder = made
     torchrun(2, "-m", "cratelm", *collect(folder / "two", data))
@@ -79,6 +80,7 @@ def test_two_processes_write_the_records_of_one(made: tuple[Path, Path]) -> None
     assert not list((folder / "two").rglob("*.partial-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_records_are_the_same(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_killed_process_is_started_again_and_the_records_are_the_same(
     assert_same_records(folder / "alone", folder / "killed")
 
 
+@pytest.mark.slow
 def test_more_processes_than_batches_are_no_mistake(made: tuple[Path, Path]) -> None:
     data, folder = made
     torchrun(2, "-m", "cratelm", *collect(folder / "many", data, rows=4096))

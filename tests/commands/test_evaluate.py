@@ -176,7 +176,7 @@ def strictly(text: str) -> Any:
 
 
 def test_the_command_keeps_the_loss_of_every_document(tmp_path: Path, rng: np.random.Generator) -> None:
-    data, run = make_tokens(tmp_path / "tokens", rng, documents=150), tmp_path / "run"
+    data, run = make_tokens(tmp_path / "tokens", rng, documents=30), tmp_path / "run"
     save_model(random_model(tiny_config(vocab_size=320, context_length=8), rng), run / "model", data.tokenizer())
     assert cli.main(["evaluate", str(run), "--data", str(data.path), "--batch", "3"]) == 0
     tokens, documents = data.tokens("val"), data.documents("val")

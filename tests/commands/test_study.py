@@ -83,8 +83,9 @@ def test_a_study_that_cannot_be_is_refused_before_it_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_study_foretells_runs_reports_and_does_nothing_twice(
-    data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("empty_figures")
+def test_a_study_estimates_trains_reports_and_repeats_nothing(
+    data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     study.run(options(data, out, dry_run=True))
@@ -100,6 +101,7 @@ def test_a_study_foretells_runs_reports_and_does_nothing_twice(
         assert (out / "report" / name).exists()
     shutil.rmtree(out / "gpt2-1l-seed1" / "records")
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
+    monkeypatch.setattr(study, "_report", lambda *_: None)
     study.run(options(data, out))
     after = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
     assert before.items() <= after.items()
@@ -201,6 +203,7 @@ def seeds(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
     return runs
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_runs_that_differ_in_their_seed_are_one_group(seeds: list[Path], tmp_path: Path) -> None:
     results = scored(seeds)
     found = study_of(results)

@@ -110,6 +110,7 @@ def check(run: Path, alone: list[dict[str, float]], tolerance: float) -> None:
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux: finds the processes to kill in /proc")
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_killed_rank_is_started_again_and_the_losses_are_those_of_one_process(
@@ -125,6 +126,7 @@ def test_a_killed_rank_is_started_again_and_the_losses_are_those_of_one_process(
     check(run, alone, TOLERANCE[parallel])
 
 
+@pytest.mark.slow
 @linux
 def test_a_job_that_lost_a_rank_stops_and_one_process_resumes(
     data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path
@@ -140,6 +142,7 @@ def test_a_job_that_lost_a_rank_stops_and_one_process_resumes(
     check(run, alone, TOLERANCE["fsdp"])
 
 
+@pytest.mark.slow
 @linux
 def test_what_one_process_began_two_finish(data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -152,6 +155,7 @@ def test_what_one_process_began_two_finish(data: TokenDirectory, alone: list[dic
     check(run, alone, TOLERANCE["ddp"])
 
 
+@pytest.mark.slow
 @linux
 def test_a_mistake_is_reported_once_and_stops_all_processes(data: TokenDirectory, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -1,7 +1,6 @@
 """Fifty clients at a live browser: every request is answered, and memory stays flat."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +29,7 @@ def benchmark() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(not os.environ.get("CRATELM_TEST_ALL"), reason="a load of 15 s; make test-all runs it")
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of another process is read from /proc")
 def test_fifty_clients_are_all_answered_and_memory_stays_flat(tmp_path: Path) -> None:
     with serve(*live_runs(tmp_path, np.random.default_rng(13))) as server:

@@ -66,7 +66,7 @@ def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     from cratelm.report.figures import form
 
-    def save(_figure: object, out: "Path | io.BytesIO", _suffix: str, *, transparent: bool = False) -> None:
+    def save(_figure: object, out: "Path | io.BytesIO", _suffix: str, **_options: object) -> None:
         drawing = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
         _ = out.write_bytes(drawing) if isinstance(out, Path) else out.write(drawing)
 

@@ -4,6 +4,7 @@ Documents come one at a time in a fixed order, so memory holds one document, nev
 document; a JSON line or a Parquet row is one document. Documents without any character are left out.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -20,6 +21,7 @@ from typing import Any
 
 import zstandard
 
+from cratelm.data.lines import encoding_by_mark, read_lines
 from cratelm.errors import CrateError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -33,8 +35,6 @@ STDLIB_LEFT_OUT = (
     "_sysconfigdata*",
 )  # fmt: skip
 """Folders and files of the standard library that are skipped: tests, installed packages, generated tables."""
-
-_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +119,15 @@ def list_files(source: str) -> list[_File]:
 
 def source_bytes(sources: Sequence[str]) -> int:
     """Size on disk of all files of `sources`: the total that `on_bytes` of `stream_documents` adds up to."""
-    return sum(file.path.stat().st_size for source in sources for file in list_files(source))
+    return sum(_size_and_time(file)[0] for source in sources for file in list_files(source))
+
+
+def _size_and_time(file: _File) -> tuple[int, int]:
+    """Zeros for a link that leads nowhere, which is reported when it is read."""
+    with contextlib.suppress(OSError):
+        stat = file.path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return 0, 0
 
 
 def fingerprint(sources: Sequence[str]) -> str:
@@ -128,8 +136,8 @@ def fingerprint(sources: Sequence[str]) -> str:
     for source in _checked(sources):
         digest.update(f"source {source}\n".encode(errors="surrogateescape"))
         for file in list_files(source):
-            stat = file.path.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            size, time = _size_and_time(file)
+            digest.update(f"{file.name} {size} {time}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -151,12 +159,17 @@ def _walk(root: Path, suffixes: tuple[str, ...], left_out: tuple[str, ...]) -> l
     def is_out(name: str) -> bool:
         return name.startswith(".") or any(fnmatchcase(name, pattern) for pattern in left_out)
 
-    found, others = [], Counter[str]()
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not is_out(name)]
+    found, others, visited = [], Counter[str](), set[str]()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        # Links to folders are followed, each folder once: a link may lead back to a folder around it.
+        if (real := os.path.realpath(folder)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted((name for name in folders if not is_out(name)), key=lambda name: _link_last(folder, name))
         for name in names:
             path = Path(folder, name)
-            if is_out(name) or not path.is_file():
+            if is_out(name) or not (path.is_file() or path.is_symlink()):
                 continue
             if name.lower().endswith(suffixes):
                 found.append(_File(path, path.relative_to(root).as_posix()))
@@ -168,12 +181,16 @@ def _walk(root: Path, suffixes: tuple[str, ...], left_out: tuple[str, ...]) -> l
     return sorted(found, key=lambda file: file.name)
 
 
+def _link_last(folder: str, name: str) -> tuple[bool, str]:
+    return os.path.islink(os.path.join(folder, name)), name
+
+
 def _read_files(files: list[_File], field: str, on_bytes: Callable[[int], None]) -> Iterator[Document | _Bad]:
     for file in files:
         name = file.path.name.lower()
         if name.endswith(TEXT_SUFFIXES):
             yield _read_text(file.path)
-            on_bytes(file.path.stat().st_size)
+            on_bytes(_size_and_time(file)[0])
         elif name.endswith(".parquet"):
             yield from _read_parquet(file.path, field, on_bytes)
         else:
@@ -181,40 +198,33 @@ def _read_files(files: list[_File], field: str, on_bytes: Callable[[int], None])
 
 
 def _read_text(path: Path) -> Document | _Bad:
-    """A whole file; Python source in its declared encoding, everything else in UTF-8."""
-    encoding = "utf-8"
+    """A whole file: Python source in its declared encoding, otherwise UTF-8, or UTF-16 or 32 with a mark."""
     try:
         data = path.read_bytes()
+        encoding = encoding_by_mark(data)
         if path.suffix.lower() == ".py":
-            encoding, _ = detect_encoding(iter(data.splitlines(keepends=True)).__next__)
-            encoding = encoding.removesuffix("-sig")
+            with contextlib.suppress(SyntaxError):  # an undeclared encoding: decoding finds the position
+                encoding = detect_encoding(iter(data.splitlines(keepends=True)).__next__)[0].removesuffix("-sig")
         return _document(data.decode(encoding).removeprefix("\ufeff"), str(path))
     except UnicodeDecodeError as error:
-        at, line = error.start, data.count(b"\n", 0, error.start) + 1
-        return _Bad(f"{path}: byte 0x{data[at]:02x} at position {at} (line {line}) is not {encoding}")
-    except SyntaxError:
-        return _not_utf8(path, data)
+        line = data.count(b"\n", 0, error.start) + 1
+        return _undecodable(error, str(path), f" (line {line})")
     except OSError as error:
         return _Bad(f"{path}: cannot be read ({error.strerror})")
 
 
-def _not_utf8(path: Path, data: bytes) -> _Bad:
-    """Python's own message about an undeclared encoding names no position, so look for it."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return _Bad(f"{path}: byte 0x{data[error.start]:02x} at position {error.start} (line {line}) is not utf-8")
-    return _Bad(f"{path}: its first lines declare an unknown encoding")
+def _undecodable(error: UnicodeDecodeError, origin: str, where: str) -> _Bad:
+    byte = error.object[error.start]
+    return _Bad(f"{origin}: byte 0x{byte:02x} at position {error.start}{where} is not {error.encoding}")
 
 
 def _read_jsonl(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[Document | _Bad]:
     number = 0
     try:
-        for number, line in enumerate(_lines(_chunks(path, on_bytes)), start=1):
-            if line.strip():
+        for number, line in enumerate(read_lines(path, on_bytes), start=1):
+            if line.strip(b"\0 \t\r"):  # a disk that filled up pads with zero bytes
                 yield _parse(line, f"{path}:{number}", field)
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError) as error:
         yield _Bad(f"{path}: truncated or damaged after line {number} ({_one_line(error)})")
     except OSError as error:
         yield _Bad(f"{path}: cannot be read ({error.strerror})")
@@ -224,9 +234,11 @@ def _parse(line: bytes, origin: str, field: str) -> Document | _Bad:
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
-        return _Bad(f"{origin}: byte 0x{line[error.start]:02x} at position {error.start} of the line is not utf-8")
+        return _undecodable(error, origin, " of the line")
     except json.JSONDecodeError as error:
         return _Bad(f"{origin}: broken JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
+        return _Bad(f"{origin}: JSON beyond what can be read ({_one_line(error)})")
     if not isinstance(row, dict):
         return _Bad(f"{origin}: a {type(row).__name__}, not a JSON object")
     return _from_row(row, origin, field)
@@ -235,9 +247,15 @@ def _parse(line: bytes, origin: str, field: str) -> Document | _Bad:
 def _from_row(row: Mapping[str, Any], origin: str, field: str) -> Document | _Bad:
     if field not in row:
         return _Bad(f"{origin}: no text field {field!r} (fields: {', '.join(row) or 'none'})")
-    if not isinstance(row[field], str):
-        return _Bad(f"{origin}: the text field {field!r} holds a {type(row[field]).__name__}, not a text")
-    return _document(row[field], origin)
+    text = row[field]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            return _undecodable(error, origin, " of the text")
+    if not isinstance(text, str):
+        return _Bad(f"{origin}: the text field {field!r} holds a {type(text).__name__}, not a text")
+    return _document(text, origin)
 
 
 def _document(text: str, origin: str) -> Document | _Bad:
@@ -248,70 +266,39 @@ def _document(text: str, origin: str) -> Document | _Bad:
     return Document(text=text, origin=origin)
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their ends, in time linear in their length however the chunks cut them."""
-    begun: list[bytes] = []
-    for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        begun.append(first)
-        if rest:
-            yield b"".join(begun)
-            yield from rest[:-1]
-            begun = [rest[-1]]
-    if any(begun):
-        yield b"".join(begun)
-
-
-def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """The content of a file, decompressed by its suffix."""
-    raw = _raw_chunks(path, on_bytes)
-    if path.suffix.lower() == ".gz":
-        return _decompress(raw, lambda: zlib.decompressobj(wbits=31))
-    if path.suffix.lower() == ".zst":
-        return _decompress(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj)
-    return raw
-
-
-def _raw_chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
-            on_bytes(len(chunk))
-
-
-def _decompress(raw: Iterator[bytes], start: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress frame after frame; a last frame without its end raises, where zstandard's reader would keep silent."""
-    frame = start()
-    for chunk in raw:
-        while chunk:
-            if frame.eof:
-                frame = start()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-    if not frame.eof:
-        raise EOFError("the end is missing")
-
-
 def _read_parquet(path: Path, field: str, on_bytes: Callable[[int], None]) -> Iterator[Document | _Bad]:
     # pyarrow takes longer to import than most corpora of text files take to list.
     import pyarrow
     import pyarrow.parquet
 
-    size, number = path.stat().st_size, 0
+    number, rows = 0, "?"
     try:
+        size = path.stat().st_size
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
+            columns, rows = file.schema_arrow.names, str(file.metadata.num_rows)
             if field not in columns:
                 raise CrateError(
                     f"{path} has no column {field!r} (columns: {', '.join(columns)}). Name with --text-field"
                 )
             for batch in file.iter_batches(batch_size=64, columns=[field]):
-                for value in batch.column(0).to_pylist():
+                for value in _as_bytes(batch.column(0)).to_pylist():
                     number += 1
                     yield _from_row({field: value}, f"{path}:{number}", field)
                 on_bytes(size * batch.num_rows // max(file.metadata.num_rows, 1))
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-        yield _Bad(f"{path}: truncated or damaged after row {number} ({_one_line(error)})")
+    except (OSError, pyarrow.ArrowException) as error:
+        yield _Bad(f"{path}: truncated or damaged after row {number} of {rows} ({_one_line(error)})")
+
+
+def _as_bytes(column: Any) -> Any:
+    """A column of texts as bytes, which one row that is not UTF-8 does not stop; other columns as they are."""
+    import pyarrow
+
+    with contextlib.suppress(pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            return column.cast(pyarrow.large_binary())
+    return column
 
 
 def _read_hub(source: str, field: str) -> Iterator[Document | _Bad]:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from cratelm.data import text
+from cratelm.data import lines
 from cratelm.data.text import fingerprint, list_files, source_bytes, stream_documents
 from cratelm.errors import CrateError
 
@@ -62,9 +62,90 @@ def test_every_file_type_gives_the_same_documents(tmp_path: Path, rows: list[str
 def test_lines_are_whole_however_the_chunks_cut_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[str]
 ) -> None:
-    monkeypatch.setattr(text, "_CHUNK", 3)
+    monkeypatch.setattr(lines, "_CHUNK", 3)
     (tmp_path / "a.jsonl.zst").write_bytes(frames(pile(rows), 50))
     assert texts(tmp_path / "a.jsonl.zst") == rows
+
+
+def test_what_follows_the_end_of_gzip_data_is_ignored_as_gzip_does(
+    tmp_path: Path, rows: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = gzip.compress(pile(rows))
+    for tail, noted in ((b"\0", False), (b"\0" * 200_000, False), (b"\x1e garbage", True), (b"\0" * 99 + b"x", True)):
+        (tmp_path / "a.jsonl.gz").write_bytes(data + tail)
+        assert texts(tmp_path / "a.jsonl.gz") == rows
+        assert ("after the end of the gzip data" in " ".join(capsys.readouterr().err.split())) == noted
+    heard: list[int] = []
+    list(stream_documents([str(tmp_path / "a.jsonl.gz")], on_bytes=heard.append))
+    assert sum(heard) == len(data) + 100
+    (tmp_path / "a.jsonl.gz").write_bytes(data + data[:99])
+    assert "truncated or damaged after line 60" in refusal(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_how_a_file_is_read(tmp_path: Path, rows: list[str], encoding: str) -> None:
+    data = json.dumps({"text": rows[0]}, ensure_ascii=False) + "\r\n" + json.dumps({"text": rows[1]}) + "\n"
+    (tmp_path / "a.jsonl").write_bytes(data.encode(encoding))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data.encode(encoding)))
+    (tmp_path / "c.txt").write_bytes(rows[2].encode(encoding))
+    assert texts(tmp_path) == [*rows[:2], *rows[:2], rows[2]]
+
+
+def test_a_file_cut_inside_a_character_of_utf_16_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"text": "x"}\n{"text": "y"}'.encode("utf-16")[:-1])
+    assert "a.jsonl: truncated or damaged after line 1" in refusal(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_bytes("ab".encode("utf-16")[:-1])
+    assert "a.txt: byte 0x62 at position 4 (line 1) is not utf-16" in refusal(tmp_path / "a.txt")
+
+
+def test_zero_bytes_at_the_end_of_json_lines_are_not_a_line(tmp_path: Path, rows: list[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(pile(rows) + b"\0" * 4096)
+    assert texts(tmp_path) == rows
+
+
+def test_folders_behind_links_are_read_once_and_a_link_to_nowhere_is_reported(tmp_path: Path) -> None:
+    for name in ("elsewhere/b.txt", "elsewhere/deep/c.txt", "here/a.txt", "here/inner/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name[-5])
+    here = tmp_path / "here"
+    (here / "more").symlink_to(tmp_path / "elsewhere")
+    (here / "again").symlink_to(here / "inner")
+    (here / "inner" / "loop").symlink_to(here)
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    assert texts(here) == ["a", "d", "b", "c"]
+    (here / "gone.txt").symlink_to(tmp_path / "nothing")
+    assert "gone.txt: cannot be read (No such file or directory)" in refusal(here)
+    assert texts(here, skip_bad=True) == ["a", "d", "b", "c"]
+    assert source_bytes([str(here)]) == 4
+    assert fingerprint([str(here)])
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary"])
+def test_a_parquet_row_that_is_not_utf8_loses_that_row_alone(tmp_path: Path, rows: list[str], kind: str) -> None:
+    data: list[bytes | None] = [row.encode() for row in rows]
+    data[49], data[51] = b"caf\xe9", None
+    wide = "large" in kind
+    column = pyarrow.array(data, pyarrow.large_binary() if wide else pyarrow.binary())
+    if "binary" not in kind:
+        text = pyarrow.large_string() if wide else pyarrow.string()
+        column = pyarrow.Array.from_buffers(text, 60, column.buffers(), column.null_count)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    skipped: list[str] = []
+    documents = list(stream_documents([str(tmp_path)], skip_bad=True, on_bad=skipped.append))
+    assert [document.text for document in documents] == rows[:49] + rows[50:51] + rows[52:]
+    assert [problem.removeprefix(str(tmp_path)) for problem in skipped] == [
+        "/a.parquet:50: byte 0xe9 at position 3 of the text is not utf-8",
+        "/a.parquet:52: the text field 'text' holds a NoneType, not a text",
+    ]
+
+
+def test_a_parquet_column_of_categories_loses_the_bad_row_alone(tmp_path: Path) -> None:
+    names = pyarrow.array([b"caf\xe9", b"tea"], pyarrow.binary())
+    names = pyarrow.Array.from_buffers(pyarrow.string(), 2, names.buffers())
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([1, 0, 1], pyarrow.int32()), names)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert texts(tmp_path, skip_bad=True) == ["tea", "tea"]
+    assert "a.parquet:2: byte 0xe9 at position 3 of the text is not utf-8" in refusal(tmp_path)
 
 
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_other_files(tmp_path: Path) -> None:
@@ -149,6 +230,8 @@ BAD_LINES = [
     (b'{"text": "cut', r"a.jsonl:2: broken JSON \(Unterminated string starting at at column 10\)"),
     (b'{"body": "x", "id": 1}', r"a.jsonl:2: no text field 'text' \(fields: body, id\)"),
     (b'{"text": null}', r"a.jsonl:2: the text field 'text' holds a NoneType, not a text"),
+    (b'{"text": "x", "id": ' + b"9" * 5000 + b"}", r"a.jsonl:2: JSON beyond what can be read \(Exceeds the limit .*\)"),
+    (b'{"text": ' + b"[" * 100_000, r"a.jsonl:2: JSON beyond what can be read \(maximum recursion depth .*\)"),
     (b'["text"]', r"a.jsonl:2: a list, not a JSON object"),
     (b'{"text": "a\xff"}', r"a.jsonl:2: byte 0xff at position 11 of the line is not utf-8"),
     (b'{"text": "ab\\ud800"}', r"a.jsonl:2: half a surrogate pair at character 2, not text"),

@@ -6,6 +6,7 @@ the help text.
 
 import contextlib
 import difflib
+import errno
 import importlib
 import io
 import keyword
@@ -69,11 +70,14 @@ FIRST_COMMANDS = ("cratelm demo", "cratelm generate runs/demo/crate-2l", "cratel
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 2 for a user's mistake, reported in one line, and 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal, a file name that is not UTF-8
     try:
         _run(arguments)
         sys.stdout.flush()
     except CrateError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = str(error).replace("\n", "\\n")  # a file name may hold a line break
+        print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped. Run the same command again to resume.", file=sys.stderr)
@@ -82,13 +86,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes once more at exit, which must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        # A path that the user named and that the system refuses: a file where a folder must be, no permission.
-        if error.filename is None:
+    except Exception as error:
+        if (line := _system_error(error)) is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}. Give another path", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "Cannot allocate memory",
+    "failed to map",
+    "can't start new thread",
+)
+"""What torch, CUDA, the dynamic loader and Python say when memory ends."""
+
+
+def _system_error(error: BaseException | None) -> str | None:
+    """The line for a path that the system refuses, or for a lack of memory; None for every other error."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno != errno.ENOMEM:
+        return f"{error.filename}: {error.strerror}. Give another path"
+    while error is not None:
+        text = " ".join(str(error).split())[:120]
+        if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+            return f"not enough memory ({text or type(error).__name__}). Hint: a smaller batch or model, or more memory"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _run(arguments: list[str]) -> None:

@@ -125,9 +125,12 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically."""
+    r"""Write a whole text file atomically.
+
+    Half surrogates, which stand for the bytes of a file name that is not UTF-8, become `\udc..`, as JSON escapes them.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -220,6 +220,13 @@ def test_json_comes_back_with_its_version(tmp_path: Path) -> None:
     assert next(iter(json.loads((tmp_path / "a.json").read_text()))) == "format_version"
 
 
+def test_file_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    write_json(tmp_path / "a.json", {"name": name})
+    assert read_json(tmp_path / "a.json", made_by="it")["name"] == name
+    (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -139,6 +139,11 @@ def _open_bare(path: Path, tokenizer: str | None) -> TokenDirectory:
         raise CrateError(
             f"{path} is not a token directory (no tokens.json, no train.bin). Run: cratelm tokenize SOURCE --out {path}"
         )
+    if tokenizer in (None, "gpt2") and (path / "meta.pkl").is_file():
+        raise CrateError(
+            f"{path} has a meta.pkl: nanoGPT's tokens of one letter each, without an end of text. Hint: tokenize the "
+            f"text again: cratelm tokenize {path / 'input.txt'} --tokenizer bpe:512 --out DIR"
+        )
     if tokenizer is None:
         raise CrateError(f"{path} has no tokens.json: name its tokenizer, for nanoGPT's usual files --tokenizer gpt2")
     loaded = load_tokenizer(tokenizer)
@@ -268,6 +273,9 @@ def _made_before(out: Path, settings: Mapping[str, Any]) -> bool:
     if not (out / "tokens.json").is_file():
         raise CrateError(f"{out} exists and is not a token directory. Give another --out")
     found = read_json(out / "tokens.json", made_by="cratelm tokenize").get("source", {}).get("settings", {})
+    named, asked = (list(map(os.path.abspath, each.get("sources", ()))) for each in (found, settings))
+    if named == asked:  # texts and texts/ are one folder
+        settings = {**settings, "sources": found["sources"], "files": fingerprint(found["sources"])}
     if found != settings:
         raise CrateError(
             f"{out} holds other tokens ({differing_fields(found, settings)}). Remove it or give another --out"

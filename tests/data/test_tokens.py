@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,46 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(
         file.write("\n")
     with pytest.raises(CrateError, match=r"holds other tokens \(files "):
         tokenize([corpus[0]], out, "bpe:300", held_out=0.2)
+
+
+def test_the_same_folder_under_another_spelling_is_made_already(
+    tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for number in range(20):
+        Path("texts", f"{number}.txt").write_text(f"text {number}")
+    first = tokenize(["texts/"], Path("out"), bpe, held_out=0.2)
+    for spelling in ("texts", "./texts", "texts//", str(tmp_path / "texts")):
+        assert tokenize([spelling], Path("out"), bpe, held_out=0.2) == first
+    Path("texts", "0.txt").write_text("changed")
+    with pytest.raises(CrateError, match=r"holds other tokens \(files "):
+        tokenize(["texts"], Path("out"), bpe, held_out=0.2)
+
+
+def test_file_names_of_any_bytes_are_read_and_recorded(tmp_path: Path, bpe: Tokenizer) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    for number in range(20):
+        Path(os.fsdecode(os.path.join(folder, b"%d \xe9\n[x].txt" % number))).write_text(f"text {number}")
+    bad = os.fsdecode(os.path.join(folder, b"bad\xe9.txt"))
+    Path(bad).write_bytes(b"\xff")
+    source = os.fsdecode(folder)
+    made = tokenize([source], tmp_path / "out", bpe, held_out=0.2, skip_bad=True)
+    assert sum(split.documents or 0 for split in made.splits.values()) == 20
+    assert made.source["settings"]["sources"] == [source]
+    assert made.source["skipped_origins"] == [f"{bad}: byte 0xff at position 0 (line 1) is not utf-8"]
+    assert tokenize([source], tmp_path / "out", bpe, held_out=0.2, skip_bad=True) == made
+
+
+def test_tokens_of_letters_by_nanogpt_get_the_command_that_tokenizes_them_again(tmp_path: Path) -> None:
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    np.arange(65, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    for named in (None, "gpt2"):
+        with pytest.raises(
+            CrateError, match=rf"Hint: .* cratelm tokenize {tmp_path}/input.txt --tokenizer bpe:512 --out"
+        ):
+            TokenDirectory.open(tmp_path, tokenizer=named)
 
 
 def test_a_folder_of_something_else_is_not_touched(

@@ -3,7 +3,7 @@
 import sys
 
 
-def main() -> int:
+def command() -> int:
     """Run the command line and return its exit code."""
     try:
         from cratelm import cli
@@ -14,4 +14,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -149,46 +148,6 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(
         tokenize([corpus[0]], out, "bpe:300", held_out=0.2)
 
 
-def test_the_same_folder_under_another_spelling_is_made_already(
-    tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("texts").mkdir()
-    for number in range(20):
-        Path("texts", f"{number}.txt").write_text(f"text {number}")
-    first = tokenize(["texts/"], Path("out"), bpe, held_out=0.2)
-    for spelling in ("texts", "./texts", "texts//", str(tmp_path / "texts")):
-        assert tokenize([spelling], Path("out"), bpe, held_out=0.2) == first
-    Path("texts", "0.txt").write_text("changed")
-    with pytest.raises(CrateError, match=r"holds other tokens \(files "):
-        tokenize(["texts"], Path("out"), bpe, held_out=0.2)
-
-
-def test_file_names_of_any_bytes_are_read_and_recorded(tmp_path: Path, bpe: Tokenizer) -> None:
-    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
-    os.mkdir(folder)
-    for number in range(20):
-        Path(os.fsdecode(os.path.join(folder, b"%d \xe9\n[x].txt" % number))).write_text(f"text {number}")
-    bad = os.fsdecode(os.path.join(folder, b"bad\xe9.txt"))
-    Path(bad).write_bytes(b"\xff")
-    source = os.fsdecode(folder)
-    made = tokenize([source], tmp_path / "out", bpe, held_out=0.2, skip_bad=True)
-    assert sum(split.documents or 0 for split in made.splits.values()) == 20
-    assert made.source["settings"]["sources"] == [source]
-    assert made.source["skipped_origins"] == [f"{bad}: byte 0xff at position 0 (line 1) is not utf-8"]
-    assert tokenize([source], tmp_path / "out", bpe, held_out=0.2, skip_bad=True) == made
-
-
-def test_tokens_of_letters_by_nanogpt_get_the_command_that_tokenizes_them_again(tmp_path: Path) -> None:
-    (tmp_path / "meta.pkl").write_bytes(b"")
-    np.arange(65, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    for named in (None, "gpt2"):
-        with pytest.raises(
-            CrateError, match=rf"Hint: .* cratelm tokenize {tmp_path}/input.txt --tokenizer bpe:512 --out"
-        ):
-            TokenDirectory.open(tmp_path, tokenizer=named)
-
-
 def test_a_folder_of_something_else_is_not_touched(
     tmp_path: Path, bpe: Tokenizer, corpus: tuple[str, list[str]]
 ) -> None:
@@ -247,39 +206,6 @@ def test_a_vocabulary_past_65536_is_written_in_uint32(tmp_path: Path) -> None:
     assert directory.dtype == "uint32"
     assert np.fromfile(tmp_path / "out" / "train.bin", dtype="<u4")[0] == directory.vocab_size - 1 > 65_536
     assert (dtype_for(65_536), dtype_for(65_537)) == ("uint16", "uint32")
-
-
-def test_nanogpt_reads_our_shards_and_we_read_its(tmp_path: Path, real_data: Path) -> None:
-    gpt2 = gpt2_bpe(real_data / "gpt2")
-    documents = stream_documents([str(real_data / "minipile" / "test.jsonl.zst")])
-    texts = [document.text for document in documents if len(document.text) < 6000][:20]
-    ours = tokenize([jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "ours", gpt2, held_out=0.0)
-    expected = [token for ids in plain_ids(gpt2, texts) for token in [*ids, 50256]]
-    assert np.memmap(tmp_path / "ours" / "train.bin", dtype=np.uint16, mode="r").tolist() == expected
-
-    (tmp_path / "theirs").mkdir()
-    np.array(expected[:-1], dtype=np.uint16).tofile(tmp_path / "theirs" / "train.bin")
-    theirs = TokenDirectory.open(tmp_path / "theirs", tokenizer=str(real_data / "gpt2"))
-    assert theirs.tokenizer_hash == ours.tokenizer_hash
-    assert theirs.text_bytes("train") == ours.text_bytes("train") == sum(len(text.encode()) for text in texts)
-    assert theirs.documents("train")[:-1].tolist() == ours.documents("train")[:-1].tolist()
-    assert theirs.documents("train")[-1] == len(expected) - 1
-    assert theirs.tokenizer().encode("Hello world").ids == [15496, 995]
-
-
-def test_a_bare_folder_needs_its_tokenizer_and_ids_inside_it(tmp_path: Path, bpe: Tokenizer) -> None:
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    np.array([5, 6, 400, 0], dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(CrateError, match=r"has no tokens.json: name its tokenizer"):
-        TokenDirectory.open(tmp_path)
-    directory = TokenDirectory.open(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CrateError, match=r"train.bin: id 400 at token 2 is outside the vocabulary of 300"):
-        directory.documents("train")
-    (tmp_path / "train.bin").write_bytes(b"odd")
-    with pytest.raises(CrateError, match="holds 3 bytes, not a whole number of uint16 ids"):
-        TokenDirectory.open(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CrateError, match=r"is not a token directory \(no tokens.json, no train.bin\)"):
-        TokenDirectory.open(tmp_path / "nowhere")
 
 
 @pytest.fixture
@@ -382,3 +308,21 @@ def test_the_command_prints_what_it_wrote(
     split = TokenDirectory.open(tmp_path / "out").splits["val"]
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["val", f"{split.documents}", f"{split.tokens:,}", f"{split.text_bytes:,}"] in [row[:4] for row in rows]
+
+
+def test_nanogpt_reads_our_shards_and_we_read_its(tmp_path: Path, real_data: Path) -> None:
+    gpt2 = gpt2_bpe(real_data / "gpt2")
+    documents = stream_documents([str(real_data / "minipile" / "test.jsonl.zst")])
+    texts = [document.text for document in documents if len(document.text) < 6000][:20]
+    ours = tokenize([jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "ours", gpt2, held_out=0.0)
+    expected = [token for ids in plain_ids(gpt2, texts) for token in [*ids, 50256]]
+    assert np.memmap(tmp_path / "ours" / "train.bin", dtype=np.uint16, mode="r").tolist() == expected
+
+    (tmp_path / "theirs").mkdir()
+    np.array(expected[:-1], dtype=np.uint16).tofile(tmp_path / "theirs" / "train.bin")
+    theirs = TokenDirectory.open(tmp_path / "theirs", tokenizer=str(real_data / "gpt2"))
+    assert theirs.tokenizer_hash == ours.tokenizer_hash
+    assert theirs.text_bytes("train") == ours.text_bytes("train") == sum(len(text.encode()) for text in texts)
+    assert theirs.documents("train")[:-1].tolist() == ours.documents("train")[:-1].tolist()
+    assert theirs.documents("train")[-1] == len(expected) - 1
+    assert theirs.tokenizer().encode("Hello world").ids == [15496, 995]

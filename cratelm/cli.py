@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(arguments)
         sys.stdout.flush()
     except CrateError as error:
-        line = str(error).replace("\n", "\\n")  # a file name may hold a line break
-        print(f"error: {line}", file=sys.stderr)
+        one_line = str(error).replace("\n", "\\n")  # a file name may hold a line break
+        print(f"error: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped. Run the same command again to resume.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What each flaw of the released simulator's read-out is worth, on neurons whose rules are known.
+"""What the flaws of the released simulator's read-out cost, on neurons whose rules are known.
 
     python benchmarks/compat_llm.py [--seeds 5]
 
@@ -25,18 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fakes.rule_follower import RuleFollower
 from fixtures.planted_rules import EXPLANATIONS, make_planted, make_tokenizer
 
-from cratelm.activations.records import Excerpts, read_records
+from cratelm.activations.records import Excerpts, Mode, read_records
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.prompts.explainer import shown
 from cratelm.interpretation.prompts.normalisation import Rounding, shown_maximum
 from cratelm.interpretation.protocols import draw, protocol
 from cratelm.interpretation.simulators.opening import open_simulator
-from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS
-from cratelm.interpretation.store.identities import ReadOutRepair
 
-WAYS: list[frozenset[ReadOutRepair]] = [
-    frozenset(), *(frozenset([one]) for one in READ_OUT_REPAIRS), frozenset(READ_OUT_REPAIRS),
-]  # fmt: skip
+READ_OUTS: dict[str, Mode] = {"as released": "compat", "all repairs": "fixed"}
 
 
 class Doubtful(RuleFollower):
@@ -57,9 +53,9 @@ class Doubtful(RuleFollower):
         return {text: math.log(share) for text, share in shares.items()}
 
 
-async def points(excerpts: Excerpts, repairs: frozenset[ReadOutRepair], ten: bool) -> float:
+async def points(excerpts: Excerpts, mode: Mode, ten: bool) -> float:
     """Mean correlation x 100 over the neurons."""
-    simulator = await open_simulator("all-at-once", Doubtful(ten=ten), mode="compat", repairs=repairs)
+    simulator = await open_simulator("all-at-once", Doubtful(ten=ten), mode=mode)
     strings = prompt_strings(make_tokenizer(), simulator.strings_mode)
     scores = []
     for neuron, explanation in enumerate(EXPLANATIONS):
@@ -91,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
-    found: dict[tuple[str, bool], list[float]] = {}
+    correlations: dict[tuple[str, bool], list[float]] = {}
     silent: dict[tuple[Rounding, float], list[float]] = {
         (rounding, outlier): [] for rounding in get_args(Rounding) for outlier in (0.0, 12.0)
     }
@@ -103,13 +99,13 @@ def main() -> None:
         scored = draw(records, by.score, "score")
         for way, shares in silent.items():
             shares.append(shown_as_silent(draw(records, by.explain, "explain"), *way))
-        for repairs in WAYS:
-            name = "as released" if not repairs else "all repairs" if len(repairs) > 1 else next(iter(repairs))
+        for name, mode in READ_OUTS.items():
             for ten in (True, False):
-                found.setdefault((name, ten), []).append(asyncio.run(points(scored, repairs, ten)))
+                correlations.setdefault((name, ten), []).append(asyncio.run(points(scored, mode, ten)))
     print(f"{'read-out':22}{'10 is one token':>22}{'10 is two tokens':>22}")
-    for name in dict.fromkeys(name for name, _ in found):
-        cells = [f"{np.mean(found[name, ten]):.1f} +- {np.std(found[name, ten], ddof=1):.1f}" for ten in (True, False)]
+    for name in dict.fromkeys(name for name, _ in correlations):
+        both = (correlations[name, ten] for ten in (True, False))
+        cells = [f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}" for values in both]
         print(f"{name:22}{cells[0]:>22}{cells[1]:>22}")
     for (rounding, outlier), shares in silent.items():
         option = {"floor": "--rounding down (compat)", "ceil": "--rounding up (fixed)"}[rounding]

@@ -42,7 +42,7 @@ class AllAtOnce:
 
     @property
     def name(self) -> SimulatorName:
-        """Method, scale, repairs and model."""
+        """Method, scale and model."""
         return self.read_out.name("all-at-once", self.llm.name)
 
     @property

@@ -33,7 +33,7 @@ class LLMSimulator:
 
     @property
     def stored_name(self) -> str:
-        """Method, scale, repairs, calibration and model."""
+        """Method, scale, calibration and model."""
         return str(replace(self.simulator.name, calibration=self.calibrate))
 
     async def simulate(self, task: SetTask) -> Tally:

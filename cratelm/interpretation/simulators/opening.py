@@ -19,24 +19,22 @@ from cratelm.interpretation.simulators.readout import ReadOut
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.simulators.structured import Structured
 from cratelm.interpretation.simulators.token_by_token import TokenByToken
-from cratelm.interpretation.store.identities import ReadOutRepair, SimulationMethod
+from cratelm.interpretation.store.identities import SimulationMethod
 
 METHODS: tuple[SimulationMethod, ...] = get_args(SimulationMethod)
 
 
-async def open_simulator(
-    method: str, llm: LLM, *, mode: Mode = "fixed", repairs: frozenset[ReadOutRepair] = frozenset()
-) -> TextSimulator:
+async def open_simulator(method: str, llm: LLM, *, mode: Mode = "fixed") -> TextSimulator:
     """Open the simulator of this method; the methods that read logprobs first test how the model tokenizes numbers.
 
-    `repairs` apply to `compat` mode. Raises `LLMError` if the model does not give prompt logprobs.
+    Raises `LLMError` if the model does not give prompt logprobs.
     """
     if method not in METHODS:
         raise CrateError(f"--simulator must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "structured":
         return Structured(llm=llm, mode=mode)
     ten, unknown = await find_notation(llm)
-    read_out = ReadOut.of(mode, repairs, ten_is_one_token=ten)
+    read_out = ReadOut.of(mode, ten_is_one_token=ten)
     if method == "token-by-token":
         return TokenByToken(llm=llm, read_out=read_out)
     return AllAtOnce(llm=llm, read_out=read_out, unknown=UNKNOWN[0] if mode == "compat" else unknown)

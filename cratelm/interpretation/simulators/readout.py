@@ -2,21 +2,19 @@
 
     E = sum over v of v p(v) / sum over v of p(v)        v a whole number among the most probable next tokens
 
-All other candidates, such as `unknown`, are ignored. The released read-out has flaws; `compat` keeps them, and each can
-be repaired separately.
+All other candidates, such as `unknown`, are ignored. The released read-out has flaws (`docs/simulators.md`), which
+`compat` keeps.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.llm import LLM, LLMError, PromptLogprobs
-from cratelm.interpretation.store.identities import ReadOutRepair, SimulationMethod, SimulatorName
+from cratelm.interpretation.store.identities import SimulationMethod, SimulatorName
 
-READ_OUT_REPAIRS: tuple[ReadOutRepair, ...] = get_args(ReadOutRepair)
 MOST_UNREAD = 0.5
 """Share of an explanation's tokens without a number among the candidates above which the simulation has failed."""
 
@@ -37,27 +35,15 @@ class ReadOut:
     """Whether a missing read-out is an error; if not, it counts as 0."""
 
     @classmethod
-    def of(cls, mode: Mode, repairs: frozenset[ReadOutRepair] = frozenset(), *, ten_is_one_token: bool) -> "ReadOut":
-        """The read-out of a mode, for a model that writes 10 as one token or as two; `fixed` mode has all repairs."""
-        repaired = frozenset(READ_OUT_REPAIRS) if mode == "fixed" else repairs
-        return cls(
-            candidates=15 if "fifteen-candidates" in repaired else 5,
-            top=9 if "scale-of-nine" in repaired and not ten_is_one_token else 10,
-            spaces="spaced-numbers" in repaired, escaped="escaped-tokens" in repaired,
-            strict=mode == "fixed",
-        )  # fmt: skip
-
-    @property
-    def repaired(self) -> tuple[ReadOutRepair, ...]:
-        """The repairs in `compat` mode, apart from the scale; empty in `fixed` mode, which has all repairs."""
-        applied: dict[ReadOutRepair, bool] = {
-            "fifteen-candidates": self.candidates == 15, "spaced-numbers": self.spaces, "escaped-tokens": self.escaped
-        }  # fmt: skip
-        return () if self.strict else tuple(name for name, repaired in applied.items() if repaired)
+    def of(cls, mode: Mode, *, ten_is_one_token: bool) -> "ReadOut":
+        """The read-out of a mode, for a model that writes 10 as one token or as two."""
+        if mode == "compat":
+            return cls(candidates=5, spaces=False, escaped=False, strict=False)
+        return cls(top=10 if ten_is_one_token else 9)
 
     def name(self, method: SimulationMethod, model: str) -> SimulatorName:
         """The name of a simulator with this read-out."""
-        return SimulatorName(method=method, model=model, top=self.top, repairs=self.repaired)
+        return SimulatorName(method=method, model=model, top=self.top)
 
     def expected(self, candidates: Mapping[str, float]) -> float | None:
         """The mean of the numbers among the candidates (text -> log-probability); None without a number.

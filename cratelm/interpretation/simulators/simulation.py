@@ -67,7 +67,7 @@ class TextSimulator(Protocol):
 
     @property
     def name(self) -> SimulatorName:
-        """Method, scale, repairs and model."""
+        """Method, scale and model."""
         ...
 
     @property

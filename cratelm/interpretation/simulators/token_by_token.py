@@ -34,7 +34,7 @@ class TokenByToken:
 
     @property
     def name(self) -> SimulatorName:
-        """Method, scale, repairs and model."""
+        """Method, scale and model."""
         return self.read_out.name("token-by-token", self.llm.name)
 
     @property

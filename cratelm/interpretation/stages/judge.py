@@ -46,8 +46,8 @@ class JudgeContext:
         assert asked is not None, f"nobody to ask for {scorer}"
         return asked.name
 
-    def told(self, scorer: str) -> dict[str, Any]:
-        """All that results depend on beside records and explanations."""
+    def cache_settings(self, scorer: str) -> dict[str, Any]:
+        """Every setting that the results depend on, apart from records and explanations."""
         who = self.llm.identity if SCORERS[scorer].needs != "encoder" and self.llm else self.name_for(scorer)
         words = hashlib.sha256(SCORERS[scorer].prompts.read_bytes()).hexdigest()[:16]
         return {**asdict(self.questions), "judge": who, "prompts": words}
@@ -66,7 +66,7 @@ async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
     A scorer that tests explanations is applied to the explained neurons. Neurons with too few windows are written first
     and not counted as successes, which would hide that a model gives no usable answer. Can be interrupted and resumed.
     """
-    settings, texts, sources = context.told(scorer), dict[int, str](), dict[int, int]()
+    settings, texts, sources = context.cache_settings(scorer), dict[int, str](), dict[int, int]()
     asked = task.neurons
     share = set(np.array_split(asked, task.part[1])[task.part[0] - 1].tolist())
     if SCORERS[scorer].explained:

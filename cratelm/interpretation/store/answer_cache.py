@@ -199,12 +199,12 @@ def _hash(asked: list[Any]) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def is_kept(store: Store, asked: str) -> bool:
-    """Whether the answer to what has this hash is there."""
+def is_cached(store: Store, key: str) -> bool:
+    """Whether the answer with this hash is cached."""
     if not store.path.exists():
         return False
     with store.transaction() as connection:
-        return connection.execute("SELECT 1 FROM calls WHERE hash = ?", [asked]).fetchone() is not None
+        return connection.execute("SELECT 1 FROM calls WHERE hash = ?", [key]).fetchone() is not None
 
 
 def add_calls(store: Store, rows: Sequence[Row]) -> None:

@@ -16,14 +16,6 @@ from cratelm.interpretation.prompts.normalisation import Rounding
 
 SimulationMethod = Literal["all-at-once", "token-by-token", "structured"]
 CalibrationMethod = Literal["linear", "percentile"]
-ReadOutRepair = Literal["fifteen-candidates", "scale-of-nine", "spaced-numbers", "escaped-tokens"]
-"""Repairs of the released read-out (`docs/simulators.md`):
-
-fifteen-candidates    reads 15 candidates, as OpenAI does, instead of 5
-scale-of-nine         uses the scale 0-9 for a model that writes 10 as two tokens: its 1 never begins a 10
-spaced-numbers        counts ` 7` as 7
-escaped-tokens        shows a token on one line, and part of a character as its bytes, so that all tokens are read
-"""
 SUFFIXES: dict[Rounding, str] = {"ceil": "+rounded-up", "floor": "+rounded-down"}
 """Appended to an explainer's name when its prompts round activations differently from the mode's default."""
 _JUDGE = "judge "
@@ -59,7 +51,7 @@ class SimulatorName:
     top: int = 10
     """Largest activation on the scale of the prompts."""
     repairs: tuple[str, ...] = ()
-    """Repairs of the read-out in `compat` mode, apart from the scale."""
+    """Repairs of the `compat` read-out in sets of an earlier version: `spaced-numbers` and the like."""
     calibration: str | None = None
     """How simulated activations were mapped to the neuron's own units."""
 

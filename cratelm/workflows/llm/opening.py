@@ -15,12 +15,10 @@ from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.simulators.opening import open_simulator
-from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS
 from cratelm.interpretation.simulators.self_test import require_self_test, self_test
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.store.answer_cache import Cached, add_calls, lost_row
 from cratelm.interpretation.store.database import Store
-from cratelm.interpretation.store.identities import ReadOutRepair
 from cratelm.runtime import console
 from cratelm.workflows.options.language_model import Explaining, Simulating, Spending
 
@@ -207,20 +205,9 @@ async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Ca
             f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
             "Use --simulator structured, or another --simulator-llm"
         )
-    simulator = await open_simulator(method, llm, mode=mode, repairs=read_out_repairs(simulating, mode))
+    simulator = await open_simulator(method, llm, mode=mode)
     console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
     return simulator
-
-
-def read_out_repairs(simulating: Simulating, mode: Mode) -> frozenset[ReadOutRepair]:
-    """The flaws of the read-out that are left out, checked."""
-    asked = simulating.read_out_repair
-    if asked and mode != "compat":
-        raise CrateError("--read-out-repair is for --mode compat: the fixed mode has all repairs")
-    for name in asked:
-        if name not in READ_OUT_REPAIRS:
-            raise CrateError(f"there is no repair {name!r} of the read-out. Use: {', '.join(READ_OUT_REPAIRS)}")
-    return frozenset(name for name in READ_OUT_REPAIRS if name in asked)
 
 
 async def examine(simulator: TextSimulator, *, skip: bool) -> None:

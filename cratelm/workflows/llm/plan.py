@@ -1,36 +1,47 @@
 """The estimate that is printed before a language model is called: what is missing, and its calls, tokens and price.
 
-The stages run on a few neurons with a model that counts prompts and answers nothing (`stages/estimate.py`).
+Each stage runs on up to `COUNTED` neurons of a set with a model that counts its prompts; the other neurons are taken to
+cost the same.
 """
 
+import contextlib
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from typing import Any
 
-import numpy as np
 from jaxtyping import Int64
+from numpy import ndarray
 
 from cratelm.interpretation.explainers.language_model import LLMExplainer
-from cratelm.interpretation.llm import LLM
-from cratelm.interpretation.prompts.explainer import ExplainerPrompt, PromptTooLong
+from cratelm.interpretation.llm import LLM, LLMError
+from cratelm.interpretation.prompts.explainer import PromptTooLong
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.scorers.registry import SCORERS, judge
 from cratelm.interpretation.simulators.language_model import LLMSimulator
-from cratelm.interpretation.stages.estimate import COUNTED, Asked, CountingLLM, estimated
+from cratelm.interpretation.simulators.self_test import puzzles
+from cratelm.interpretation.stages.estimate import Cost, CountingLLM, estimated_seconds
 from cratelm.interpretation.stages.judge import JudgeContext
 from cratelm.interpretation.stages.set_task import SetTask, explanation_from, failures, settings_hash
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
 from cratelm.interpretation.store.schema import Stage
-from cratelm.runtime import human
+from cratelm.runtime import duration, human
 from cratelm.workflows.options.language_model import Spending
 
-Ask = Callable[[CountingLLM, int], Awaitable[object]]
-"""Asks about one neuron with a model that counts."""
+COUNTED = 8
+"""Neurons of a set whose prompts are counted; in a smaller set the numbers are exact."""
+TIMED_TOKENS = 64
+"""Tokens of a timed excerpt: the longest of the protocols."""
+TIMED_AT_ONCE = 8
+"""Excerpts that are timed at once; fewer if fewer may be in flight."""
+Ask = Callable[[CountingLLM, int], Awaitable[int]]
+"""Runs a stage on one neuron with a counting model. Returns the number of few-shot excerpts that the prompt omits."""
 
 
 @dataclass(slots=True)
@@ -41,16 +52,14 @@ class Line:
     neurons: int = 0
     """Neurons of the stage, counted once for every set."""
     done: int = 0
-    """Those of them that are done."""
+    """Neurons whose row is in the store."""
     exact: bool = True
     """Whether every prompt was counted."""
     dropped: int = 0
     """Largest number of few-shot excerpts that a prompt leaves out because the context is short."""
-    each_its_own: bool = False
-    """Whether each prompt leaves out its own number, as in the released code."""
     too_long: str = ""
     """Why a prompt does not fit the context even without few-shot examples."""
-    asked: Asked = field(default_factory=Asked)
+    cost: Cost = field(default_factory=Cost)
     """The cost of what is missing."""
 
 
@@ -66,89 +75,105 @@ class Plan:
 
     async def explain(self, tasks: Iterable[SetTask], explainer: LLMExplainer) -> None:
         """Add sets of explanations."""
-        line = self._line("explain")
-        line.each_its_own = explainer.settings.mode == "compat"
         for task in tasks:
             settings = explainer.set_settings(task)
-            missing, left_out = _missing(line, task, "explain", task.explainable, settings), settings.get("left_out", 0)
 
-            async def ask(llm: CountingLLM, neuron: int, task: SetTask = task, left_out: int = left_out) -> None:
+            async def ask(
+                llm: CountingLLM, neuron: int, task: SetTask = task, left_out: int = settings.get("left_out", 0)
+            ) -> int:
                 counting = replace(explainer, llm=llm)
-                for _, prompt in counting.prompts(task.records, task.protocol, [neuron], left_out=left_out):
-                    if isinstance(prompt, ExplainerPrompt):
-                        line.dropped = max(line.dropped, prompt.dropped)
-                    else:
-                        line.too_long = str(prompt)
-                    await counting.ask(prompt, task.key.sample)
+                [(_, prompt)] = counting.prompts(task.records, task.protocol, [neuron], left_out=left_out)
+                await counting.ask(prompt, task.key.sample)
+                return 0 if isinstance(prompt, PromptTooLong) else prompt.dropped
 
-            await self._add(line, explainer.llm, missing, ask)
+            await self._add("explain", task, "explain", task.explainable, settings, explainer.llm, ask)
 
     async def simulate(
-        self, stage: str, tasks: Iterable[SetTask], simulator: LLMSimulator, explainer: LLMExplainer | None
+        self, line: str, tasks: Iterable[SetTask], simulator: LLMSimulator, explainer: LLMExplainer | None
     ) -> None:
         """Add sets of simulations. An explanation that is missing counts as a sentence of typical length."""
-        line = self._line(stage)
         for task in tasks:
             fitted = simulator.fitted(task)
             settings = {**fitted.cache_settings(), "calibrate": simulator.calibrate}
             if explainer is not None:
                 explained = explainer.set_settings(replace(task, key=task.key.explained))
                 settings["explained"] = settings_hash(json.dumps(explained, sort_keys=True))
-            missing = _missing(line, task, "simulate", task.explainable, settings)
             excerpts_of, explanation_of = simulator.excerpts(task), _explanations(task)
 
             async def ask(
                 llm: CountingLLM, neuron: int, fitted: Any = fitted, excerpts_of: Any = excerpts_of,
                 explanation_of: Any = explanation_of,
-            ) -> None:  # fmt: skip
+            ) -> int:  # fmt: skip
                 counts = Counter[str]()
-                text, llm.about = explanation_of(neuron)
-                try:
-                    await replace(fitted, llm=llm, counts=counts).simulate(text, excerpts_of(neuron))
-                except PromptTooLong as error:
-                    line.too_long = str(error)
-                    raise
-                finally:
-                    line.dropped = max(line.dropped, counts["left out"])
+                text, llm.depends_on = explanation_of(neuron)
+                await replace(fitted, llm=llm, counts=counts).simulate(text, excerpts_of(neuron))
+                return counts["left out"]
 
-            await self._add(line, simulator.simulator.llm, missing, ask)  # type: ignore[attr-defined]
+            llm = simulator.simulator.llm  # type: ignore[attr-defined]
+            await self._add(line, task, "simulate", task.explainable, settings, llm, ask)
 
     async def judge(self, scorer: str, tasks: Iterable[SetTask], context: JudgeContext) -> None:
-        """Add sets of a scorer's results."""
-        line = self.lines[-1] if self.lines and self.lines[-1].stage == scorer else self._line(scorer)
+        """Add sets of a scorer's results. A scorer with an encoder makes no calls."""
         explained = SCORERS[scorer].explained
         for task in tasks:
-            wanted = task.explainable if explained else task.neurons
-            missing = _missing(line, task, scorer, wanted, context.told(scorer))
+            neurons = task.explainable if explained else task.neurons
             explanation_of = _explanations(task) if explained else lambda _: ("", "")
 
             async def ask(
                 llm: CountingLLM, neuron: int, task: SetTask = task, explanation_of: Any = explanation_of
-            ) -> None:
-                text, llm.about = explanation_of(neuron)
+            ) -> int:
+                text, llm.depends_on = explanation_of(neuron)
                 await judge(scorer, task.records[neuron], text, context.pieces, context.questions, llm=llm)
+                return 0
 
-            if context.llm is not None and SCORERS[scorer].needs != "encoder":
-                await self._add(line, context.llm, missing, ask)
+            llm = None if SCORERS[scorer].needs == "encoder" else context.llm
+            await self._add(scorer, task, scorer, neurons, context.cache_settings(scorer), llm, ask)
+
+    async def _add(
+        self, name: str, task: SetTask, stage: Stage, neurons: Int64[ndarray, " neurons"], settings: Mapping[str, Any],
+        llm: LLM | None, ask: Ask,
+    ) -> None:  # fmt: skip
+        """Add one set to the line of this name, which is begun for the first set."""
+        if not self.lines or self.lines[-1].stage != name:
+            self.lines.append(Line(name))
+        line, missing = self.lines[-1], set(neurons.tolist())
+        if task.store.path.exists() and not _is_outdated(task, stage, settings):
+            missing = set(GrowingSet(store=task.store, key=task.key, stage=stage, neurons=neurons).missing())
+        line.neurons += len(neurons)
+        line.done += len(neurons) - len(missing)
+        asked = sorted(missing & task.share if task.part != (1, 1) else missing)
+        if llm is None or not asked:
+            return
+        counted = asked if len(asked) <= COUNTED else [asked[i * len(asked) // COUNTED] for i in range(COUNTED)]
+        line.exact &= len(asked) == len(counted)
+        counting = CountingLLM(llm, self.store, self.seen)
+        for neuron in counted:
+            try:
+                line.dropped = max(line.dropped, await ask(counting, neuron))
+            except PromptTooLong as error:
+                line.too_long = str(error)
+            except LLMError:
+                pass  # the counting model's answer is a placeholder
+        line.cost.add(counting.cost, len(asked) / len(counted))
 
     @property
-    def total(self) -> Asked:
+    def total(self) -> Cost:
         """The cost of all lines."""
-        total = Asked()
+        total = Cost()
         for line in self.lines:
-            total.add(line.asked)
+            total.add(line.cost)
         return total
 
     @property
     def error(self) -> str:
         """Why nothing can be done: no prompt of any stage fits the context."""
-        fits = any(line.asked.calls or line.asked.kept or not line.too_long for line in self.lines)
+        fits = any(line.cost.calls or line.cost.cached or not line.too_long for line in self.lines)
         return "" if fits else self.lines[0].too_long
 
-    def table(self, pace: str = "") -> list[str]:
-        """The plan in lines of 80 columns; `pace` is a line about the time that it takes."""
+    def table(self, time_line: str = "") -> list[str]:
+        """The plan in lines of 80 columns."""
         total = Line("in all", sum(line.neurons for line in self.lines), sum(line.done for line in self.lines))
-        total.asked = self.total
+        total.cost = self.total
         priced = bool(self.spending.price_in or self.spending.price_out)
         heads = ("neurons", "there", "calls", "read", "shared", "written", *(("price",) if priced else ()))
         table = [f"{'stage':<17}" + "".join(f"{head:>9}" for head in heads)]
@@ -157,35 +182,22 @@ class Plan:
         counted = "" if all(line.exact for line in self.lines) else f", counted from {COUNTED} neurons of each set"
         most = "written and price: of the longest answers" if priced else "written: the longest answers"
         table += [f"tokens{counted}; shared: read once for many prompts", most]
-        table += [pace] if pace else []
+        table += [time_line] if time_line else []
         if dropped := max(line.dropped for line in self.lines):
-            records = sum(len(neuron.records) for neuron in few_shot_neurons())
-            own = any(line.each_its_own and line.dropped for line in self.lines)
-            which = "each explaining prompt its own, as released; of a set all simulating ones alike"
-            table += [
-                f"the context is short: prompts leave out up to {dropped} of {records} few-shot excerpts",
-                f"({which if own else 'all prompts of a layer and protocol the same ones'})",
-            ]
+            excerpts = sum(len(neuron.records) for neuron in few_shot_neurons())
+            table.append(f"the context is short: prompts leave out up to {dropped} of {excerpts} few-shot excerpts")
         if too_long := next((line.too_long for line in self.lines if line.too_long), ""):
             table.append(f"neurons with longer prompts than the context cannot be asked: {too_long}")
-        if total.asked.again:
-            table.append(f"{human(total.asked.again)} duplicate calls skipped")
-        return table + ([f"{human(total.asked.kept)} more answers are in the cache"] if total.asked.kept else [])
+        if total.cost.duplicates:
+            table.append(f"{human(total.cost.duplicates)} duplicate calls skipped")
+        return table + ([f"{human(total.cost.cached)} more answers are in the cache"] if total.cost.cached else [])
 
     def _cells(self, line: Line, priced: bool) -> list[str]:
-        asked, spending = line.asked, self.spending
-        cells = [f"{line.neurons:,}", f"{line.done:,}", human(asked.calls), human(asked.read)]
-        cells += [human(asked.read - asked.computed), human(asked.written)]
-        price = (spending.price_in * asked.read + spending.price_out * asked.written) / 1e6
+        cost, spending = line.cost, self.spending
+        cells = [f"{line.neurons:,}", f"{line.done:,}", human(cost.calls), human(cost.read)]
+        cells += [human(cost.read - cost.computed), human(cost.written)]
+        price = (spending.price_in * cost.read + spending.price_out * cost.written) / 1e6
         return cells + ([f"{price:.2f}"] if priced else [])
-
-    def _line(self, stage: str) -> Line:
-        self.lines.append(Line(stage))
-        return self.lines[-1]
-
-    async def _add(self, line: Line, llm: LLM, missing: Sequence[int], ask: Ask) -> None:
-        line.asked.add(await estimated(llm, missing, ask, self.store, seen=self.seen))
-        line.exact &= len(missing) <= COUNTED
 
 
 def _explanations(task: SetTask) -> Callable[[int], tuple[str, str]]:
@@ -215,25 +227,47 @@ def _explanations(task: SetTask) -> Callable[[int], tuple[str, str]]:
     return explanation_of
 
 
-def _missing(
-    line: Line, task: SetTask, stage: Stage, wanted: Int64[np.ndarray, " neurons"], settings: Mapping[str, Any]
-) -> list[int]:
-    """The neurons without a row made with these settings; counts them and the others."""
-    missing = set(wanted.tolist())
-    if task.store.path.exists() and not _is_outdated(task, stage, settings):
-        missing = set(GrowingSet(store=task.store, key=task.key, stage=stage, neurons=wanted).missing())
-    line.neurons += len(wanted)
-    line.done += len(wanted) - len(missing)
-    return sorted(missing & task.share if task.part != (1, 1) else missing)
-
-
 def _is_outdated(task: SetTask, stage: Stage, settings: Mapping[str, Any]) -> bool:
     """Whether the stored rows come from other records or settings."""
     with task.store.transaction() as connection:
-        had = begun(connection, task.key, stage)
-    if had is None:
+        stored = begun(connection, task.key, stage)
+    if stored is None:
         return False
-    stored, wanted = json.loads(had.settings), json.loads(json.dumps(settings))
-    return had.records != identity(task.store.run, task.key.mode) or any(
-        stored.get(name) != value for name, value in wanted.items()
-    )
+    before, now = json.loads(stored.settings), json.loads(json.dumps(settings))
+    other_records = stored.records != identity(task.store.run, task.key.mode)
+    return other_records or any(before.get(name) != value for name, value in now.items())
+
+
+async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -> str:
+    """Time simulations of the self-test's neurons: one alone, then several at once. Returns the plan's line about time.
+
+    The line is empty if no calls are missing. A server's token counts also calibrate the plan's estimates.
+    """
+    puzzle = puzzles()[0]
+    words = [token for puzzle in puzzles() for token in puzzle.tokens]
+    number = 1 + min(TIMED_AT_ONCE, in_flight)
+    first, *others = (list(islice(cycle(words), 7 * i, 7 * i + TIMED_TOKENS)) for i in range(number))
+    if simulator.name.method == "token-by-token":  # one call per token
+        first, others = first[:1], [others[0][:TIMED_AT_ONCE]]
+
+    async def seconds(excerpts: Sequence[Sequence[str]], llm: LLM) -> float:
+        started = time.perf_counter()
+        await replace(simulator, llm=llm, counts=Counter()).simulate(puzzle.explanation, excerpts)
+        return max(time.perf_counter() - started, 1e-6)
+
+    try:
+        alone, together = await seconds([first], simulator.llm), await seconds(others, simulator.llm)
+    except LLMError as error:
+        return f"time: unknown, because a simulation that was tried failed: {error}"
+    counting = CountingLLM(simulator.llm, store)
+    with contextlib.suppress(LLMError):  # the counting model's answer is a placeholder
+        await seconds(others, counting)
+    trial, remote = counting.cost, simulator.llm.remote
+    estimate = estimated_seconds(
+        cost, alone=alone, together=together, trial=trial, in_flight=in_flight, remote=remote
+    )  # fmt: skip
+    speed = (
+        f"as one call took {alone:.2g} s now and {max(trial.calls, 1)} at once {together:.2g} s"
+        if remote else f"at {human(trial.computed / together)} tokens a second"
+    )  # fmt: skip
+    return f"time: about {duration(estimate)}, {speed}" if cost.calls else ""

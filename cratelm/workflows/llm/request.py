@@ -15,7 +15,7 @@ from cratelm.interpretation.simulators.controls import CONTROLS, LOOKUP_CONTROLS
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.neuron_selection import Chosen, chosen
 from cratelm.interpretation.store.schema import SetKey, Stage
-from cratelm.workflows.llm.opening import explains, read_out_repairs
+from cratelm.workflows.llm.opening import explains
 from cratelm.workflows.options.language_model import Explaining, Simulating, Spending, asks
 from cratelm.workflows.options.selection import Selection, chosen_layers, chosen_protocols
 
@@ -70,7 +70,6 @@ class InterpretRequest:
 
         Also for simulations of explanations by lookup that are missing: a part does not make them.
         """
-        read_out_repairs(self.simulating or Simulating(), self.selection.mode)
         self.settings  # noqa: B018 (refused here)
         names = chosen_protocols(self.selection)
         simulated = "simulate" in self.stages and not self.by_lookup and not explains(self.explaining)

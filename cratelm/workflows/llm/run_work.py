@@ -26,8 +26,7 @@ from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
 from cratelm.workflows.llm.judges import Judges, find_judges
 from cratelm.workflows.llm.opening import LLMs, choose_simulator, examine, explainer_name, kept, metered
-from cratelm.workflows.llm.pace import time_trial
-from cratelm.workflows.llm.plan import Plan
+from cratelm.workflows.llm.plan import Plan, time_trial
 from cratelm.workflows.llm.request import InterpretRequest, records_for
 from cratelm.workflows.options.selection import chosen_layers, chosen_protocols
 
@@ -97,11 +96,11 @@ class RunWork:
                 await plan.judge(scorer, self.tasks([key]), self.judges.context_for(scorer))
         if not plan.lines:
             return
-        pace = ""
+        time_line = ""
         if request.spending.dry_run and isinstance(self.simulator, LLMSimulator):
             in_flight = request.spending.in_flight
-            pace = await time_trial(self.simulator.simulator, self.store, in_flight, plan.total)
-        print("\n".join([f"\n{self.run.name}: {self._subject()}", *plan.table(pace)]))
+            time_line = await time_trial(self.simulator.simulator, self.store, in_flight, plan.total)
+        print("\n".join([f"\n{self.run.name}: {self._subject()}", *plan.table(time_line)]))
         if request.spending.dry_run and plan.error:
             raise CrateError(plan.error)
 

@@ -74,8 +74,6 @@ class Simulating:
     """Another server or directory for simulation; by default --llm. Base models simulate better than chat models."""
     simulator_model: Name = ""
     """The simulating model, if it is not --model."""
-    read_out_repair: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
-    """compat only: repair these flaws of the released read-out (docs/simulators.md) and keep the others."""
     calibrate: Calibration = "none"
     """Fit simulated to real activations on separate excerpts: linear, or percentile."""
     skip_self_test: bool = False

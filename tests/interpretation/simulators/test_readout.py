@@ -1,12 +1,11 @@
-"""How an activation is read from candidates: the published vector, the flaws kept by `compat`, and their repairs."""
+"""How an activation is read from candidates: the published vector, and the flaws that `compat` keeps."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cratelm.interpretation.simulators.readout import READ_OUT_REPAIRS, ReadOut
+from cratelm.interpretation.simulators.readout import ReadOut
 
 K6 = {"unknown": 5.0, "0": 2.0, "3": 1.0, "10": 0.5, " 1": 3.0, "foo": 4.0}
 """Published candidates, as raw logits."""
@@ -30,23 +29,10 @@ def test_five_candidates_lose_what_is_beyond_them() -> None:
     assert released.expected({name: K6[name] for name in ("unknown", "foo", " 1")}) is None
 
 
-def test_each_repair_changes_one_thing() -> None:
-    released = ReadOut.of("compat", ten_is_one_token=False)
-    changed = {}
-    for repair in READ_OUT_REPAIRS:
-        one = ReadOut.of("compat", frozenset([repair]), ten_is_one_token=False)
-        assert one.repaired == (() if repair == "scale-of-nine" else (repair,)), "the scale has a name of its own"
-        changed[repair] = [name for name in ReadOut.__slots__ if getattr(one, name) != getattr(released, name)]
-    assert changed == {
-        "fifteen-candidates": ["candidates"], "scale-of-nine": ["top"], "spaced-numbers": ["spaces"],
-        "escaped-tokens": ["escaped"],
-    }  # fmt: skip
-    assert released.repaired == ReadOut.of("fixed", ten_is_one_token=True).repaired == ()
-    repaired = ReadOut.of("compat", frozenset(READ_OUT_REPAIRS), ten_is_one_token=False)
-    assert replace(repaired, strict=True) == ReadOut.of("fixed", ten_is_one_token=False)
-    assert ReadOut.of("fixed", ten_is_one_token=True).top == 10
-    assert ReadOut.of("fixed", ten_is_one_token=False).top == 9
-    assert ReadOut.of("compat", ten_is_one_token=False).top == 10
+def test_the_scale_ends_at_nine_only_in_fixed_mode_for_a_model_that_writes_ten_as_two_tokens() -> None:
+    assert ReadOut.of("fixed", ten_is_one_token=True) == ReadOut(top=10)
+    assert ReadOut.of("fixed", ten_is_one_token=False) == ReadOut(top=9)
+    assert ReadOut.of("compat", ten_is_one_token=False) == ReadOut.of("compat", ten_is_one_token=True)
 
 
 def test_it_is_a_weighted_mean_whatever_is_added_to_all(rng: np.random.Generator) -> None:

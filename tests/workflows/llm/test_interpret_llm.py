@@ -239,7 +239,6 @@ NOT_THERE = [
     (["--protocol", "bogus"], "bogus"),
     (["--layer", "7"], "has no fixed records of layer 7"),
     (["--explainer", "lookup", "--part", "1/2"], "interpretation.sqlite is not there"),
-    (["--read-out-repair", "all"], "--read-out-repair is for --mode compat"),
 ]
 
 

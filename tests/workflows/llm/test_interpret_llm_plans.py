@@ -23,12 +23,10 @@ from cratelm.interpretation.llm import Prompt
 from cratelm.interpretation.prompts import explainer as prompts
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.simulators import prompt_fitting as simulators
-from cratelm.interpretation.stages.estimate import Asked, CountingLLM
+from cratelm.interpretation.stages.estimate import Cost, CountingLLM, estimated_seconds
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
-from cratelm.interpretation.store.growing_sets import begun
 from cratelm.interpretation.store.schema import SetKey
-from cratelm.workflows.llm.pace import Pace
 
 
 @pytest.fixture
@@ -111,7 +109,7 @@ def test_a_plan_expects_the_likely_tokens_and_a_budget_the_possible_ones(tmp_pat
     assert (endpoint.expected(text), endpoint.count(text)) == (400, 500)
     counting = CountingLLM(Cached(endpoint, Store(tmp_path)), Store(tmp_path))
     asyncio.run(counting.prompt_logprobs([Prompt(prefix=text, rest=text), Prompt(prefix=text, rest=text)]))
-    assert counting.asked == Asked(calls=1, read=800, computed=800, again=1)
+    assert counting.cost == Cost(calls=1, read=800, computed=800, duplicates=1)
 
 
 def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
@@ -128,19 +126,26 @@ def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
         assert longest > (1000 if method == "structured" else 1500), "as long as those of the work"
     assert main([*command, "--in-flight", "1"]) == 0
     assert "and 1 at once" in capsys.readouterr().out
-    asked = Asked(calls=960, read=60_000, computed=30_000, written=6_000)
-    pace = Pace(alone=0.5, together=0.5, calls=8, tokens=1000, here=False)
-    assert [pace.seconds(asked, one) for one in (32, 8, 1, 100_000)] == [15, 60, 480, 0.5]
-    busy = Pace(alone=0.5, together=4.0, calls=8, tokens=1000, here=False)
-    assert [busy.seconds(asked, one) for one in (32, 100_000)] == [480, 480], "one after the other, however many wait"
-    assert busy.seconds(Asked(calls=1), 32) == 0.5
-    here = Pace(alone=0.1, together=0.5, calls=4, tokens=1000, here=True)
-    assert here.line(asked, 32) == "time: about 18 seconds, at 2k tokens a second"
     with RuleServer(context=500) as short:
         assert main(["interpret", str(run), "--llm", short.url, *TAR, "--dry-run"]) == 2
     assert (
         "time: unknown, because a simulation that was tried failed: the simulator's prompt" in capsys.readouterr().out
     )
+
+
+def test_the_time_of_a_plan_follows_from_a_trial() -> None:
+    cost = Cost(calls=960, read=60_000, computed=30_000, written=6_000)
+    trial = Cost(calls=8, read=2000, computed=1000)
+
+    def seconds(alone: float, together: float, in_flight: int, cost: Cost = cost, *, remote: bool = True) -> float:
+        return estimated_seconds(
+            cost, alone=alone, together=together, trial=trial, in_flight=in_flight, remote=remote
+        )  # fmt: skip
+
+    assert [seconds(0.5, 0.5, in_flight) for in_flight in (32, 8, 1, 100_000)] == [15, 60, 480, 0.5]
+    assert [seconds(0.5, 4.0, in_flight) for in_flight in (32, 100_000)] == [480, 480], "a server that takes turns"
+    assert seconds(0.5, 4.0, 32, Cost(calls=1)) == 0.5, "never less than one call"
+    assert seconds(0.1, 0.5, 32, remote=False) == 18, "a model in this process computes 2,000 tokens a second"
 
 
 def test_a_plan_says_what_a_short_context_leaves_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,39 +231,6 @@ def test_a_model_without_a_system_role_explains_and_simulates(run: Path) -> None
     assert (store.scores(key).correlation > 0.95).all()
     assert len(read) == 6
     assert all(messages[0]["content"].startswith("Each neuron of a language model") for messages in read)
-
-
-def test_each_flaw_of_the_released_read_out_can_be_left_out_alone(
-    tmp_path: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_planted(tmp_path / "compat", np.random.default_rng(7), mode="compat")
-    command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]
-    assert main([*command, "--read-out-repair", "spaced-numbers"]) == 2
-    assert "--read-out-repair is for --mode compat" in capsys.readouterr().err
-    command += ["--mode", "compat"]
-    assert main([*command, "--read-out-repair", "all"]) == 2
-    assert "there is no repair 'all' of the read-out. Use: fifteen-candidates, " in capsys.readouterr().err
-    found = {}
-    for repairs in ([], ["spaced-numbers"], ["fifteen-candidates", "escaped-tokens"]):
-        before = set(Store.open(run).sets("simulate")) if repairs else set()
-        assert main([*command, *(["--read-out-repair", *repairs] if repairs else [])]) == 0
-        [key] = set(by_model(Store.open(run).sets("simulate"))) - before
-        with Store.open(run).transaction() as connection:
-            had = begun(connection, key, "simulate")
-        told = json.loads(had.settings) if had else {}
-        found[key.simulator] = (told["candidates"], told["spaces"], told["escaped"])
-    assert found == {
-        "all-at-once:rules": (5, False, False), "all-at-once+spaced-numbers:rules": (5, True, False),
-        "all-at-once+fifteen-candidates+escaped-tokens:rules": (15, False, True),
-    }  # fmt: skip
-    assert explainers_table(run, tmp_path) >= {("rules", name) for name in found}
-
-
-def explainers_table(run: Path, folder: Path) -> set[tuple[str, str]]:
-    """Explainer and simulator of each row of the report's table that sets them side by side."""
-    assert main(["report", str(run), "--mode", "compat", "--out", str(folder / "report")]) == 0
-    with (folder / "report" / "explainers.csv").open(encoding="utf-8") as file:
-        return {(row["Explained by"], row["Simulated by"]) for row in csv.DictReader(file)}
 
 
 def test_the_rounding_of_prompts_is_switched_by_itself_and_kept_beside(

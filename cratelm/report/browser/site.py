@@ -46,12 +46,12 @@ from cratelm.runtime import ProgressBar, progress_bar
 
 VIEWER = Path(__file__).with_name("viewer")
 SCRIPTS = (
-    "core.js", "text.js", "data.js", "routes.js", "charts.js", "downloads.js", "figure.js", "table.js", "excerpts.js",
-    "overview.js", "layer_list.js", "layer.js", "neuron.js", "cards.js", "compare.js", "votes.js", "search.js",
+    "core.js", "text.js", "data.js", "routes.js", "charts.js", "downloads.js", "table.js", "excerpts.js",
+    "cards.js", "overview.js", "layer_list.js", "layer.js", "neuron.js", "compare.js", "votes.js", "search.js",
     "app.js",
 )  # fmt: skip
 """In the order in which they are loaded. Classic scripts: a browser loads no modules from disk."""
-LIVE_SCRIPTS = ("api.js", "try.js", "steer.js", "ask.js", "full_text.js")
+LIVE_SCRIPTS = ("api.js", "try.js", "steer.js", "ask.js")
 """What a served page loads besides, before the last one."""
 LIVE_ONLY = (*LIVE_SCRIPTS, "live.css")
 """Files of the viewer that a folder does without."""

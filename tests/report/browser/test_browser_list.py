@@ -1,4 +1,4 @@
-"""The list of a layer's neurons in a real Chromium: sorting, filters, keys, and what stays in the address."""
+"""The list of a layer's neurons in a real Chromium: sorting, filters, keys, and its address."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ def shown_neurons(page: "Page") -> list[int]:
     return [int(text) for text in page.locator(".neurons tbody th a").all_inner_texts()]
 
 
-def test_the_list_sorts_as_numpy_does_and_holds_few_rows(visit: Visit, runs: list[Path]) -> None:
+def test_the_list_sorts_as_numpy_does_and_has_few_rows(visit: Visit, runs: list[Path]) -> None:
     page = visit.open("#/crate-2l/layer/1")
     scores = Store.open(runs[0]).read_scores(1, "top-and-random").correlation.astype(np.float32)
     order = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
@@ -44,22 +44,22 @@ def test_the_list_sorts_as_numpy_does_and_holds_few_rows(visit: Visit, runs: lis
     assert page.get_attribute(".neurons", "aria-rowcount") == str(NEURONS + 1)
 
 
-def test_filters_stay_in_the_address_and_the_back_button_returns_to_them(visit: Visit, runs: list[Path]) -> None:
+def test_filters_stay_in_the_address_and_up_returns_to_them(visit: Visit, runs: list[Path]) -> None:
     page = visit.open("#/crate-2l/layer/1")
     page.get_by_label("Score from").fill("70")
     page.get_by_label("to", exact=True).fill("90")
     page.wait_for_function("() => location.hash.includes('most=90')")
     scores = 100 * Store.open(runs[0]).read_scores(1, "top-and-random").correlation.astype(np.float32)
     expected = sorted(np.flatnonzero((scores >= 70) & (scores <= 90)).tolist(), key=lambda one: (-scores[one], one))
-    assert page.inner_text(".found") == f"{len(expected)} of {NEURONS} neurons"
+    assert page.inner_text(".total") == f"{len(expected)} of {NEURONS} neurons"
     address = page.url
     page.locator(".neurons tbody th a").nth(1).click()
     page.wait_for_selector("h1 small")
     assert page.url.endswith(f"#/crate-2l/layer/1/neuron/{expected[1]}")
-    assert f"2 of {len(expected)} in the list" in page.inner_text(".way")
+    assert f"2 of {len(expected)} in the list" in page.inner_text(".steps")
     page.keyboard.press("j")
     page.wait_for_url(f"**/neuron/{expected[2]}")
-    page.wait_for_function("() => document.querySelector('.way').innerText.includes('3 of')")
+    page.wait_for_function("() => document.querySelector('.steps').innerText.includes('3 of')")
     page.keyboard.press("k")
     page.wait_for_url(f"**/neuron/{expected[1]}")
     page.keyboard.press("u")
@@ -69,7 +69,7 @@ def test_filters_stay_in_the_address_and_the_back_button_returns_to_them(visit: 
     page.wait_for_selector("h1 small")
     page.go_back()
     again = visit.open(address.partition("index.html")[2])
-    assert again.inner_text(".found") == f"{len(expected)} of {NEURONS} neurons"
+    assert again.inner_text(".total") == f"{len(expected)} of {NEURONS} neurons"
     name, content = saved(again, lambda: again.get_by_role("button", name="CSV of this list").click())
     rows = list(csv.DictReader(io.StringIO(content)))
     assert name == "crate-2l-layer-1.csv"
@@ -80,7 +80,7 @@ def test_states_and_words_filter_the_list(visit: Visit, site: Path) -> None:
     page = visit.open("#/crate-2l/layer/0?state=dead")
     assert shown_neurons(page) == [0]
     texts = [read_script(site / "data" / "m0" / "t0" / "l0" / f"texts-{number}.js") for number in range(2)]
-    tokens, said = ([own for one in texts for own in one[part]] for part in ("tokens", "texts"))
+    tokens, explanations = ([own for one in texts for own in one[part]] for part in ("tokens", "texts"))
     word = next(token.strip() for own in tokens for token in own if len(token.strip()) == 2)
     page.get_by_label("State").select_option("any")
     page.get_by_label("Token or word").fill(word.upper())
@@ -88,23 +88,23 @@ def test_states_and_words_filter_the_list(visit: Visit, site: Path) -> None:
     expected = [
         i
         for i in range(NEURONS)
-        if any(word.lower() in text.lower() for text in (*tokens[i], *(text for text, _ in said[i])))
+        if any(word.lower() in text.lower() for text in (*tokens[i], *(text for text, _ in explanations[i])))
     ]
-    assert page.inner_text(".found") == f"{len(expected)} of {NEURONS} neurons"
+    assert page.inner_text(".total") == f"{len(expected)} of {NEURONS} neurons"
     assert set(shown_neurons(page)) <= set(expected)
     page.get_by_label("Token or word").fill("no such token anywhere")
     page.wait_for_selector(".empty:not([hidden])")
     assert "No neuron of this layer passes the filters" in page.inner_text("main")
 
 
-def test_a_list_is_walked_with_the_keyboard(visit: Visit) -> None:
+def test_the_keyboard_chooses_and_opens_a_neuron_of_the_list(visit: Visit) -> None:
     page = visit.open("#/crate-2l/layer/1")
     order = shown_neurons(page)
     page.locator(".list").focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("j")
     assert page.inner_text("tr.active th") == str(order[2])
-    assert f"Neuron {order[2]}" in page.inner_text("#said")
+    assert f"Neuron {order[2]}" in page.inner_text("#status")
     page.keyboard.press("End")
     assert page.get_attribute("tr.active", "aria-rowindex") == str(NEURONS + 1)
     page.keyboard.press("Home")
@@ -121,14 +121,16 @@ def test_a_phone_shows_explanations_and_every_sort(
     page.wait_for_function("() => document.querySelector('.neurons tbody td.text').textContent")
     rows = page.locator(".neurons tbody tr[data-place]")
     for at in range(3):
-        row, text = rows.nth(at).bounding_box(), rows.nth(at).locator("td.text").bounding_box()
+        row, box = rows.nth(at).bounding_box(), rows.nth(at).locator("td.text").bounding_box()
         assert row is not None
-        assert text is not None
-        assert text["height"] > 10
-        assert row["y"] <= text["y"] <= text["y"] + text["height"] <= row["y"] + row["height"] + 1
+        assert box is not None
+        assert box["height"] > 10
+        assert row["y"] <= box["y"] <= box["y"] + box["height"] <= row["y"] + row["height"] + 1
         neuron = int(rows.nth(at).locator("th").inner_text())
-        said = Store.open(runs[0]).read_explanations(1, "top-and-random").get(neuron)
-        assert rows.nth(at).locator("td.text").inner_text() == said
+        text = Store.open(runs[0]).read_explanations(1, "top-and-random").get(neuron)
+        first = page.evaluate("text => cratelm.text.lookupTable(text).tokens[0].token", text)
+        chip = rows.nth(at).locator("td.text .chip").first.inner_text()
+        assert chip == page.evaluate("token => cratelm.text.chip(token).innerText", first)
     heights = rows.evaluate_all("all => all.map((one) => one.getBoundingClientRect().height)")
     assert max(heights) - min(heights) < 1
     statistics = read_records(runs[0], 1).statistics

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,12 @@ EVIL = (
 )  # fmt: skip
 
 REORDERS = "\u202edrawkcab\u200b\u0007"
-"""What comes after it stands before it; and two letters that nobody sees."""
+"""The first reverses the order of what follows; and two invisible characters."""
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
-    """A site in which everything that a user does not write himself is hostile."""
+    """A site in which everything that comes from data is hostile."""
     assert browser is not None
     folder, rng = tmp_path_factory.mktemp("hostile"), np.random.default_rng(3)
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +57,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
             origin={"commit": EVIL[0], "versions": {EVIL[0]: EVIL[1]}},
         )
         change(run / "evaluation.json", split=EVIL[1])
-        interpret.run(interpret.Options(runs=(run,)))
+        with ThreadPoolExecutor(1) as thread:  # the browser's event loop runs in this thread
+            thread.submit(interpret.run, interpret.Options(runs=(run,))).result()
         store = Store.open(run)
         for layer in range(2):
             key = SetKey(layer=layer, protocol="top-and-random", explainer=EVIL[3])
@@ -118,13 +120,13 @@ PLANTED = """run => {
     document.body.append(outside);
     document.getElementById("bad").click();
 }"""
-EVALUATED = """run => new Promise((told) => setTimeout(() => {
-    try { told((0, eval)(run)); } catch { told("refused"); }
+EVALUATED = """run => new Promise((resolve) => setTimeout(() => {
+    try { resolve((0, eval)(run)); } catch { resolve("refused"); }
 }))"""
 
 
 def look_everywhere(tab: Visit, site: Path) -> None:
-    """Open every page, touch what can be touched, and look for anything that ran."""
+    """Open every page, focus excerpts, and check that nothing ran."""
     texts = ""
     for address in every_page(site):
         page = tab.open(address)

@@ -1,4 +1,4 @@
-"""The blind vote in a real Chromium: what it hides until one has chosen, and what it keeps."""
+"""The blind vote in a real Chromium: what it hides until the choice, and what it stores."""
 
 import json
 import re
@@ -7,10 +7,10 @@ import pytest
 from fixtures.browsing import Visit, saved
 
 
-def test_a_blind_vote_is_kept_and_exported(visit: Visit) -> None:
+def test_a_blind_vote_is_stored_and_exported(visit: Visit) -> None:
     page = visit.open("#/vote")
     page.wait_for_selector(".choice")
-    assert page.locator(".card h2").all_inner_texts() == ["Left", "Right"]
+    assert page.locator(".card h2").all_inner_texts() == ["A", "B"]
     assert "2L" not in page.inner_text(".side")
     page.keyboard.press("1")
     page.wait_for_selector(".card.won h2 a")
@@ -38,7 +38,7 @@ SHOWN_AND_READ_OUT = """() => {
 }"""
 
 
-def test_a_blind_vote_tells_no_activation_in_the_models_units(visit: Visit) -> None:
+def test_a_blind_vote_shows_no_activation_in_the_models_units(visit: Visit) -> None:
     """Their size alone would name the model, as would a scale that goes below 0. The made-up text has no numbers."""
     strengths = 0
     for _ in range(6):
@@ -49,15 +49,15 @@ def test_a_blind_vote_tells_no_activation_in_the_models_units(visit: Visit) -> N
         assert set(shown["tips"]) > {"0 %"}
         assert re.findall(r"\d\.\d|\d+e[+-]\d", shown["html"]) == []
         assert 'class="b' not in shown["html"]
-        said = " ".join(page.locator(".side .said-of").all_inner_texts())
-        strengths += len(re.findall(r'" \((\d+ %)\)', said))
-        assert re.findall(r'" \((?=[\d.]+[)e])|up to (?!\d+ %)', said) == []
+        written = page.locator(".side .strength small").all_inner_texts()
+        strengths += len(written)
+        assert all(re.fullmatch(r"\d+ %", text) for text in written)
         assert page.locator(".side .legend").all_inner_texts()[0].split("\n")[0] == "0"
     assert strengths
 
 
 @pytest.mark.parametrize("low", [-3.0, 0.0])
-def test_what_a_blind_vote_shows_is_in_units_of_the_neurons_largest_activation(visit: Visit, low: float) -> None:
+def test_a_blind_vote_is_in_units_of_the_neurons_largest_activation(visit: Visit, low: float) -> None:
     page = visit.open("#/vote")
     neuron = {
         "statistics": {"maximum": 1.6, "minimum": low},
@@ -71,26 +71,26 @@ def test_what_a_blind_vote_shows_is_in_units_of_the_neurons_largest_activation(v
     assert shown["excerpts"][0]["items"][0]["values"] == [0] * 5
 
 
-def test_strengths_of_an_explanation_are_rescaled_where_it_is_judged_blindly(visit: Visit) -> None:
+def test_strengths_of_an_explanation_are_in_per_cent_in_a_blind_vote(visit: Visit) -> None:
     page = visit.open("#/vote")
-    rescale = "text => cratelm.blindly.rescaled(text, (strength) => `${50 * strength} %`)"
+    write = "text => cratelm.text.explanation(text, { write: (strength) => `${50 * strength} %` }).textContent"
     for text, expected in (
         ('fires on " return" (1.6), "(2)" (1e-01); up to 0.04 on 12 more tokens; on nothing else',
-         'fires on " return" (80 %), "(2)" (5 %); up to 2 % on 12 more tokens; on nothing else'),
-        ('fires on "a" (2); on nothing else', 'fires on "a" (100 %); on nothing else'),
+         "␣return80 %(2)5 %at most 2 % on 12 other tokens"),
+        ('fires on "a" (2); on nothing else', "a100 %"),
         ("words about boats (7) and up to 3 on them", "words about boats (7) and up to 3 on them"),
     ):  # fmt: skip
-        assert page.evaluate(rescale, text) == expected
+        assert page.evaluate(write, text) == expected
 
 
-def test_a_browser_that_keeps_nothing_still_lets_vote_and_says_so(visit: Visit) -> None:
+def test_a_browser_without_storage_still_votes_and_warns(visit: Visit) -> None:
     refuse = (
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } });"
     )
     visit.page.add_init_script(refuse)
     page = visit.open("#/vote")
-    page.get_by_role("button", name="Right fits better").click()
+    page.get_by_role("button", name="B is better").click()
     page.wait_for_selector("text=Export 1 as JSON")
-    assert "keeps nothing" in page.inner_text("main")
+    assert "stores nothing" in page.inner_text("main")
     page.keyboard.press("t")
     assert page.get_attribute("html", "data-theme") == "light"

@@ -83,10 +83,10 @@ def test_a_report_in_the_making_appears_when_it_is_ready(tab: Visit) -> None:
 
     tab.page.route("**/data/overview.json", answer)
     page = open_(tab, "")
-    assert page.locator(".said [role=status]").inner_text() == "The report is being made."
+    assert page.locator(".sentences [role=status]").inner_text() == "The report is being made."
     assert page.get_by_role("link", name="layer 1").count() > 0
     page.wait_for_selector("#numbers")
-    page.wait_for_function("() => !document.querySelector('.said [role=status]')")
+    page.wait_for_function("() => !document.querySelector('.sentences [role=status]')")
     assert len(asked) >= 3
     assert page.locator("table").count() > 1
 
@@ -110,7 +110,7 @@ def test_both_texts_are_generated_side_by_side(tab: Visit) -> None:
     page.wait_for_selector(".effect table")
     page.get_by_label("Tokens to generate").fill("12")
     page.get_by_role("button", name="Continue").click()
-    page.wait_for_function("() => document.getElementById('said').textContent === 'Both texts are complete.'")
+    page.wait_for_function("() => document.getElementById('status').textContent === 'Both texts are complete.'")
     plain, steered = page.locator(".written").all_inner_texts()
     assert plain.startswith("the neuron code")
     assert steered.startswith("the neuron code")
@@ -130,12 +130,12 @@ def test_a_neurons_page_links_to_steering_and_back(tab: Visit) -> None:
 def test_wrong_input_shows_an_error_message(browser: "Browser", server: Served) -> None:
     tab = visit_to(browser, server)
     page = open_(tab, f"#/try?model=crate-2l&text=the+neuron&steer=1/{NEURONS}:set:1")
-    page.wait_for_selector(".effect .trouble")
-    assert str(NEURONS - 1) in page.locator(".effect .trouble").inner_text()
+    page.wait_for_selector(".effect .error")
+    assert str(NEURONS - 1) in page.locator(".effect .error").inner_text()
     page.get_by_label("Text", exact=True).fill("code " * 300)
     page.get_by_role("button", name="Show activations").click()
-    page.wait_for_selector(".seen .trouble")
-    assert "at most" in page.locator(".seen .trouble").inner_text()
+    page.wait_for_selector(".activations .error")
+    assert "at most" in page.locator(".activations .error").inner_text()
     tab.close()
 
 
@@ -143,7 +143,7 @@ def test_typed_and_linked_text_is_never_executed(tab: Visit) -> None:
     from urllib.parse import quote
 
     page = open_(tab, f"#/try?model={quote(EVIL)}&text={quote(EVIL[:40])}")
-    page.wait_for_selector(".trouble")
+    page.wait_for_selector(".error")
     open_(tab, f"#/try?model=crate-2l&text={quote(EVIL[:40])}&steer={quote(EVIL)}")
     page.wait_for_selector(".token")
     page.get_by_role("button", name="Continue").click()
@@ -187,8 +187,8 @@ def test_an_explanation_on_request_is_shown_as_text_only(browser: "Browser", run
         tab = visit_to(browser, one)
         page = open_(tab, "#/gpt2-2l/layer/0/neuron/9")
         page.get_by_role("button", name="Ask").click()
-        page.wait_for_selector("section[aria-labelledby=ask] .said-of")
-        assert "<script>" in page.locator("section[aria-labelledby=ask] .said-of").inner_text()
+        page.wait_for_selector("section[aria-labelledby=ask] .explanation")
+        assert "<script>" in page.locator("section[aria-labelledby=ask] .explanation").inner_text()
         assert page.evaluate("() => window.__ran") is None
         assert tab.errors == []
         tab.close()
@@ -226,13 +226,13 @@ def test_limits_are_explained_on_the_page(browser: "Browser", server: Served) ->
         status=503, headers={"retry-after": "2"}, json={"error": "the search index has 1 of 4 layers so far"},
     ))  # fmt: skip
     page = open_(tab, "#/search?q=fires")
-    assert page.locator(".trouble").first.inner_text().split("\n") == [
+    assert page.locator(".error").first.inner_text().split("\n") == [
         "The search index has 1 of 4 layers so far.", "", "Try again in 2 s."
     ]  # fmt: skip
-    said = page.evaluate("() => cratelm.live.live({}, { place: { tap: { name: 'sae-mine' } } }).textContent")
-    assert "cratelm steer --sae" in said
+    panel = page.evaluate("() => cratelm.live.live({}, { place: { tap: { name: 'sae-mine' } } }).textContent")
+    assert "cratelm steer --sae" in panel
     page = open_(tab, "#/try?model=none&text=the")
-    assert "no model none to try" in page.locator(".trouble").inner_text()
+    assert "no model none to try" in page.locator(".error").inner_text()
     tab.close()
 
 
@@ -244,10 +244,10 @@ def test_a_server_that_stops_is_reported_on_the_page(browser: "Browser", runs: l
         dying.process.kill()
         dying.process.wait()
         page.get_by_role("button", name="Show activations").click()
-        page.wait_for_selector(".seen .trouble")
-        assert "cratelm serve" in page.locator(".seen .trouble").inner_text()
+        page.wait_for_selector(".activations .error")
+        assert "cratelm serve" in page.locator(".activations .error").inner_text()
         page.get_by_role("button", name="Continue").click()
-        page.wait_for_selector(".texts .trouble")
+        page.wait_for_selector(".texts .error")
         tab.go("#/gpt2-2l/layer/0")
-        assert page.locator(".trouble").count() > 0
+        assert page.locator(".error").count() > 0
         tab.close()

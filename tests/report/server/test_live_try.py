@@ -56,11 +56,11 @@ def test_choosing_another_model_cancels_the_continuation(tab: Visit) -> None:
     page.evaluate("writing[0].say('of the first')")
     page.wait_for_selector(".written:has-text('of the first')")
     assert "CRATE-2L" in page.locator(".texts").inner_text()
-    page.get_by_label("Model").select_option("gpt2-2l")
+    page.get_by_label("Model").select_option("GPT-2-2L")
     assert page.evaluate("writing[0].signal.aborted")
     page.evaluate("writing[0].say('too late')")
     assert page.locator(".written").count() == 0
-    page.wait_for_selector(".seen:not([aria-busy]) .token")
+    page.wait_for_selector(".activations:not([aria-busy]) .token")
     page.get_by_label("Neuron", exact=True).fill("7")
     page.get_by_role("button", name="Add").click()
     page.wait_for_selector(".effect table")
@@ -90,7 +90,7 @@ def test_leaving_the_page_cancels_the_continuation(tab: Visit) -> None:
 
 def test_a_late_answer_about_another_model_or_text_is_ignored(tab: Visit) -> None:
     page = open_(tab, "#/try?model=crate-2l&text=the+neuron")
-    page.wait_for_selector(".seen:not([aria-busy]) .token")
+    page.wait_for_selector(".activations:not([aria-busy]) .token")
     held: list[Any] = []
 
     def hold_the_first(route: Any) -> None:
@@ -102,15 +102,15 @@ def test_a_late_answer_about_another_model_or_text_is_ignored(tab: Visit) -> Non
     page.route("**/api/activations", hold_the_first)
     page.get_by_label("Text", exact=True).fill("sparse code")
     page.get_by_role("button", name="Show activations").click()
-    page.wait_for_selector(".seen[aria-busy]")
-    page.get_by_label("Model").select_option("gpt2-2l")
-    page.wait_for_selector(".seen:not([aria-busy]) .token")
-    now = page.locator(".seen").inner_html()
+    page.wait_for_selector(".activations[aria-busy]")
+    page.get_by_label("Model").select_option("GPT-2-2L")
+    page.wait_for_selector(".activations:not([aria-busy]) .token")
+    now = page.locator(".activations").inner_html()
     [route] = held
     with page.expect_response(lambda answer: answer.request == route.request):
         route.fulfill(json={"tokens": ["late"], "layers": []})
     page.wait_for_timeout(100)
-    assert page.locator(".seen").inner_html() == now
+    assert page.locator(".activations").inner_html() == now
     with page.expect_request("**/api/activations") as asked:
         page.locator(".layers-of button").first.click()
     assert asked.value.post_data_json["model"] == "gpt2-2l"
@@ -120,7 +120,7 @@ def test_a_late_answer_about_another_model_or_text_is_ignored(tab: Visit) -> Non
 def test_any_neuron_can_be_shown_along_the_text(tab: Visit, server: Served) -> None:
     """Also a neuron that is not among the strongest of any token; the address names it."""
     page = open_(tab, TRY)
-    page.wait_for_selector(".seen:not([aria-busy]) .token")
+    page.wait_for_selector(".activations:not([aria-busy]) .token")
     assert page.locator(".along .excerpt").count() == 0
     page.get_by_role("button", name="Show neuron 7 of layer 1 along the text").click()
     page.wait_for_selector(".along .excerpt")
@@ -152,3 +152,20 @@ def test_a_neurons_page_shows_the_neuron_on_a_typed_text(tab: Visit) -> None:
     page.wait_for_selector(".along h3:has-text('Neuron 7 of layer 1')")
     assert page.get_by_label("Text", exact=True).input_value() == "sparse neuron"
     assert page.locator(".change").count() == 0
+
+
+def test_a_neuron_along_the_text_has_the_colours_of_its_largest_recorded_activation(tab: Visit) -> None:
+    page = open_(tab, f"{TRY}&along=1/7")
+    page.wait_for_selector(".along .excerpt")
+    legend = page.locator(".along .legend").inner_text().split("\n")[0:2]
+    page = open_(tab, "#/crate-2l/layer/1/neuron/7")
+    assert page.locator(".legend").first.inner_text().split("\n")[0:2] == legend
+
+
+def test_the_strongest_neurons_of_a_layer_are_one_in_a_row(tab: Visit) -> None:
+    page = open_(tab, TRY)
+    page.wait_for_selector(".layers-of li")
+    rows = page.locator(".layers-of ol").first.locator("li")
+    tops = rows.evaluate_all("all => all.map((one) => one.getBoundingClientRect().top)")
+    assert len(tops) > 1
+    assert tops == sorted(set(tops))

@@ -1,25 +1,10 @@
 "use strict";
-/* Requests to `cratelm serve` beyond the site's data. Loaded only by pages that it serves. */
+/* Requests to `cratelm serve` other than for the site's data. Loaded only by served pages. */
 
 (() => {
-  const { Trouble } = cratelm;
+  const { PageError } = cratelm;
+  const { ask } = cratelm.data;
   const token = document.querySelector('meta[name="cratelm-token"]').content;
-
-  /** Send a request; a refusal is thrown as `Trouble` with the reason and when to retry. */
-  async function ask(address, options = {}) {
-    let answer;
-    try {
-      answer = await fetch(address, options);
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Trouble("The server does not answer.", "Is cratelm serve still running? Start it again, then reload this page.");
-    }
-    if (answer.ok) return answer;
-    const reason = await answer.json().then((value) => String(value.error)).catch(() => `The server answered ${answer.status}.`);
-    const wait = answer.headers.get("retry-after");
-    const sentence = reason.charAt(0).toUpperCase() + reason.slice(1);
-    throw new Trouble(/[.!?]$/.test(sentence) ? sentence : `${sentence}.`, wait ? `Try again in ${wait} s.` : "");
-  }
 
   const get = async (address) => (await ask(address)).json();
 
@@ -30,23 +15,20 @@
   /** @param {string} name @param {any} value @returns {Promise<any>} */
   const post = async (name, value, signal) => (await ask(`api/${name}`, postOptions(value, signal))).json();
 
-  /** Call `each` with every line of JSON as it arrives. */
-  async function lines(name, value, each, signal) {
-    const answer = await ask(`api/${name}`, postOptions(value, signal));
+  /** Call `each` with the value of every line of JSON as it arrives. */
+  async function lines(name, body, each, signal) {
+    const answer = await ask(`api/${name}`, postOptions(body, signal));
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
-      let part;
-      try {
-        part = await reader.read();
-      } catch (error) {
+      const { value: part = "", done } = await reader.read().catch((error) => {
         if (error.name === "AbortError") throw error;
-        throw new Trouble("The server stopped in the middle of the text.", "Is cratelm serve still running?");
-      }
-      const all = (rest + (part.value ?? "")).split("\n");
-      rest = all.pop();
-      for (const line of all.filter(Boolean)) each(JSON.parse(line));
-      if (part.done) return;
+        throw new PageError("The server stopped while it generated the text.", "Is cratelm serve still running?");
+      });
+      const complete = (rest + part).split("\n");
+      rest = complete.pop();
+      for (const line of complete.filter(Boolean)) each(JSON.parse(line));
+      if (done) return;
     }
   }
 
@@ -61,13 +43,8 @@
     return all;
   }
 
-  // Votes are shared: all users of the server see the same votes.
-  cratelm.votes = {
-    shared: true,
-    all: votes,
-    add: async (vote) => { await post("votes", vote); },
-    clear: null,
-  };
+  // All users of the server share their votes.
+  cratelm.votes = { shared: true, all: votes, add: (vote) => post("votes", vote), clear: null };
 
   cratelm.api = { get, post, lines };
 })();

@@ -1,90 +1,94 @@
 "use strict";
-/* The frame round the pages: which one is shown, keys, theme, help. */
+/* The frame around the pages: navigation, keys, theme and help. */
 
 (() => {
-  const { h, say, memory, troubleBox } = cratelm;
-  const { parse, locate, link, named, places } = cratelm.routes;
+  const { h, announce, storage, errorBox, PageError } = cratelm;
+  const { parse, locate, link } = cratelm.routes;
   const main = document.getElementById("main");
 
-  /** What the page shown answers to: `keys` of a neuron, `key` for keys of its own, and `leave` when another comes. */
-  let shown = {}, visit = 0, first = true;
+  /**
+   * The page that is shown. `keys` has the neurons for j and k, `key` handles other keys, `leave` runs before another page,
+   * `placed` runs in the document, `position` returns what `placed` needs to restore the page after Back.
+   */
+  let shown = {}, visit = 0;
+  /** Entry of the history -> scroll position and position in the page. */
+  const positions = new Map();
+  let entry = null;
+  history.scrollRestoration = "manual";
 
-  /** Where one is: model, tap, layer and neuron, each a link or a choice. */
-  cratelm.crumbs = (site, place, index = null) => {
-    const all = places(site);
-    const layers = h("select", { "aria-label": "Model and layer", on: { change: (event) => { location.hash = link(all[Number(event.target.value)]); } } },
-      all.map((one, i) => h("option", { value: i, selected: one.folder === place.folder }, named(one))));
-    return h("nav", { class: "crumbs", "aria-label": "Where you are" }, h("a", { href: "#/" }, "Overview"), h("span", { "aria-hidden": "true" }, "›"), layers,
-      index !== null && [h("span", { "aria-hidden": "true" }, "›"), h("a", { href: trailLink(place) }, "all its neurons")]);
-  };
-
-  /** The list that one came from, with its filters. */
-  const trailLink = (place) => (cratelm.trail?.folder === place.folder && cratelm.trail.address) || link(place);
+  /** Pages with an address of one word. */
+  const NAMED = new Set(["compare", "vote", "search", "try"]);
+  const nameOf = ({ parts }) => (parts.length === 1 && NAMED.has(parts[0]) ? parts[0] : "");
 
   /** The page of an address. */
-  async function pageOf(site, { parts, query }) {
-    const { pages } = cratelm;
-    if (!parts.length) return pages.overview(site);
-    if (parts.length === 1 && Object.hasOwn(alone, parts[0])) return alone[parts[0]](site, query);
-    const { place, index } = locate(site, parts);
-    return index === null ? pages.layer(site, place, query) : pages.neuron(site, place, index);
+  async function pageOf(site, address) {
+    const { pages } = cratelm, name = nameOf(address);
+    if (!address.parts.length) return pages.overview(site);
+    if (name) {
+      if (!pages[name]) throw new PageError("These pages are files: they have no model for your text.", "Run: cratelm serve RUN...");
+      return pages[name](site, address.query);
+    }
+    const { place, index } = locate(site, address.parts);
+    return index === null ? pages.layer(site, place, address.query) : pages.neuron(site, place, index);
   }
-  const alone = {
-    compare: (site, query) => cratelm.pages.compare(site, query),
-    vote: (site) => cratelm.pages.vote(site),
-    search: (site, query) => cratelm.pages.search(site, query),
-    try: (site, query) => {
-      if (!cratelm.pages.try) throw new cratelm.Trouble("A folder of pages has no model to try a text on.", "Run: cratelm serve RUN...");
-      return cratelm.pages.try(site, query);
-    },
-  };
+
+  function errorPage(error) {
+    return { title: "Error", page: h("div", {}, h("h1", {}, "This page cannot be shown"), errorBox(error), h("p", {}, h("a", { href: "#/" }, "To the overview"))) };
+  }
+
+  /** Position to restore: after Back and Forward, or when the list is opened again from one of its neurons. */
+  function positionOf(address) {
+    const { lastList } = cratelm;
+    return positions.get(history.state?.entry ?? (lastList?.address === address ? lastList.entry : null));
+  }
 
   async function route() {
-    const own = ++visit, address = parse(location.hash);
+    const number = ++visit, address = parse(location.hash), position = positionOf(location.hash);
+    positions.set(entry, { y: scrollY, inPage: shown.position?.() });
+    entry = history.state?.entry ?? `${performance.timeOrigin} ${number}`;
+    history.replaceState({ entry }, "");
     const waiting = setTimeout(() => main.setAttribute("aria-busy", "true"), 150);
-    let found;
-    try {
-      const site = await cratelm.data.site();
-      found = await pageOf(site, address);
-    } catch (error) {
-      found = { title: "Not here", page: h("div", {}, h("h1", {}, "This page cannot be shown"), troubleBox(error), h("p", {}, h("a", { href: "#/" }, "To the overview"))) };
-    }
+    const next = await cratelm.data.site().then((site) => pageOf(site, address)).catch(errorPage);
     clearTimeout(waiting);
-    if (own !== visit) return;
+    if (number !== visit) return;
     main.removeAttribute("aria-busy");
     cratelm.excerpts.hideTip();
     shown.leave?.();
-    shown = found;
-    main.replaceChildren(found.page);
-    found.placed?.();
-    document.title = cratelm.text.visible(`${found.title} · cratelm`);
-    for (const one of document.querySelectorAll("#pages a")) {
-      const current = one.getAttribute("href") === `#/${address.parts.length === 1 && Object.hasOwn(alone, address.parts[0]) ? address.parts[0] : ""}` && address.parts.length < 2;
-      if (current) one.setAttribute("aria-current", "page");
-      else one.removeAttribute("aria-current");
+    shown = next;
+    main.replaceChildren(next.page);
+    document.title = cratelm.text.visible(`${next.title} · cratelm`);
+    for (const anchor of document.querySelectorAll("#pages a")) {
+      anchor.removeAttribute("aria-current");
+      if (anchor.getAttribute("href") === `#/${nameOf(address)}` && address.parts.length < 2) anchor.setAttribute("aria-current", "page");
     }
-    if (!first) {
-      scrollTo(0, 0);
+    next.placed?.(position?.inPage);
+    if (number > 1) {
+      scrollTo(0, position?.y ?? 0);
       main.focus({ preventScroll: true });
-      say(found.title);
+      announce(next.title);
     }
-    first = false;
     performance.mark("cratelm-shown");
-    main.dataset.shown = String(own);
+    main.dataset.shown = String(number);
   }
 
   const THEMES = ["auto", "light", "dark"];
+  const theme = () => THEMES.find((name) => name === storage.getItem("cratelm.theme")) ?? "auto";
   function setTheme(name) {
-    if (name === "auto") document.documentElement.removeAttribute("data-theme");
-    else document.documentElement.dataset.theme = name;
+    document.documentElement.dataset.theme = name;
     document.getElementById("theme").textContent = `Theme: ${name}`;
-    document.querySelector('meta[name="color-scheme"]').content = name === "auto" ? "light dark" : name;
+  }
+
+  function nextTheme() {
+    const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
+    storage.setItem("cratelm.theme", next);
+    setTheme(next);
+    announce(`Theme: ${next}`);
   }
 
   const KEYS = [
     ["j, →", "next neuron, in the list you came from"], ["k, ←", "previous neuron"], ["u", "up: from a neuron to its layer, from a layer to the overview"],
-    ["/", "search"], ["↑ ↓, Enter", "choose and open a neuron in a list"], ["Tab, then ← →", "walk along the tokens of an excerpt and read their values"],
-    ["1, 0, 2, n", "on the voting page: left, no difference, right, next pair"], ["t", "light, dark or as the system"], ["?", "this help"],
+    ["/", "search"], ["↑ ↓, Enter", "choose and open a neuron in a list"], ["Tab, then ↑ ↓ ← →", "choose an excerpt and read the values of its tokens"],
+    ["1, 0, 2, n", "on the voting page: A, no difference, B, next pair"], ["t", "theme: light, dark or as the system"], ["?", "this help"],
   ];
 
   function help() {
@@ -95,44 +99,31 @@
     dialog.showModal();
   }
 
-  function turnTheme() {
-    const now = memory.read("theme") ?? "auto", next = THEMES[(THEMES.indexOf(now) + 1) % THEMES.length];
-    memory.write("theme", next);
-    setTheme(next);
-    say(`Theme: ${next}`);
-  }
-
   function up() {
-    const { parts } = parse(location.hash);
-    if (shown.keys) location.hash = trailLink(shown.keys.place);
-    else if (parts.length) location.hash = "#/";
+    if (shown.keys) location.hash = cratelm.listLink(shown.keys.place);
+    else if (parse(location.hash).parts.length) location.hash = "#/";
   }
 
-  function go(to) {
+  function open(index) {
     if (!shown.keys) return false;
-    if (to === null) say("There is no further neuron in this list.");
-    else location.hash = link(shown.keys.place, to);
+    if (index === null) announce("This is the last neuron in this direction.");
+    else location.hash = link(shown.keys.place, index);
     return true;
   }
 
-  function pressed(event) {
+  const next = () => open(shown.keys?.next), previous = () => open(shown.keys?.previous);
+  const ACTIONS = new Map(Object.entries({
+    j: next, ArrowRight: next, k: previous, ArrowLeft: previous, u: up, "/": () => document.getElementById("query").select(), "?": help, t: nextTheme,
+    Escape: () => document.activeElement?.blur(),
+  }));
+
+  document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || document.getElementById("keys").open) return;
     if (event.target.closest("input, select, textarea") && event.key !== "Escape") return;
-    if (shown.key?.(event.key)) {
-      event.preventDefault();
-      return;
-    }
-    const actions = {
-      j: () => go(shown.keys?.next), ArrowRight: () => go(shown.keys?.next), k: () => go(shown.keys?.previous), ArrowLeft: () => go(shown.keys?.previous),
-      u: up, "/": () => document.getElementById("query").select(), "?": help, t: turnTheme, Escape: () => document.activeElement?.blur(),
-    };
-    if (!Object.hasOwn(actions, event.key) || actions[event.key]() === false) return;
-    event.preventDefault();
-  }
-
-  document.addEventListener("keydown", pressed);
+    if (shown.key?.(event.key) || (ACTIONS.has(event.key) && ACTIONS.get(event.key)() !== false)) event.preventDefault();
+  });
   document.getElementById("help").addEventListener("click", help);
-  document.getElementById("theme").addEventListener("click", turnTheme);
+  document.getElementById("theme").addEventListener("click", nextTheme);
   document.getElementById("skip").addEventListener("click", (event) => {
     event.preventDefault();
     main.focus();
@@ -143,6 +134,6 @@
     if (question) location.hash = `#/search?q=${encodeURIComponent(question)}`;
   });
   addEventListener("hashchange", route);
-  setTheme(THEMES.includes(memory.read("theme")) ? memory.read("theme") : "auto");
+  setTheme(theme());
   route();
 })();

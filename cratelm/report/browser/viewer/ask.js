@@ -2,26 +2,22 @@
 /* On a neuron's page: ask the configured language model for an explanation. */
 
 (() => {
-  const { h, say, troubleBox } = cratelm;
+  const { h, section, announce, errorBox } = cratelm;
 
-  cratelm.live = cratelm.live ?? {};
-  cratelm.live.explain = (site, neuron) => {
-    const { place, index } = neuron, said = h("div", { "aria-live": "polite" });
-    const button = h("button", { type: "button", class: "get", on: { click: ask } }, `Ask ${site.capabilities.explain.explainer}`);
-
-    async function ask() {
-      button.disabled = true;
-      said.replaceChildren(h("p", { class: "loading" }, "Asking"));
+  cratelm.live.explain = (site, { place, index }) => {
+    const result = h("div", { "aria-live": "polite" });
+    const ask = cratelm.button(`Ask ${site.capabilities.explain.explainer}`, async () => {
+      ask.disabled = true;
+      result.replaceChildren(h("p", { class: "loading" }, "Waiting for the answer"));
       try {
-        const found = await cratelm.api.post("explain", { model: place.model.slug, tap: place.tap.slug, layer: place.layer, neuron: index });
-        said.replaceChildren(found.text ? h("p", { class: "said-of" }, cratelm.text.visible(found.text)) : h("p", { class: "missing" }, `No explanation: ${found.failure}`));
-        say(found.text ? `Explanation: ${found.text}` : "The language model gave no explanation.");
+        const { text, failure } = await cratelm.api.post("explain", { model: place.model.slug, tap: place.tap.slug, layer: place.layer, neuron: index });
+        result.replaceChildren(text ? h("p", { class: "explanation" }, text) : h("p", { class: "missing" }, `No explanation: ${failure}`));
+        announce(text ? `Explanation: ${text}` : "The language model gave no explanation.");
       } catch (error) {
-        said.replaceChildren(troubleBox(error));
+        result.replaceChildren(errorBox(error));
       }
-      button.disabled = false;
-    }
-
-    return h("section", { "aria-labelledby": "ask" }, h("h2", { id: "ask" }, "Explain it now"), h("p", { class: "gets" }, button), said);
+      ask.disabled = false;
+    });
+    return section("ask", "Explain it with a language model", h("p", { class: "gets" }, ask), result);
   };
 })();

@@ -1,153 +1,108 @@
 "use strict";
-/* Drawings from numbers: bars, and points of two quantities. Colours come from the style sheet. */
+/* Charts: bars, and points of two quantities. Colours come from the style sheet. */
 
 (() => {
   const { s } = cratelm;
   const { digits } = cratelm.text;
   const MARGIN = { left: 54, right: 10, top: 12, bottom: 38 };
 
-  const narrow = () => innerWidth < 640;
-
-  /** An empty drawing with room for axes, wide or narrow as the screen is. */
-  function frame(label, height = 220, small = false) {
-    const width = small || narrow() ? 330 : 480;
+  /** An empty drawing with room for axes; narrower on a narrow screen. */
+  function frame(label, height, small = false) {
+    const width = small || innerWidth < 640 ? 330 : 480;
     const drawing = s("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": label });
-    const box = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
-    return { drawing, box };
+    return { drawing, box: { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom } };
+  }
+
+  const line = (x1, y1, x2, y2, kind) => s("line", { x1, y1, x2, y2, class: kind });
+  const text = (x, y, anchor, kind, content, more = {}) => s("text", { x, y, "text-anchor": anchor, class: kind, ...more }, content);
+
+  /** Axes with ticks `[position, text]` and titles. */
+  function drawAxes(drawing, { left, right, top, bottom }, x, y) {
+    const middle = (top + bottom) / 2;
+    drawing.append(
+      ...y.ticks.flatMap(([at, label]) => [line(left, at, right, at, "grid"), text(left - 6, at + 3.5, "end", "tick", label)]),
+      text(11, middle, "middle", "label", y.title, { transform: `rotate(-90 11 ${middle})` }),
+      line(left, bottom, right, bottom, "axis"),
+      ...x.ticks.flatMap(([at, label]) => [line(at, bottom, at, bottom + 4, "axis"), text(at, bottom + 16, "middle", "tick", label)]),
+      text((left + right) / 2, bottom + 33, "middle", "label", x.title));
   }
 
   /** Round numbers that cover a range. */
   function ticks(low, high, wanted = 5) {
-    const raw = (high - low) / wanted || 1;
-    const size = 10 ** Math.floor(Math.log10(raw));
-    const step = size * [1, 2, 5, 10].find((factor) => factor * size >= raw);
-    const found = [];
-    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) found.push(k * step);
-    return found;
+    const raw = (high - low) / wanted || 1, size = 10 ** Math.floor(Math.log10(raw));
+    const step = size * [1, 2, 5, 10].find((factor) => factor * size >= raw), first = Math.ceil(low / step - 1e-9);
+    return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
   }
 
-  function axisX(drawing, box, marks, title) {
-    drawing.append(s("line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, class: "axis" }));
-    for (const { x, text } of marks) {
-      drawing.append(
-        s("line", { x1: x, x2: x, y1: box.bottom, y2: box.bottom + 4, class: "axis" }),
-        s("text", { x, y: box.bottom + 16, "text-anchor": "middle", class: "tick" }, text),
-      );
-    }
-    drawing.append(s("text", { x: (box.left + box.right) / 2, y: box.bottom + 33, "text-anchor": "middle", class: "label" }, title));
-  }
+  /** 0 and the powers of ten from 1/200 of the largest count. */
+  const rootTicks = (largest) => [0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9].filter((level) => !level || (level >= largest / 200 && level <= largest));
 
-  function axisY(drawing, box, marks, title) {
-    for (const { y, text } of marks) {
-      drawing.append(
-        s("line", { x1: box.left, x2: box.right, y1: y, y2: y, class: "grid" }),
-        s("text", { x: box.left - 6, y: y + 3.5, "text-anchor": "end", class: "tick" }, text),
-      );
-    }
-    const x = 11, y = (box.top + box.bottom) / 2;
-    drawing.append(s("text", { x, y, transform: `rotate(-90 ${x} ${y})`, "text-anchor": "middle", class: "label" }, title));
-  }
+  /** Function from a range of values to a range of pixels. */
+  const scaleTo = (low, high, from, to) => (value) => from + ((value - low) / (high - low)) * (to - from);
 
   /**
-   * Bars next to each other.
-   * @param {{from: number, to: number, count: number, text: string, kind?: string}[]} bars in units of the horizontal axis
-   * @param {{label: string, x: string, y: string, marks?: {at: number, text: string}[], root?: boolean, small?: boolean}} told
+   * Bars next to each other. With `root`, heights follow the square root, so that one token is visible next to thousands.
+   * @param {{from: number, to: number, count: number, text: string}[]} all in units of the horizontal axis
+   * @param {{label: string, x: string, y: string, marks?: {at: number, text: string}[], root?: boolean, small?: boolean}} options
    */
-  function bars(bars, told) {
-    const { drawing, box } = frame(told.label, 220, told.small);
-    const low = bars[0].from, high = bars[bars.length - 1].to;
-    const most = Math.max(1, ...bars.map((bar) => bar.count));
-    // The root of a count lets one neuron or token be seen beside thousands.
-    const scale = (count) => (told.root ? Math.sqrt(count / most) : count / most);
-    const x = (value) => box.left + ((value - low) / (high - low)) * (box.right - box.left);
-    const y = (count) => box.bottom - scale(count) * (box.bottom - box.top);
-    const levels = told.root ? rootTicks(most) : ticks(0, most, 4).filter(Number.isInteger);
-    axisY(drawing, box, levels.map((count) => ({ y: y(count), text: digits(count) })), told.y);
-    for (const bar of bars) {
-      if (!bar.count) continue;
-      const top = Math.min(y(bar.count), box.bottom - 1);
-      const shape = s("rect", {
-        x: x(bar.from) + 0.5, y: top, width: Math.max(x(bar.to) - x(bar.from) - 1, 0.5), height: box.bottom - top,
-        class: bar.kind ?? "bar",
-      }, s("title", {}, bar.text));
-      drawing.append(shape);
-    }
-    const marks = told.marks ?? ticks(low, high).map((at) => ({ at, text: digits(at) }));
-    axisX(drawing, box, marks.map(({ at, text }) => ({ x: x(at), text })), told.x);
+  function bars(all, { label, x: titleX, y: titleY, marks, root = false, small = false }) {
+    const { drawing, box } = frame(label, 220, small);
+    const low = all[0].from, high = all.at(-1).to, largest = Math.max(1, ...all.map(({ count }) => count));
+    const x = scaleTo(low, high, box.left, box.right), height = scaleTo(0, 1, box.bottom, box.top);
+    const y = (count) => height(root ? Math.sqrt(count / largest) : count / largest);
+    const levels = root ? rootTicks(largest) : ticks(0, largest, 4).filter(Number.isInteger);
+    drawAxes(drawing, box,
+      { title: titleX, ticks: marks ? marks.map((mark) => [x(mark.at), mark.text]) : ticks(low, high).map((at) => [x(at), digits(at)]) },
+      { title: titleY, ticks: levels.map((count) => [y(count), digits(count)]) });
+    drawing.append(...all.filter(({ count }) => count).map((bar) => {
+      const top = Math.min(y(bar.count), box.bottom - 1), left = x(bar.from) + 0.5;
+      return s("rect", { x: left, y: top, width: Math.max(x(bar.to) - left - 0.5, 0.5), height: box.bottom - top, class: "bar" }, s("title", {}, bar.text));
+    }));
     return drawing;
   }
 
-  /** 0 and some powers of ten below the largest count. */
-  function rootTicks(most) {
-    const found = [0];
-    for (let level = 10 ** Math.floor(Math.log10(most)); level >= most / 200 && level >= 1; level /= 10) found.push(level);
-    return found;
-  }
-
   /**
-   * Points of two quantities, the horizontal one by powers of ten.
+   * Points of two quantities, the horizontal one on a logarithmic axis.
    * @param {{x: number, y: number, index: number}[]} points x > 0
-   * @param {{label: string, x: string, y: string, describe: function(any): string, open: function(any): void}} told
+   * @param {{label: string, x: string, y: string, describe: function(any): string, open: function(any): void}} options
    */
-  function scatter(points, told) {
-    const { drawing, box } = frame(told.label, 260);
-    const logs = points.map((point) => Math.log10(point.x));
-    const low = Math.floor(Math.min(...range(logs, -4)) * 2) / 2, high = Math.max(Math.ceil(Math.max(...range(logs, 0)) * 2) / 2, low + 1);
-    const bottom = Math.min(0, ...range(points.map((point) => point.y), 0)), top = Math.max(bottom + 1, ...range(points.map((point) => point.y), 1));
-    const x = (value) => box.left + ((Math.log10(value) - low) / (high - low)) * (box.right - box.left);
-    const y = (value) => box.bottom - ((value - bottom) / (top - bottom)) * (box.bottom - box.top);
-    axisY(drawing, box, ticks(bottom, top).map((at) => ({ y: y(at), text: digits(at) })), told.y);
-    const powers = [];
-    for (let power = Math.ceil(low); power <= high + 1e-9; power += 1) powers.push({ x: x(10 ** power), text: digits(10 ** power, 1) });
-    axisX(drawing, box, powers, told.x);
-    // One path for all: ten thousand elements would be slow.
-    const placed = points.map((point) => ({ ...point, px: x(point.x), py: y(point.y) }));
-    drawing.append(s("path", { class: "points", d: placed.map((one) => `M${one.px.toFixed(1)} ${one.py.toFixed(1)}h0`).join("") }));
-    const ring = s("circle", { r: 5, class: "ring", visibility: "hidden" });
-    const caption = s("text", { class: "tick", y: box.top - 2 });
-    drawing.append(ring, caption);
-    const nearest = (event) => {
-      const area = drawing.getBoundingClientRect(), scale = drawing.viewBox.baseVal.width / area.width;
-      const ex = (event.clientX - area.left) * scale, ey = (event.clientY - area.top) * scale;
-      let best = null, distance = 14 ** 2;
-      for (const one of placed) {
-        const found = (one.px - ex) ** 2 + (one.py - ey) ** 2;
-        if (found < distance) [best, distance] = [one, found];
-      }
-      return best;
-    };
+  function scatter(points, { label, x: titleX, y: titleY, describe, open }) {
+    const { drawing, box } = frame(label, 220);
+    const [least, most] = extent(points.map((point) => Math.log10(point.x)), [-4, 0]), [lowest, highest] = extent(points.map((point) => point.y), [0, 1]);
+    const low = Math.floor(least * 2) / 2, high = Math.max(Math.ceil(most * 2) / 2, low + 1), bottom = Math.min(0, lowest), top = Math.max(bottom + 1, highest);
+    const x = scaleTo(low, high, box.left, box.right), y = scaleTo(bottom, top, box.bottom, box.top);
+    const powers = Array.from({ length: Math.floor(high + 1e-9) - Math.ceil(low) + 1 }, (_, i) => Math.ceil(low) + i);
+    drawAxes(drawing, box, { title: titleX, ticks: powers.map((power) => [x(power), digits(10 ** power, 1)]) },
+      { title: titleY, ticks: ticks(bottom, top).map((at) => [y(at), digits(at)]) });
+    // One path for all points: ten thousand elements would be slow.
+    const placed = points.map((point) => ({ ...point, px: x(Math.log10(point.x)), py: y(point.y) }));
+    const ring = s("circle", { r: 5, class: "ring", visibility: "hidden" }), caption = s("text", { class: "tick", y: box.top - 2 });
+    drawing.append(s("path", { class: "points", d: placed.map(({ px, py }) => `M${px.toFixed(1)} ${py.toFixed(1)}h0`).join("") }), ring, caption);
+
+    /** The point within 14 units of the pointer that is nearest to it. */
+    function nearest({ clientX, clientY }) {
+      const area = drawing.getBoundingClientRect(), unit = drawing.viewBox.baseVal.width / area.width;
+      const distance = ({ px, py }) => Math.hypot(px - (clientX - area.left) * unit, py - (clientY - area.top) * unit);
+      const closest = placed.reduce((best, point) => (best && distance(best) <= distance(point) ? best : point), null);
+      return closest && distance(closest) < 14 ? closest : null;
+    }
     drawing.addEventListener("pointermove", (event) => {
-      const one = nearest(event);
-      ring.setAttribute("visibility", one ? "visible" : "hidden");
-      drawing.classList.toggle("aims", Boolean(one));
-      caption.textContent = one ? told.describe(one) : "";
-      if (!one) return;
-      ring.setAttribute("cx", one.px);
-      ring.setAttribute("cy", one.py);
-      const right = one.px > (box.left + box.right) / 2;
-      caption.setAttribute("text-anchor", right ? "end" : "start");
-      caption.setAttribute("x", right ? box.right : box.left);
+      const point = nearest(event), isRight = point?.px > (box.left + box.right) / 2;
+      ring.setAttribute("visibility", point ? "visible" : "hidden");
+      drawing.classList.toggle("aims", Boolean(point));
+      caption.textContent = point ? describe(point) : "";
+      const attributes = point ? [[ring, { cx: point.px, cy: point.py }], [caption, { "text-anchor": isRight ? "end" : "start", x: isRight ? box.right : box.left }]] : [];
+      for (const [element, values] of attributes) for (const [name, value] of Object.entries(values)) element.setAttribute(name, value);
     });
     drawing.addEventListener("click", (event) => {
-      const one = nearest(event);
-      if (one) told.open(one);
+      const point = nearest(event);
+      if (point) open(point);
     });
     return drawing;
   }
 
-  /** Least and largest of many numbers, which are too many to be arguments of one call. */
-  function range(values, otherwise) {
-    if (!values.length) return [otherwise];
-    let low = values[0], high = values[0];
-    for (const value of values) {
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
-    return [low, high];
-  }
+  /** Smallest and largest of many numbers; `Math.min(...values)` fails on long lists. */
+  const extent = (values, otherwise = [0, 0]) => (values.length ? values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [values[0], values[0]]) : otherwise);
 
-  /** Lower edges of the bins of a record's histogram: 2^-16 times 1.5, 2, 3, 4, 6, ...; the first bin has none. */
-  const binEdge = (bin) => 2 ** (Math.floor(bin / 2) - 16) * (bin % 2 ? 1.5 : 1);
-
-  cratelm.charts = { bars, scatter, ticks, range, binEdge };
+  cratelm.charts = { bars, scatter, extent };
 })();

@@ -1,87 +1,95 @@
 "use strict";
-/* The one name that the page's scripts share, and how they make elements. Text from data only ever becomes text, and
-   letters in it that cannot be seen or that reorder what stands beside them are written out, whichever text it is. */
+/* The namespace that all scripts share, and functions that build elements. Data only ever becomes text nodes, and
+   characters that are invisible or that reorder their neighbours are written out. */
 
 const cratelm = Object.create(null);
 cratelm.pages = Object.create(null);
+/** Panels that a server adds to a neuron's page: capability -> function(site, neuron). */
+cratelm.live = Object.create(null);
 
 (() => {
-  /** Attributes that a person reads or is read. */
-  const READ = new Set(["title", "aria-label", "placeholder"]);
+  /** Attributes that are shown or read aloud. */
+  const TEXT_ATTRIBUTES = new Set(["title", "aria-label", "placeholder"]);
   const SVG = "http://www.w3.org/2000/svg";
-  const SVG_TAGS = new Set([
-    "svg", "g", "defs", "path", "use", "clipPath", "rect", "circle", "line", "polyline", "text", "tspan", "title",
-  ]);
+  const isShown = (child) => child !== null && child !== undefined && child !== false;
 
   /**
-   * Make an element. Attributes are ours, never names from data; `on` holds listeners, `data` goes to `dataset`.
+   * An HTML element. Attribute names never come from data; `on` holds listeners, `data` goes to `dataset`.
    * @param {string} tag
    * @param {Object<string, any>} [attributes]
    * @param {...(Node|string|number|null|undefined|false|Array)} children
    * @returns {HTMLElement}
    */
-  function h(tag, attributes = {}, ...children) {
-    const element = SVG_TAGS.has(tag) && tag !== "title" ? document.createElementNS(SVG, tag) : document.createElement(tag);
-    return fill(element, attributes, children);
-  }
+  const h = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 
-  /** An element of a drawing; the same as `h`, and for `title` too. */
-  function s(tag, attributes = {}, ...children) {
-    return fill(document.createElementNS(SVG, tag), attributes, children);
-  }
+  /** An SVG element; arguments as for `h`. */
+  const s = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
   function fill(element, attributes, children) {
     for (const [name, value] of Object.entries(attributes)) {
-      if (value === null || value === undefined || value === false) continue;
+      if (!isShown(value)) continue;
       if (name === "on") {
         for (const [event, listener] of Object.entries(value)) element.addEventListener(event, listener);
       } else if (name === "data") {
         Object.assign(element.dataset, value);
       } else if (name.startsWith("on") || (name === "href" && !/^#/.test(value))) {
-        throw new Error(`the attribute ${name} is not made here`);
+        throw new Error(`the attribute ${name} is not allowed here`);
       } else {
-        element.setAttribute(name, value === true ? "" : READ.has(name) ? cratelm.text.visible(String(value)) : String(value));
+        element.setAttribute(name, value === true ? "" : TEXT_ATTRIBUTES.has(name) ? cratelm.text.visible(String(value)) : String(value));
       }
     }
-    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false)
+    element.append(...children.flat(Infinity).filter(isShown)
       .map((child) => (child instanceof Node ? child : cratelm.text.visible(String(child)))));
     return element;
   }
 
-  /** Put some children in place of all that an element holds. */
-  function refill(element, ...children) {
-    element.replaceChildren();
-    return fill(element, {}, children);
+  /** A section that is labelled by its heading. */
+  const section = (id, title, ...children) => h("section", { "aria-labelledby": id }, h("h2", { id }, title), children);
+
+  const button = (text, act, attributes = {}) => h("button", { type: "button", class: "get", ...attributes, on: { click: act } }, text);
+
+  /** A choice between texts; `choose` gets the index of the chosen text. */
+  function select(texts, chosen, choose, attributes = {}) {
+    return h("select", { ...attributes, on: { change: (event) => choose(event.target.selectedIndex) } },
+      texts.map((text, i) => h("option", { selected: i === chosen }, text)));
   }
 
-  /** Tell who listens to the page instead of looking at it. */
-  function say(text) {
-    document.getElementById("said").textContent = cratelm.text.visible(text);
+  /** A small table: the first column and the heads are text, columns from `firstNumber` on are aligned to the right. */
+  function smallTable(label, heads, rows, firstNumber = 1) {
+    const align = (i) => ({ class: i >= firstNumber ? "n" : null });
+    return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, h("table", { "aria-label": label },
+      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { ...align(i), scope: "col" }, head)))),
+      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((content, i) => (i ? h("td", align(i), content) : h("th", { scope: "row" }, content))))))));
   }
 
-  /** What went wrong and what to do, for a page or a part of it. */
-  class Trouble extends Error {
-    /** @param {string} what @param {string} [remedy] */
-    constructor(what, remedy = "") {
-      super(what);
-      this.remedy = remedy;
+  /** Announce a change to screen readers. */
+  function announce(text) {
+    document.getElementById("status").textContent = cratelm.text.visible(text);
+  }
+
+  /** An error that a page shows: what failed, and what to do. */
+  class PageError extends Error {
+    /** @param {string} message @param {string} [hint] */
+    constructor(message, hint = "") {
+      super(message);
+      this.hint = hint;
     }
   }
 
-  function troubleBox(error) {
-    const told = error instanceof Trouble;
-    if (!told) console.error(error);
-    return h("div", { class: "trouble", role: "alert" },
-      h("p", {}, told ? error.message : `The page made a mistake: ${error.message}`),
-      told ? error.remedy && h("p", {}, error.remedy) : h("p", {}, "Please report it with the address of this page."));
+  function errorBox(error) {
+    const expected = error instanceof PageError;
+    if (!expected) console.error(error);
+    return h("div", { class: "error", role: "alert" },
+      h("p", {}, expected ? error.message : `The page failed: ${error.message}`),
+      expected ? error.hint && h("p", {}, error.hint) : h("p", {}, "Please report it with the address of this page."));
   }
 
   let counter = 0;
-  /** A fresh id for labels. */
-  const fresh = (what) => `${what}-${++counter}`;
+  /** An unused id for a label. */
+  const newId = (prefix) => `${prefix}-${++counter}`;
 
-  /** Run at most once in some milliseconds, after the last call. */
-  function later(milliseconds, work) {
+  /** Delay a call; a further call within `milliseconds` replaces it. */
+  function debounce(milliseconds, work) {
     let timer = 0;
     return (...values) => {
       clearTimeout(timer);
@@ -89,28 +97,16 @@ cratelm.pages = Object.create(null);
     };
   }
 
-  /** Something to remember in this browser; forgotten at once where it refuses to keep anything. */
-  const memory = {
-    kept: new Map(),
-    works: true,
-    /** @returns {string|null} */
-    read(name) {
-      try {
-        return localStorage.getItem(`cratelm.${name}`);
-      } catch {
-        this.works = false;
-        return this.kept.has(name) ? this.kept.get(name) : null;
-      }
-    },
-    write(name, text) {
-      this.kept.set(name, text);
-      try {
-        localStorage.setItem(`cratelm.${name}`, text);
-      } catch {
-        this.works = false;
-      }
-    },
-  };
+  /** The browser's storage; if the browser refuses it, a replacement that lasts until the page is closed. */
+  function openStorage() {
+    try {
+      localStorage.setItem("cratelm.test", "");
+      return localStorage;
+    } catch {
+      const values = new Map();
+      return { isTemporary: true, getItem: (name) => values.get(name) ?? null, setItem: (name, text) => values.set(name, text) };
+    }
+  }
 
-  Object.assign(cratelm, { h, s, refill, say, Trouble, troubleBox, fresh, later, memory });
+  Object.assign(cratelm, { h, s, section, button, select, smallTable, announce, PageError, errorBox, newId, debounce, storage: openStorage() });
 })();

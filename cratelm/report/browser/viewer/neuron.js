@@ -1,51 +1,40 @@
 "use strict";
-/* A neuron: what it is said to stand for and how well that predicts it, where it fires, and what is near it. */
+/* A neuron: its explanations and their scores, the excerpts it fires on, its numbers, weights and neighbours. */
 
 (() => {
-  const { h } = cratelm;
-  const { digits, percent, points, count, state, chip, exact, byWhom } = cratelm.text;
-  const { link, named, pathOf } = cratelm.routes;
+  const { h, section } = cratelm;
+  const { digits, percent, points, count, state, chip, exact, madeBy } = cratelm.text;
+  const { link, titleOf, pathOf, fileName } = cratelm.routes;
+  const { explanations, judgements, firing, bestScore } = cratelm.cards;
 
   cratelm.pages.neuron = async (site, place, index) => {
-    const neuron = await cratelm.data.neuron(place, index);
-    const layer = await cratelm.data.layer(place);
-    const way = around(layer, place, index);
-    const file = pathOf(place, index).replaceAll("/", "-");
-    const { getButton, json, neuronJson, linkButton } = cratelm.downloads;
+    const neuron = await cratelm.data.neuron(place, index), layer = await cratelm.data.layer(place);
+    const { before, after, position } = neighboursInList(layer, place, index), file = fileName(place, index);
+    const { jsonButton, neuronValues, linkButton } = cratelm.downloads;
     const page = h("div", {},
-      cratelm.crumbs(site, place, index),
+      cratelm.crumbs(site, place, true),
       h("div", { class: "head" },
-        h("h1", {}, `Neuron ${index}`, h("small", {}, named(place))),
-        h("nav", { class: "way", "aria-label": "Neurons before and after" },
-          step(place, way.before, "previous", "‹"), h("span", { class: "soft" }, way.text), step(place, way.after, "next", "›"))),
+        h("h1", {}, `Neuron ${index}`, h("small", {}, titleOf(place))),
+        h("nav", { class: "steps", "aria-label": "Previous and next neuron" },
+          step(place, before, "previous", "‹"), h("span", { class: "soft" }, position), step(place, after, "next", "›"))),
       neuron.status !== "scored" && h("p", { class: "state" }, state(neuron.status)),
       h("div", { class: "columns" },
         h("div", { class: "main" },
-          h("section", { "aria-labelledby": "explained" }, h("h2", { id: "explained" }, "Explanations"), cratelm.cards.explanations(neuron),
-            cratelm.cards.judgements(neuron.judged.filter((found) => !found.explainer)), cratelm.cards.firing(neuron)),
+          section("explained", "Explanations", explanations(neuron), judgements(neuron.judged.filter(({ explainer }) => !explainer)), firing(neuron)),
           excerpts(neuron, layer)),
         h("aside", { "aria-label": "Numbers of this neuron" },
-          facts(neuron), histogram(neuron, file), directions(neuron), neighbours(neuron, place),
-          h("section", { "aria-labelledby": "take" }, h("h2", { id: "take" }, "Take away"), h("p", { class: "gets" },
-            linkButton(), getButton("JSON", `${file}.json`, () => json(neuronJson(neuron)), "application/json"),
+          statistics(neuron), histogram(neuron, file), weights(neuron), neighbours(neuron, place),
+          section("export", "Export", h("p", { class: "gets" }, linkButton(), jsonButton(file, () => neuronValues(neuron)),
             h("a", { class: "get", href: `#/compare?a=${encodeURIComponent(pathOf(place, index))}` }, "Compare"))),
-          live(site, neuron))));
-    return { title: `Neuron ${index}, ${named(place)}`, page, keys: { next: way.after, previous: way.before, place } };
+          Object.entries(cratelm.live).map(([name, panel]) => site.capabilities[name] && panel(site, neuron)))));
+    return { title: `Neuron ${index}, ${titleOf(place)}`, page, keys: { next: after, previous: before, place } };
   };
 
-  /** What a server adds to the page of a neuron; a folder can do none of it. */
-  function live(site, neuron) {
-    return Object.entries(cratelm.live ?? {}).filter(([name]) => site.capabilities[name]).map(([, panel]) => panel(site, neuron));
-  }
-
-  /** The neurons before and after this one: in the list from which it was opened, or else by number. */
-  function around(layer, place, index) {
-    const trail = cratelm.trail;
-    const at = trail?.folder === place.folder ? trail.order.indexOf(index) : -1;
-    if (at >= 0) {
-      return { before: trail.order[at - 1] ?? null, after: trail.order[at + 1] ?? null, text: `${count(at + 1)} of ${count(trail.order.length)} in the list` };
-    }
-    return { before: index > 0 ? index - 1 : null, after: index + 1 < layer.neurons ? index + 1 : null, text: `of ${count(layer.neurons)}` };
+  /** The neurons before and after this one: in the list that was last shown, or else by number. */
+  function neighboursInList(layer, place, index) {
+    const { folder, order } = cratelm.lastList ?? {}, at = folder === place.folder ? order.indexOf(index) : -1;
+    if (at >= 0) return { before: order[at - 1] ?? null, after: order[at + 1] ?? null, position: `${count(at + 1)} of ${count(order.length)} in the list` };
+    return { before: index > 0 ? index - 1 : null, after: index + 1 < layer.neurons ? index + 1 : null, position: `of ${count(layer.neurons)}` };
   }
 
   function step(place, index, what, arrow) {
@@ -53,116 +42,96 @@
       : h("a", { class: "get", href: link(place, index), rel: what === "next" ? "next" : "prev", "aria-label": `${what} neuron, ${index}` }, arrow);
   }
 
-  const PARTS = new Map([["explain", "from documents for explaining"], ["score", "from documents for scoring"], ["all", "from the whole text"]]);
+  const PARTS = { explain: "from documents for explaining", score: "from documents for scoring", all: "from the whole text" };
 
   function excerpts(neuron, layer) {
-    if (!neuron.excerpts.some((group) => group.items.length)) {
-      return h("section", {}, h("h2", {}, "Excerpts"), h("p", { class: "missing" }, "No excerpt was recorded: there is no text on which this neuron fired."));
-    }
-    const scale = cratelm.excerpts.scaleOf(neuron.statistics);
-    const box = (item) => cratelm.excerpts.excerptBox(item, scale);
-    const sets = (kind) => neuron.excerpts.filter((group) => group.kind === kind && group.items.length);
-    return h("section", { "aria-labelledby": "excerpts" }, h("h2", { id: "excerpts" }, "Excerpts"), cratelm.excerpts.legend(neuron.statistics),
-      neuron.excerpts.some((group) => group.items.some((item) => item.predicted)) && cratelm.excerpts.predictions(`${layer.predicted.protocol}, ${byWhom(layer.predicted)}`),
-      sets("top").map((group) => [h("h3", {}, "Strongest", h("small", {}, PARTS.get(group.part))), group.items.map(box)]),
-      sets("random").map((group) => [h("h3", {}, "Random", h("small", {}, PARTS.get(group.part))), group.items.map(box)]),
-      quantiles(sets("quantile"), box));
+    const { excerptBox, excerptList, legend, predictionSwitch, scaleOf } = cratelm.excerpts;
+    const groups = neuron.excerpts.filter(({ items }) => items.length), scale = scaleOf(neuron.statistics);
+    if (!groups.length) return section("excerpts", "Excerpts", h("p", { class: "missing" }, "No excerpt was recorded: this neuron fired on none of the text."));
+    const boxes = (items) => items.map((item) => excerptBox(item, scale));
+    const ofKind = (kind, title) => groups.filter((group) => group.kind === kind)
+      .map(({ part, items }) => [h("h3", {}, title, h("small", {}, PARTS[part])), excerptList(boxes(items))]);
+    return section("excerpts", "Excerpts", legend(neuron.statistics),
+      groups.some(({ items }) => items.some(({ predicted }) => predicted)) && predictionSwitch(`${layer.predicted.protocol}, ${madeBy(layer.predicted)}`),
+      ofKind("top", "Strongest"), ofKind("random", "Random"), quantiles(groups.filter(({ kind }) => kind === "quantile").flatMap(({ items }) => items), boxes));
   }
 
-  /** From every height of activation, strongest interval first. */
-  function quantiles(groups, box) {
-    const items = groups.flatMap((group) => group.items);
+  /** Excerpts of every interval of activation, the strongest interval first. */
+  function quantiles(items, boxes) {
     if (!items.length) return null;
-    const most = Math.max(...items.map((item) => item.interval));
-    return [h("h3", {}, "From every height", h("small", {}, "documents sorted by their largest activation, cut into intervals of equal size")),
-      Array.from({ length: most + 1 }, (_, i) => most - i).map((interval) => {
-        const inside = items.filter((item) => item.interval === interval);
-        if (!inside.length) return null;
-        return [h("h4", {}, `Interval ${interval + 1} of ${most + 1}`, interval === most ? ", the strongest" : interval === 0 ? ", the weakest" : ""), inside.map(box)];
-      })];
+    const last = Math.max(...items.map(({ interval }) => interval));
+    const intervals = Array.from({ length: last + 1 }, (_, i) => last - i).filter((interval) => items.some((item) => item.interval === interval));
+    return [h("h3", {}, "By quantile", h("small", {}, "documents sorted by their largest activation, cut into intervals of equal size")),
+      cratelm.excerpts.excerptList(intervals.map((interval) => [
+        h("h4", {}, `Interval ${interval + 1} of ${last + 1}`, { [last]: ", the strongest", 0: ", the weakest" }[interval]),
+        boxes(items.filter((item) => item.interval === interval))]))];
   }
 
-  function facts(neuron) {
-    const { statistics } = neuron;
-    const best = cratelm.cards.best(neuron);
-    const rows = [
-      ["Best score", best === null ? "\u2013" : `${points(best)} points`], ["Density", `${percent(statistics.density)} % of tokens`],
-      ["Largest", digits(statistics.maximum, 4)], ["Smallest", digits(statistics.minimum, 4)], ["Mean", digits(statistics.mean, 4)],
-      ["Variance", digits(statistics.variance, 4)], ["Skewness", digits(statistics.skewness)], ["Kurtosis", digits(statistics.kurtosis)],
-    ];
-    return h("section", { "aria-labelledby": "facts" }, h("h2", { id: "facts" }, "In numbers"),
-      h("dl", { class: "facts" }, rows.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])));
+  /** Names and values. */
+  const valueList = (rows) => h("dl", { class: "values" }, rows.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+
+  function statistics(neuron) {
+    const { density, maximum, minimum, mean, variance, skewness, kurtosis } = neuron.statistics, score = bestScore(neuron);
+    return section("statistics", "Statistics", valueList([
+      ["Best score", score === null ? points(score) : `${points(score)} points`], ["Density", `${percent(density)} % of tokens`],
+      ["Largest activation", digits(maximum, 4)], ["Smallest activation", digits(minimum, 4)], ["Mean", digits(mean, 4)],
+      ["Variance", digits(variance, 4)], ["Skewness", digits(skewness)], ["Kurtosis", digits(kurtosis)],
+    ]));
   }
 
-  /** The record's histogram: two bars to an octave. */
+  /** Lower edge of a bin of a record's histogram: 2^-16 times 1, 1.5, 2, 3, 4, ... The first bin counts smaller values. */
+  const binEdge = (bin) => 2 ** (Math.floor(bin / 2) - 16) * (bin % 2 ? 1.5 : 1);
+  /** Bars of the histogram. Lower bins count few tokens and would make the bars too narrow. */
+  const MOST_BARS = 28;
+
   function histogram(neuron, file) {
-    const { histogram } = neuron;
-    if (!histogram?.counts.length) {
-      return h("section", {}, h("h2", {}, "Activations"), h("p", { class: "missing" }, "No histogram was recorded."));
+    const { first, counts } = neuron.histogram ?? { first: 0, counts: [] };
+    const bins = counts.map((tokens, i) => ({ tokens, low: binEdge(first + i), high: binEdge(first + i + 1), bin: first + i })).filter(({ bin }) => bin > 0);
+    const shown = bins.slice(Math.max(bins.findIndex(({ tokens }) => tokens > 0), bins.length - MOST_BARS)).map((bin, i) => ({
+      ...bin, from: i, to: i + 1, count: bin.tokens, text: `${digits(bin.low)} to ${digits(bin.high)}: ${count(bin.tokens)} tokens`,
+    }));
+    if (!shown.some(({ tokens }) => tokens)) {
+      return section("activations", "Activations", h("p", { class: "missing" }, counts.length ? "No counted token has an activation above 0." : "No histogram was recorded."));
     }
-    const { binEdge, bars } = cratelm.charts;
-    const silent = histogram.first === 0 ? histogram.counts[0] : 0;
-    const counts = histogram.first === 0 ? histogram.counts.slice(1) : histogram.counts, first = Math.max(histogram.first, 1);
-    const skipped = counts.findIndex((one) => one > 0);
-    if (skipped < 0) return h("section", {}, h("h2", {}, "Activations"), h("p", { class: "missing" }, "No counted token has an activation above 0."));
-    // Bars far below the largest activation hold next to nothing and would only squeeze the others.
-    const from = Math.max(skipped, counts.length - 28), shown = counts.slice(from).map((one, i) => {
-      const low = binEdge(first + from + i), high = binEdge(first + from + i + 1);
-      return { from: i, to: i + 1, count: one, low, high, text: `${digits(low)} to ${digits(high)}: ${count(one)} tokens` };
-    });
-    const less = silent + counts.slice(0, from).reduce((a, b) => a + b, 0);
-    const marks = shown.map((bar, i) => ({ at: i, text: digits(bar.low, 2) })).filter((_, i) => (shown.length - i) % 7 === 0);
-    const drawing = bars(shown, { label: `Histogram of activations from ${digits(shown[0].low)} to ${digits(shown.at(-1).high)}`, x: "activation (logarithmic)", y: "tokens", marks, root: true, small: true });
-    return h("section", { "aria-labelledby": "activations" }, h("h2", { id: "activations" }, "Activations"),
-      cratelm.figure.figure(`${file}-activations`, drawing, `Of every fourth token; ${count(less)} more are below ${digits(shown[0].low, 2)} or silent`,
-        () => [["from", "to", "tokens"], ...shown.map((bar) => [bar.low, bar.high, bar.count])]));
+    const sum = (list) => list.reduce((a, b) => a + b, 0), rest = sum(counts) - sum(shown.map(({ tokens }) => tokens)), lowest = shown[0].low;
+    const marks = shown.map(({ low }, i) => ({ at: i, text: digits(low, 2) })).filter((_, i) => (shown.length - i) % 7 === 0);
+    const drawing = cratelm.charts.bars(shown, { label: `Histogram of activations from ${digits(lowest)} to ${digits(shown.at(-1).high)}`, x: "activation (logarithmic)", y: "tokens", marks, root: true, small: true });
+    return section("activations", "Activations", cratelm.figure.figure(`${file}-activations`, drawing, `Of every fourth token; ${count(rest)} more are below ${digits(lowest, 2)} or 0`,
+      () => [["from", "to", "tokens"], ...shown.map(({ low, high, tokens }) => [low, high, tokens])]));
   }
 
   const LISTS = new Map([
-    ["tokens_in", ["Tokens in", "what drives it: its direction against each token's embedding"]],
+    ["tokens_in", ["Tokens in", "agreement of its direction with each token's embedding"]],
     ["tokens_alone", ["Tokens alone", "its activation when the model reads only this token"]],
     ["tokens_out", ["Tokens out", "its effect on the logits, per unit of activation"]],
-    ["predecessors", ["Driven by", "neurons of the layer before"]],
-    ["successors", ["Drives", "neurons of the layer after"]],
+    ["predecessors", ["Neurons before", "in the previous layer, by weights"]],
+    ["successors", ["Neurons after", "in the next layer, by weights"]],
   ]);
-
-  /** What the weights say: tokens in and out, effects on the logits, neurons before and after. */
-  function directions(neuron) {
-    const { place } = neuron, found = neuron.directions;
-    const title = h("h2", { id: "weights" }, "By its weights");
-    if (!found) {
-      return h("section", { "aria-labelledby": "weights" }, title,
-        h("p", { class: "missing" }, "Tokens in and out are not computed. Run: ", h("code", {}, `cratelm directions ${place.model.run}`), cratelm.data.served ? ", then reload this page." : " and make the site anew."));
-    }
-    return h("section", { "aria-labelledby": "weights" }, title, Array.from(LISTS, ([name, [heading, what]]) => {
-      const list = found.lists[name];
-      if (!list) return null;
-      const beside = { predecessors: -1, successors: 1 }[name];
-      const layer = beside && place.tap.layers.find((one) => one.layer === place.layer + beside);
-      const entry = ([one, value]) => h("li", {}, beside ? (layer ? h("a", { href: link({ ...place, ...layer }, one) }, String(one)) : String(one)) : chip(one),
-        h("span", { title: exact(value) }, digits(value, 2)));
-      const ends = [list.largest, list.smallest].filter((end) => end.length);
-      return ends.length > 0 && [h("h3", {}, heading, h("small", {}, what)), h("div", { class: "ends" }, ends.map((end, i) =>
-        h("ol", { "aria-label": `${heading}, ${i ? "smallest" : "largest"}` }, end.map(entry))))];
-    }), heads(found.heads));
-  }
-
+  const LAYER_STEP = { predecessors: -1, successors: 1 };
   const HEADS = new Map([["heads_in", "Read from heads"], ["heads_out.shared", "Read by heads"], ["heads_out.query", "Read by queries"], ["heads_out.key", "Read by keys"], ["heads_out.value", "Read by values"]]);
 
-  /** The share of each attention head. */
-  function heads(found) {
-    const known = Array.from(HEADS).filter(([name]) => found[name]);
-    return known.length > 0 && [h("h3", {}, "Heads", h("small", {}, "share of each, in per cent")), h("dl", { class: "facts" }, known.map(([name, what]) => [h("dt", {}, what),
-      h("dd", {}, found[name].map((share) => (100 * share).toFixed(0)).join(" \u00b7 "))]))];
+  /** Tokens in and out, effects on the logits, neurons of the layers before and after, attention heads. */
+  function weights({ place, directions }) {
+    if (!directions) {
+      return section("weights", "Weights", h("p", { class: "missing" }, "Tokens in and out are not computed. Run: ", h("code", {}, `cratelm directions ${place.model.run}`), cratelm.data.thenRefresh));
+    }
+    const heads = Array.from(HEADS).filter(([name]) => directions.heads[name]);
+    return section("weights", "Weights", Array.from(LISTS, ([name, [heading, what]]) => {
+      const layer = LAYER_STEP[name] && place.tap.layers.find((entry) => entry.layer === place.layer + LAYER_STEP[name]);
+      const label = (entry) => (!LAYER_STEP[name] ? chip(entry) : layer ? h("a", { href: link({ ...place, ...layer }, entry) }, entry) : String(entry));
+      const ends = Object.entries(directions.lists[name] ?? {}).filter(([, entries]) => entries.length);
+      return ends.length > 0 && [h("h3", {}, heading, h("small", {}, what)), h("div", { class: "ends" }, ends.map(([end, entries]) =>
+        h("ol", { "aria-label": `${heading}, ${end}` }, entries.map(([entry, value]) => h("li", {}, label(entry), h("span", { title: exact(value) }, digits(value, 2)))))))];
+    }), heads.length > 0 && [h("h3", {}, "Heads", h("small", {}, "share of each, in per cent")),
+      valueList(heads.map(([name, title]) => [title, directions.heads[name].map((share) => (100 * share).toFixed(0)).join(" \u00b7 ")]))]);
   }
 
   function neighbours(neuron, place) {
-    const lists = [["similar", "Nearest by direction", "cosine of the directions they write in"], ["cofiring", "Fire together", "tokens on which both fire / tokens on which either does"]];
-    return h("section", { "aria-labelledby": "near" }, h("h2", { id: "near" }, "Neighbours"),
-      lists.map(([name, title, unit]) => [h("h3", {}, title, h("small", {}, unit)),
-        neuron.neighbours[name].length
-          ? h("ol", { class: "near" }, neuron.neighbours[name].map(([index, value]) => h("li", {},
-            h("a", { href: link(place, index), "aria-label": `Neuron ${index}, ${digits(value)}` }, String(index)), h("span", { title: exact(value) }, digits(value, 2)))))
-          : h("p", { class: "missing" }, "Not recorded.")]));
+    const lists = [["similar", "Nearest directions", "cosine of the directions they write"], ["cofiring", "Fire together", "tokens on which both fire / tokens on which either fires"]];
+    return section("near", "Neighbours", lists.map(([name, title, unit]) => [h("h3", {}, title, h("small", {}, unit)),
+      neuron.neighbours[name].length
+        ? h("ol", { class: "near" }, neuron.neighbours[name].map(([index, value]) => h("li", {},
+          h("a", { href: link(place, index), "aria-label": `Neuron ${index}, ${digits(value)}` }, index), h("span", { title: exact(value) }, digits(value, 2)))))
+        : h("p", { class: "missing" }, "Not recorded.")]));
   }
 })();

@@ -2,7 +2,7 @@
 /* Steer neurons: the effect on the next token, and the text continued with and without steering. */
 
 (() => {
-  const { h, say, later, troubleBox } = cratelm;
+  const { h, announce, debounce, errorBox, smallTable } = cratelm;
   const { chip, digits, percent, visible } = cratelm.text;
 
   /** @param {{state: any, text: function(): string}} page */
@@ -10,7 +10,7 @@
     const effect = h("div", { class: "effect" }), texts = h("div", { class: "texts" }), most = state.live.limits.new_tokens;
     const length = h("input", { type: "number", min: 1, max: most, value: Math.min(60, most), "aria-label": "Tokens to generate" });
     const temperature = h("input", { type: "number", min: 0, max: 5, step: 0.1, value: 0, "aria-label": "Temperature" });
-    const button = h("button", { type: "button", class: "choice", on: { click: () => (running ? stop() : generate()) } }, "Continue");
+    const button = cratelm.button("Continue", () => (running ? stop() : generate()), { class: "choice" });
     let latest = 0, running = null;
 
     const request = () => ({
@@ -22,7 +22,7 @@
       const number = ++latest;
       let shown = [];
       if (state.changes.length && text()) {
-        shown = await cratelm.api.post("effect", request()).then((answer) => [...effectTables(answer)], (error) => [troubleBox(error)]);
+        shown = await cratelm.api.post("effect", request()).then((answer) => [...effectTables(answer)], (error) => [errorBox(error)]);
       }
       if (number === latest) effect.replaceChildren(...shown);
     }
@@ -53,18 +53,18 @@
       try {
         await cratelm.api.lines("continue", { ...request(), tokens: Number(length.value), temperature: Number(temperature.value) }, (line) => {
           if (controller.signal.aborted) return;
-          if (line.error) texts.append(troubleBox(new cratelm.Trouble(`${line.error}.`)));
+          if (line.error) texts.append(errorBox(new cratelm.PageError(`${line.error}.`)));
           for (const [name, output] of Object.entries(outputs)) if (line[name]) output.append(withLineBreaks(line[name]));
         }, controller.signal);
-        say("Both texts are complete.");
+        announce("Both texts are complete.");
       } catch (error) {
-        if (error.name !== "AbortError") texts.append(troubleBox(error));
+        if (error.name !== "AbortError") texts.append(errorBox(error));
       }
       if (running === controller) stop();
     }
 
     const controls = h("p", { class: "answer" }, button, h("span", { class: "field" }, length, " tokens"), h("span", { class: "field" }, "temperature ", temperature));
-    return { results: h("div", { class: "made" }, effect, texts), effectSoon: later(250, showEffect), controls, clear };
+    return { results: h("div", { class: "made" }, effect, texts), effectSoon: debounce(250, showEffect), controls, clear };
   };
 
   /** Generated text with visible line breaks. */
@@ -73,9 +73,8 @@
   /** Tables of the tokens that become more and less probable. */
   function* effectTables(answer) {
     yield h("h3", {}, "Next token", h("small", {}, `${percent(answer.moved)} % of the probability moves; divergence ${digits(answer.divergence)} nats; ${answer.changes.join(", ")}`));
-    yield h("div", { class: "side three" }, [["rises", "Rises"], ["falls", "Falls"], ["likeliest", "Most likely before"]].map(([name, title]) =>
-      h("div", { class: "scroll" }, h("table", { "aria-label": title }, h("thead", {}, h("tr", {}, [title, "before", "after"].map((head, i) => h("th", { scope: "col", class: i ? "n" : null }, head)))),
-        h("tbody", {}, answer[name].length ? answer[name].map((row) => h("tr", {}, h("th", { scope: "row" }, chip(row.text)),
-          h("td", { class: "n" }, `${percent(row.before)} %`), h("td", { class: "n" }, `${percent(row.after)} %`))) : h("tr", {}, h("td", { colspan: 3, class: "missing" }, "none")))))));
+    yield h("div", { class: "side three" }, [["rises", "More probable"], ["falls", "Less probable"], ["likeliest", "Most probable before"]].map(([name, title]) =>
+      smallTable(title, [title, "before", "after"], answer[name].length
+        ? answer[name].map(({ text, before, after }) => [chip(text), `${percent(before)} %`, `${percent(after)} %`]) : [["none"]])));
   }
 })();

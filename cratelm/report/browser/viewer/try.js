@@ -96,8 +96,8 @@
     async function showAlong() {
       if (!state.along) return;
       const number = ++latestAlong, { model, along: chosen } = state;
-      const shown = await alongText(model, chosen, textShown, () => steerNeuron(chosen), unfollow).catch((error) => [errorBox(error)]);
-      if (number === latestAlong) along.replaceChildren(...shown);
+      const shown = await alongText(model, chosen, textShown, () => steerNeuron(chosen), unfollow).catch(errorBox);
+      if (number === latestAlong) along.replaceChildren(shown);
     }
 
     function unfollow() {
@@ -187,13 +187,14 @@
     const answer = await cratelm.api.post("activations", { model: model.slug, text, layer, neuron });
     const values = Float32Array.from(answer.values), { extent } = cratelm.charts, { excerptBox, excerptList, legend, scaleOf } = cratelm.excerpts;
     const tap = model.taps.find(({ name }) => name === "neurons"), recorded = tap?.layers.find((entry) => entry.layer === layer);
-    const place = recorded && { model, tap, ...recorded }, known = place && (await cratelm.data.layer(place)).statistics;
-    const [lowest, highest] = extent(values), statistics = known?.maximum[neuron] ? { maximum: known.maximum[neuron], minimum: known.minimum?.[neuron] ?? 0 } : { maximum: highest, minimum: lowest };
+    const place = recorded && { model, tap, ...recorded }, known = place && (await cratelm.data.neuron(place, neuron)).statistics;
+    const [lowest, highest] = extent(values), statistics = known?.maximum ? known : { maximum: highest, minimum: lowest };
     announce(`Neuron ${neuron} of layer ${layer} along the text; its largest activation here is ${digits(highest)}.`);
-    return [h("h3", {}, `Neuron ${neuron} of layer ${layer} along the text`),
-      highest > 0 || lowest < 0 ? legend(statistics, exact, "from 0 to the neuron's largest activation; a token without colour is 0") : h("p", { class: "missing" }, "Its activation is 0 at every token."),
+    return h("div", {}, h("h3", {}, `Neuron ${neuron} of layer ${layer} along the text`),
+      legend(statistics, exact, "from 0 to the neuron's largest activation; a token without colour is 0"),
+      highest === 0 && lowest === 0 && h("p", { class: "missing" }, "Its activation is 0 at every token."),
       excerptList(excerptBox({ tokens: answer.tokens, values, document: "typed", position: 0 }, scaleOf(statistics))),
-      h("p", { class: "gets" }, place && h("a", { class: "get", href: cratelm.routes.link(place, neuron) }, "Its page"), button("Steer it", steer), button("Close", close))];
+      h("p", { class: "gets" }, place && h("a", { class: "get", href: cratelm.routes.link(place, neuron) }, "Its page"), button("Steer it", steer), button("Close", close)));
   }
 
   /** One row per steered neuron, then the form that adds a neuron. */

@@ -23,6 +23,8 @@ from typing import Any
 from cratelm import __version__
 from cratelm.errors import CrateError
 
+SWITCH = "CRATELM_VERIFY"  # `checksums.SWITCH`: not imported, since `--help` loads no numpy
+
 VERBS = {
     "demo": "the whole flow below, small, on text that is already on this machine",
     "study": "train, score and compare many models, sizes by seeds: the paper's comparison with intervals",
@@ -69,7 +71,7 @@ FIRST_COMMANDS = ("cratelm demo", "cratelm generate runs/demo/crate-2l", "cratel
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 2 for a user's mistake, reported in one line, and 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, switch = list(sys.argv[1:] if argv is None else argv), os.environ.get(SWITCH, "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal, a file name that is not UTF-8
     try:
@@ -91,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
+    finally:
+        os.environ[SWITCH] = switch
     return 0
 
 
@@ -124,6 +128,9 @@ def _run(arguments: list[str]) -> None:
             print(f"cratelm {__version__}")
         case _ if (found := split_verb(arguments)) is not None:
             verb, rest = found
+            if "--no-verify" in rest:
+                rest.remove("--no-verify")
+                os.environ[SWITCH] = "0"
             module = importlib.import_module(command_module(verb))
             options = _parse(module, verb, rest)
             module.run(options)
@@ -171,7 +178,11 @@ def overview(columns: int) -> str:
         for verb in verbs:
             first = f"  {verb}".ljust(indent)
             lines += textwrap.wrap(VERBS[verb], width, initial_indent=first, subsequent_indent=" " * indent)
-    return "\n".join([*lines, "", "Options: cratelm COMMAND --help"])
+    lines += [
+        "",
+        "Options: cratelm COMMAND --help. Every command has --no-verify: read files without comparing checksums.",
+    ]
+    return "\n".join(lines)
 
 
 def _parse(module: ModuleType, verb: str, arguments: list[str]) -> Any:

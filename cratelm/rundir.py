@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cratelm.errors import CrateError
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -159,29 +159,6 @@ def check_format_version(path: Path, found: int | str) -> None:
             f"{path} has format version {found}, this cratelm reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U cratelm"
         )
-
-
-def write_tensors(path: Path, arrays: "Mapping[str, np.ndarray]", **metadata: str) -> None:
-    """Write arrays to a safetensors file atomically, with `format_version` in its metadata."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    # The library writes memory as it lies, so transposed and strided arrays must be made contiguous first.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format_version": str(FORMAT_VERSION), **metadata})
-
-
-def read_tensors(path: Path, *, hint: str) -> "dict[str, np.ndarray]":
-    """All arrays of a safetensors file of ours. `hint` ends the error message of a damaged file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            check_format_version(path, (file.metadata() or {}).get("format_version", 1))
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CrateError(f"{path} is not readable ({error}). {hint}") from None
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:

@@ -64,7 +64,14 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_names_every_file_tensor_and_field_of_a_collection(collected: Path) -> None:
     described = PAGE.split("## Records")[1].split("## Interpretations")[0]
-    shown = {"windows.safetensors", "records.json", "tokenizer.json", "layer_00.safetensors", "layer_01.safetensors"}
+    shown = {
+        "checksums.json",
+        "windows.safetensors",
+        "records.json",
+        "tokenizer.json",
+        "layer_00.safetensors",
+        "layer_01.safetensors",
+    }
     for mode in ("fixed", "compat"):
         folder = collected / "records" / mode
         assert {path.name for path in folder.rglob("*") if path.is_file()} == shown

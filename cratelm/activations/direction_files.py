@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from cratelm.activations.records import ABSENT
+from cratelm.checksums import read_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import read_json, read_tensors
+from cratelm.rundir import read_json
 
 End = Literal["largest", "smallest"]
 

@@ -19,8 +19,9 @@ from jaxtyping import Float32, Integer
 from tokenizers import Tokenizer, models
 
 from cratelm.activations.records import ABSENT, Mode, layer_file, records_folder
+from cratelm.checksums import write_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import atomic_path, origin, read_json, write_json, write_tensors
+from cratelm.rundir import atomic_path, origin, read_json, write_json
 from cratelm.runtime import ProgressBar, progress_bar
 
 Half = Literal["explain", "score"]

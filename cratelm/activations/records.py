@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
+from cratelm.checksums import read_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import read_json, read_tensors
+from cratelm.rundir import read_json
 
 Mode = Literal["fixed", "compat"]
 Kind = Literal["top", "random", "quantile"]

@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from cratelm.activations.records import Mode, layer_file, read_windows, records_folder
 from cratelm.activations.subject import Corpus, Subject
+from cratelm.checksums import write_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import differing_fields, origin, read_json, write_json, write_tensors
+from cratelm.rundir import differing_fields, origin, read_json, write_json
 
 TAP_SETTINGS = {"layers", "sae_hash"}
 """Settings of one tap; the other settings of a collection hold for all taps of the run."""

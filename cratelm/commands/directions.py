@@ -78,8 +78,9 @@ def _write(opened: "OpenModel", options: Options) -> dict[str, list[str]]:
     """Write a file for each layer and the tokenizer; return the lists of each layer."""
     from cratelm.activations.direction_files import directions_file
     from cratelm.activations.observe import observe
+    from cratelm.checksums import write_tensors
     from cratelm.data.tokenizer import vocabulary_size
-    from cratelm.rundir import atomic_path, write_tensors
+    from cratelm.rundir import atomic_path
     from cratelm.whitebox.directions import layer_directions, tokens_alone
     from cratelm.whitebox.wiring import wiring
 

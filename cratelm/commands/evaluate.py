@@ -142,7 +142,7 @@ def _strict(value: Any) -> Any:
 
 def _write_documents(run_folder: Path, losses: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write the loss of every document, with the identity of the evaluation."""
+    from cratelm.checksums import write_tensors
     from cratelm.report.results.loss import DOCUMENTS
-    from cratelm.rundir import write_tensors
 
     write_tensors(run_folder / DOCUMENTS, losses, split=result["split"], data_hash=result["data_hash"] or "")

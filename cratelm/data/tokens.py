@@ -5,7 +5,6 @@ next to them records tokenizer, counts, sources and hashes (`docs/formats.md`).
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from jaxtyping import Int64, UInt
 from tokenizers import Tokenizer
 
 from cratelm import runtime
+from cratelm.checksums import verify
 from cratelm.data.shards import SPLITS, Split, dtype_for, little_endian, split_of, write_shards
 from cratelm.data.text import Document, fingerprint, source_bytes, stream_documents
 from cratelm.data.tokenizer import (
@@ -54,8 +54,8 @@ class TokenDirectory:
     """Settings, hash of the document stream, skipped documents, time and versions; empty for a bare folder."""
 
     @classmethod
-    def open(cls, path: Path, *, tokenizer: str | None = None, verify: bool = False) -> "TokenDirectory":
-        """Open a folder and check the size of every shard; with `verify` also their sha256, reading them whole.
+    def open(cls, path: Path, *, tokenizer: str | None = None) -> "TokenDirectory":
+        """Open a folder and check the size of every shard; `tokens` checks the sha256 of the one it reads.
 
         A bare nanoGPT folder opens when its `tokenizer` is named; elsewhere a named tokenizer must be the folder's own.
         """
@@ -69,19 +69,22 @@ class TokenDirectory:
         except (KeyError, TypeError, AttributeError) as error:
             raise CrateError(f"{path / 'tokens.json'} lacks or misspells a field ({error}). Tokenize again") from None
         directory = cls(path=path, splits=splits, **fields)
-        _check_shards(directory, verify)
+        _check_shards(directory)
         if tokenizer is not None and tokenizer_hash(load_tokenizer(tokenizer)) != directory.tokenizer_hash:
             raise CrateError(f"{path} was made with another tokenizer than {tokenizer}. Leave --tokenizer out")
         return directory
 
     def tokens(self, split: str) -> UInt[np.ndarray, " tokens"]:
-        """All ids of a split, mapped read-only: nothing is read before it is used."""
+        """All ids of a split, mapped read-only. Raises CrateError if their sha256 is not the one in tokens.json."""
         if split not in self.splits:
             raise CrateError(
                 f"{self.path} has no split {split} (found: {', '.join(self.splits)}). "
                 "Tokenize again with a share for it: --held-out for val, --test for test"
             )
-        return np.memmap(self.path / f"{split}.bin", dtype=little_endian(self.dtype), mode="r")
+        shard = self.path / f"{split}.bin"
+        if (expected := self.splits[split].sha256) is not None:
+            verify(shard, expected)
+        return np.memmap(shard, dtype=little_endian(self.dtype), mode="r")
 
     def documents(self, split: str) -> Int64[np.ndarray, " boundaries"]:
         """Where documents begin, and at the end the number of tokens: document i is `tokens[o[i]:o[i + 1]]`.
@@ -160,7 +163,7 @@ def _open_bare(path: Path, tokenizer: str | None) -> TokenDirectory:
     )  # fmt: skip
 
 
-def _check_shards(directory: TokenDirectory, verify: bool) -> None:
+def _check_shards(directory: TokenDirectory) -> None:
     if directory.dtype not in ("uint16", "uint32") or directory.dtype < dtype_for(directory.vocab_size):
         raise CrateError(
             f"{directory.path / 'tokens.json'} says dtype {directory.dtype}, but a vocabulary of "
@@ -174,10 +177,6 @@ def _check_shards(directory: TokenDirectory, verify: bool) -> None:
         if shard.stat().st_size != expected:
             found = f"{shard.stat().st_size} bytes, {split.tokens} ids of {directory.dtype} are {expected}"
             raise CrateError(f"{shard} does not match tokens.json ({found}). Tokenize again")
-        if verify:
-            with open(shard, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != split.sha256:
-                    raise CrateError(f"{shard} does not match its sha256 in tokens.json. Tokenize again")
 
 
 def tokenize(

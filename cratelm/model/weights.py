@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cratelm.checksums import verify, write_checksums
 from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
@@ -71,11 +72,13 @@ def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None =
                 "padding_side": "left", **dict.fromkeys(names, END_OF_TEXT),
             }  # fmt: skip
             (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_checksums(temporary)
 
 
 def load_model(folder: Path) -> LanguageModel:
     """Read a model directory; weights stay in float32 on the CPU, in evaluation mode."""
     path = folder / "config.json"
+    verify(path)
     fields, state = _read_fields(path), _read_weights(folder)
     try:
         config, state = _fit(path, fields, state)
@@ -126,6 +129,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     names = sorted(set(_read_fields(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     state: dict[str, Tensor] = {}
     for name in names:
+        verify(folder / name)
         try:
             state |= load_file(folder / name)
         except FileNotFoundError:
@@ -176,6 +180,7 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer | None]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
+    verify(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for every fault of the content

@@ -4,7 +4,6 @@ RUN/saes/NAME/cfg.json, sae_weights.safetensors     the format of sae-lens
 RUN/saes/NAME/sae.json                              ours: tap, layer, settings, hashes of data and model, origin
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cratelm.checksums import sha256_of, verify
 from cratelm.errors import CrateError
 from cratelm.rundir import read_json
 from cratelm.sae.autoencoder import Autoencoder, check_fields, check_state, normal_fields
@@ -50,6 +50,8 @@ def load_sae(
     """
     folder = find_sae(Path(run), name)
     source = str(folder)
+    verify(folder / CONFIG)
+    verify(folder / WEIGHTS_FILE)
     try:
         fields = normal_fields(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         state, digest = _read_weights(folder / WEIGHTS_FILE)
@@ -98,9 +100,7 @@ def find_sae(run: Path, name: str | Path) -> Path:
 def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], str]:
     """The tensors, and the SHA-256 of the file."""
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return load_file(path), digest
+        return load_file(path), sha256_of(path)
     except FileNotFoundError:
         raise CrateError(f"{path.parent} must have the file {path.name}. Hint: train the autoencoder again") from None
     except (SafetensorError, OSError) as error:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cratelm.checksums import checked_path
 from cratelm.errors import CrateError
 from cratelm.rundir import append_jsonl, atomic_path, differing_fields, origin, read_json, rewind_jsonl, write_json
 from cratelm.runtime import ProgressBar
@@ -164,7 +165,7 @@ class Trainer:
         metadata = self.sae.cfg.metadata
         metadata.hook_name, metadata.context_size = self.place.path, self.place.context
         # cfg.json is renamed last: a folder that has it is complete.
-        with atomic_path(folder / CONFIG) as config, atomic_path(folder / WEIGHTS_FILE) as weights:
+        with checked_path(folder / CONFIG) as config, checked_path(folder / WEIGHTS_FILE) as weights:
             self.sae.save_inference_model(weights.parent)
             (weights.parent / CONFIG).replace(config)
             write_json(folder / DESCRIPTION, description)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cratelm.data.tokens import sample_batch
+from cratelm.errors import CrateError
 from cratelm.training.config import TrainConfig
 
 Batch = tuple[Tensor, Tensor]
@@ -22,9 +23,14 @@ class Batches:
     """The micro-batches of this process from one step on, in order; a context manager that ends its thread."""
 
     def __init__(
-        self, config: TrainConfig, tokens: np.ndarray, rows: range, *, first: int, device: torch.device, ahead: int
-    ) -> None:
-        """`rows` are the sequences of every batch that this process computes; `ahead` micro-batches are kept ready."""
+        self, config: TrainConfig, tokens: np.ndarray, rows: range, *, first: int, device: torch.device, ahead: int,
+        vocab_size: int,
+    ) -> None:  # fmt: skip
+        """`rows` are the sequences of every batch that this process computes; `ahead` micro-batches are kept ready.
+
+        `step` raises CrateError at the first id that is not below `vocab_size`.
+        """
+        self.vocab_size = vocab_size
         self.config, self.tokens, self.rows, self.device = config, tokens, rows, device
         self.size = min(config.micro_batch, len(rows))
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
@@ -69,6 +75,11 @@ class Batches:
 
     def _cut(self, step: int, rows: range) -> Batch:
         batch = sample_batch(self.tokens, seed=self.config.seed, step=step, rows=rows, context=self.config.context)
+        if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
+            raise CrateError(
+                f"the training tokens must have ids below {self.vocab_size}, the size of the vocabulary; got {largest} "
+                f"in the batch of step {step}. Hint: tokenize again, or name the right tokenizer with --tokenizer"
+            )
         inputs, targets = (torch.from_numpy(part) for part in batch)
         if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
             return inputs.pin_memory(), targets.pin_memory()

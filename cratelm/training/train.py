@@ -79,7 +79,15 @@ def train(
         if first < config.steps or not world.decide(lambda: (run / "model").exists()):
             tokens = data.tokens("train")
             with (
-                Batches(config, tokens, rows, first=first, device=device, ahead=execution.prefetch) as batches,
+                Batches(
+                    config,
+                    tokens,
+                    rows,
+                    first=first,
+                    device=device,
+                    ahead=execution.prefetch,
+                    vocab_size=data.vocab_size,
+                ) as batches,
                 Log(run, execution.track, first=first, writes=world.leads, config=configuration["training"]) as log,
                 saved,
             ):

@@ -58,7 +58,7 @@ def test_the_shards_hold_every_document_in_order(tmp_path: Path, bpe: Tokenizer,
         assert (split.tokens, split.documents) == (len(tokens), len(mine))
         assert directory.text_bytes(name) == sum(len(text.encode()) for text in mine)
         assert split.sha256 == hashlib.sha256((tmp_path / "out" / f"{name}.bin").read_bytes()).hexdigest()
-    assert TokenDirectory.open(tmp_path / "out", verify=True) == directory
+    assert TokenDirectory.open(tmp_path / "out") == directory
 
 
 def test_the_number_of_workers_does_not_change_the_files(
@@ -221,9 +221,10 @@ def rewrite(folder: Path, **changes: Any) -> None:
 def test_damaged_shards_are_refused(made: Path) -> None:
     data = (made / "val.bin").read_bytes()
     (made / "val.bin").write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    TokenDirectory.open(made)
-    with pytest.raises(CrateError, match=r"val.bin does not match its sha256 in tokens.json"):
-        TokenDirectory.open(made, verify=True)
+    directory = TokenDirectory.open(made)
+    directory.tokens("train")
+    with pytest.raises(CrateError, match=r"val.bin is damaged or was changed: its sha256 must be .*--no-verify"):
+        directory.tokens("val")
     (made / "val.bin").write_bytes(data[:-2])
     with pytest.raises(CrateError, match=rf"val.bin does not match tokens.json \({len(data) - 2} bytes, "):
         TokenDirectory.open(made)

@@ -21,6 +21,13 @@ from cratelm.model.config import Architecture, ModelConfig
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import find_model, load_model, save_model, weights_hash
 
+
+@pytest.fixture(autouse=True)
+def no_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests change files and read what the checks behind the checksums say."""
+    monkeypatch.setenv("CRATELM_VERIFY", "0")
+
+
 CONFIGS = [
     tiny_config("crate"),
     tiny_config("crate", ista_steps=3, ista_step_size=0.05, penalty=0.2, expansion=2),
@@ -62,7 +69,9 @@ def test_saving_again_replaces_the_directory_whole(tmp_path: Path, rng: np.rando
     save_model(second, tmp_path / "m")
     assert weights_hash(load_model(tmp_path / "m")) == weights_hash(second)
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
-    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == [
+        "checksums.json", "config.json", "model.safetensors"
+    ]  # fmt: skip
 
 
 def test_gpt2_is_laid_out_as_hugging_face_lays_it_out(tmp_path: Path, rng: np.random.Generator) -> None:

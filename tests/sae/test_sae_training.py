@@ -102,7 +102,7 @@ def test_every_kind_reduces_the_error_and_loads_in_sae_lens(
     assert description["training_flops"] == STEPS * BATCH * (12 * D_IN * 24 + 1000)
     assert (description["scale"] is None) == (kind == "paper")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "cfg.json", "metrics.jsonl", "sae.json", "sae_weights.safetensors"
+        "cfg.json", "checksums.json", "metrics.jsonl", "sae.json", "sae_weights.safetensors"
     ]  # fmt: skip
 
 

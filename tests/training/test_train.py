@@ -37,7 +37,7 @@ def train_step(
     """One optimizer step of one process; mean loss and gradient norm."""
     learner = Learner(config, model, [optimizer], ALONE, Execution())
     rows = config.rows_of(0, 1)
-    with Batches(config, tokens, rows, first=step, device=model.device, ahead=2) as batches:
+    with Batches(config, tokens, rows, first=step, device=model.device, ahead=2, vocab_size=1 << 16) as batches:
         taken = learner.step(batches, step)
     return taken.losses.mean(), taken.norm
 

@@ -49,7 +49,7 @@ def test_batches_come_in_order_and_from_any_step(data: TokenDirectory, rng: np.r
     config = short_training(tokens=16 * 12 * 9, batch_tokens=16 * 12, micro_batch=3, seed=int(rng.integers(1 << 31)))
     tokens = data.tokens("train")
     own, first = config.rows_of(1, 2), int(rng.integers(1, 5))
-    with Batches(config, tokens, own, first=first, device=torch.device("cpu"), ahead=2) as batches:
+    with Batches(config, tokens, own, first=first, device=torch.device("cpu"), ahead=2, vocab_size=1 << 16) as batches:
         for step in range(first, first + 4):
             found = list(batches.step())
             expected = sample_batch(tokens, seed=config.seed, step=step, rows=own, context=16)
@@ -61,11 +61,16 @@ def test_batches_come_in_order_and_from_any_step(data: TokenDirectory, rng: np.r
 def test_a_failure_to_read_reaches_the_trainer(data: TokenDirectory) -> None:
     config = short_training(context=16)
     short = data.tokens("train")[:10]
-    with (
-        Batches(config, short, config.rows_of(0, 1), first=0, device=torch.device("cpu"), ahead=2) as batches,
-        pytest.raises(CrateError, match="10 tokens are too few"),
+    everything, rows, device = data.tokens("train"), config.rows_of(0, 1), torch.device("cpu")
+    for tokens, vocab_size, message in (
+        (short, 1 << 16, "10 tokens are too few"),
+        (everything, 2, "the training tokens must have ids below 2, the size of the vocabulary; got "),
     ):
-        next(batches.step())
+        with (
+            Batches(config, tokens, rows, first=0, device=device, ahead=2, vocab_size=vocab_size) as batches,
+            pytest.raises(CrateError, match=message),
+        ):
+            next(batches.step())
 
 
 def test_muon_learns_and_resumes(data: TokenDirectory, tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from safetensors import SafetensorError, safe_open
 
-from cratelm.errors import CrateError
-from cratelm.rundir import check_format_version, read_json
+from cratelm.checksums import read_tensors_and_metadata
+from cratelm.rundir import read_json
 
 DOCUMENTS = "evaluation_documents.safetensors"
 """Beside evaluation.json: `nats` (float64) and `tokens` (int64) of each document, in the order of the split."""
@@ -105,13 +104,8 @@ def _read_documents(run: Path, evaluation: dict[str, Any]) -> DocumentLosses | N
     path = run / DOCUMENTS
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="np") as file:
-            described = file.metadata() or {}
-            check_format_version(path, described.get("format_version", 1))
-            nats, tokens = file.get_tensor("nats"), file.get_tensor("tokens")
-    except (SafetensorError, OSError) as error:
-        raise CrateError(f"{path} is not readable ({error}). Run: cratelm evaluate {run} --data DIR") from None
+    arrays, described = read_tensors_and_metadata(path, hint=f"Run: cratelm evaluate {run} --data DIR")
+    nats, tokens = arrays["nats"], arrays["tokens"]
     made = (described.get("split"), described.get("data_hash"), len(nats), len(tokens), int(tokens.sum()))
     documents = evaluation["documents"]
     asked = (evaluation["split"], evaluation.get("data_hash") or "", documents, documents, evaluation["tokens"])

@@ -178,10 +178,8 @@ def overview(columns: int) -> str:
         for verb in verbs:
             first = f"  {verb}".ljust(indent)
             lines += textwrap.wrap(VERBS[verb], width, initial_indent=first, subsequent_indent=" " * indent)
-    lines += [
-        "",
-        "Options: cratelm COMMAND --help. Every command has --no-verify: read files without comparing checksums.",
-    ]
+    lines += ["", "Options: cratelm COMMAND --help"]
+    lines += textwrap.wrap("--no-verify, with any command: read files without comparing checksums", width)
     return "\n".join(lines)
 
 

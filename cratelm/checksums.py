@@ -19,11 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cratelm.errors import CrateError
-from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version, read_json, write_json
+from cratelm.rundir import FORMAT_VERSION, VERIFY_SWITCH, atomic_path, check_format_version, read_json, write_json
 
 CHECKSUMS = "checksums.json"
-SWITCH = "CRATELM_VERIFY"
-"""The environment variable that is `0` where checksums are not compared; `--no-verify` sets it for one command."""
 
 
 @contextlib.contextmanager
@@ -51,7 +49,7 @@ def write_checksums(folder: Path, files: Mapping[str, list[str]] | None = None) 
 def verify(path: Path, expected: str | None = None) -> None:
     """Raise CrateError if a file does not have its checksum: `expected`, or the one in `checksums.json` next to it."""
     checksums = _expected(path) if expected is None else [expected]
-    if not checksums or os.environ.get(SWITCH) == "0" or not path.is_file():
+    if not checksums or os.environ.get(VERIFY_SWITCH) == "0" or not path.is_file():
         return
     if (found := _remembered_sha256(path)) not in checksums:
         raise CrateError(

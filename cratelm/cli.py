@@ -22,8 +22,7 @@ from typing import Any
 
 from cratelm import __version__
 from cratelm.errors import CrateError
-
-SWITCH = "CRATELM_VERIFY"  # `checksums.SWITCH`: not imported, since `--help` loads no numpy
+from cratelm.rundir import VERIFY_SWITCH
 
 VERBS = {
     "demo": "the whole flow below, small, on text that is already on this machine",
@@ -71,7 +70,7 @@ FIRST_COMMANDS = ("cratelm demo", "cratelm generate runs/demo/crate-2l", "cratel
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 2 for a user's mistake, reported in one line, and 130 for Ctrl-C."""
-    arguments, switch = list(sys.argv[1:] if argv is None else argv), os.environ.get(SWITCH, "1")
+    arguments, switch = list(sys.argv[1:] if argv is None else argv), os.environ.get(VERIFY_SWITCH, "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal, a file name that is not UTF-8
     try:
@@ -94,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {line}", file=sys.stderr)
         return 2
     finally:
-        os.environ[SWITCH] = switch
+        os.environ[VERIFY_SWITCH] = switch
     return 0
 
 
@@ -130,7 +129,7 @@ def _run(arguments: list[str]) -> None:
             verb, rest = found
             if "--no-verify" in rest:
                 rest.remove("--no-verify")
-                os.environ[SWITCH] = "0"
+                os.environ[VERIFY_SWITCH] = "0"
             module = importlib.import_module(command_module(verb))
             options = _parse(module, verb, rest)
             module.run(options)

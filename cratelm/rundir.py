@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
+VERIFY_SWITCH = "CRATELM_VERIFY"
+"""The environment variable that is `0` where checksums are not compared; `--no-verify` sets it for one command."""
 
 
 @contextlib.contextmanager

@@ -88,9 +88,14 @@ def test_a_file_is_hashed_once_until_it_changes(
     path = tmp_path / "file.bin"
     with checked_path(path) as temporary:
         temporary.write_bytes(b"some bytes")
-    hashed = []
+    hashed: list[Path] = []
     sha256_of = checksums.sha256_of
-    monkeypatch.setattr(checksums, "sha256_of", lambda file: (hashed.append(file), sha256_of(file))[1])
+
+    def recorded(file: Path) -> str:
+        hashed.append(file)
+        return sha256_of(file)
+
+    monkeypatch.setattr(checksums, "sha256_of", recorded)
     for _ in range(3):
         verify(path)
     assert hashed == [path]

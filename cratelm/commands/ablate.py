@@ -77,8 +77,9 @@ class Options:
 def run(options: Options) -> None:
     """Measure what is missing, then print and draw."""
     from cratelm.rundir import claim, origin
-    from cratelm.steering.ablation import Ablation, held_out, mean_change
+    from cratelm.steering.ablation import Ablation, held_out
     from cratelm.steering.ablation_file import AblationFile
+    from cratelm.training.document_means import mean_over_documents
     from cratelm.workflows.opening import open_model
     from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -96,7 +97,7 @@ def run(options: Options) -> None:
     with claim(folder):
         layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})
         ablation = Ablation(chosen.model, text, layers, coders=coders)
-        plain, error = mean_change(text.by_document(1, ablation.plain), text.sizes)
+        plain, error = mean_over_documents(text.by_document(1, ablation.plain), text.sizes)
         settings = {
             "model_hash": chosen.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
             "read": options.tokens, "tokens": int(text.real.sum()), "documents": len(text.sizes),
@@ -187,8 +188,8 @@ def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ..
 
 def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) -> None:
     """Measure groups one by one and single neurons `TOGETHER` at a time, writing each result at once."""
-    from cratelm.steering.ablation import mean_change
     from cratelm.steering.ablation_file import AblationRow
+    from cratelm.training.document_means import mean_over_documents
 
     def record(task: Task, nats: Any, error: Any, density: float | None) -> None:
         names, kind = _key(task, ablation.coders)[0], task[1]
@@ -202,13 +203,13 @@ def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) 
             if len(neurons) == 1:
                 singles.setdefault((neurons[0][0], kind), []).append(neurons[0][1])
                 continue
-            nats, error = mean_change(ablation.together(neurons, kind), ablation.text.sizes)
+            nats, error = mean_over_documents(ablation.together(neurons, kind), ablation.text.sizes)
             record((neurons, kind), nats, error, None)
             bar.advance(1)
         for (layer, kind), indices in singles.items():
             for first in range(0, len(indices), TOGETHER):
                 chunk = indices[first : first + TOGETHER]
-                nats, error = mean_change(ablation.each(layer, chunk, kind), ablation.text.sizes)
+                nats, error = mean_over_documents(ablation.each(layer, chunk, kind), ablation.text.sizes)
                 for at, neuron in enumerate(chunk):
                     record((((layer, neuron),), kind), nats[at], error[at], float(ablation.densities[layer][neuron]))
                 bar.advance(len(chunk), f"layer {layer}, {kind}")

@@ -18,6 +18,7 @@ from cratelm.errors import CrateError
 from cratelm.runtime import ProgressBar
 from cratelm.sae.autoencoder import Autoencoder
 from cratelm.sae.splicing import Change, spliced_losses
+from cratelm.training.document_means import mean_over_documents
 
 EDGES = np.linspace(-7, 0, 29)
 """Edges of the bins of log10 density; sparser latents are counted in the first bin."""
@@ -175,18 +176,13 @@ def costs(
 
 
 def standard_error(values: Float64[np.ndarray, " tokens"], owner: Int[np.ndarray, " tokens"]) -> float | None:
-    """Standard error of a mean over tokens with documents as sampling units (ratio estimator); None for one."""
+    """Standard error of a mean over tokens with documents as the sampling unit; None for one document."""
     _, document = np.unique(owner, return_inverse=True)
-    sums, sizes = np.bincount(document, values), np.bincount(document)
-    count, mean = len(sums), values.mean()
-    if count < 2:
-        return None
-    return float(np.sqrt(((sums - mean * sizes) ** 2).sum() * count / (count - 1)) / len(values))
+    sizes = np.bincount(document)
+    return float(mean_over_documents(np.bincount(document, values), sizes)[1]) if len(sizes) > 1 else None
 
 
-def unigram_loss(
-    counts: Int[np.ndarray, " vocab"], tokens: Integer[np.ndarray, " predicted"]
-) -> float:  # fmt: skip
+def unigram_loss(counts: Int[np.ndarray, " vocab"], tokens: Integer[np.ndarray, " predicted"]) -> float:
     """Mean of -log p(token) in nats, with p from counts of another text and add-one smoothing."""
     p = (counts + 1) / (counts + 1).sum()
     return float(-np.log(p[tokens.astype(np.int64)]).mean())

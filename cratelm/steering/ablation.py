@@ -31,10 +31,13 @@ from cratelm.activations.causal_model import USUAL_CONTEXT, causal_model
 from cratelm.activations.taps import Edit, capture, edit
 from cratelm.errors import CrateError
 from cratelm.steering.ablation_file import AblationKind
+from cratelm.steering.changes import Change
 from cratelm.steering.generate import check_finite
-from cratelm.steering.intervention import NO_INTERVENTION
+from cratelm.steering.intervention import Intervention
 from cratelm.steering.place import Place, SparseCoder, check_coder, neuron_places
 from cratelm.steering.readout import Readout, find_readout
+from cratelm.steering.steer import steer
+from cratelm.training.evaluate import passes
 
 Method = Literal["auto", "direct"]
 LOGITS_AT_ONCE = 1 << 24
@@ -72,12 +75,7 @@ class HeldOut:
 
     def batches(self, rows: int) -> Iterator[tuple[int, Int[Tensor, "rows context"], Int[Tensor, "rows context"]]]:
         """(index of the first target, inputs, targets) of each batch."""
-        predicted = len(self.tokens) - 1
-        whole = predicted // self.context
-        spans = [(row * self.context, min(rows, whole - row), self.context) for row in range(0, whole, rows)]
-        if predicted % self.context:
-            spans.append((whole * self.context, 1, predicted % self.context))
-        for first, count, length in spans:
+        for first, count, length in passes(len(self.tokens) - 1, self.context, rows):
             piece = torch.from_numpy(self.tokens[first : first + count * length + 1].astype(np.int64))
             yield first + 1, piece[:-1].view(count, length), piece[1:].view(count, length)
 
@@ -277,32 +275,21 @@ class Ablation:
     @torch.inference_mode()
     def together(self, neurons: Sequence[tuple[int, int]], kind: AblationKind) -> Float64[np.ndarray, " documents"]:
         """Summed change of loss of every document, in nats, when all (layer, neuron) are ablated together."""
-        edits = {}
-        for layer in {layer for layer, _ in neurons}:
-            target = self._target(layer, [neuron for at, neuron in neurons if at == layer], kind)
-            edits[target.place.tap] = self._edit(layer, partial(_set_all, target))
+        changes = [
+            Change(
+                layer=layer, index=neuron, how="set", latent=layer in self.coders,
+                value=float(self.means[layer][neuron]) if kind == "mean" else 0.0,
+            )
+            for layer, neuron in neurons
+        ]  # fmt: skip
+        intervention = Intervention(changes=changes, coders=list(self.coders.values()))
         total = np.zeros(len(self.text.sizes))
         for first, inputs, targets in self._batches():
-            with edit(self.model, edits):
+            with steer(self.model, intervention):
                 losses = self.causal.token_losses(inputs, targets).flatten().double().cpu().numpy()
-            check_finite(torch.from_numpy(losses)[None], NO_INTERVENTION)
+            check_finite(torch.from_numpy(losses)[None], intervention)
             total += self.text.by_document(first, losses - self.plain[first - 1 : first - 1 + len(losses)])
         return total
-
-
-def mean_change(
-    sums: Float64[np.ndarray, "*any documents"], sizes: Float64[np.ndarray, " documents"]
-) -> tuple[Float64[np.ndarray, "*any"], Float64[np.ndarray, "*any"]]:
-    """Change of loss in nats per token and its standard error; documents are the sampling unit.
-
-    The standard error of a ratio: with S_d and n_d the summed change and the tokens of document d, the change is
-    C = sum S_d / sum n_d and its variance D / (D - 1) * sum (S_d - C n_d)^2 / (sum n_d)^2; NaN for one document.
-    """
-    count, total = len(sizes), sizes.sum()
-    mean = sums.sum(-1) / total
-    spread = ((sums - mean[..., None] * sizes) ** 2).sum(-1) * count / max(1, count - 1)
-    error = np.sqrt(spread) / total if count > 1 else np.full_like(spread, np.nan)
-    return np.asarray(mean), np.asarray(error)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -322,9 +309,3 @@ def _set_one(code: Tensor, neuron: Tensor, level: Tensor) -> Tensor:
     new = code.clone().unflatten(0, (len(neuron), -1)) if code.ndim == 2 else code.clone()
     new[torch.arange(len(neuron)), :, neuron] = level.to(new)[:, None]
     return new.view_as(code)
-
-
-def _set_all(target: _Target, code: Tensor) -> Tensor:
-    new = code.clone()
-    new[..., target.index] = target.level.to(new)
-    return new

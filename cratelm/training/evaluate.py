@@ -12,6 +12,7 @@ from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
 from cratelm.training.distributed import ALONE, World
+from cratelm.training.document_means import mean_over_documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,21 +83,14 @@ def document_losses(
 
 
 def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
-    """The loss of a text of `text_bytes` bytes and its standard error.
-
-    With S_d and n_d the summed loss and the number of tokens of document d, the loss is L = sum S_d / sum n_d and its
-    variance, as of a ratio, D / (D - 1) * sum (S_d - L n_d)^2 / (sum n_d)^2.
-    """
-    sums, sizes, count = losses.nats, losses.tokens, len(losses.nats)
-    total, predicted = sums.sum(), sizes.sum()
-    loss = total / predicted
+    """The loss of a text of `text_bytes` bytes and its standard error."""
+    loss, error = map(float, mean_over_documents(losses.nats, losses.tokens))
     if not math.isfinite(loss):
         raise CrateError(f"the loss of this model is {loss}: its training has diverged. Train again with a lower rate")
-    spread = ((sums - loss * sizes) ** 2).sum() * count / max(1, count - 1)
     return Evaluation(
-        nats_per_token=float(loss), standard_error=math.sqrt(spread) / predicted if count > 1 else math.nan,
-        perplexity=math.exp(loss) if loss < 700 else math.inf, bits_per_byte=total / math.log(2) / text_bytes,
-        tokens=int(predicted), documents=count,
+        nats_per_token=loss, standard_error=error, perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=losses.nats.sum() / math.log(2) / text_bytes, tokens=int(losses.tokens.sum()),
+        documents=len(losses.nats),
     )  # fmt: skip
 
 
@@ -109,12 +103,12 @@ def held_out_loss(
     Several processes share the work. Each makes as many forward passes as the others, which a model that is spread
     over them needs; one that has nothing left repeats its last.
     """
-    passes = _passes(len(tokens) - 1, model.config.context_length, batch)
+    all_passes = passes(len(tokens) - 1, model.config.context_length, batch)
     total = torch.zeros(2, dtype=torch.float64)
-    for turn in range(0, len(passes), world.size):
+    for turn in range(0, len(all_passes), world.size):
         own = turn + world.rank
-        losses = _token_losses(model, tokens, *passes[min(own, len(passes) - 1)])
-        if own < len(passes):
+        losses = _token_losses(model, tokens, *all_passes[min(own, len(all_passes) - 1)])
+        if own < len(all_passes):
             total += torch.tensor([losses.sum(), len(losses)], dtype=torch.float64)
     summed, count = world.sum_on_hosts(total).tolist()
     return summed / count
@@ -124,15 +118,15 @@ def _losses(
     model: LanguageModel, tokens: np.ndarray, batch: int
 ) -> Iterator[tuple[int, Float64[np.ndarray, " predicted"]]]:
     """Yield (index of the first predicted token, losses) for consecutive stretches of the stream."""
-    for first, rows, length in _passes(len(tokens) - 1, model.config.context_length, batch):
+    for first, rows, length in passes(len(tokens) - 1, model.config.context_length, batch):
         yield first + 1, _token_losses(model, tokens, first, rows, length)
 
 
-def _passes(predicted: int, context: int, batch: int) -> list[tuple[int, int, int]]:
+def passes(predicted: int, context: int, batch: int) -> list[tuple[int, int, int]]:
     """The forward passes over a stream: index of the first token, sequences, tokens of each."""
     whole = predicted // context
-    found = [(row * context, min(batch, whole - row), context) for row in range(0, whole, batch)]
-    return found + ([(whole * context, 1, predicted - whole * context)] if predicted % context else [])
+    full = [(row * context, min(batch, whole - row), context) for row in range(0, whole, batch)]
+    return full + ([(whole * context, 1, predicted - whole * context)] if predicted % context else [])
 
 
 def _token_losses(

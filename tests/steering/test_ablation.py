@@ -16,10 +16,11 @@ from fixtures.tiny import random_model, tiny_config
 from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
 from cratelm.sae.loading import load_sae
-from cratelm.steering.ablation import Ablation, HeldOut, held_out, mean_change
+from cratelm.steering.ablation import Ablation, HeldOut, held_out
 from cratelm.steering.ablation_file import AblationFile, AblationRow
 from cratelm.steering.generate import all_logits
 from cratelm.steering.place import Coder, neuron_places
+from cratelm.training.document_means import mean_over_documents
 
 COMPLETE = {"dictionary": "complete", "expansion": 1, "ista_steps": 1}
 MODELS: list[dict[str, Any]] = [
@@ -113,16 +114,6 @@ def test_ablating_a_silent_neuron_changes_nothing(rng: np.random.Generator) -> N
     assert found.densities[1][5] == 0
 
 
-def test_the_standard_error_is_that_of_a_ratio_over_documents(rng: np.random.Generator) -> None:
-    sums, sizes = rng.normal(size=(3, 40)), rng.integers(5, 50, size=40).astype(np.float64)
-    mean, error = mean_change(sums, sizes)
-    np.testing.assert_allclose(mean, sums.sum(1) / sizes.sum())
-    picks = rng.integers(40, size=(4000, 40))
-    resampled = sums[0][picks].sum(1) / sizes[picks].sum(1)
-    assert error[0] == pytest.approx(resampled.std(), rel=0.15)
-    assert np.isnan(mean_change(sums[:, :1], sizes[:1])[1]).all()
-
-
 def test_a_limit_reads_the_beginnings_of_the_first_documents(rng: np.random.Generator) -> None:
     model = random_model(tiny_config(), rng)
     tokens, bounds = rng.integers(272, size=71), np.array([0, 9, 30, 44, 71])  # the context is 16
@@ -148,7 +139,7 @@ def test_the_end_token_of_a_truncated_document_is_not_scored(kind: Any, rng: np.
     text = held_out(tokens, bounds, model, 1000)
     scored = [*range(1, 24), *range(25, 39), *range(39, 54)]  # all but the first token and the two inserted ends
     found = Ablation(model, text, [0, 1])
-    plain, _ = mean_change(text.by_document(1, found.plain), text.sizes)
+    plain, _ = mean_over_documents(text.by_document(1, found.plain), text.sizes)
     assert text.sizes.sum() == len(scored)
     assert float(plain) == pytest.approx(found.plain[np.array(scored) - 1].mean(), rel=1e-9)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from cratelm.data.tokens import TokenDirectory, sample_batch, tokenize
 from cratelm.errors import CrateError
 from cratelm.rundir import read_jsonl
 from cratelm.training.config import TrainConfig
-from cratelm.training.evaluate import _passes
+from cratelm.training.evaluate import passes
 
 STEPS = 40
 FLAGS = (
@@ -202,5 +202,5 @@ def test_a_process_without_a_separate_gpu_is_reported(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("predicted", [0, 1, 31, 32, 33, 320, 333])
 def test_the_passes_of_an_evaluation_predict_every_token_once(predicted: int) -> None:
-    covered = [first + i for first, rows, length in _passes(predicted, 32, 3) for i in range(rows * length)]
+    covered = [first + i for first, rows, length in passes(predicted, 32, 3) for i in range(rows * length)]
     assert covered == list(range(predicted))

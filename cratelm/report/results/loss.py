@@ -10,6 +10,7 @@ from jaxtyping import Float64, Int64
 
 from cratelm.checksums import read_tensors_and_metadata
 from cratelm.rundir import read_json
+from cratelm.training.document_means import mean_over_documents
 
 DOCUMENTS = "evaluation_documents.safetensors"
 """Beside evaluation.json: `nats` (float64) and `tokens` (int64) of each document, in the order of the split."""
@@ -63,8 +64,7 @@ class LossDifference:
 def loss_difference(first: Loss, second: Loss) -> LossDifference:
     """The difference of two losses, paired by document where that can be.
 
-    With d_i the difference of the summed losses of document i, n_i its tokens and L = sum d_i / sum n_i, the standard
-    error is sqrt(D / (D - 1) * sum (d_i - L n_i)^2) / sum n_i. What makes a document hard for both models is not in it.
+    What makes a document hard for both models is not in it.
     """
     difference = first.nats_per_token - second.nats_per_token
     a, b = first.by_document, second.by_document
@@ -73,10 +73,8 @@ def loss_difference(first: Loss, second: Loss) -> LossDifference:
     same = (first.data_hash, first.split) == (second.data_hash, second.split) and np.array_equal(a.tokens, b.tokens)
     if not same:
         return LossDifference(nats=difference, standard_error=None)
-    apart, count, total = a.nats - b.nats, len(a.nats), a.tokens.sum()
-    mean = apart.sum() / total
-    spread = ((apart - mean * a.tokens) ** 2).sum() * count / (count - 1)
-    return LossDifference(nats=float(mean), standard_error=math.sqrt(spread) / float(total))
+    mean, error = mean_over_documents(a.nats - b.nats, a.tokens)
+    return LossDifference(nats=float(mean), standard_error=float(error))
 
 
 def read_loss(run: Path) -> Loss | None:

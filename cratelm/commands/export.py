@@ -20,7 +20,7 @@ import tyro
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
-from cratelm.workflows.recorded import check_layers, find_layers
+from cratelm.workflows.recorded import find_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,7 @@ def _official(folder: Path, out: Path) -> None:
 
 
 def _export_neurons(options: Options, out: Path) -> None:
-    found = find_layers(options.run, options.mode, options.tap)
-    layers = sorted(set(options.layer)) or found
-    check_layers(options.run, layers, found)
+    layers = find_layers(options.run, options.mode, options.tap, options.layer)
     if options.format == "neuronrecord":
         from cratelm.report.export.neuronrecord import export_neuron_records
 

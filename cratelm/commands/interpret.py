@@ -46,17 +46,9 @@ class Options(Selection):
     """Which neurons, protocols and controls, and who explains and simulates."""
 
     BASIC: ClassVar = (
-        "layer",
-        "protocol",
-        "mode",
-        "controls",
-        "llm",
-        "model",
-        "neurons",
-        "simulator",
-        "dry_run",
-        "budget_tokens",
-    )
+        "layer", "protocol", "mode", "controls", "llm",
+        "model", "neurons", "simulator", "dry_run", "budget_tokens",
+    )  # fmt: skip
     """The options that `--help` shows; `--help-all` shows all."""
     controls: Controls = ()
     """Also score each neuron with another neuron's explanation (shuffled) or one fixed sentence (constant, --llm)."""

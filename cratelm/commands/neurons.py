@@ -18,7 +18,7 @@ import tyro
 
 from cratelm.activations.records import Mode
 from cratelm.report.neuron_table import Column, NeuronTable, open_table
-from cratelm.workflows.recorded import check_layers, find_layers, layer_spans
+from cratelm.workflows.recorded import find_layers, layer_spans
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,8 +75,8 @@ def run(options: Options) -> None:
     from rich.console import Console
 
     layers = find_layers(options.run, options.mode, options.tap)
-    layer = layers[0] if options.layer is None else options.layer
-    check_layers(options.run, [layer], layers)
+    wanted = () if options.layer is None else (options.layer,)
+    layer = find_layers(options.run, options.mode, options.tap, wanted)[0]
     table = open_table(
         options.run, layer, mode=options.mode, tap=options.tap, protocol=options.protocol, explainer=options.explainer
     )

@@ -51,19 +51,9 @@ class Options:
     """Options of `cratelm sae train`."""
 
     BASIC: ClassVar = (
-        "data",
-        "out",
-        "tap",
-        "layer",
-        "tokens",
-        "name",
-        "kind",
-        "k",
-        "expansion",
-        "l1",
-        "dry_run",
-        "device",
-    )
+        "data", "out", "tap", "layer", "tokens", "name",
+        "kind", "k", "expansion", "l1", "dry_run", "device",
+    )  # fmt: skip
     """The options that `--help` shows; `--help-all` shows all."""
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories; or one Hugging Face model (directory or hub name) with --out."""

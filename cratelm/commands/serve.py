@@ -9,8 +9,6 @@ model for an explanation, and vote with others. It works offline and answers thi
 others, who then need the token in the printed address. Ctrl-C ends it.
 """
 
-import contextlib
-import ctypes
 import secrets
 import socket
 from collections.abc import Sequence
@@ -73,7 +71,6 @@ def run(options: Options) -> None:
         from cratelm.report.server.application import application
     except ImportError as error:
         raise CrateError(f"{error.name} is not installed. Run: pip install 'cratelm[serve]'") from None
-    few_arenas()
     with listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]
         parts = parts_of(options, port)
@@ -160,15 +157,6 @@ def _open(run: Path, options: Options) -> "LiveModel":
         return found if found > 0 else None
 
     return LiveModel(model=chosen.model, tokenizer=chosen.tokenizer, strings=chosen.strings, maximum=maximum)
-
-
-def few_arenas() -> None:
-    """Let glibc keep freed memory in two places, not in one for every thread: a server's memory then stays flat.
-
-    Fifty clients for a minute: 670 MiB throughout, else 638 to 720 and rising. Without glibc nothing is done.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ a resumed training goes through the same numbers as one that was not stopped.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -118,7 +119,8 @@ class Trainer:
     def _resample(self, candidates: Candidates | None) -> Row:
         """At the configured steps, resample latents that hardly fired; reset the counts where a window begins."""
         config, step = self.config, self.step
-        windows = [max(at - config.resample_window, before) for before, at in _pairs(config.resample_at)]
+        steps = sorted(config.resample_at)
+        windows = [max(at - config.resample_window, before) for before, at in zip([0, *steps], steps, strict=False)]
         row: Row = {}
         if step in config.resample_at and self.inner.n_frac_active_samples and step < self.steps:
             frequency = self.inner.act_freq_scores / self.inner.n_frac_active_samples
@@ -145,12 +147,7 @@ class Trainer:
 
     def load(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Load a checkpoint; refused if its settings differ."""
-        saved = read_json(folder / "checkpoint.json", made_by="cratelm sae train")["settings"]
-        if different := differing_fields(saved, json.loads(json.dumps(settings))):
-            raise CrateError(
-                f"{folder.parent} has a checkpoint with other settings ({different}). Hint: use another --name, "
-                "or remove it"
-            )
+        _check_settings(folder / "checkpoint.json", settings)
         self.sae.load_state_dict(load_file(folder / WEIGHTS_FILE))
         with quiet():
             self.inner.load_trainer_state(folder)
@@ -211,14 +208,12 @@ def train_sae(
         batch = next(stream)
         trainer.scale(batch)
         row = trainer.learn(batch, candidates)
+        if "loss" in row:
+            _check_finite(row, folder)
+            note = f"loss {row['loss']:.4g}, L0 {row['l0']:.1f}, FVU {row['fvu']:.3f}"
         if row:
-            _check(row, trainer.step, folder)
-            elapsed = max(time.monotonic() - started, 1e-9)
-            append_jsonl(
-                folder / "metrics.jsonl",
-                row | {"tokens_per_second": (trainer.step - first) * config.batch_tokens / elapsed},
-            )
-        note = _note(row) or note
+            rate = (trainer.step - first) * config.batch_tokens / max(time.monotonic() - started, 1e-9)
+            append_jsonl(folder / "metrics.jsonl", row | {"tokens_per_second": rate})
         bar.advance(config.batch_tokens, note)
     trainer.finish(folder, _description(trainer, settings, folder.name))
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -236,12 +231,18 @@ def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the folder has this autoencoder; one with other settings is refused."""
     if not (folder / CONFIG).exists():
         return False
-    saved = read_json(folder / DESCRIPTION, made_by="cratelm sae train").get("settings", {})
+    _check_settings(folder / DESCRIPTION, settings)
+    return True
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CrateError if the settings in the file differ."""
+    saved = read_json(file, made_by="cratelm sae train").get("settings", {})
     if different := differing_fields(saved, json.loads(json.dumps(settings))):
         raise CrateError(
-            f"{folder} has an autoencoder with other settings ({different}). Hint: use another --name, or remove it"
+            f"{file} has other settings than this command ({different}). Hint: use another --name, or remove "
+            f"{file.parent}"
         )
-    return True
 
 
 def _description(trainer: Trainer, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -261,27 +262,15 @@ def _description(trainer: Trainer, settings: Mapping[str, Any], name: str) -> di
 
 
 @torch.no_grad()
-def _quality(
-    x: Float[Tensor, "batch d_in"], out: Float[Tensor, "batch d_in"], latents: Tensor
-) -> dict[str, float]:  # fmt: skip
+def _quality(x: Float[Tensor, "batch d_in"], out: Float[Tensor, "batch d_in"], latents: Tensor) -> dict[str, float]:
     """L0 and the fraction of variance unexplained (FVU) of a batch."""
     spread = ((x - x.mean(dim=0)) ** 2).sum()
     return {"l0": float((latents > 0).sum(dim=-1).float().mean()), "fvu": float(((x - out) ** 2).sum() / spread)}
 
 
-def _pairs(steps: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Each step with the previous one, 0 before the first."""
-    ordered = sorted(steps)
-    return zip([0, *ordered[:-1]], ordered, strict=True)
-
-
-def _check(row: Row, step: int, folder: Path) -> None:
-    if "loss" in row and not torch.isfinite(torch.tensor(row["loss"])):
+def _check_finite(row: Row, folder: Path) -> None:
+    if not math.isfinite(row["loss"]):
         raise CrateError(
-            f"the loss must be finite, got {row['loss']} at step {step}. Hint: remove {folder} and train again "
+            f"the loss must be finite, got {row['loss']} at step {row['step']}. Hint: remove {folder} and train again "
             "with a lower --learning-rate"
         )
-
-
-def _note(row: Row) -> str:
-    return f"loss {row['loss']:.4g}, L0 {row['l0']:.1f}, FVU {row['fvu']:.3f}" if "loss" in row else ""

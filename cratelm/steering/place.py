@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,44 +29,19 @@ class Place:
         return len(self.directions)
 
 
-@runtime_checkable
-class SparseCoder(Protocol):
-    """What steering needs of a sparse autoencoder: a dictionary of the activations at one tap of the model."""
-
-    @property
-    def tap(self) -> str: ...
-
-    @property
-    def layer(self) -> int: ...
-
-    @property
-    def directions(self) -> Float[Tensor, "latents width"]:
-        """Decoder direction of each latent: what it adds to the reconstruction per unit of activation."""
-
-    def encode(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens latents"]: ...
-
-    def decode(self, latents: Float[Tensor, "*tokens latents"]) -> Float[Tensor, "*tokens width"]: ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Coder:
-    """A `SparseCoder` from two functions, for an autoencoder of any library."""
+class SparseCoder:
+    """A sparse autoencoder of any library: a dictionary of the activations at one tap of the model."""
 
     tap: str
     """Path of the module whose output it encodes, or with `:input` that module's input."""
     layer: int
     directions: Float[Tensor, "latents width"]
-    """Rows of its decoder."""
-    encoder: Callable[[Tensor], Tensor]
-    decoder: Callable[[Tensor], Tensor]
-
-    def encode(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens latents"]:
-        """Latents of the activations at the tap."""
-        return self.encoder(x)
-
-    def decode(self, latents: Float[Tensor, "*tokens latents"]) -> Float[Tensor, "*tokens width"]:
-        """The reconstruction."""
-        return self.decoder(latents)
+    """Decoder direction of each latent: what it adds to the reconstruction per unit of activation."""
+    encode: Callable[[Float[Tensor, "*tokens width"]], Float[Tensor, "*tokens latents"]]
+    """Activations to latents."""
+    decode: Callable[[Float[Tensor, "*tokens latents"]], Float[Tensor, "*tokens width"]]
+    """Latents to the reconstruction."""
 
 
 def neuron_places(model: nn.Module) -> Mapping[int, Place]:

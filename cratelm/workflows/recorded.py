@@ -3,29 +3,33 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cratelm.activations.records import Mode, recorded_layers
+from cratelm.activations.records import Mode, recorded_layers, recorded_taps
 from cratelm.errors import CrateError
 
 
-def find_layers(run: Path, mode: Mode, tap: str) -> list[int]:
-    """Layers with records. Raises CrateError that names the records the run has, or the command to run."""
+def check_run(run: Path) -> None:
+    """Raise CrateError if the run directory does not exist."""
     if not run.is_dir():
-        raise CrateError(f"there is no run directory {run}. Run: cratelm train --data DIR --out {run}")
-    if layers := recorded_layers(run, mode=mode, tap=tap):
-        return layers
-    folders = {file.parent for file in (run / "records").rglob("layer_*.safetensors")}
-    others = sorted(folder.relative_to(run / "records").parts for folder in folders)
-    if others:
-        has = "; ".join(f"--mode {mode} --tap {'/'.join(tap)}" for mode, *tap in others)
-        raise CrateError(f"{run} has no {mode} records of the tap {tap}. It has: {has}")
-    raise CrateError(f"{run} has no records. Run: cratelm collect {run} --data DIR")
+        raise CrateError(f"there is no run directory {run}. Hint: cratelm train --data DIR --out {run}")
 
 
-def check_layers(run: Path, asked: Sequence[int], recorded: Sequence[int]) -> None:
-    """Raise CrateError for a layer that has no records."""
-    for layer in asked:
-        if layer not in recorded:
-            raise CrateError(f"{run} has no records of layer {layer}. Use --layer with one of: {layer_spans(recorded)}")
+def find_layers(run: Path, mode: Mode, tap: str, wanted: Sequence[int] = ()) -> list[int]:
+    """The wanted layers, by default all that have records. Raises CrateError for a layer without records."""
+    check_run(run)
+    recorded = recorded_layers(run, mode=mode, tap=tap)
+    collect = f"cratelm collect {run} --data DIR{' --mode compat' if mode == 'compat' else ''}"
+    if not recorded and (taps := recorded_taps(run, mode=mode)):
+        flag = f"--sae {tap.removeprefix('sae-')}" if tap.startswith("sae-") else f"--tap {tap}"
+        raise CrateError(
+            f"--tap must be one with {mode} records in {run} ({', '.join(taps)}), got {tap}. Hint: {collect} {flag}"
+        )
+    if not recorded:
+        raise CrateError(f"{run} must have {mode} records, got none. Hint: {collect}")
+    if missing := sorted(set(wanted) - set(recorded)):
+        raise CrateError(
+            f"--layer must be one with {mode} records in {run} ({layer_spans(recorded)}), got {missing[0]}"
+        )
+    return sorted(set(wanted)) or recorded
 
 
 def layer_spans(layers: Sequence[int]) -> str:

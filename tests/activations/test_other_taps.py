@@ -62,7 +62,7 @@ def test_a_report_shows_each_tap_in_rows_of_its_own(run: Path, tmp_path: Path, r
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["interpret", "RUN", "--tap", "sae-other"], f"no fixed records of the tap sae-other. Use --tap: neurons, {TAP}"),
+    (["interpret", "RUN", "--tap", "sae-other"], f"(neurons, {TAP}), got sae-other. Hint: cratelm collect"),
     (["interpret", "RUN", "--tap", "sae-other"], "--data DIR --sae other"),
     (["score", "RUN", "--tap", TAP], f"of layer 1 of {TAP} in"),
     (["score", "RUN", "--tap", TAP], f"--protocol top-and-random --tap {TAP}"),

@@ -212,9 +212,9 @@ def test_layers_and_protocols_can_be_chosen(run: Path, capsys: pytest.CaptureFix
 
 MISTAKES = [
     (["interpret", "RUN", "--protocol", "tar"], "no protocol 'tar'"),
-    (["interpret", "RUN", "--layer", "7"], "no fixed records of layer 7. Use: 0, 1"),
+    (["interpret", "RUN", "--layer", "7"], "(0, 1), got 7"),
     (["interpret", "RUN", "--controls", "swapped"], "no control 'swapped'. Use: shuffled"),
-    (["interpret", "RUN", "--mode", "compat"], "holds no compat records. Run: cratelm collect"),
+    (["interpret", "RUN", "--mode", "compat"], "must have compat records, got none. Hint: cratelm collect"),
     (["interpret", "NOWHERE"], "no run directory"),
     (["simulate", "RUN"], "no fixed top-and-random explanations of layer 0"),
     (["score", "RUN"], "no fixed top-and-random simulations of layer 0"),

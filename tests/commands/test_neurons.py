@@ -220,13 +220,13 @@ def test_layers_neurons_modes_and_runs_that_are_not_there_are_errors_with_the_ra
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [
-        ([str(run), "--layer", "2"], "no records of layer 2. Use --layer with one of: 0, 1"),
+        ([str(run), "--layer", "2"], f"--layer must be one with fixed records in {run} (0, 1), got 2"),
         ([str(run), "--neuron", "14"], "layer 0 has neurons 0 to 13, not 14"),
         ([str(run), "--neuron", "-1"], "layer 0 has neurons 0 to 13, not -1"),
-        ([str(run), "--mode", "compat"], "It has: --mode fixed --tap neurons"),
+        ([str(run), "--mode", "compat"], "must have compat records, got none. Hint: cratelm collect"),
         ([str(run), "--protocol", "best"], "there is no protocol 'best'"),
         ([str(run), "--neuron", "3", "--width", "9"], "no excerpts of 9 tokens. Use --width 8 or 64"),
-        ([str(run / "records")], "has no records. Run: cratelm collect"),
+        ([str(run / "records")], "must have fixed records, got none. Hint: cratelm collect"),
         ([str(run / "nowhere")], "there is no run directory"),
     ]
     for arguments, message in cases:

@@ -154,10 +154,12 @@ def test_the_name_of_another_training_is_refused(tmp_path: Path, rng: np.random.
     pytest.importorskip("sae_lens", reason=NEEDED)
     with pytest.raises(KeyboardInterrupt):
         train("standard", tmp_path / "a", 1, stop_after=3)
-    with pytest.raises(CrateError, match=r"checkpoint with other settings \(expansion 4 -> 2\).*--name"):
+    with pytest.raises(
+        CrateError, match=r"checkpoint.json has other settings than this command \(expansion 4 -> 2\).*--name"
+    ):
         train("standard", tmp_path / "a", 1, expansion=2)
     train("standard", tmp_path / "a", 1)
-    with pytest.raises(CrateError, match=r"autoencoder with other settings \(l1 None -> 9\.0\).*--name"):
+    with pytest.raises(CrateError, match=r"sae.json has other settings than this command \(l1 None -> 9\.0\).*--name"):
         train("standard", tmp_path / "a", 1, l1=9.0)
     with pytest.raises(CrateError, match="loss must be finite, got nan at step"):
         train("standard", tmp_path / "b", int(rng.integers(99)), learning_rate=1e25, log_every=1)

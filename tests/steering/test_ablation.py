@@ -19,7 +19,7 @@ from cratelm.sae.loading import load_sae
 from cratelm.steering.ablation import Ablation, HeldOut, held_out
 from cratelm.steering.ablation_file import AblationFile, AblationRow
 from cratelm.steering.generate import all_logits
-from cratelm.steering.place import Coder, neuron_places
+from cratelm.steering.place import SparseCoder, neuron_places
 from cratelm.training.document_means import mean_over_documents
 
 COMPLETE = {"dictionary": "complete", "expansion": 1, "ista_steps": 1}
@@ -190,8 +190,8 @@ def test_ablating_a_latent_moves_its_tap_by_its_direction(
     model = random_model(tiny_config(arch="crate"), rng)
     write_sae(tmp_path / "sae", architecture, rng, d_in=64 if tap == "neurons" else 16, width=12)
     sae = load_sae(tmp_path, tmp_path / "sae", tap=tap, layer=layer)
-    coder = Coder(
-        tap=sae.place(model), layer=layer, directions=sae.W_dec, encoder=sae.encode, decoder=sae.decode
+    coder = SparseCoder(
+        tap=sae.place(model), layer=layer, directions=sae.W_dec, encode=sae.encode, decode=sae.decode
     )  # fmt: skip
     text = text_of(rng, model)
     found = Ablation(model, text, [layer], coders={layer: coder})

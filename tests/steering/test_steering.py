@@ -19,7 +19,7 @@ from cratelm.steering.changes import Change, parse_request, parse_strengths, swe
 from cratelm.steering.generate import Decoding, all_logits, generate, next_logits
 from cratelm.steering.intervention import NO_INTERVENTION, Control, Intervention
 from cratelm.steering.measure import draw_matched_neuron, next_token_effect, steered_effect, text_loss
-from cratelm.steering.place import Coder, neuron_places
+from cratelm.steering.place import SparseCoder, neuron_places
 from cratelm.steering.positions import EVERYWHERE, Positions, Text, parse_positions
 from cratelm.steering.steer import steer
 
@@ -103,13 +103,13 @@ def test_a_change_by_nothing_leaves_every_bit_of_the_logits(
     assert text_loss(model, tokens[:1], Intervention(coders=coders, keep_error=False)) != loss
 
 
-def planted_coder(model: LanguageModel, rng: np.random.Generator, latents: int = 24) -> Coder:
+def planted_coder(model: LanguageModel, rng: np.random.Generator, latents: int = 24) -> SparseCoder:
     """A sparse autoencoder of random weights on the output of the last layer."""
     width = model.config.d_model
     encoder, decoder = (torch.from_numpy(rng.normal(size=(width, latents))).float() for _ in range(2))
-    return Coder(
-        tap="blocks.1", layer=1, directions=decoder.T.contiguous(), encoder=lambda x: (x @ encoder).relu(),
-        decoder=lambda f: f @ decoder.T + 0.1,
+    return SparseCoder(
+        tap="blocks.1", layer=1, directions=decoder.T.contiguous(), encode=lambda x: (x @ encoder).relu(),
+        decode=lambda f: f @ decoder.T + 0.1,
     )  # fmt: skip
 
 

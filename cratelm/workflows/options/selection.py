@@ -1,4 +1,4 @@
-"""Which neurons of which runs the interpreting commands work on, and by which protocols."""
+"""Options of the interpreting commands: the neurons of which runs to work on, and the protocols."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Annotated
 
 import tyro
 
-from cratelm.activations.records import Mode, recorded_layers, recorded_taps
+from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
+from cratelm.workflows.recorded import check_run, find_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,43 +23,26 @@ class Selection:
     mode: Mode = "fixed"
     """fixed: explained and scored on different documents. compat: the paper's released procedure."""
     tap: str = "neurons"
-    """Which place of the model: its own neurons, sae-NAME, or what `cratelm collect --tap` was given."""
+    """Activations to interpret: neurons, sae-NAME (latents), or another tap given to `cratelm collect --tap`."""
     layer: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT...", help_behavior_hint="")] = ()
-    """Zero-based layers; all that have records if left out."""
+    """Zero-based layers; by default all that have records."""
 
 
 def check_runs(selection: Selection) -> tuple[Path, ...]:
-    """The run directories, refused if one is not there."""
+    """The run directories. Raises CrateError if there is none or one does not exist."""
     if not selection.runs:
-        raise CrateError("no run directory was named. Run: cratelm interpret RUN")
+        raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm interpret RUN")
     for run in selection.runs:
-        if not run.is_dir():
-            raise CrateError(f"there is no run directory {run}. Run: cratelm train --data DIR --out {run}")
+        check_run(run)
     return selection.runs
 
 
 def chosen_layers(run: Path, selection: Selection) -> list[int]:
-    """The layers asked for, refused if one has no records."""
-    found = recorded_layers(run, mode=selection.mode, tap=selection.tap)
-    option = " --mode compat" if selection.mode == "compat" else ""
-    if not found:
-        taps = ", ".join(recorded_taps(run, mode=selection.mode))
-        if taps:
-            asked = selection.tap
-            option += f" --sae {asked.removeprefix('sae-')}" if asked.startswith("sae-") else f" --tap {asked}"
-            raise CrateError(
-                f"{run} holds no {selection.mode} records of the tap {asked}. Use --tap: {taps}; or run: "
-                f"cratelm collect {run} --data DIR{option}"
-            )
-        raise CrateError(f"{run} holds no {selection.mode} records. Run: cratelm collect {run} --data DIR{option}")
-    if unknown := sorted(set(selection.layer) - set(found)):
-        raise CrateError(
-            f"{run} has no {selection.mode} records of layer {unknown[0]}. Use: {', '.join(map(str, found))}"
-        )
-    return sorted(set(selection.layer)) or found
+    """The selected layers of a run. Raises CrateError for a layer without records."""
+    return find_layers(run, selection.mode, selection.tap, selection.layer)
 
 
 def chosen_protocols(selection: Selection) -> tuple[str, ...]:
-    """The protocols asked for, in the paper's order."""
+    """The selected protocols, in the paper's order."""
     names = PROTOCOLS if "all" in selection.protocol else selection.protocol
     return tuple(sorted({protocol(name, selection.mode).name for name in names}, key=PROTOCOLS.index))

@@ -18,7 +18,7 @@ def open_coder(chosen: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
     import torch
 
     from cratelm.sae.loading import check_trained_on, load_sae
-    from cratelm.steering.place import Coder
+    from cratelm.steering.place import SparseCoder
 
     device = next(chosen.model.parameters()).device
     sae = load_sae(chosen.run or Path("."), name, device=device)
@@ -30,9 +30,9 @@ def open_coder(chosen: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
         latents = torch.zeros(min(ROWS_AT_ONCE, sae.width - first), sae.width, device=device)
         latents[torch.arange(len(latents)), first + torch.arange(len(latents))] = 1
         directions.append(sae.decode(latents) - offset)
-    coder = Coder(
-        tap=sae.place(chosen.model), layer=sae.layer, directions=torch.cat(directions), encoder=sae.encode,
-        decoder=sae.decode,
+    coder = SparseCoder(
+        tap=sae.place(chosen.model), layer=sae.layer, directions=torch.cat(directions), encode=sae.encode,
+        decode=sae.decode,
     )  # fmt: skip
     return coder, f"sae-{sae.name}"
 

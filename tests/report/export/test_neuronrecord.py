@@ -280,9 +280,9 @@ def test_mistakes_in_an_export_are_told_in_one_line(
     (out / "0").mkdir(parents=True)
     (out / "0" / "thesis.tex").write_text("mine")
     cases = [
-        (["--layer", "5"], "has no records of layer 5. Use --layer with one of: 0, 1"),
+        (["--layer", "5"], f"--layer must be one with fixed records in {run} (0, 1), got 5"),
         (["--width", "32"], "no excerpts of 32 tokens. Use --width 8 or 64"),
-        (["--mode", "compat"], "has no compat records"),
+        (["--mode", "compat"], "must have compat records, got none"),
         ([], "holds thesis.tex, which no export wrote"),
     ]
     for more, message in cases:

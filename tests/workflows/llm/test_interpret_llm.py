@@ -237,7 +237,7 @@ NOT_THERE = [
     (["--neurons", "99-100"], "has neurons 0 to 5, not 100"),
     (["--neurons", "0"], "--neurons 0 asks about no neuron"),
     (["--protocol", "bogus"], "bogus"),
-    (["--layer", "7"], "has no fixed records of layer 7"),
+    (["--layer", "7"], "--layer must be one with fixed records"),
     (["--explainer", "lookup", "--part", "1/2"], "interpretation.sqlite is not there"),
 ]
 

@@ -21,7 +21,7 @@ from cratelm.interpretation.llm import Prompt
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.prompts.simulator import FILE, all_at_once_prefix, all_at_once_rows
 from cratelm.local_llm import LocalLLM
-from cratelm.shared_prefix.reader import Row
+from cratelm.shared_prefix.reader import TextToRead
 
 PROTOCOLS = {"T=64": (10, 64), "T=8": (47, 8)}
 """Excerpts of a neuron, and tokens of each."""
@@ -79,7 +79,7 @@ def measure(llm: LocalLLM, excerpts: int, width: int, neurons: int, alone: int, 
     def one_at_a_time() -> None:
         for one in asked[:alone]:
             row = llm._tokenizer.tokenize(one).row
-            llm.reader.read([Row(tokens=row.tokens, shared=0, at=row.at)], top=15)
+            llm.reader.read([TextToRead(tokens=row.tokens, shared=0, at=row.at)], top=15)
 
     before = llm.reader.tokens_computed
     alone_processor, alone_wall = timed(one_at_a_time, device)

@@ -122,7 +122,7 @@ def _system_error(error: BaseException | None) -> str | None:
 def _run(arguments: list[str]) -> None:
     match arguments:
         case [] | ["-h" | "--help" | "help", *_]:
-            print(overview(shutil.get_terminal_size().columns))
+            print(commands_overview(shutil.get_terminal_size().columns))
         case ["--version" | "-V", *_]:
             print(f"cratelm {__version__}")
         case _ if (found := split_verb(arguments)) is not None:
@@ -163,7 +163,7 @@ def command_module(verb: str) -> str:
     return f"cratelm.commands.{verb.replace(' ', '_')}{'_' if keyword.iskeyword(verb) else ''}"
 
 
-def overview(columns: int) -> str:
+def commands_overview(columns: int) -> str:
     """The text of `cratelm --help`, fitted to a terminal of 40 columns or more."""
     width = min(max(columns, 40), 100)
     indent = 2 + max(map(len, VERBS)) + 2

@@ -11,7 +11,7 @@ from cratelm.errors import CrateError
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 """A small English encoder (22 million parameters) on the Hugging Face hub."""
-BATCH = 256
+SENTENCES_AT_ONCE = 256
 """Texts per forward pass."""
 
 
@@ -47,6 +47,10 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dimensions"]:
         """A unit vector for each text."""
         vectors: Float32[np.ndarray, "texts dimensions"] = self.model.encode(
-            list(texts), batch_size=BATCH, convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False
+            list(texts),
+            batch_size=SENTENCES_AT_ONCE,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
         )
         return vectors

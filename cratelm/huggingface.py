@@ -38,7 +38,7 @@ except ImportError:
     raise CrateError("cratelm.huggingface needs transformers. Hint: pip install 'cratelm[hf]'") from None
 
 Mask = Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
-FIELDS = tuple(ModelConfig.__dataclass_fields__)
+MODEL_FIELDS = tuple(ModelConfig.__dataclass_fields__)
 
 
 class CrateConfig(PretrainedConfig):
@@ -55,9 +55,9 @@ class CrateConfig(PretrainedConfig):
             "arch": "crate", "num_layers": 1, "d_model": 128, "num_heads": 4, "vocab_size": 50304,
         }  # fmt: skip
         plain = {self.attribute_map.get(name, name): value for name, value in fields.items()}
-        model = ModelConfig(**paper | {name: value for name, value in plain.items() if name in FIELDS})
+        model = ModelConfig(**paper | {name: value for name, value in plain.items() if name in MODEL_FIELDS})
         ends = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        rest = {name: value for name, value in plain.items() if name not in FIELDS}
+        rest = {name: value for name, value in plain.items() if name not in MODEL_FIELDS}
         super().__init__(**{"use_cache": False, "tie_word_embeddings": True} | rest)
         for name, value in {**model.as_dict(), **ends}.items():
             setattr(self, name, value)
@@ -71,7 +71,7 @@ class CrateConfig(PretrainedConfig):
 
     def model_config(self) -> ModelConfig:
         """The configuration as a `ModelConfig`."""
-        return ModelConfig(**{name: getattr(self, name) for name in FIELDS if hasattr(self, name)})
+        return ModelConfig(**{name: getattr(self, name) for name in MODEL_FIELDS if hasattr(self, name)})
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
         """Write config.json and the stub that lets tools open the directory with `trust_remote_code`."""

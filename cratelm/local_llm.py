@@ -22,8 +22,8 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.runtime import DeviceName, console, select_device
-from cratelm.shared_prefix.generation import Request, generate
-from cratelm.shared_prefix.reader import Reader
+from cratelm.shared_prefix.generation import CompletionRequest, complete
+from cratelm.shared_prefix.reader import PrefixReader
 from cratelm.shared_prefix.tokens import PromptTokenizer
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -45,7 +45,7 @@ class LocalLLM(InProcess):
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         self.name, self.tokenizer = name, tokenizer
         device = next(model.parameters()).device.type
-        self.reader = Reader(model, tokens_at_once=tokens_at_once or TOKENS_AT_ONCE.get(device, 544))
+        self.reader = PrefixReader(model, tokens_at_once=tokens_at_once or TOKENS_AT_ONCE.get(device, 544))
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._tokenizer = PromptTokenizer(tokenizer.backend_tokenizer, bos=tokenizer.bos_token_id)
         self._strings = token_strings(tokenizer.backend_tokenizer)
@@ -120,8 +120,8 @@ class LocalLLM(InProcess):
         text = self._templated(messages)
         tokens = tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         self._check_length(len(tokens), sampling.max_tokens)
-        request = Request(tokens=tokens, sampling=sampling, ends=self._ends)
-        (answer,) = await self._ask("chat", [request], partial(generate, self.reader))
+        request = CompletionRequest(tokens=tokens, sampling=sampling, ends=self._ends)
+        (answer,) = await self._ask("chat", [request], partial(complete, self.reader))
         return Reply(
             text=self.tokenizer.decode(answer.tokens, skip_special_tokens=True), finish=answer.finish,
             prompt_tokens=len(tokens), new_tokens=len(answer.tokens),

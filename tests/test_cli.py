@@ -255,7 +255,7 @@ def test_an_unknown_command_like_no_other_names_none(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("columns", [1, 40, 57, 80, 300])
 def test_the_overview_fits_the_terminal_and_names_every_command(columns: int) -> None:
-    lines = cli.overview(columns).splitlines()
+    lines = cli.commands_overview(columns).splitlines()
     assert max(map(len, lines)) <= max(columns, 40)
     shown = [re.split(" {2,}", line.strip())[0] for line in lines if line.startswith("  ") and line[2] != " "]
     assert [verb for verb in shown if not verb.startswith("cratelm ")] == list(cli.VERBS)

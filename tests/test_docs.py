@@ -112,13 +112,13 @@ def test_the_recipe_of_the_demo_does_what_the_demo_does(tmp_path: Path) -> None:
         module = importlib.import_module(cli.command_module(verb))
         found.setdefault(verb, []).append(cli._parse(module, verb, rest))
     out = demo.Options().out
-    models = tuple(out / f"{arch}-2l" for arch in demo.ARCHITECTURES)
+    models = tuple(out / f"{arch}-2l" for arch in demo.COMPARED_ARCHITECTURES)
     controls = tuple(one.with_name(f"{one.name}-random") for one in models)
     (tokens,) = found["tokenize"]
     assert (tokens.sources, tokens.tokenizer, tokens.held_out) == (demo.SOURCE, demo.TOKENIZER, demo.HELD_OUT)
     trained = [one for one in found["train"] if one.control_of is None]
     assert [(one.out, one.arch, one.size) for one in trained] == [
-        (model, arch, "2l") for model, arch in zip(models, demo.ARCHITECTURES, strict=True)
+        (model, arch, "2l") for model, arch in zip(models, demo.COMPARED_ARCHITECTURES, strict=True)
     ]
     assert all(one.training == demo.training(demo.Options().tokens) for one in trained)
     written = [(one.control_of, one.out) for one in found["train"] if one.control_of is not None]
@@ -137,7 +137,7 @@ def test_the_readmes_own_text_is_trained_on_at_a_laptops_size() -> None:
             by_verb.setdefault(verb, []).append(options)
     (tokens,) = by_verb["tokenize"]
     assert (tokens.tokenizer, tokens.held_out) == (demo.TOKENIZER, demo.HELD_OUT)
-    assert [one.arch for one in by_verb["train"]] == list(demo.ARCHITECTURES)
+    assert [one.arch for one in by_verb["train"]] == list(demo.COMPARED_ARCHITECTURES)
     own, small = (by_verb["train"][0].training, demo.training(demo.Options().tokens))
     assert own == replace(small, evaluate_tokens=own.evaluate_tokens)
     assert by_verb["train"][1].training == own

@@ -19,7 +19,7 @@ from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Sampling
 from cratelm.local_llm import LocalLLM, name_of
-from cratelm.shared_prefix.reader import Row
+from cratelm.shared_prefix.reader import TextToRead
 
 PREFIX = "the storm came over the ridge before supper, and by morning there was hail in the grass.\n" * 4
 RESTS = (" a\tunknown\n the\tunknown\n", " rain\t10\n snow\t3\n\n wind\tunknown\n", "х é\t9\n", " of\t0")
@@ -155,7 +155,7 @@ def test_texts_that_branch_anywhere_have_the_logits_of_whole_texts(rng: np.rando
     """Random texts over two tokens: many begin alike, some are the beginning of another, some are equal."""
     llm = make_llm(rng, family="gemma2", sliding_window=4)
     texts = [tuple(rng.integers(2, size=rng.integers(1, 12)).tolist()) for _ in range(30)]
-    rows = [Row(tokens=text, shared=0, at=tuple(range(1, len(text)))) for text in texts]
+    rows = [TextToRead(tokens=text, shared=0, at=tuple(range(1, len(text)))) for text in texts]
     for text, reading in zip(texts, llm.reader.read(rows, top=3), strict=True):
         with torch.no_grad():
             logprobs = torch.log_softmax(llm.reader.model(input_ids=torch.tensor([text])).logits[0], dim=-1)

@@ -38,7 +38,7 @@ Task = tuple[tuple[tuple[int, int], ...], AblationKind]
 """(layer, neuron) of the neurons that are ablated together, and the kind."""
 TOGETHER = 64
 """Single neurons per pass over the text; an interrupt loses at most this many results."""
-SHOWN = 12
+ROWS_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ def _print(console: "Console", rows: Sequence["AblationRow"]) -> None:
         console.print(f"\nablated ({kind}), change of loss in nats per token", style="bold")
         console.print(_table(strongest, console.width))
         certain = [abs(row.nats) > 2 * row.standard_error for row in strongest if row.standard_error is not None]
-        if len(strongest) > 2 * SHOWN and certain:
+        if len(strongest) > 2 * ROWS_SHOWN and certain:
             console.print(
                 f"{len(strongest)} measured: ablating {sum(row.nats > 0 for row in strongest)} of them raises the "
                 f"loss; {sum(certain)} changes exceed two standard errors"
@@ -239,7 +239,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
     table.add_column("neuron", overflow="fold", max_width=max(12, columns - 40))
     for head in ("change", "± s.e.", "density %"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in [*rows] if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], None, *rows[-SHOWN // 2 :]]:
+    for row in [*rows] if len(rows) <= 2 * ROWS_SHOWN else [*rows[:ROWS_SHOWN], None, *rows[-ROWS_SHOWN // 2 :]]:
         if row is None:
             table.add_row("...")
             continue
@@ -256,7 +256,7 @@ def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["Abl
 
     for kind in dict.fromkeys(row.kind for row in rows):
         single = [row for row in rows if row.kind == kind and row.density is not None]
-        if len(single) < SHOWN:
+        if len(single) < ROWS_SHOWN:
             continue
         scores, what = _scores(chosen, tap, single), "neuron" if tap == "neurons" else "latent"
         title = f"{chosen.name}: change of loss when one {what} is ablated ({kind}), {len(single)} {what}s"

@@ -20,7 +20,7 @@ from cratelm.rundir import append_jsonl
 from cratelm.runtime import DeviceName, ProgressBar, console, progress_bars, select_device
 from cratelm.training.config import TrainConfig
 
-ARCHITECTURES: tuple[Architecture, ...] = ("crate", "gpt2")
+COMPARED_ARCHITECTURES: tuple[Architecture, ...] = ("crate", "gpt2")
 SOURCE, TOKENIZER, HELD_OUT = ("stdlib",), "bpe:4096", 0.2
 
 
@@ -41,7 +41,7 @@ class Options:
 def run(options: Options) -> None:
     """Run every stage that is not done yet."""
     config = training(options.tokens)
-    runs = [options.out / f"{arch}-2l" for arch in ARCHITECTURES]
+    runs = [options.out / f"{arch}-2l" for arch in COMPARED_ARCHITECTURES]
     controls = [one.with_name(f"{one.name}-random") for one in runs]
     stages: list[tuple[str, Callable[[], None]]] = [
         (f"tokenize {SOURCE[0]}, {int(100 * HELD_OUT)} % of the documents held out", lambda: _tokenize(options)),
@@ -88,7 +88,7 @@ def _train(options: Options, config: TrainConfig) -> None:
 
     data = TokenDirectory.open(options.out / "tokens")
     device, stop = select_device(options.device), threading.Event()
-    threads = max(1, torch.get_num_threads() // len(ARCHITECTURES))
+    threads = max(1, torch.get_num_threads() // len(COMPARED_ARCHITECTURES))
 
     def train_one(arch: Architecture, bar: ProgressBar) -> None:
         torch.set_num_threads(threads)
@@ -96,9 +96,9 @@ def _train(options: Options, config: TrainConfig) -> None:
         train(config, model, data, options.out / f"{arch}-2l", device=device, bar=bar, stop=stop.is_set)
 
     before = torch.get_num_threads()
-    with progress_bars() as add, ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
-        bars = [add(f"train {arch}-2l", config.steps * config.batch_tokens) for arch in ARCHITECTURES]
-        jobs = [pool.submit(train_one, arch, bar) for arch, bar in zip(ARCHITECTURES, bars, strict=True)]
+    with progress_bars() as add, ThreadPoolExecutor(len(COMPARED_ARCHITECTURES)) as pool:
+        bars = [add(f"train {arch}-2l", config.steps * config.batch_tokens) for arch in COMPARED_ARCHITECTURES]
+        jobs = [pool.submit(train_one, arch, bar) for arch, bar in zip(COMPARED_ARCHITECTURES, bars, strict=True)]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:

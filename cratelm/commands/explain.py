@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.llm.run import interpret
-from cratelm.workflows.options.language_model import Explained, Explaining, Spending, Spent, group
+from cratelm.workflows.options.language_model import Explaining, ExplainingGroup, Spending, SpendingGroup, group
 from cratelm.workflows.options.selection import Selection
 
 
@@ -24,9 +24,9 @@ class Options(Selection):
 
     BASIC: ClassVar = ("layer", "protocol", "mode", "llm", "model", "neurons", "dry_run", "budget_tokens")
     """The options that `--help` shows; `--help-all` shows all."""
-    explaining: Explained = group(Explaining)
+    explaining: ExplainingGroup = group(Explaining)
     """Who explains. By default lookup, which needs no language model and takes seconds."""
-    spending: Spent = group(Spending)
+    spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
 
 

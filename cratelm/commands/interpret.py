@@ -28,14 +28,14 @@ from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.llm.run import interpret, interpret_by_lookup, merge_and_score
 from cratelm.workflows.options.language_model import (
     Controls,
-    Explained,
     Explaining,
+    ExplainingGroup,
     Name,
     Scorers,
-    Simulated,
     Simulating,
+    SimulatingGroup,
     Spending,
-    Spent,
+    SpendingGroup,
     group,
 )
 from cratelm.workflows.options.selection import Selection
@@ -55,11 +55,11 @@ class Options(Selection):
     scorer: Scorers = ("simulation",)
     encoder: Name = ""
     """Sentence encoder for the embedding scorers: a name on the Hugging Face hub or a directory."""
-    explaining: Explained = group(Explaining)
+    explaining: ExplainingGroup = group(Explaining)
     """Who explains. By default lookup, which needs no language model and takes seconds."""
-    simulating: Simulated = group(Simulating)
+    simulating: SimulatingGroup = group(Simulating)
     """Which language model simulates."""
-    spending: Spent = group(Spending)
+    spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
     skip_lookup: bool = False
     """With --llm: do not score by lookup for comparison, which takes seconds."""

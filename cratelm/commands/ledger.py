@@ -124,7 +124,7 @@ def _write(
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ledger_figure
     from cratelm.rundir import origin, write_json, write_text
-    from cratelm.steering.ledger_rows import as_csv
+    from cratelm.steering.ledger_rows import ledger_csv
     from cratelm.workflows.naming import result_name
 
     prompt = str(chosen.tokenizer.decode(tokens))
@@ -133,5 +133,5 @@ def _write(
     write_figures({name: ledger_figure(rows, f"{chosen.name}: {title_of(chosen, ledger)}", ledger.total)}, out)
     values = ledger.as_dict()
     write_json(out / f"{name}.json", {"run": chosen.name, "prompt": prompt, **values, "origin": origin()})
-    write_text(out / f"{name}.csv", as_csv(values, explanations))
+    write_text(out / f"{name}.csv", ledger_csv(values, explanations))
     console.print(f"\n{out / name}.svg, .png, .json, .csv", soft_wrap=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-NEIGHBOURS = {
+NEIGHBOUR_LISTS = {
     "nearest by what they write (cosine)": ("similar_neuron", "similar_cosine"),
     "nearest by when they fire (Jaccard)": ("cofiring_neuron", "cofiring_jaccard"),
 }
@@ -151,7 +151,7 @@ def _facts(table: NeuronTable, index: int) -> Iterator[str]:
             score = f"{100 * one.scores.correlation[index]:z.1f} points over {one.scores.tokens[index]} tokens"
         said = one.explanations.get(index)
         yield f"{name}: {score}" + (f"; {visible(said)}" if said else "")
-    for name, (indices, closeness) in NEIGHBOURS.items():
+    for name, (indices, closeness) in NEIGHBOUR_LISTS.items():
         if indices in table.records.tables:
             pairs = zip(table.records.tables[indices][index], table.records.tables[closeness][index], strict=True)
             yield f"{name}: " + ", ".join(f"{other} ({value:.2f})" for other, value in list(pairs)[:SHOWN_NEIGHBOURS])

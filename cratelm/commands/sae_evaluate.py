@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cratelm.data.tokens import TokenDirectory
 
-COLUMNS: tuple[tuple[str, str, str], ...] = (
+PRINTED_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("L0", "l0", ".1f"), ("FVU", "fvu", ".3f"), ("cosine", "cosine", ".3f"), ("bias", "relative_bias", ".3f"),
     ("dead", "dead_share", ".1%"), ("CE added", "ce_added", ".4f"), ("zero", "recovered_zero", ".3f"),
     ("mean", "recovered_mean", ".3f"), ("model", "kept_model", ".3f"),
@@ -77,11 +77,11 @@ def run(options: Options) -> None:
                 f"{source} must have an autoencoder, got none. Hint: cratelm sae train {source} --data {options.data} "
                 "--layer N"
             )
-        results = evaluate_run(source, names, options)
-        print("\n".join([f"\n{source.name}, {options.split}", *table(results), *notes(results)]))
+        results = evaluate_saes(source, names, options)
+        print("\n".join([f"\n{source.name}, {options.split}", *table_lines(results), *notes(results)]))
 
 
-def evaluate_run(source: Path, names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
+def evaluate_saes(source: Path, names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
     """Evaluate autoencoders of one run; write evaluation.json and density.svg for each."""
     from cratelm.activations.observe import observe
     from cratelm.data.tokens import TokenDirectory
@@ -147,12 +147,12 @@ def _frequencies(data: "TokenDirectory", split: str) -> "Callable[[np.ndarray], 
     return lambda tokens: unigram_loss(counts, tokens)
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def table_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A heading and a line for each autoencoder."""
     width = max(len("autoencoder"), *map(len, results))
-    lines = [f"{'autoencoder':{width}}" + "".join(f"{head:>9}" for head, _, _ in COLUMNS)]
+    lines = [f"{'autoencoder':{width}}" + "".join(f"{head:>9}" for head, _, _ in PRINTED_COLUMNS)]
     for name, row in results.items():
-        cells = ("-" if row[key] is None else format(row[key], shape) for _, key, shape in COLUMNS)
+        cells = ("-" if row[key] is None else format(row[key], shape) for _, key, shape in PRINTED_COLUMNS)
         lines.append(f"{name:{width}}" + "".join(f"{cell:>9}" for cell in cells))
     return lines
 

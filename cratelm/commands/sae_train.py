@@ -19,7 +19,7 @@ import tyro
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.sae.config import SaeConfig
-from cratelm.sae.kinds import KINDS, describe_kinds
+from cratelm.sae.kinds import SAE_KINDS, describe_kinds
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from cratelm.activations.subject import Corpus, Subject
     from cratelm.sae.stream import ActivationStream
-    from cratelm.sae.training import Place, Trainer
+    from cratelm.sae.training import Trainer, TrainingPlace
     from cratelm.workflows.opening import OpenModel
 
     Kind = str
 else:
-    Kind = Literal[tuple(KINDS)]
+    Kind = Literal[tuple(SAE_KINDS)]
 
 __doc__ = f"{__doc__}\n{describe_kinds()}"
 
@@ -123,7 +123,7 @@ class Job:
     model: "nn.Module"
     subject: "Subject"
     corpus: "Corpus"
-    place: "Place"
+    place: "TrainingPlace"
     folder: Path
     tokens: int
     device: "torch.device"
@@ -161,7 +161,7 @@ def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
     opened, home = open_for_run(source, options.device, out=options.out, data=options.data)
     corpus, _ = open_corpus(opened, options.data, options.split, options.tokenizer)
     job = _job(opened, home, corpus, layer, tokens, options)
-    console.print(preview(job), soft_wrap=True)
+    console.print(job_summary(job), soft_wrap=True)
     if options.dry_run:
         console.print(resource_estimate(job), soft_wrap=True)
         return
@@ -184,14 +184,14 @@ def _job(
 ) -> Job:  # fmt: skip
     from cratelm.activations.observe import observe
     from cratelm.sae.loading import saes_folder
-    from cratelm.sae.training import Place
+    from cratelm.sae.training import TrainingPlace
 
     causal = opened.causal
     subject = observe(
         opened.model, model_hash=opened.model_hash, tap=options.tap, layers=(layer,), context=options.context,
         bf16=options.bf16,
     )  # fmt: skip
-    place = Place(
+    place = TrainingPlace(
         tap=options.tap, layer=layer, path=causal.places(options.tap)[layer], d_in=subject.layers[layer],
         context=subject.context, model_flops_per_token=causal.flops_per_token,
         identity={name: value for name, value in subject.identity.items() if name in ("model_hash", "precision")}
@@ -206,7 +206,7 @@ def _job(
     )  # fmt: skip
 
 
-def preview(job: Job) -> str:
+def job_summary(job: Job) -> str:
     """One line: what is trained, on how many tokens, with how many FLOPs."""
     config, place = job.config, job.place
     width, steps = config.width(place.d_in), config.steps(job.tokens)

@@ -19,12 +19,12 @@ from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.llm.run import interpret
 from cratelm.workflows.options.language_model import (
     Controls,
-    Explained,
     Explaining,
+    ExplainingGroup,
     Name,
     Scorers,
     Spending,
-    Spent,
+    SpendingGroup,
     group,
 )
 from cratelm.workflows.options.selection import Selection
@@ -41,9 +41,9 @@ class Options(Selection):
     scorer: Scorers = ("simulation",)
     encoder: Name = ""
     """Sentence encoder for the embedding scorers: a name on the Hugging Face hub or a directory."""
-    explaining: Explained = group(Explaining)
+    explaining: ExplainingGroup = group(Explaining)
     """Whose explanations; by default those by lookup."""
-    spending: Spent = group(Spending)
+    spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
 
 

@@ -73,7 +73,7 @@ def run(options: Options) -> None:
         raise CrateError(f"{error.name} is not installed. Run: pip install 'cratelm[serve]'") from None
     with listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]
-        parts = parts_of(options, port)
+        parts = application_parts(options, port)
         app = application(parts)
         console.print(f"{address(options.host, port, parts.access)}   (Ctrl-C ends it)", markup=False, soft_wrap=True)
         config = uvicorn.Config(
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def parts_of(options: Options, port: int) -> "Parts":
+def application_parts(options: Options, port: int) -> "Parts":
     """Everything the application is made of."""
     from cratelm.report.server.application import Parts
     from cratelm.report.server.requests import Limits

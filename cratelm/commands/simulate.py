@@ -16,12 +16,12 @@ from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.llm.run import interpret
 from cratelm.workflows.options.language_model import (
     Controls,
-    Explained,
     Explaining,
-    Simulated,
+    ExplainingGroup,
     Simulating,
+    SimulatingGroup,
     Spending,
-    Spent,
+    SpendingGroup,
     group,
 )
 from cratelm.workflows.options.selection import Selection
@@ -35,11 +35,11 @@ class Options(Selection):
     """The options that `--help` shows; `--help-all` shows all."""
     controls: Controls = ()
     """Also simulate from another neuron's explanation (shuffled) or from one fixed sentence (constant, with --llm)."""
-    explaining: Explained = group(Explaining)
+    explaining: ExplainingGroup = group(Explaining)
     """Whose explanations; by default those by lookup."""
-    simulating: Simulated = group(Simulating)
+    simulating: SimulatingGroup = group(Simulating)
     """Which language model simulates."""
-    spending: Spent = group(Spending)
+    spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
 
 

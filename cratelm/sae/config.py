@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from cratelm.errors import CrateError
-from cratelm.sae.kinds import KINDS, SaeKind
+from cratelm.sae.kinds import SAE_KINDS, SaeKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class SaeConfig:
     """Settings of a training."""
 
     kind: str = "standard"
-    """A key of `KINDS`."""
+    """A key of `SAE_KINDS`."""
     expansion: int = 4
     """Latents per input dimension; the paper has 1, 4 and 16."""
     batch_tokens: int = 4096
@@ -41,8 +41,8 @@ class SaeConfig:
     """Seed of the weights, the order of the activations and the resampling."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise CrateError(f"--kind must be one of {', '.join(KINDS)}, got {self.kind}")
+        if self.kind not in SAE_KINDS:
+            raise CrateError(f"--kind must be one of {', '.join(SAE_KINDS)}, got {self.kind}")
         for name in ("expansion", "batch_tokens", "k", "log_every", "resample_window", "resample_rows"):
             if (value := getattr(self, name)) < 1:
                 raise CrateError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -63,8 +63,8 @@ class SaeConfig:
 
     @property
     def entry(self) -> SaeKind:
-        """The entry of the kind in `KINDS`."""
-        return KINDS[self.kind]
+        """The entry of the kind in `SAE_KINDS`."""
+        return SAE_KINDS[self.kind]
 
     @property
     def penalty(self) -> float:

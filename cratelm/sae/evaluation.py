@@ -17,7 +17,7 @@ from cratelm.activations.subject import Corpus, Subject
 from cratelm.errors import CrateError
 from cratelm.runtime import ProgressBar
 from cratelm.sae.autoencoder import Autoencoder
-from cratelm.sae.splicing import Change, spliced_losses
+from cratelm.sae.splicing import Replacement, spliced_losses
 from cratelm.training.document_means import mean_over_documents
 
 EDGES = np.linspace(-7, 0, 29)
@@ -25,7 +25,7 @@ EDGES = np.linspace(-7, 0, 29)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class HeldOutRows:
     """Held-out text in rows of the model's context; each token after the first is predicted once."""
 
     tokens: Integer[np.ndarray, " stream"]
@@ -124,7 +124,7 @@ def evaluate_sae(
         raise CrateError(
             f"--tokens must leave at least 2 tokens to evaluate, got {len(tokens)}. Hint: tokenize more text"
         )
-    rows = Rows(tokens=tokens, context=subject.context, at_once=at_once)
+    rows = HeldOutRows(tokens=tokens, context=subject.context, at_once=at_once)
     sae.check_width(subject.layers[sae.layer])
     device, path = next(model.parameters()).device, sae.place(model)
     seen = Reconstruction(sae.d_in, sae.width, device)
@@ -133,7 +133,7 @@ def evaluate_sae(
         latents = sae.encode(x)
         seen.update(x, latents, sae.decode(latents))
         bar.advance(len(x))
-    edits: dict[str, Change | None] = {
+    edits: dict[str, Replacement | None] = {
         "clean": None, "sae": sae, "zero": torch.zeros_like,
         "mean": lambda x: seen.mean.to(x.dtype).expand_as(x),
     }  # fmt: skip

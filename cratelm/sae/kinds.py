@@ -1,4 +1,4 @@
-"""The kinds of autoencoders that can be trained. To add a kind, add an entry to `KINDS` and, if needed, its class.
+"""The kinds of autoencoders that can be trained. To add a kind, add an entry to `SAE_KINDS` and, if needed, its class.
 
 A kind that is saved in a form other than the four that `autoencoder.py` reads also needs an encoder there.
 """
@@ -13,7 +13,7 @@ PENALTY_WARMUP = 0.05
 """Share of the training over which a penalty rises from 0."""
 DECAY = 0.2
 """Share of the training, at its end, over which the learning rate falls to 0."""
-LEVELS = (8, 4, 2, 1)
+MATRYOSHKA_DIVISORS = (8, 4, 2, 1)
 """Matryoshka: the first 1/8, 1/4, 1/2 and all of the latents each reconstruct the activation."""
 
 SCALED = {"normalize_activations": "expected_average_only_in"}
@@ -94,7 +94,7 @@ def _batch_topk(config: TrainingSettings, _width: int, steps: int) -> dict[str, 
 
 
 def _matryoshka(config: TrainingSettings, width: int, steps: int) -> dict[str, Any]:
-    widths = sorted({max(1, width // level) for level in LEVELS})
+    widths = sorted({max(1, width // level) for level in MATRYOSHKA_DIVISORS})
     return _batch_topk(config, width, steps) | {"matryoshka_widths": widths}
 
 
@@ -102,7 +102,7 @@ def _topk_rate(width: int) -> float:
     return 2e-4 / math.sqrt(width / 2**14)
 
 
-KINDS: dict[str, SaeKind] = {
+SAE_KINDS: dict[str, SaeKind] = {
     "standard": SaeKind(
         description="an L1 penalty (--l1)", training_class="sae_lens:StandardTrainingSAE", settings=_penalised,
         l1=2.0, folds_norms=True,
@@ -139,5 +139,5 @@ KINDS: dict[str, SaeKind] = {
 
 def describe_kinds() -> str:
     """The kinds as indented lines of a help text."""
-    width = max(map(len, KINDS)) + 2
-    return "\n".join(f"    {name:{width}}{kind.description}" for name, kind in KINDS.items())
+    width = max(map(len, SAE_KINDS)) + 2
+    return "\n".join(f"    {name:{width}}{kind.description}" for name, kind in SAE_KINDS.items())

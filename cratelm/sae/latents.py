@@ -9,12 +9,12 @@ from torch import Tensor
 from cratelm.activations.subject import Subject
 from cratelm.sae.autoencoder import Autoencoder
 
-PREFIX = "sae-"
+TAP_PREFIX = "sae-"
 
 
 def latents_tap(name: str) -> str:
     """The name of the tap and records folder of an autoencoder's latents."""
-    return f"{PREFIX}{name}"
+    return f"{TAP_PREFIX}{name}"
 
 
 def observe_latents(subject: Subject, sae: Autoencoder) -> Subject:

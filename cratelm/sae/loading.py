@@ -20,7 +20,7 @@ from cratelm.errors import CrateError
 from cratelm.rundir import read_json
 from cratelm.sae.autoencoder import Autoencoder, check_fields, check_state, normal_fields
 
-CONFIG, WEIGHTS_FILE, DESCRIPTION = "cfg.json", "sae_weights.safetensors", "sae.json"
+CONFIG, WEIGHTS_FILE, DESCRIPTION_FILE = "cfg.json", "sae_weights.safetensors", "sae.json"
 
 HOOKS = (
     (r"blocks\.(\d+)\.mlp\.hook_post", "neurons"),
@@ -108,7 +108,7 @@ def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], str]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
+    path = folder / DESCRIPTION_FILE
     return read_json(path, made_by="cratelm sae train") if path.exists() else {}
 
 

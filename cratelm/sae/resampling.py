@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from cratelm.activations.taps import capture
 from cratelm.data.tokens import sample_batch
-from cratelm.sae.splicing import Change, spliced_losses
+from cratelm.sae.splicing import Replacement, spliced_losses
 
-ROWS_AT_ONCE = 16
+ROWS_PER_PASS = 16
 
 
 @torch.no_grad()
 def costly_inputs(
     model: nn.Module,
     path: str,
-    reconstruct: Change,
+    reconstruct: Replacement,
     tokens: Integer[np.ndarray, " stream"],
     *,
     count: int,
@@ -34,8 +34,8 @@ def costly_inputs(
     generator = np.random.default_rng((seed % 2**63, step))
     device, each = next(model.parameters()).device, -(-count // rows)
     costs, inputs = [], []
-    for first in range(0, rows, ROWS_AT_ONCE):
-        chosen = range(first, min(first + ROWS_AT_ONCE, rows))
+    for first in range(0, rows, ROWS_PER_PASS):
+        chosen = range(first, min(first + ROWS_PER_PASS, rows))
         read, targets = sample_batch(tokens, seed=seed + 1, step=step, rows=chosen, context=context)
         longer = torch.from_numpy(np.concatenate([read, targets[:, -1:]], axis=1)).to(device)
         with capture(model, [path]) as captured:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from cratelm.activations.causal_model import causal_model
 from cratelm.activations.taps import edit
 
-Change = Callable[[Tensor], Tensor]
+Replacement = Callable[[Tensor], Tensor]
 """An activation of shape (batch, seq, features) to its replacement."""
 
 
 @torch.no_grad()
 def spliced_losses(
-    model: nn.Module, tokens: Int[Tensor, "batch longer"], edits: Mapping[str, Change] | None = None
+    model: nn.Module, tokens: Int[Tensor, "batch longer"], edits: Mapping[str, Replacement] | None = None
 ) -> Float[Tensor, "batch seq"]:
     """Cross-entropy in nats of each token after the first of a row, with activations replaced at these taps.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cratelm.data.tokens import sample_batch
 from cratelm.errors import CrateError
 
-Forward = Callable[[Int[Tensor, "batch seq"]], Float[Tensor, "batch seq d_in"]]
+ReadActivations = Callable[[Int[Tensor, "batch seq"]], Float[Tensor, "batch seq d_in"]]
 """Token ids to the activations at one place of a model."""
 
 
@@ -23,7 +23,7 @@ class ActivationStream(Iterator[Tensor]):
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ReadActivations,
         tokens: Integer[np.ndarray, " stream"],
         *,
         d_in: int,

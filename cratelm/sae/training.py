@@ -24,21 +24,21 @@ from cratelm.rundir import append_jsonl, atomic_path, differing_fields, origin, 
 from cratelm.runtime import ProgressBar
 from cratelm.sae.config import SaeConfig
 from cratelm.sae.library import import_sae_lens, quiet, untrained
-from cratelm.sae.loading import CONFIG, DESCRIPTION, WEIGHTS_FILE
+from cratelm.sae.loading import CONFIG, DESCRIPTION_FILE, WEIGHTS_FILE
 
-SAVE_SECONDS = 60
+CHECKPOINT_SECONDS = 60
 """Seconds between checkpoints: the most that a killed training repeats."""
 CHECKPOINT = "checkpoint"
 
-Candidates = Callable[["Trainer", int, int], Tensor]
+ResamplingInputs = Callable[["Trainer", int, int], Tensor]
 """(trainer, count, step) to `count` activations at which resampled latents start."""
 
-Row = dict[str, float | int]
+LoggedRow = dict[str, float | int]
 """The logged numbers of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TrainingPlace:
     """Where the activations come from, and everything apart from the settings that affects the result."""
 
     tap: str
@@ -57,7 +57,7 @@ class Place:
 class Trainer:
     """The trainer of sae-lens with our schedules and resampling."""
 
-    def __init__(self, config: SaeConfig, place: Place, tokens: int, *, device: torch.device) -> None:
+    def __init__(self, config: SaeConfig, place: TrainingPlace, tokens: int, *, device: torch.device) -> None:
         self.config, self.place = config, place
         self.steps, self.tokens = config.steps(tokens), tokens
         self.sae = untrained(config, place.d_in, self.steps, device=device)
@@ -96,12 +96,12 @@ class Trainer:
                 raise CrateError("the activations at this tap are all zero; there is nothing to train on")
             scaler.scaling_factor = self.place.d_in**0.5 / norm
 
-    def learn(self, batch: Float[Tensor, "batch d_in"], candidates: Candidates | None = None) -> Row:
+    def learn(self, batch: Float[Tensor, "batch d_in"], candidates: ResamplingInputs | None = None) -> LoggedRow:
         """One step. Returns the numbers to log every `log_every` steps, else an empty row."""
         rate = self.inner.optimizer.param_groups[0]["lr"]
         output = self.inner.step(batch)
         self.inner.n_training_steps += 1
-        row: Row = {}
+        row: LoggedRow = {}
         if self.step % self.config.log_every == 0 or self.step == self.steps:
             row = {
                 "step": self.step,
@@ -116,12 +116,12 @@ class Trainer:
             row |= self._resample(candidates)
         return row
 
-    def _resample(self, candidates: Candidates | None) -> Row:
+    def _resample(self, candidates: ResamplingInputs | None) -> LoggedRow:
         """At the configured steps, resample latents that hardly fired; reset the counts where a window begins."""
         config, step = self.config, self.step
         steps = sorted(config.resample_at)
         windows = [max(at - config.resample_window, before) for before, at in zip([0, *steps], steps, strict=False)]
-        row: Row = {}
+        row: LoggedRow = {}
         if step in config.resample_at and self.inner.n_frac_active_samples and step < self.steps:
             frequency = self.inner.act_freq_scores / self.inner.n_frac_active_samples
             rare = frequency < (1e-6 if step < 25_000 else 1e-7)
@@ -165,12 +165,12 @@ class Trainer:
         with checked_path(folder / CONFIG) as config, checked_path(folder / WEIGHTS_FILE) as weights:
             self.sae.save_inference_model(weights.parent)
             (weights.parent / CONFIG).replace(config)
-            write_json(folder / DESCRIPTION, description)
+            write_json(folder / DESCRIPTION_FILE, description)
 
 
 def train_sae(
     config: SaeConfig,
-    place: Place,
+    place: TrainingPlace,
     stream_from: Callable[[int], Iterator[Tensor]],
     folder: Path,
     *,
@@ -178,7 +178,7 @@ def train_sae(
     device: torch.device,
     bar: ProgressBar,
     stop: Callable[[], bool] = lambda: False,
-    candidates: Candidates | None = None,
+    candidates: ResamplingInputs | None = None,
 ) -> None:
     """Train an autoencoder into a folder, or resume from its checkpoint.
 
@@ -200,7 +200,7 @@ def train_sae(
     saved = started = time.monotonic()
     first, note = trainer.step, ""
     while trainer.step < trainer.steps:
-        if stop() or time.monotonic() - saved > SAVE_SECONDS:
+        if stop() or time.monotonic() - saved > CHECKPOINT_SECONDS:
             trainer.save(checkpoint, settings)
             saved = time.monotonic()
         if stop():
@@ -219,7 +219,7 @@ def train_sae(
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def settings_of(config: SaeConfig, place: Place, tokens: int) -> dict[str, Any]:
+def settings_of(config: SaeConfig, place: TrainingPlace, tokens: int) -> dict[str, Any]:
     """Every setting that affects the result."""
     return {
         **asdict(config), "tokens": tokens, "tap": place.tap, "layer": place.layer, "d_in": place.d_in,
@@ -231,7 +231,7 @@ def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the folder has this autoencoder; one with other settings is refused."""
     if not (folder / CONFIG).exists():
         return False
-    _check_settings(folder / DESCRIPTION, settings)
+    _check_settings(folder / DESCRIPTION_FILE, settings)
     return True
 
 
@@ -268,7 +268,7 @@ def _quality(x: Float[Tensor, "batch d_in"], out: Float[Tensor, "batch d_in"], l
     return {"l0": float((latents > 0).sum(dim=-1).float().mean()), "fvu": float(((x - out) ** 2).sum() / spread)}
 
 
-def _check_finite(row: Row, folder: Path) -> None:
+def _check_finite(row: LoggedRow, folder: Path) -> None:
     if not math.isfinite(row["loss"]):
         raise CrateError(
             f"the loss must be finite, got {row['loss']} at step {row['step']}. Hint: remove {folder} and train again "

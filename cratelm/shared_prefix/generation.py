@@ -9,24 +9,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cratelm.interpretation.llm import Sampling
-from cratelm.shared_prefix.reader import Reader, Tokens
+from cratelm.shared_prefix.reader import PrefixReader, TokenIds
 
 COLUMNS_AT_ONCE = 16
 """Limit of the tokens of a batch, prompts and answers with padding, in forward passes of a reader."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class CompletionRequest:
     """A prompt to continue."""
 
-    tokens: Tokens
+    tokens: TokenIds
     sampling: Sampling
     ends: frozenset[int]
     """Tokens that end an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class Completion:
     """What the model generated."""
 
     tokens: list[int]
@@ -35,12 +35,12 @@ class Answer:
     """`stop`, or `length` if it was cut off."""
 
 
-def generate(reader: Reader, requests: Sequence[Request]) -> list[Answer]:
+def complete(reader: PrefixReader, requests: Sequence[CompletionRequest]) -> list[Completion]:
     """Answer every request. An answer does not depend on the other requests, except for rounding."""
     return [answer for batch in _batches(reader, requests) for answer in _generate_batch(reader, requests[batch])]
 
 
-def _batches(reader: Reader, requests: Sequence[Request]) -> Iterator[slice]:
+def _batches(reader: PrefixReader, requests: Sequence[CompletionRequest]) -> Iterator[slice]:
     """Requests that are answered together, by the size of their cache."""
     first = width = 0
     for i, request in enumerate(requests):
@@ -54,8 +54,8 @@ def _batches(reader: Reader, requests: Sequence[Request]) -> Iterator[slice]:
 
 
 @torch.inference_mode()
-def _generate_batch(reader: Reader, requests: Sequence[Request]) -> list[Answer]:
-    """Answer requests in one `generate`: greedy decoding of the only token that the sampler of each row leaves."""
+def _generate_batch(reader: PrefixReader, requests: Sequence[CompletionRequest]) -> list[Completion]:
+    """Answer requests in one `complete`: greedy decoding of the only token that the sampler of each row leaves."""
     inputs = reader.padded([request.tokens for request in requests])
     width = inputs["input_ids"].shape[1]
     ends = sorted(set().union(*(request.ends for request in requests)))
@@ -79,10 +79,10 @@ def _generate_batch(reader: Reader, requests: Sequence[Request]) -> list[Answer]
     return [_answer(row, request) for row, request in zip(generated.tolist(), requests, strict=True)]
 
 
-def _answer(generated: list[int], request: Request) -> Answer:
+def _answer(generated: list[int], request: CompletionRequest) -> Completion:
     tokens = generated[: request.sampling.max_tokens]
     end = next((i for i, token in enumerate(tokens) if token in request.ends), None)
-    return Answer(tokens=tokens[:end], finish="length" if end is None else "stop")
+    return Completion(tokens=tokens[:end], finish="length" if end is None else "stop")
 
 
 class Sampler:

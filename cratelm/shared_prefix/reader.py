@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-Tokens = tuple[int, ...]
+TokenIds = tuple[int, ...]
 Numbers = Int[np.ndarray, " _"]
 Layers = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, of shape (rows, heads, tokens, dim)."""
@@ -31,15 +31,15 @@ SHORTEST = 32
 """Fewer additional common tokens are not worth a forward pass of their own."""
 CACHE_BYTES = 1 << 31
 """Limit of the keys and values that are kept between batches."""
-LOGITS_AT_ONCE = 1 << 27
+MAX_LOGITS = 1 << 27
 """Limit of the logits of one forward pass: 512 MB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class TextToRead:
     """A text to read."""
 
-    tokens: Tokens
+    tokens: TokenIds
     shared: int
     """How many tokens at the beginning may come from the cache; less than every index in `at`."""
     at: tuple[int, ...]
@@ -58,16 +58,16 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
+class CachedPrefix:
     """The beginning of a text with its keys and values."""
 
-    tokens: Tokens
+    tokens: TokenIds
     layers: Layers
 
-    def crop(self, length: int) -> "Prefix":
+    def crop(self, length: int) -> "CachedPrefix":
         """Its first tokens."""
         layers = [(keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers]
-        return Prefix(self.tokens[:length], layers if length else [])
+        return CachedPrefix(self.tokens[:length], layers if length else [])
 
     @property
     def size(self) -> int:
@@ -75,10 +75,10 @@ class Prefix:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
-NOTHING = Prefix((), [])
+NOTHING = CachedPrefix((), [])
 
 
-class Reader:
+class PrefixReader:
     """A causal language model that reads many texts in few forward passes. Not thread-safe."""
 
     def __init__(self, model: Any, *, tokens_at_once: int) -> None:
@@ -90,13 +90,13 @@ class Reader:
         self.window: int | None = getattr(config, "sliding_window", None)
         self.attention = attention_kinds(config)
         self.slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.prefixes: list[Prefix] = []
+        self.prefixes: list[CachedPrefix] = []
         """Last used last."""
         self.tokens_computed = 0
         self.shares = self._matches_uncached()
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[Row], *, top: int) -> list[Reading]:
+    def read(self, rows: Sequence[TextToRead], *, top: int) -> list[Reading]:
         """The readings of texts, in their order."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
         readings: dict[int, Reading] = {}
@@ -114,7 +114,7 @@ class Reader:
         return [readings[i] for i in range(len(rows))]
 
     @torch.inference_mode()
-    def padded(self, texts: Sequence[Tokens]) -> dict[str, Any]:
+    def padded(self, texts: Sequence[TokenIds]) -> dict[str, Any]:
         """Texts as inputs of transformers' `generate`: padded on the left, their common beginning in the cache."""
         width = max(map(len, texts))
         gaps = [width - len(text) for text in texts]
@@ -134,7 +134,7 @@ class Reader:
         self.tokens_computed += len(texts) * (width - start)
         return inputs
 
-    def _fitting(self, rows: Sequence[Row]) -> int:
+    def _fitting(self, rows: Sequence[TextToRead]) -> int:
         """How many of the rows, which are sorted, fit into one forward pass."""
         size = wanted = 0
         common = rows[0].shared
@@ -142,11 +142,11 @@ class Reader:
             branches_at = common_length(rows[count - 1].tokens, row.tokens) if count else 0
             common = min(common, row.shared, branches_at) if count else common
             size, wanted = size + len(row.tokens) - branches_at, wanted + len(row.at)
-            if count and (size - common > self.tokens_at_once or wanted * self.vocabulary > LOGITS_AT_ONCE):
+            if count and (size - common > self.tokens_at_once or wanted * self.vocabulary > MAX_LOGITS):
                 return count
         return len(rows)
 
-    def _read(self, rows: Sequence[Row], top: int) -> Iterator[Reading]:
+    def _read(self, rows: Sequence[TextToRead], top: int) -> Iterator[Reading]:
         """The readings of rows in one forward pass; the rows are sorted."""
         texts, wanted = [row.tokens for row in rows], [[i - 1 for i in row.at] for row in rows]
         if self.shares:
@@ -162,7 +162,7 @@ class Reader:
         parts = zip(*(np.split(array, ends) for array in arrays), strict=True)
         return (Reading(logprobs=a.astype(np.float64), top=b, top_logprobs=c.astype(np.float64)) for a, b, c in parts)
 
-    def _prefix(self, tokens: Tokens) -> Prefix:
+    def _prefix(self, tokens: TokenIds) -> CachedPrefix:
         """Keys and values of these tokens, or of the first of them where few are missing from the cache."""
         lengths = [common_length(prefix.tokens, tokens) for prefix in self.prefixes]
         cached, start = NOTHING, max(lengths, default=0)
@@ -172,13 +172,13 @@ class Reader:
         if len(tokens) - start < SHORTEST:
             return cached
         _, cache, _ = self._forward([tokens], cached, [[]])
-        self.prefixes.append(Prefix(tokens, [(layer.keys, layer.values) for layer in cache.layers]))
+        self.prefixes.append(CachedPrefix(tokens, [(layer.keys, layer.values) for layer in cache.layers]))
         while len(self.prefixes) > 1 and sum(prefix.size for prefix in self.prefixes) > CACHE_BYTES:
             self.prefixes.pop(0)
         return self.prefixes[-1]
 
     def _forward(
-        self, texts: Sequence[Tokens], prefix: Prefix, wanted: Sequence[Sequence[int]]
+        self, texts: Sequence[TokenIds], prefix: CachedPrefix, wanted: Sequence[Sequence[int]]
     ) -> tuple[Float[Tensor, "wanted vocab"], Cache, list[Numbers]]:
         """One forward pass over sorted texts that begin with the prefix.
 
@@ -198,7 +198,7 @@ class Reader:
         )  # fmt: skip
         return logits, cache, paths
 
-    def _whole(self, text: Tokens, wanted: Sequence[int]) -> Float[Tensor, "wanted vocab"]:
+    def _whole(self, text: TokenIds, wanted: Sequence[int]) -> Float[Tensor, "wanted vocab"]:
         """The logits after some tokens of a text, without a cache."""
         self.tokens_computed += len(text)
         return self._logits(text, wanted, use_cache=False)
@@ -241,7 +241,7 @@ class Reader:
         texts = sorted([tuple(numbers[:11]), tuple(numbers[:6] + numbers[11:])])
         try:
             _, cache, _ = self._forward([texts[0][:3]], NOTHING, [[]])
-            prefix = Prefix(texts[0][:3], [(layer.keys, layer.values) for layer in cache.layers])
+            prefix = CachedPrefix(texts[0][:3], [(layer.keys, layer.values) for layer in cache.layers])
             whole = [self._whole(text, range(3, len(text))) for text in texts]
             together, _, _ = self._forward(texts, prefix, [range(3, len(text)) for text in texts])
             expected = torch.cat(whole).double()
@@ -254,7 +254,7 @@ class Reader:
             self.tokens_computed = 0
 
 
-def branches(texts: Sequence[Tokens], start: int) -> tuple[list[int], Numbers, list[Numbers]]:
+def branches(texts: Sequence[TokenIds], start: int) -> tuple[list[int], Numbers, list[Numbers]]:
     """Lay sorted texts into one row behind `start` columns that all of them begin with; each new token appears once.
 
     Returns the new tokens, their positions, and the columns of each text.
@@ -279,7 +279,7 @@ def attention_kinds(config: Any) -> set[str]:
     return set(kinds)
 
 
-def common_length(a: Tokens, b: Tokens) -> int:
+def common_length(a: TokenIds, b: TokenIds) -> int:
     """How many tokens at their beginning two texts have in common."""
     size = min(len(a), len(b))
     differs = np.not_equal(a[:size], b[:size])

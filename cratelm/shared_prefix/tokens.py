@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.interpretation.llm import Prompt, PromptLogprobs
-from cratelm.shared_prefix.reader import Reading, Row
+from cratelm.shared_prefix.reader import Reading, TextToRead
 
 TAIL = 160
 """Characters at the end of a prefix that are tokenized again together with each rest."""
@@ -76,7 +76,7 @@ class PromptTokens:
         if prompt.at is None:
             wanted = list(range(max(self.first, 1), len(ids)))
         shared = min(self.first, wanted[0] - 1) if wanted else 0
-        self.row = Row(tokens=tuple(ids), shared=shared, at=tuple(wanted))
+        self.row = TextToRead(tokens=tuple(ids), shared=shared, at=tuple(wanted))
 
     def prompt_logprobs(self, reading: Reading | None, strings: Sequence[str]) -> PromptLogprobs:
         """The reading as text. `strings` is the text of each token id."""

@@ -34,16 +34,16 @@ from cratelm.steering.ablation_file import AblationKind
 from cratelm.steering.changes import Change
 from cratelm.steering.generate import check_finite
 from cratelm.steering.intervention import Intervention
-from cratelm.steering.place import Place, SparseCoder, check_coder, neuron_places
+from cratelm.steering.place import NeuronPlace, SparseCoder, check_coder, neuron_places
 from cratelm.steering.readout import Readout, find_readout
 from cratelm.steering.steer import steer
 from cratelm.training.evaluate import passes
 
-Method = Literal["auto", "direct"]
-LOGITS_AT_ONCE = 1 << 24
+AblationMethod = Literal["auto", "direct"]
+LOGITS_PER_PASS = 1 << 24
 EXACT_AT_ONCE = {"cpu": 1 << 19}
 """Logits per chunk of the exact method, by device type; on a CPU the chunk must fit the cache."""
-ROWS_AT_ONCE = 32
+WINDOWS_AT_ONCE = 32
 """Windows per pass through the later layers."""
 
 
@@ -110,7 +110,7 @@ def held_out(
 class _Target:
     """Neurons of a layer and the activations that replace theirs."""
 
-    place: Place
+    place: NeuronPlace
     index: Int[Tensor, " neurons"]
     level: Float[Tensor, " neurons"]
 
@@ -125,7 +125,7 @@ class Ablation:
     """Layers whose neurons will be ablated."""
     coders: Mapping[int, SparseCoder] = field(default_factory=dict)
     """Layer -> sparse autoencoder, whose latents are then ablated instead of the layer's neurons."""
-    places: Mapping[int, Place] = field(init=False)
+    places: Mapping[int, NeuronPlace] = field(init=False)
     readout: Readout | None = field(init=False)
     """None if the logits are not sums over neurons."""
     plain: Float64[np.ndarray, " predicted"] = field(init=False)
@@ -175,7 +175,7 @@ class Ablation:
 
     def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         vocabulary = self.readout.head.shape[0] if self.readout is not None else 50304
-        rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (vocabulary * self.text.context)))
+        rows = max(1, min(WINDOWS_AT_ONCE, LOGITS_PER_PASS // (vocabulary * self.text.context)))
         for first, inputs, targets in self.text.batches(rows):
             yield first, inputs.to(self.device), targets.to(self.device)
 
@@ -186,7 +186,7 @@ class Ablation:
 
     @torch.inference_mode()
     def each(
-        self, layer: int, neurons: Sequence[int], kind: AblationKind, *, method: Method = "auto"
+        self, layer: int, neurons: Sequence[int], kind: AblationKind, *, method: AblationMethod = "auto"
     ) -> Float64[np.ndarray, "neurons documents"]:
         """Summed change of loss of every document, in nats, when each neuron is ablated alone."""
         target = self._target(layer, neurons, kind)
@@ -221,7 +221,7 @@ class Ablation:
         logits_x, logits_d = (cx * readout.gain) @ readout.head.T, (cd * readout.gain) @ readout.head.T
         constant = readout.bias @ readout.head.T + (0 if readout.head_bias is None else readout.head_bias)
         change = torch.zeros(len(cd), len(x), dtype=x.dtype, device=x.device)
-        rows = max(1, EXACT_AT_ONCE.get(x.device.type, LOGITS_AT_ONCE) // logits_x.shape[1])
+        rows = max(1, EXACT_AT_ONCE.get(x.device.type, LOGITS_PER_PASS) // logits_x.shape[1])
         before = _cross_entropy(logits_x / readout.sigma(x) + constant, targets)
         for neuron in range(len(cd)):
             for tokens in delta[:, neuron].nonzero().squeeze(1).split(rows):
@@ -244,7 +244,7 @@ class Ablation:
         plain = losses_of(inputs, targets) if x is None or later is None else later(layer + 1, x, targets)
         change = torch.zeros(len(index), *targets.shape, dtype=plain.dtype, device=plain.device)
         # Pairs of a neuron and a window on which the ablation changes an activation.
-        for pairs in (delta != 0).any(1).T.nonzero().split(ROWS_AT_ONCE):
+        for pairs in (delta != 0).any(1).T.nonzero().split(WINDOWS_AT_ONCE):
             neuron, row = pairs.unbind(1)
             if x is None or later is None:
                 set_one = partial(_set_one, neuron=index[neuron], level=target.level[neuron])
@@ -296,12 +296,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def _latent_place(neurons: Place | None, coder: SparseCoder) -> Place:
+def _latent_place(neurons: NeuronPlace | None, coder: SparseCoder) -> NeuronPlace:
     """The latents as a place; `written` is empty if no linear map leads from their output to the residual stream."""
     if neurons is not None and coder.tap == neurons.tap:
         directions = coder.directions @ neurons.directions.to(coder.directions)
         return replace(neurons, directions=directions)
-    return Place(layer=coder.layer, tap=coder.tap, written="", directions=coder.directions)
+    return NeuronPlace(layer=coder.layer, tap=coder.tap, written="", directions=coder.directions)
 
 
 def _set_one(code: Tensor, neuron: Tensor, level: Tensor) -> Tensor:

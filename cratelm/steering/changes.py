@@ -11,7 +11,7 @@ from cratelm.errors import CrateError
 How = Literal["set", "add", "scale", "clamp", "silence"]
 SAE = "sae:"
 """Prefix of the name of a latent of a sparse autoencoder."""
-EXAMPLES = "1/85=set:2x, 1/85=add:0.5, 1/85=scale:0, 1/85=clamp:0..1 or 1/85=silence"
+CHANGE_EXAMPLES = "1/85=set:2x, 1/85=add:0.5, 1/85=scale:0, 1/85=clamp:0..1 or 1/85=silence"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class Strength:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class ChangeRequest:
     """A change as the user wrote it, with strengths that may be relative."""
 
     layer: int
@@ -115,14 +115,14 @@ def parse_strength(text: str) -> Strength:
     return Strength(number=value, of_maximum=of_maximum)
 
 
-def parse_request(text: str, *, swept: bool = False) -> Request:
+def parse_request(text: str, *, swept: bool = False) -> ChangeRequest:
     """Parse `LAYER/NEURON=HOW:STRENGTH`, or `sae:LAYER/LATENT=...` for a latent of a sparse autoencoder.
 
     A neuron alone is set to its maximum. `swept` requests have no strength: the sweep sets it.
     """
     match = re.fullmatch(r"\s*(sae:)?(\d+)/(\d+)\s*(?:=\s*([a-z]+)\s*(?::\s*(\S+))?)?\s*", text)
     if match is None:
-        raise CrateError(f"a change must be LAYER/NEURON=HOW:STRENGTH, such as {EXAMPLES}, got {text!r}")
+        raise CrateError(f"a change must be LAYER/NEURON=HOW:STRENGTH, such as {CHANGE_EXAMPLES}, got {text!r}")
     latent, layer, index, how, strength = match.groups()
     how = how or "set"
     if how not in get_args(How):
@@ -133,7 +133,7 @@ def parse_request(text: str, *, swept: bool = False) -> Request:
         strengths: tuple[Strength, ...] = ()
     else:
         strengths = _strengths(text, how, strength if match[4] else "1x")
-    return Request(
+    return ChangeRequest(
         layer=int(layer), index=int(index), how=how, strengths=strengths, latent=latent is not None  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def _strengths(text: str, how: str, strength: str | None) -> tuple[Strength, ...
             raise CrateError(f"silence takes no strength, got {text!r}. Write {text.rpartition(':')[0]}")
         return ()
     if strength is None:
-        raise CrateError(f"{how} needs a strength, got {text!r}. Examples: {EXAMPLES}")
+        raise CrateError(f"{how} needs a strength, got {text!r}. Examples: {CHANGE_EXAMPLES}")
     if how == "clamp":
         return _bounds(text, strength)
     parsed = parse_strength(strength)
@@ -164,7 +164,7 @@ def _bounds(text: str, strength: str) -> tuple[Strength, Strength]:
     return lower, upper
 
 
-def swept(request: Request, strength: Strength) -> Request:
+def swept(request: ChangeRequest, strength: Strength) -> ChangeRequest:
     """The request with a strength of the sweep."""
     if request.how == "scale" and strength.of_maximum:
         raise CrateError(f"a sweep of scale takes factors such as 0,0.5,1,2, got {strength} for {request.name}")
@@ -181,7 +181,7 @@ def parse_strengths(text: str) -> tuple[Strength, ...]:
     return tuple(sorted(strengths, key=lambda strength: strength.number))
 
 
-def check_indices(requests: Sequence[Request | Change], sizes: Mapping[int, int], what: str = "neurons") -> None:
+def check_indices(requests: Sequence[ChangeRequest | Change], sizes: Mapping[int, int], what: str = "neurons") -> None:
     """Raise `CrateError` for a layer or index that does not exist; `sizes` is layer -> number of neurons or latents."""
     for request in requests:
         layer, size = request.layer, sizes.get(request.layer)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cratelm.activations.causal_model import causal_model
 from cratelm.activations.taps import capture, find_tap
 from cratelm.errors import CrateError
-from cratelm.steering.place import Place
+from cratelm.steering.place import NeuronPlace
 from cratelm.steering.readout import Readout, find_readout
 
 NEURONS, RESIDUAL, MAP_BIAS, NORM_BIAS, HEAD_BIAS = (
@@ -132,7 +132,7 @@ def ledger(
     )  # fmt: skip
 
 
-def _map_bias(model: nn.Module, place: Place) -> Float[Tensor, " d_model"]:
+def _map_bias(model: nn.Module, place: NeuronPlace) -> Float[Tensor, " d_model"]:
     """Bias of the linear map that reads the neurons."""
     module = find_tap(model, place.written)
     bias = getattr(getattr(module, "down", module), "bias", None)

@@ -43,7 +43,7 @@ def ledger_rows(ledger: Mapping[str, Any], count: int, explanations: Mapping[int
     return rows + [LedgerRow(name=name, contribution=value) for name, value in terms.items()]
 
 
-def as_csv(ledger: Mapping[str, Any], explanations: Mapping[int, str]) -> str:
+def ledger_csv(ledger: Mapping[str, Any], explanations: Mapping[int, str]) -> str:
     """Every active neuron, largest contribution first, then every term and the model's logit; unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -12,7 +12,7 @@ from cratelm.errors import CrateError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class NeuronPlace:
     """The neurons of one layer."""
 
     layer: int
@@ -44,7 +44,7 @@ class SparseCoder:
     """Latents to the reconstruction."""
 
 
-def neuron_places(model: nn.Module) -> Mapping[int, Place]:
+def neuron_places(model: nn.Module) -> Mapping[int, NeuronPlace]:
     """Layer -> its neurons, for a `LanguageModel` or a Hugging Face model whose structure is known."""
     taps = find_places(model, "neurons")
     directions = decoders(model, taps)
@@ -53,7 +53,7 @@ def neuron_places(model: nn.Module) -> Mapping[int, Place]:
             f"the neurons of {type(model).__name__} have no known decoder directions. Use a model with plain MLPs"
         )
     return {
-        layer: Place(layer=layer, tap=tap, written=_written(tap), directions=directions[layer])
+        layer: NeuronPlace(layer=layer, tap=tap, written=_written(tap), directions=directions[layer])
         for layer, tap in taps.items()
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cratelm.errors import CrateError
 
-Part = Literal["all", "prompt", "generated"]
+PositionPart = Literal["all", "prompt", "generated"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class Positions:
     The activations at a token predict the next token, so a change at the prompt's last token affects the first new one.
     """
 
-    part: Part = "all"
+    part: PositionPart = "all"
     """`prompt` or `generated` tokens only."""
     spans: tuple[tuple[int, int], ...] = ()
     """Ranges of positions, ends included; empty means every position. Negative positions count from the end of the

@@ -18,10 +18,10 @@ from cratelm.activations.places import find_places
 from cratelm.activations.taps import capture, edit
 from cratelm.errors import CrateError
 from cratelm.steering.generate import all_logits
-from cratelm.steering.place import Place, neuron_places
+from cratelm.steering.place import NeuronPlace, neuron_places
 
 NormKind = Literal["layer", "rms", "none"]
-TOLERANCE = 1e-3
+READOUT_TOLERANCE = 1e-3
 """Largest deviation of a Hugging Face model from the formula above, relative to the largest value."""
 
 
@@ -29,7 +29,7 @@ TOLERANCE = 1e-3
 class Readout:
     """The last layer, the final norm and the head of a model."""
 
-    place: Place
+    place: NeuronPlace
     """The last layer's neurons."""
     block: str
     """Tap of the last layer's output x, the input of the final norm."""
@@ -84,7 +84,7 @@ def find_readout(model: nn.Module) -> Readout:
         return _foreign_readout(causal.module, place)
 
 
-def _known_readout(model: Any, place: Place) -> Readout:
+def _known_readout(model: Any, place: NeuronPlace) -> Readout:
     head, norm = model.embedding.weight.detach(), model.norm
     zeros = torch.zeros_like(head[0])
     gain, bias, epsilon = torch.ones_like(zeros), zeros, 0.0
@@ -98,7 +98,7 @@ def _known_readout(model: Any, place: Place) -> Readout:
     )  # fmt: skip
 
 
-def _foreign_readout(model: Any, place: Place) -> Readout:
+def _foreign_readout(model: Any, place: NeuronPlace) -> Readout:
     """The head, and the norm between the last block and the head, identified by its input and output."""
     head = model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -157,4 +157,4 @@ def _check_direct(model: nn.Module, readout: Readout, tokens: Int[Tensor, "1 seq
 
 
 def _close(x: Tensor, reference: Tensor) -> bool:
-    return x.shape == reference.shape and bool((x - reference).abs().max() <= TOLERANCE * reference.abs().max())
+    return x.shape == reference.shape and bool((x - reference).abs().max() <= READOUT_TOLERANCE * reference.abs().max())

@@ -20,10 +20,10 @@ from cratelm.activations.taps import Edit, edit
 from cratelm.errors import CrateError
 from cratelm.steering.changes import Change, check_indices
 from cratelm.steering.intervention import Intervention
-from cratelm.steering.place import Place, SparseCoder, check_coder, neuron_places
+from cratelm.steering.place import NeuronPlace, SparseCoder, check_coder, neuron_places
 from cratelm.steering.positions import Positions, Text
 
-Code = Float[Tensor, "*tokens neurons"]
+CodeTensor = Float[Tensor, "*tokens neurons"]
 TokenMask = Callable[[Tensor], Bool[Tensor, "*tokens 1"] | None]
 """The tensor of a forward pass -> True at the tokens to change; None means every token."""
 TapEdit = tuple[str, Edit]
@@ -71,7 +71,9 @@ def steering_edits(model: nn.Module, intervention: Intervention, text: Text | No
     return edits
 
 
-def apply_changes(code: Code, changes: Sequence[Change], mask: Bool[Tensor, "*tokens 1"] | None = None) -> Code:
+def apply_changes(
+    code: CodeTensor, changes: Sequence[Change], mask: Bool[Tensor, "*tokens 1"] | None = None
+) -> CodeTensor:
     """A copy of a code with the changes applied, at the tokens of `mask` or at all tokens."""
     result = code.clone()
     for change in changes:
@@ -132,7 +134,7 @@ def _coders_by_layer(model: nn.Module, coders: Sequence[SparseCoder]) -> dict[in
 
 
 def _neuron_edits(
-    place: Place, changes: Sequence[Change], mask: TokenMask, intervention: Intervention
+    place: NeuronPlace, changes: Sequence[Change], mask: TokenMask, intervention: Intervention
 ) -> list[TapEdit]:
     control = intervention.control
     if control is None:

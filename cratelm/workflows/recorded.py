@@ -7,7 +7,7 @@ from cratelm.activations.records import Mode, recorded_layers, recorded_taps
 from cratelm.errors import CrateError
 
 
-def check_run(run: Path) -> None:
+def check_run_exists(run: Path) -> None:
     """Raise CrateError if the run directory does not exist."""
     if not run.is_dir():
         raise CrateError(f"there is no run directory {run}. Hint: cratelm train --data DIR --out {run}")
@@ -15,7 +15,7 @@ def check_run(run: Path) -> None:
 
 def find_layers(run: Path, mode: Mode, tap: str, wanted: Sequence[int] = ()) -> list[int]:
     """The wanted layers, by default all that have records. Raises CrateError for a layer without records."""
-    check_run(run)
+    check_run_exists(run)
     recorded = recorded_layers(run, mode=mode, tap=tap)
     collect = f"cratelm collect {run} --data DIR{' --mode compat' if mode == 'compat' else ''}"
     if not recorded and (taps := recorded_taps(run, mode=mode)):

@@ -19,11 +19,11 @@ from cratelm.runtime import progress_bar
 from cratelm.workflows.options.selection import Selection, chosen_layers, chosen_protocols
 
 Columns = dict[str, tuple[str, ...]]
-COLUMNS: Columns = {
+LOOKUP_COLUMNS: Columns = {
     "dead": ("dead",), "rare": ("too rare",), "const a": ("constant activations",), "const s": ("constant simulation",),
 }  # fmt: skip
 """Head of a column in the printed table -> why the neurons it counts have no score."""
-ASKED: Columns = {
+LLM_COLUMNS: Columns = {
     "dead": ("dead",), "rare": ("too rare",), "const": ("constant activations", "constant simulation"),
     "failed": (NO_EXPLANATION, NO_SIMULATION),
 }  # fmt: skip
@@ -42,8 +42,8 @@ def print_scores(run: Path, selection: Selection, templates: Sequence[SetKey]) -
                 bar.advance(1)
         print("\n" + "\n".join(heading(run, template)))
         all_layers = recorded_layers(run, mode=selection.mode, tap=selection.tap)
-        columns = ASKED if template.explainer != EXPLAINER or template.simulator else COLUMNS
-        print("\n".join(table(found, whole_model=layers == all_layers, columns=columns)))
+        columns = LLM_COLUMNS if template.explainer != EXPLAINER or template.simulator else LOOKUP_COLUMNS
+        print("\n".join(score_lines(found, whole_model=layers == all_layers, columns=columns)))
 
 
 def heading(run: Path, key: SetKey) -> list[str]:
@@ -69,14 +69,14 @@ def set_words(parts: Sequence[str]) -> list[str]:
     return lines
 
 
-def table(found: Sequence[ModelAggregate], *, whole_model: bool, columns: Columns = COLUMNS) -> list[str]:
+def score_lines(found: Sequence[ModelAggregate], *, whole_model: bool, columns: Columns = LOOKUP_COLUMNS) -> list[str]:
     """Lines of the printed table; means over layers where all layers are there."""
     lines = [line_of("protocol", "layer", "points", "95 % interval", "scored", *columns)]
     for model in found:
         lines += [_layer_row(model.protocol if i == 0 else "", layer, columns) for i, layer in enumerate(model.layers)]
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
-            lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval(model.low, model.high)) + note)
+            lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval_text(model.low, model.high)) + note)
     return lines
 
 
@@ -84,10 +84,10 @@ def _layer_row(name: str, line: LayerAggregate, columns: Columns) -> str:
     points = "-" if line.points is None else f"{line.points:z.1f}"
     counts = [str(sum(line.undefined.get(reason, 0) for reason in reasons)) for reasons in columns.values()]
     scored = f"{line.scored}/{line.total}"
-    return line_of(name, str(line.layer), points, interval(line.low, line.high), scored, *counts)
+    return line_of(name, str(line.layer), points, interval_text(line.low, line.high), scored, *counts)
 
 
-def interval(low: float | None, high: float | None) -> str:
+def interval_text(low: float | None, high: float | None) -> str:
     """A confidence interval."""
     return "-" if low is None else f"[{low:z.1f}, {high:z.1f}]"
 

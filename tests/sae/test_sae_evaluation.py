@@ -13,14 +13,14 @@ from fixtures.tiny import make_tokens, random_model, tiny_config
 
 import cratelm
 from cratelm import cli
-from cratelm.commands.sae_evaluate import notes, table
+from cratelm.commands.sae_evaluate import notes, table_lines
 from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture
 from cratelm.model.weights import save_model, weights_hash
 from cratelm.sae.evaluation import (
+    HeldOutRows,
     Reconstruction,
-    Rows,
     costs,
     histogram,
     nearest_cosine,
@@ -102,12 +102,12 @@ def test_unigram_histogram_and_cosine(rng: np.random.Generator) -> None:
 
 def test_rows_predict_each_token_once() -> None:
     tokens = np.arange(35).astype(np.uint16)
-    rows = Rows(tokens=tokens, context=8, at_once=3)
+    rows = HeldOutRows(tokens=tokens, context=8, at_once=3)
     batches = list(rows)
     assert rows.predicted == 32
     assert [tuple(batch.shape) for batch in batches] == [(3, 9), (1, 9)]
     assert torch.cat([batch[:, 1:].flatten() for batch in batches]).tolist() == list(range(1, 33))
-    short = Rows(tokens=tokens[:5], context=8, at_once=3)
+    short = HeldOutRows(tokens=tokens[:5], context=8, at_once=3)
     assert [batch.tolist() for batch in short] == [[[0, 1, 2, 3, 4]]]
 
 
@@ -189,7 +189,7 @@ def test_the_table_says_where_shares_are_inflated() -> None:
     }  # fmt: skip
     assert "inflated" in " ".join(notes({"a": row}))
     assert "inflated" not in " ".join(notes({"a": row | {"ce_zero": 5.0}}))
-    lines = table({"a": row, "a-longer-name": row})
+    lines = table_lines({"a": row, "a-longer-name": row})
     assert lines[1].split() == ["a", "3.0", "0.100", "0.900", "-", "25.0%", "0.1000", "0.980", "0.950", "0.970"]
     assert len({len(line) for line in lines}) == 1
 

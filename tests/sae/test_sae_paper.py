@@ -135,12 +135,12 @@ def test_resampled_latents_start_at_their_input_and_the_others_stay(rng: np.rand
 
 def test_latents_that_hardly_fire_are_resampled_by_what_was_counted_in_the_window(rng: np.random.Generator) -> None:
     from cratelm.sae.config import SaeConfig
-    from cratelm.sae.training import Place, Trainer
+    from cratelm.sae.training import Trainer, TrainingPlace
 
     config = SaeConfig(
         kind="paper", expansion=2, batch_tokens=10, buffer_tokens=10, resample_at=(6, 9), resample_window=2, log_every=1
     )
-    place = Place(tap="t", layer=0, path="p", d_in=D_IN, context=4, identity={}, model_flops_per_token=1)
+    place = TrainingPlace(tap="t", layer=0, path="p", d_in=D_IN, context=4, identity={}, model_flops_per_token=1)
     trainer = Trainer(config, place, 120, device=torch.device("cpu"))
     trainer.sae.b_enc.data[:] = 5.0  # all fire; two will stop in the window, one fired before it alone
     asked: list[tuple[int, int]] = []

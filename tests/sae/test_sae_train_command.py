@@ -19,9 +19,9 @@ from cratelm.commands.sae_train import sae_name
 from cratelm.model.config import Architecture
 from cratelm.model.weights import save_model, weights_hash
 from cratelm.sae.config import SaeConfig
-from cratelm.sae.kinds import KINDS, SaeKind, describe_kinds
+from cratelm.sae.kinds import SAE_KINDS, SaeKind, describe_kinds
 from cratelm.sae.loading import load_sae
-from cratelm.sae.training import Place, train_sae
+from cratelm.sae.training import TrainingPlace, train_sae
 
 NEEDED = "sae-lens is not installed (make test-all installs it)"
 
@@ -62,11 +62,11 @@ def test_a_kind_added_to_the_table_is_trained_saved_loaded_and_evaluated(
         description="a toy", training_class="toy_saes:ToyTrainingSAE", l1=0.5, schedule=lambda *_: 1.0,
         settings=lambda config, _width, _steps: {"l1_coefficient": config.penalty}, learning_rate=lambda _width: 1e-2,
     )  # fmt: skip
-    monkeypatch.setitem(KINDS, "toy", toy)
+    monkeypatch.setitem(SAE_KINDS, "toy", toy)
     assert "    toy         a toy" in describe_kinds().splitlines()
     run, data = make_run(tmp_path, rng)
     model, _ = cratelm.load(run)
-    place = Place(
+    place = TrainingPlace(
         tap="neurons", layer=0, path="blocks.0.ista.neurons", d_in=64, context=16,
         identity={"model_hash": weights_hash(model)}, model_flops_per_token=1000,
     )  # fmt: skip

@@ -14,13 +14,13 @@ from torch import Tensor
 from cratelm.commands.sae_train import sae_name
 from cratelm.errors import CrateError
 from cratelm.sae.config import SaeConfig
-from cratelm.sae.kinds import KINDS
+from cratelm.sae.kinds import SAE_KINDS
 from cratelm.sae.loading import load_sae
-from cratelm.sae.training import Place, train_sae
+from cratelm.sae.training import TrainingPlace, train_sae
 
 NEEDED = "sae-lens is not installed (make test-all installs it)"
 D_IN, BATCH, STEPS = 6, 32, 24
-PLACE = Place(
+PLACE = TrainingPlace(
     tap="neurons", layer=0, path="blocks.0.ista.neurons", d_in=D_IN, context=16, identity={"model_hash": "m"},
     model_flops_per_token=1000,
 )  # fmt: skip
@@ -74,7 +74,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAE_KINDS)
 def test_every_kind_reduces_the_error_and_loads_in_sae_lens(
     kind: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -12,7 +12,7 @@ from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION, ScorerA
 from cratelm.interpretation.stages.judge import JudgeContext, aggregate_judged, judged_key, judged_sets
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
-from cratelm.workflows.score_table import interval, line_of, set_words
+from cratelm.workflows.score_table import interval_text, line_of, set_words
 
 FEW = ("too few excerpts",)
 
@@ -97,7 +97,7 @@ def _table(keys: Sequence[SetKey], found: Sequence[ScorerAggregate]) -> list[str
         few = sum(one.undefined.get(reason, 0) for reason in FEW)
         failed = sum(one.undefined.values()) - few
         cells = (
-            str(key.layer), "-" if one.mean is None else f"{one.mean:.1f}", interval(one.low, one.high),
+            str(key.layer), "-" if one.mean is None else f"{one.mean:.1f}", interval_text(one.low, one.high),
             f"{one.judged}/{one.total}", str(few), str(failed), f"{one.items:,}", f"{one.failed:,}",
         )  # fmt: skip
         name = key.protocol or "(none)"

@@ -10,7 +10,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION
 from cratelm.runtime import DeviceName
 
-T = TypeVar("T")
+OptionGroup = TypeVar("OptionGroup")
 Where = Annotated[str, tyro.conf.arg(metavar="URL|DIR", help_behavior_hint="")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
@@ -20,8 +20,8 @@ Scorers = Annotated[
     tuple[str, ...],
     tyro.conf.arg(metavar="NAME...", help=f"{SIMULATION} is the paper's; {' '.join(SCORERS)}."),
 ]
-Simulator = Literal["auto", "all-at-once", "token-by-token", "structured"]
-Calibration = Literal["none", "linear", "percentile"]
+SimulatorChoice = Literal["auto", "all-at-once", "token-by-token", "structured"]
+CalibrationName = Literal["none", "linear", "percentile"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,14 @@ class Explaining:
 class Simulating:
     """The simulator, which predicts activations from an explanation."""
 
-    simulator: Simulator = "auto"
+    simulator: SimulatorChoice = "auto"
     """all-at-once: one prompt per excerpt, read from prompt logprobs. token-by-token: one prompt per token. structured:
     the model answers in JSON. auto: the best that the model supports."""
     simulator_llm: Where = ""
     """Another server or directory for simulation; by default --llm. Base models simulate better than chat models."""
     simulator_model: Name = ""
     """The simulating model, if it is not --model."""
-    calibrate: Calibration = "none"
+    calibrate: CalibrationNameName = "none"
     """Fit simulated to real activations on separate excerpts: linear, or percentile."""
     skip_self_test: bool = False
     """Continue even if the model fails the self-test on obvious neurons; its scores are not meaningful."""
@@ -123,9 +123,9 @@ class Spending:
         return int(first), int(last)
 
 
-Explained = tyro.conf.OmitArgPrefixes[Explaining]
-Simulated = tyro.conf.OmitArgPrefixes[Simulating]
-Spent = tyro.conf.OmitArgPrefixes[Spending]
+ExplainingGroup = tyro.conf.OmitArgPrefixes[Explaining]
+SimulatingGroup = tyro.conf.OmitArgPrefixes[Simulating]
+SpendingGroup = tyro.conf.OmitArgPrefixes[Spending]
 
 
 def least(flag: str, value: float | int | None, smallest: int) -> None:
@@ -134,7 +134,7 @@ def least(flag: str, value: float | int | None, smallest: int) -> None:
         raise CrateError(f"{flag} {value:g} cannot be. Give a number of at least {smallest}, or leave it out")
 
 
-def group(kind: type[T]) -> T:
+def group(kind: type[OptionGroup]) -> OptionGroup:
     """A field that holds a group of options with its defaults."""
     return field(default_factory=kind)
 

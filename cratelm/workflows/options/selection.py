@@ -9,7 +9,7 @@ import tyro
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
-from cratelm.workflows.recorded import check_run, find_layers
+from cratelm.workflows.recorded import check_run_exists, find_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def check_runs(selection: Selection) -> tuple[Path, ...]:
     if not selection.runs:
         raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm interpret RUN")
     for run in selection.runs:
-        check_run(run)
+        check_run_exists(run)
     return selection.runs
 
 

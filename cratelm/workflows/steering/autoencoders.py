@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cratelm.steering.place import SparseCoder
     from cratelm.workflows.opening import OpenModel
 
-ROWS_AT_ONCE = 256
+LATENTS_AT_ONCE = 256
 
 
 def open_coder(chosen: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
@@ -26,8 +26,8 @@ def open_coder(chosen: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
     # Directions from decoded unit latents, so that they hold for decoders that scale their latents too.
     offset = sae.decode(torch.zeros(1, sae.width, device=device))
     directions = []
-    for first in range(0, sae.width, ROWS_AT_ONCE):
-        latents = torch.zeros(min(ROWS_AT_ONCE, sae.width - first), sae.width, device=device)
+    for first in range(0, sae.width, LATENTS_AT_ONCE):
+        latents = torch.zeros(min(LATENTS_AT_ONCE, sae.width - first), sae.width, device=device)
         latents[torch.arange(len(latents)), first + torch.arange(len(latents))] = 1
         directions.append(sae.decode(latents) - offset)
     coder = SparseCoder(

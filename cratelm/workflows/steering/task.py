@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cratelm.activations.records import LayerRecords
-    from cratelm.steering.changes import Request, Strength
+    from cratelm.steering.changes import ChangeRequest, Strength
     from cratelm.steering.intervention import Intervention
     from cratelm.workflows.opening import OpenModel
 
@@ -20,7 +20,7 @@ class SteeringTask:
     """The requested changes, checked against the model and the run."""
 
     chosen: "OpenModel"
-    requests: tuple["Request", ...]
+    requests: tuple["ChangeRequest", ...]
     setting: "Intervention"
     """Positions, autoencoders and their errors; without changes."""
     taps: dict[int, str]
@@ -28,12 +28,12 @@ class SteeringTask:
     options: Any
     """The options of `cratelm steer`."""
 
-    def records(self, request: "Request") -> "LayerRecords | None":
+    def records(self, request: "ChangeRequest") -> "LayerRecords | None":
         """The records of the request's layer, if the run has them."""
         return self.chosen.records(request.layer, self.taps[request.layer] if request.latent else "neurons")
 
     def intervention(
-        self, strength: "Strength | None" = None, requests: "Sequence[Request] | None" = None
+        self, strength: "Strength | None" = None, requests: "Sequence[ChangeRequest] | None" = None
     ) -> "Intervention":
         """The requests (by default all of them) as an intervention; `strength` is that of a sweep."""
         from cratelm.steering.changes import swept
@@ -47,7 +47,7 @@ class SteeringTask:
         from cratelm.steering.measure import draw_matched_neuron
         from cratelm.steering.place import neuron_places
 
-        matched: list[Request] = []
+        matched: list[ChangeRequest] = []
         for request in self.requests:
             directions = (
                 next(coder.directions for coder in self.setting.coders if coder.layer == request.layer)
@@ -88,7 +88,7 @@ class SteeringTask:
         )
         return tokens, str(decode(tokens[0].tolist()))[len(decode(prompt)) :]
 
-    def _resolve(self, request: "Request") -> Any:
+    def _resolve(self, request: "ChangeRequest") -> Any:
         from cratelm.steering.reference import reference
 
         if not request.needs_maximum:

@@ -25,13 +25,13 @@ from cratelm.errors import CrateError
 from cratelm.rundir import VERIFY_SWITCH
 
 VERBS = {
-    "demo": "the whole flow below, small, on text that is already on this machine",
+    "demo": "run the whole flow below in small, on text that is already on this machine",
     "study": "train, score and compare many models, sizes by seeds: the paper's comparison with intervals",
     "tokenize": "tokenize files, folders or data sets into a token directory",
     "train": "train a CRATE or GPT-2 model; the same command resumes a stopped run",
     "evaluate": "measure the loss of a model on held-out text",
     "generate": "generate text from a prompt",
-    "import": "make a run from a released checkpoint, nanoGPT's, or a Hugging Face GPT-2",
+    "import": "make a run from a released or nanoGPT checkpoint, or a Hugging Face GPT-2",
     "export": "write a model or its records for other tools: Hugging Face, NeuronRecord, Neuronpedia",
     "collect": "record every neuron in one pass: where it fires and how strongly",
     "explain": "explain neurons from their records: what a neuron fires on",
@@ -125,8 +125,8 @@ def _run(arguments: list[str]) -> None:
             print(commands_overview(shutil.get_terminal_size().columns))
         case ["--version" | "-V", *_]:
             print(f"cratelm {__version__}")
-        case _ if (found := split_verb(arguments)) is not None:
-            verb, rest = found
+        case _ if (verb_and_rest := split_verb(arguments)) is not None:
+            verb, rest = verb_and_rest
             if "--no-verify" in rest:
                 rest.remove("--no-verify")
                 os.environ[VERIFY_SWITCH] = "0"
@@ -151,7 +151,7 @@ def _print_next(verb: str, options: Any) -> None:
 
 
 def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The verb that the arguments begin with, of one word or two, and the rest of them."""
+    """The verb at the beginning of the arguments, one word or two, and the remaining arguments."""
     for words in (2, 1):
         if (verb := " ".join(arguments[:words])) in VERBS:
             return verb, list(arguments[words:])
@@ -159,7 +159,7 @@ def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def command_module(verb: str) -> str:
-    """The module of a verb; one that Python reserves has `_` behind it there, and one of two words `_` between them."""
+    """The module of a verb: `import` -> `cratelm.commands.import_`, `sae train` -> `cratelm.commands.sae_train`."""
     return f"cratelm.commands.{verb.replace(' ', '_')}{'_' if keyword.iskeyword(verb) else ''}"
 
 
@@ -226,7 +226,7 @@ def _flags(module: ModuleType) -> list[Any]:
 
 
 def _unknown_flag(module: ModuleType, verb: str, arguments: Sequence[str]) -> str:
-    """What is wrong with the first flag that the command does not have; empty if it has all of them."""
+    """The error message for the first unknown flag; empty if the command has all flags."""
     actions = _flags(module)
     known = [flag for action in actions for flag in action.option_strings]
     positional = {action.dest.rstrip("s"): _metavar(action) for action in actions if not action.option_strings}
@@ -243,7 +243,7 @@ def _unknown_flag(module: ModuleType, verb: str, arguments: Sequence[str]) -> st
 
 
 def _missing_flag(line: str, verb: str) -> str:
-    """`Missing from cratelm train: --out PATH ...` -> `train needs --out PATH`; empty for another mistake."""
+    """`Missing from cratelm train: --out PATH ...` -> `train needs --out PATH`; empty for other errors."""
     match = re.match(rf"Missing from cratelm {verb}: (--\S+ [A-Z|{{}}]+)", line)
     return f"{verb} needs {match[1]}" if match else ""
 
@@ -280,7 +280,7 @@ def _field_name(action: Any) -> str:
 
 
 def _metavar(action: Any) -> str:
-    """The placeholder of a value, without the `None` that only a left-out flag can give."""
+    """The placeholder of a value, without `None`, which only a flag that is left out has."""
     text = str(action.metavar or "")
     if not action.option_strings and text in ("", "PATH", "STR"):
         text = action.dest.upper()
@@ -289,7 +289,7 @@ def _metavar(action: Any) -> str:
 
 
 def _option_lines(action: Any, width: int) -> list[str]:
-    """Flag, placeholder and help of one option, wrapped; defaults that say nothing are left out."""
+    """Flag, placeholder and help of one option, wrapped; empty defaults are left out."""
     indent = 21 if width >= 60 else 6
     head = "  " + " ".join([*action.option_strings[:1], *filter(None, [_metavar(action)])])
     text = re.sub(r"\s*\((?:default: (?:None|False|\(\)|''|\"\"|)|required|repeatable)\)", "", str(action.help or ""))
@@ -304,7 +304,7 @@ def _option_lines(action: Any, width: int) -> list[str]:
 
 
 def wrapped(text: str, columns: int) -> str:
-    """A docstring fitted to a terminal of 40 columns or more, but for its indented lines: they are to be copied."""
+    """A docstring fitted to a terminal of 40 columns or more; indented lines are commands to copy and stay whole."""
     width, lines = min(max(columns, 40), 100), []
     for paragraph in text.strip().split("\n\n"):
         lines += [paragraph] if paragraph.startswith(" ") else textwrap.wrap(paragraph, width, break_on_hyphens=False)

@@ -192,8 +192,8 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
             output = CausalLMOutputWithPast(logits=logits)
             return output if return_dict is not False else output.to_tuple()
         states = self.read(input_ids, attention_mask, wanted=bool(wanted))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(states[-1][:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(states[-1][:, positions])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **options)
@@ -270,10 +270,10 @@ def _check_options(tokens: Tensor, mask: Tensor | None, options: dict[str, Any])
     positions = options.get("position_ids")
     if positions is None:
         return
-    kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    expected = kept.cumsum(1) - 1
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    expected = real.cumsum(1) - 1
     fits = positions.dim() == 2 and positions.shape[-1] == expected.shape[-1] and len(positions) in (1, len(expected))
-    if not fits or not bool(((positions == expected) | ~kept).all()):
+    if not fits or not bool(((positions == expected) | ~real).all()):
         raise CrateError(
             "position_ids of a CRATE must match the attention_mask; packed sequences are not supported. Hint: give "
             "each sequence a separate row"
@@ -284,10 +284,10 @@ def _left_padding(mask: Mask | None) -> Int[Tensor, " batch"] | None:
     """The number of masked tokens at the beginning of each row; None without any."""
     if mask is None or bool(mask.all()):
         return None
-    kept = mask.bool()
-    if bool((kept[:, 1:] & ~kept[:, :-1]).sum(1).add(kept[:, 0]).gt(1).any()):
+    real = mask.bool()
+    if bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
         raise CrateError("attention_mask must mask tokens only at the ends of a row, got masked tokens inside")
-    return kept.int().argmax(1)
+    return real.int().argmax(1)
 
 
 def _rolled(

@@ -88,62 +88,62 @@ def run(options: Options) -> None:
         raise CrateError("no neuron was given. Use --neuron 1/85, --group 1/85,1/235, --layer 1 or --all")
     if not options.kind:
         raise CrateError("--kind must be zero, mean or both, got nothing")
-    chosen = open_model(options.run, options.device)
-    folder, sae_settings, coders, tap = _places(options, chosen)
-    tasks = tasks_of(options, chosen, coders)
-    data = open_tokens(chosen, options.data, options.tokenizer)
+    opened = open_model(options.run, options.device)
+    folder, sae_settings, coders, tap = _places(options, opened)
+    tasks = tasks_of(options, opened, coders)
+    data = open_tokens(opened, options.data, options.tokenizer)
     tokens = data.tokens(options.split)
-    text = held_out(tokens, data.documents(options.split), chosen.model, limit)
+    text = held_out(tokens, data.documents(options.split), opened.model, limit)
     with claim(folder):
         layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})
-        ablation = Ablation(chosen.model, text, layers, coders=coders)
+        ablation = Ablation(opened.model, text, layers, coders=coders)
         plain, error = mean_over_documents(text.by_document(1, ablation.plain), text.sizes)
         settings = {
-            "model_hash": chosen.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
+            "model_hash": opened.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
             "read": options.tokens, "tokens": int(text.real.sum()), "documents": len(text.sizes),
             "context": text.context, **sae_settings,
         }  # fmt: skip
         loss = {"nats_per_token": float(plain), "standard_error": _finite(float(error))}
         file = AblationFile(folder)
-        done = file.open(settings, {"run": chosen.name, "plain": loss, "origin": origin()})
+        done = file.open(settings, {"run": opened.name, "plain": loss, "origin": origin()})
         _measure(ablation, file, [task for task in tasks if _key(task, coders) not in done])
     keys = {_key(task, coders) for task in tasks}
     rows = [row for row in file.rows() if row.key in keys]
     console = plain_console()
     plain_error = "" if loss["standard_error"] is None else f" ± {loss['standard_error']:.4f}"
     console.print(
-        f"{chosen.name}: {plain:.4f}{plain_error} nats per token on {settings['tokens']} tokens of "
+        f"{opened.name}: {plain:.4f}{plain_error} nats per token on {settings['tokens']} tokens of "
         f"{settings['documents']} documents ({options.split})"
     )
     _print(console, rows)
-    _draw(console, chosen, tap, rows, options.out or (folder if options.sae else folder / "report"))
+    _draw(console, opened, tap, rows, options.out or (folder if options.sae else folder / "report"))
     console.print(f"{folder / 'ablation.json'}, ablation.jsonl")
 
 
-def _places(options: Options, chosen: "OpenModel") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
+def _places(options: Options, opened: "OpenModel") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
     """The folder for the numbers, the settings and layer of the autoencoder, and the tap of the records."""
     if options.sae is None:
-        if (folder := options.out or chosen.run) is None:
+        if (folder := options.out or opened.run) is None:
             raise CrateError(f"{options.run} is a model, not a run, so --out must name a folder for the numbers")
         return folder, {}, {}, "neurons"
     from cratelm.sae.loading import find_sae, load_sae, saes_folder
     from cratelm.workflows.steering.autoencoders import open_coder
 
-    coder, tap = open_coder(chosen, options.sae)
-    folder = find_sae(chosen.run or Path("."), options.sae)
-    inside = chosen.run is not None and folder.parent.resolve() == saes_folder(chosen.run).resolve()
+    coder, tap = open_coder(opened, options.sae)
+    folder = find_sae(opened.run or Path("."), options.sae)
+    inside = opened.run is not None and folder.parent.resolve() == saes_folder(opened.run).resolve()
     if options.out is None and not inside:
         raise CrateError(f"{options.sae} is not an autoencoder of a run, so --out must name a folder for the numbers")
-    settings = {"sae_hash": load_sae(chosen.run or Path("."), options.sae).sae_hash}
+    settings = {"sae_hash": load_sae(opened.run or Path("."), options.sae).sae_hash}
     return options.out or folder, settings, {coder.layer: coder}, tap
 
 
-def tasks_of(options: Options, chosen: "OpenModel", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
+def tasks_of(options: Options, opened: "OpenModel", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
     """All measurements without duplicates: groups, single neurons, then whole layers. With `coders`, of latents."""
     from cratelm.steering.changes import Change, check_indices
     from cratelm.steering.place import neuron_places
 
-    sizes = {layer: place.neurons for layer, place in neuron_places(chosen.model).items()}
+    sizes = {layer: place.neurons for layer, place in neuron_places(opened.model).items()}
     if coders:
         sizes = {layer: len(coder.directions) for layer, coder in coders.items()}
     what, latent = ("latents of the --sae", True) if coders else ("neurons", False)
@@ -249,7 +249,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
     return table
 
 
-def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
+def _draw(console: "Console", opened: "OpenModel", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
     """One figure per kind, of the single neurons, if there are enough."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ablation_figure
@@ -258,25 +258,25 @@ def _draw(console: "Console", chosen: "OpenModel", tap: str, rows: Sequence["Abl
         single = [row for row in rows if row.kind == kind and row.density is not None]
         if len(single) < ROWS_SHOWN:
             continue
-        scores, what = _scores(chosen, tap, single), "neuron" if tap == "neurons" else "latent"
-        title = f"{chosen.name}: change of loss when one {what} is ablated ({kind}), {len(single)} {what}s"
+        scores, what = _scores(opened, tap, single), "neuron" if tap == "neurons" else "latent"
+        title = f"{opened.name}: change of loss when one {what} is ablated ({kind}), {len(single)} {what}s"
         figure = ablation_figure([row.nats for row in single], [row.density or 0.0 for row in single], scores, title)
         if figure is not None:
             write_figures({f"ablation-{kind}": figure}, out)
             console.print(f"\n{out / f'ablation-{kind}.svg'}, ablation-{kind}.png")
 
 
-def _scores(chosen: "OpenModel", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
+def _scores(opened: "OpenModel", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
     """The score of each neuron; None if the run has none."""
     from cratelm.interpretation.store.database import Store
     from cratelm.report.neuron_table import open_table
 
     places = [tuple(map(int, row.neurons[0].removeprefix("sae:").split("/"))) for row in rows]
     tables: dict[int, Any] = {}
-    if chosen.run is not None and Store(chosen.run).path.exists():
+    if opened.run is not None and Store(opened.run).path.exists():
         for layer in {layer for layer, _ in places}:
-            if chosen.records(layer, tap) is not None:
-                tables[layer] = open_table(chosen.run, layer, tap=tap).scores
+            if opened.records(layer, tap) is not None:
+                tables[layer] = open_table(opened.run, layer, tap=tap).scores
     scores = []
     for layer, neuron in places:
         table = tables.get(layer)

@@ -1,4 +1,4 @@
-"""The paper's comparison, small, on text that is already on this machine.
+"""Run the paper's comparison in small, on text that is already on this machine.
 
     cratelm demo
 
@@ -29,20 +29,20 @@ class Options:
     """Options of `cratelm demo`."""
 
     out: Path = Path("runs/demo")
-    """Folder for everything the demo makes."""
+    """Folder for runs, tokens and the report."""
     tokens: int = 1_228_800
     """Tokens each model is trained on."""
     dry_run: bool = False
-    """Say what would be done, then stop."""
+    """Print the stages, then stop."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(options: Options) -> None:
     """Run every stage that is not done yet."""
     config = training(options.tokens)
     runs = [options.out / f"{arch}-2l" for arch in COMPARED_ARCHITECTURES]
-    controls = [one.with_name(f"{one.name}-random") for one in runs]
+    controls = [folder.with_name(f"{folder.name}-random") for folder in runs]
     stages: list[tuple[str, Callable[[], None]]] = [
         (f"tokenize {SOURCE[0]}, {int(100 * HELD_OUT)} % of the documents held out", lambda: _tokenize(options)),
         (f"train CRATE-2L and GPT-2-2L on {config.tokens:,} tokens each", lambda: _train(options, config)),
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
 
 
 def training(tokens: int) -> TrainConfig:
-    """The paper's training, sized down."""
+    """The paper's training settings, scaled down."""
     return TrainConfig(
         tokens=tokens, batch_tokens=2048, micro_batch=8, context=256, learning_rate=3e-3, final_learning_rate=3e-4,
         warmup_steps=40, log_every=10, evaluate_every=100, evaluate_tokens=16_384, checkpoint_every=100,
@@ -80,7 +80,7 @@ def _tokenize(options: Options) -> None:
 
 
 def _train(options: Options, config: TrainConfig) -> None:
-    """Both models at once, each on half of the cores; a mistake or Ctrl-C in one stops the other."""
+    """Both models at once, each on half of the cores; a mistake or Ctrl-C in folder stops the other."""
     import torch
 
     from cratelm.data.tokens import TokenDirectory
@@ -111,14 +111,14 @@ def _train(options: Options, config: TrainConfig) -> None:
 def _write_controls(runs: list[Path], controls: list[Path]) -> None:
     from cratelm.training.train import write_control
 
-    for one, control in zip(runs, controls, strict=True):
-        write_control(one, control)
+    for trained, control in zip(runs, controls, strict=True):
+        write_control(trained, control)
 
 
 def _evaluate(options: Options, runs: list[Path]) -> None:
     from cratelm.commands import evaluate
 
-    missing = tuple(one for one in runs if not (one / "evaluation.json").exists())
+    missing = tuple(folder for folder in runs if not (folder / "evaluation.json").exists())
     if missing:
         evaluate.run(evaluate.Options(runs=missing, data=options.out / "tokens", device=options.device))
 
@@ -126,17 +126,17 @@ def _evaluate(options: Options, runs: list[Path]) -> None:
 def _collect(options: Options, runs: list[Path]) -> None:
     from cratelm.commands import collect
 
-    for one in runs:
-        collect.run(collect.Options(runs=(one,), data=options.out / "tokens", device=options.device))
+    for folder in runs:
+        collect.run(collect.Options(runs=(folder,), data=options.out / "tokens", device=options.device))
 
 
 def _interpret(runs: list[Path], controls: list[Path]) -> None:
     from cratelm.workflows.llm.run import interpret_by_lookup
     from cratelm.workflows.options.selection import Selection
 
-    for one in runs + controls:
-        shuffled = () if one in controls else ("shuffled",)
-        interpret_by_lookup(Selection(runs=(one,)), controls=shuffled)
+    for folder in runs + controls:
+        shuffled = () if folder in controls else ("shuffled",)
+        interpret_by_lookup(Selection(runs=(folder,)), controls=shuffled)
 
 
 def _report(options: Options, runs: list[Path]) -> None:

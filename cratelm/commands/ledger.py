@@ -64,41 +64,41 @@ def run(options: Options) -> None:
 
     if options.show < 1:
         raise CrateError(f"--show must be at least 1, got {options.show}")
-    chosen = open_model(options.run, options.device)
-    tokens = chosen.prompt(read_prompts([options.prompt], None)[0])
-    token = None if options.token is None else chosen.one_token(options.token)
-    versus = None if options.versus is None else chosen.one_token(options.versus, "--versus")
-    device = next(chosen.model.parameters()).device
+    opened = open_model(options.run, options.device)
+    tokens = opened.prompt(read_prompts([options.prompt], None)[0])
+    token = None if options.token is None else opened.one_token(options.token)
+    versus = None if options.versus is None else opened.one_token(options.versus, "--versus")
+    device = next(opened.model.parameters()).device
     result = ledger(
-        chosen.model, torch.tensor([tokens], device=device), token=token, versus=versus, position=options.position
+        opened.model, torch.tensor([tokens], device=device), token=token, versus=versus, position=options.position
     )
-    explanations = chosen.explanations(result.layer)
+    explanations = opened.explanations(result.layer)
     rows = ledger_rows(result.as_dict(), options.show, explanations)
     console = plain_console()
-    _print(console, chosen, result, rows, tokens)
-    if (out := chosen.out(options.out)) is not None:
-        _write(console, chosen, result, rows, explanations, tokens, out)
+    _print(console, opened, result, rows, tokens)
+    if (out := opened.out(options.out)) is not None:
+        _write(console, opened, result, rows, explanations, tokens, out)
 
 
-def title_of(chosen: "OpenModel", ledger: "Ledger") -> str:
+def title_of(opened: "OpenModel", ledger: "Ledger") -> str:
     """Name of the logit."""
     from cratelm.report.figures.steering import label
     from cratelm.steering.effects import token_text
 
     tokens = [token for token in (ledger.token, ledger.versus) if token is not None]
-    return "logit of " + " minus that of ".join(label(token_text(token, chosen.strings)) for token in tokens)
+    return "logit of " + " minus that of ".join(label(token_text(token, opened.strings)) for token in tokens)
 
 
 def _print(
-    console: "Console", chosen: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
+    console: "Console", opened: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
 ) -> None:
     from rich.text import Text
 
     from cratelm.report.shown_text import visible
     from cratelm.workflows.steering.printing import plain_table, tail
 
-    console.print(f"{chosen.name}, layer {ledger.layer}: {title_of(chosen, ledger)} after")
-    console.print(tail(visible(chosen.tokenizer.decode(tokens[: ledger.position + 1])), console.width), style="bold")
+    console.print(f"{opened.name}, layer {ledger.layer}: {title_of(opened, ledger)} after")
+    console.print(tail(visible(opened.tokenizer.decode(tokens[: ledger.position + 1])), console.width), style="bold")
     explained = console.width >= EXPLAINED and any(row.explanation for row in rows)
     table = plain_table(console.width if explained else None)
     table.add_column("", overflow="fold")
@@ -118,7 +118,7 @@ def _print(
 
 
 def _write(
-    console: "Console", chosen: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"],
+    console: "Console", opened: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"],
     explanations: Mapping[int, str], tokens: list[int], out: Path,
 ) -> None:  # fmt: skip
     from cratelm.report.figures.form import write_figures
@@ -127,11 +127,11 @@ def _write(
     from cratelm.steering.ledger_rows import ledger_csv
     from cratelm.workflows.naming import result_name
 
-    prompt = str(chosen.tokenizer.decode(tokens))
-    settings = (chosen.name, tokens, ledger.token, ledger.versus, ledger.position)
+    prompt = str(opened.tokenizer.decode(tokens))
+    settings = (opened.name, tokens, ledger.token, ledger.versus, ledger.position)
     name = result_name(prompt[-30:], settings, kind="ledger")
-    write_figures({name: ledger_figure(rows, f"{chosen.name}: {title_of(chosen, ledger)}", ledger.total)}, out)
+    write_figures({name: ledger_figure(rows, f"{opened.name}: {title_of(opened, ledger)}", ledger.total)}, out)
     values = ledger.as_dict()
-    write_json(out / f"{name}.json", {"run": chosen.name, "prompt": prompt, **values, "origin": origin()})
+    write_json(out / f"{name}.json", {"run": opened.name, "prompt": prompt, **values, "origin": origin()})
     write_text(out / f"{name}.csv", ledger_csv(values, explanations))
     console.print(f"\n{out / name}.svg, .png, .json, .csv", soft_wrap=True)

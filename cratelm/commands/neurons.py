@@ -1,12 +1,12 @@
-"""List the neurons of a layer, or look at one: what it fires on, how strongly, and how well that is explained.
+"""List the neurons of a layer, or show one neuron: its excerpts, statistics, scores and explanations.
 
     cratelm neurons runs/demo/crate-2l --layer 1 --sort score
     cratelm neurons runs/demo/crate-2l --filter "density<1" "max>2" "token=return"
     cratelm neurons runs/demo/crate-2l --layer 1 --neuron 17
 
-Needs the records that `cratelm collect` wrote; scores and explanations are shown where `cratelm interpret` made them.
-Density is in percent of all tokens, a score in points (100 is perfect, 0 is chance), all else in the model's own
-units. Through a pipe or with NO_COLOR, strong tokens are marked «so»; COLUMNS=200 makes the table wider.
+Needs the records that `cratelm collect` wrote; scores and explanations need `cratelm interpret`. Density is in percent
+of all tokens, a score in points (100 is perfect, 0 is chance), all other columns in activation units. In a pipe or with
+NO_COLOR, tokens with a strong activation are marked «like this»; COLUMNS=200 makes the table wider.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ DIRECTIONS = {
     "tokens_out": "tokens out (its direction makes them probable)",
     "predecessors": "driven by neurons of layer {before}", "successors": "drives neurons of layer {after}",
 }  # fmt: skip
-"""List of a neuron's directions -> how it is introduced."""
+"""Name of a list in the files of `cratelm directions` -> its heading."""
 SHOWN_TOKENS = 8
 
 
@@ -45,33 +45,33 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Run directory with the records that `cratelm collect` wrote."""
     layer: int | None = None
-    """Zero-based layer; the first that has records if left out."""
+    """Zero-based layer; by default the first that has records."""
     neuron: int | None = None
-    """Zero-based neuron to look at, with its excerpts; left out, the layer is listed."""
+    """Zero-based neuron to show with its excerpts; by default the layer is listed."""
     sort: Column = "neuron"
-    """Column to sort by: neuron by index, all others from the highest value down."""
+    """Column to sort by: neuron by index, other columns from the highest value down."""
     reverse: bool = False
-    """Sort the other way."""
+    """Reverse the order."""
     filter: tuple[str, ...] = ()
     """Conditions that must all hold, in quotes: "score>50", "density<0.1", "status=dead", "token=return"."""
     protocol: str = ""
-    """Protocol whose scores and explanations to show; the first that is scored if left out."""
+    """Protocol of the scores and explanations; by default the first that is scored."""
     limit: int = 20
     """List at most N neurons; 0 for all."""
     excerpts: int = 5
     """With --neuron: show N excerpts of each kind; 0 for all."""
     width: int | None = None
-    """With --neuron: length of the excerpts in tokens; the longest recorded if left out."""
+    """With --neuron: length of the excerpts in tokens; by default the longest that is recorded."""
     mode: Mode = "fixed"
-    """Which records."""
+    """Mode of the records."""
     tap: str = "neurons"
-    """Which place of the model the records are of."""
+    """Tap of the records: neurons, sae-NAME, or another tap given to `cratelm collect --tap`."""
     explainer: str = "lookup"
-    """Who made the explanations to show."""
+    """Explainer of the explanations to show: lookup, or the name of a language model."""
 
 
 def run(options: Options) -> None:
-    """Print the list, or one neuron."""
+    """Print the list, or interpretation neuron."""
     from rich.console import Console
 
     layers = find_layers(options.run, options.mode, options.tap)
@@ -103,7 +103,7 @@ def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequ
     console.print()
     passed = f" that pass {' and '.join(options.filter)}" if options.filter else ""
     more = "" if len(shown) == len(rows) else "; --limit 0 shows all"
-    console.print(f"{len(shown)} of {len(rows)} neurons{passed}{more}. Look at one with --neuron")
+    console.print(f"{len(shown)} of {len(rows)} neurons{passed}{more}. Look at interpretation with --neuron")
     if table.hint:
         print(table.hint)
 
@@ -136,21 +136,22 @@ def _look(console: "Console", table: NeuronTable, options: Options, index: int) 
 
 
 def _facts(table: NeuronTable, index: int) -> Iterator[str]:
-    """Statistics, scores and explanations of one neuron, a line each."""
+    """Statistics, scores and explanations of interpretation neuron, a line each."""
     from cratelm.report.shown_text import visible
 
     names = ("density", "max", "min", "mean", "variance", "skewness", "kurtosis")
     values = {name: float(table.column(name)[index]) for name in names}
     yield ", ".join(f"{name} {value:.3g}{' %' if name == 'density' else ''}" for name, value in values.items())
-    for name, one in table.interpretations.items():
-        if one.scores is None:
+    for name, interpretation in table.interpretations.items():
+        scores = interpretation.scores
+        if scores is None:
             score = "not scored"
-        elif one.scores.reason[index]:
-            score = f"no score: {one.scores.reason[index]}"
+        elif scores.reason[index]:
+            score = f"no score: {scores.reason[index]}"
         else:
-            score = f"{100 * one.scores.correlation[index]:z.1f} points over {one.scores.tokens[index]} tokens"
-        said = one.explanations.get(index)
-        yield f"{name}: {score}" + (f"; {visible(said)}" if said else "")
+            score = f"{100 * scores.correlation[index]:z.1f} points over {scores.tokens[index]} tokens"
+        explanation = interpretation.explanations.get(index)
+        yield f"{name}: {score}" + (f"; {visible(explanation)}" if explanation else "")
     for name, (indices, closeness) in NEIGHBOUR_LISTS.items():
         if indices in table.records.tables:
             pairs = zip(table.records.tables[indices][index], table.records.tables[closeness][index], strict=True)
@@ -158,7 +159,7 @@ def _facts(table: NeuronTable, index: int) -> Iterator[str]:
 
 
 def _directions(run: Path, table: NeuronTable, index: int) -> Iterator[str]:
-    """What its weights say, a line for each list; nothing before `cratelm directions` or at another tap."""
+    """The lists that `cratelm directions` wrote for the neuron, one per line; a hint if there are none."""
     from cratelm.activations.direction_files import TOKEN_LISTS, directions_file, read_directions
     from cratelm.report.shown_text import visible
 
@@ -167,19 +168,19 @@ def _directions(run: Path, table: NeuronTable, index: int) -> Iterator[str]:
         if tap == "neurons":
             yield f"what it reads and writes: cratelm directions {run}"
         return
-    found = read_directions(run, layer, tap=tap)
-    for name in found.lists:
-        said = DIRECTIONS[name].format(before=layer - 1, after=layer + 1)
+    directions = read_directions(run, layer, tap=tap)
+    for name in directions.lists:
+        heading = DIRECTIONS[name].format(before=layer - 1, after=layer + 1)
         if name in TOKEN_LISTS:
-            shown = (f"«{visible(table.strings[token])}»" for token, _ in found.ranked(name, index)[:SHOWN_TOKENS])
+            shown = (f"«{visible(table.strings[token])}»" for token, _ in directions.ranked(name, index)[:SHOWN_TOKENS])
         else:
-            pairs = found.ranked(name, index)[:SHOWN_NEIGHBOURS]
+            pairs = directions.ranked(name, index)[:SHOWN_NEIGHBOURS]
             shown = (f"{other} ({value:.2f})" for other, value in pairs)
-        yield f"{said}: {' '.join(shown) or 'none'}"
-    for name, shares in found.head_shares(index).items():
-        said = "fed by heads of this layer" if name == "heads_in" else f"read by heads of layer {layer + 1}"
+        yield f"{heading}: {' '.join(shown) or 'none'}"
+    for name, shares in directions.head_shares(index).items():
+        heading = "fed by heads of this layer" if name == "heads_in" else f"read by heads of layer {layer + 1}"
         kind = name.partition(".")[2].replace("shared", "")
-        yield f"{said}{f' ({kind})' if kind else ''}: " + ", ".join(f"{share:.0%}" for share in shares)
+        yield f"{heading}{f' ({kind})' if kind else ''}: " + ", ".join(f"{share:.0%}" for share in shares)
 
 
 def _strongest_kind_first(item: tuple[tuple[int, str, str], object]) -> tuple[int, str]:

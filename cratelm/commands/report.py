@@ -61,11 +61,15 @@ def run(options: Options) -> None:
 
 
 def _refuse_ignored(options: Options) -> None:
-    """A browser shows all that there is, side by side: an option that chooses would do nothing."""
+    """Refuse options that select results: the browser shows all results."""
     from cratelm.errors import CrateError
 
-    chosen = {"--tap": options.tap != ("neurons",), "--explainer": options.explainer, "--simulator": options.simulator}
-    if ignored := [name for name, value in chosen.items() if value]:
+    selecting = {
+        "--tap": options.tap != ("neurons",),
+        "--explainer": options.explainer,
+        "--simulator": options.simulator,
+    }
+    if ignored := [name for name, value in selecting.items() if value]:
         raise CrateError(
             f"--site shows every tap, explainer and simulator, so {' and '.join(ignored)} would choose nothing. "
             f"Leave {'it' if len(ignored) == 1 else 'them'} out"
@@ -100,21 +104,21 @@ def _report(options: Options) -> None:
     _print_path(page)
 
 
-def _printed(found: "Table", caption: str) -> "RichTable":
+def _printed(table: "Table", caption: str) -> "RichTable":
     """A table of the report for a terminal."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
     from cratelm.report.tables.form import written
 
-    table = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
-    table.caption = Text(caption)
-    for column in found.columns:
-        table.add_column(Text(column.title), justify="left" if column.style == "text" else "right", overflow="fold")
-    for row in found.rows:
-        texts = [written(cell, column.style) for cell, column in zip(row, found.columns, strict=True)]
-        table.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
-    return table
+    grid = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
+    grid.caption = Text(caption)
+    for column in table.columns:
+        grid.add_column(Text(column.title), justify="left" if column.style == "text" else "right", overflow="fold")
+    for row in table.rows:
+        texts = [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)]
+        grid.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
+    return grid
 
 
 def _print_path(page: Path) -> None:

@@ -144,19 +144,18 @@ def _open(run: Path, options: Options) -> "LiveModel":
     from cratelm.live_models import LiveModel
     from cratelm.workflows.opening import open_model
 
-    chosen = open_model(run, options.device)
+    opened = open_model(run, options.device)
     maxima: dict[int, Sequence[float]] = {}
 
     def maximum(layer: int, neuron: int) -> float | None:
         if layer not in maxima:
-            there = layer_file(run, options.mode, "neurons", layer).exists()
-            maxima[layer] = (
-                read_records(run, layer, mode=options.mode).statistics["maximum"].tolist() if there else []
-            )  # fmt: skip
-        found = maxima[layer][neuron] if neuron < len(maxima[layer]) else 0.0
-        return found if found > 0 else None
+            has_records = layer_file(run, options.mode, "neurons", layer).exists()
+            statistics = read_records(run, layer, mode=options.mode).statistics if has_records else None
+            maxima[layer] = [] if statistics is None else statistics["maximum"].tolist()
+        value = maxima[layer][neuron] if neuron < len(maxima[layer]) else 0.0
+        return value if value > 0 else None
 
-    return LiveModel(model=chosen.model, tokenizer=chosen.tokenizer, strings=chosen.strings, maximum=maximum)
+    return LiveModel(model=opened.model, tokenizer=opened.tokenizer, strings=opened.strings, maximum=maximum)
 
 
 def listen(host: str, port: int) -> socket.socket:

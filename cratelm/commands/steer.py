@@ -98,9 +98,9 @@ def run(options: Options) -> None:
     texts = read_prompts(options.prompt, options.prompts)
     if not texts:
         raise CrateError('no prompt was given. Use --prompt "..." or --prompts FILE')
-    chosen = open_model(options.run, options.device)
-    prompts = [chosen.prompt(text) for text in texts]
-    task = open_task(chosen, options)
+    opened = open_model(options.run, options.device)
+    prompts = [opened.prompt(text) for text in texts]
+    task = open_task(opened, options)
     if options.sweep is not None:
         from cratelm.workflows.steering.sweep import sweep
 
@@ -116,11 +116,11 @@ def _steer(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -
     from cratelm.steering.measure import steered_effect
     from cratelm.workflows.naming import steering_name
 
-    chosen, options = task.chosen, task.options
+    opened, options = task.opened, task.options
     intervention, matched = task.intervention(), task.matched()
     texts = [
         {
-            "prompt": str(chosen.tokenizer.decode(prompt)), "without": task.continuation(prompt, task.setting)[1],
+            "prompt": str(opened.tokenizer.decode(prompt)), "without": task.continuation(prompt, task.setting)[1],
             "with": task.continuation(prompt, intervention)[1],
         }
         for prompt in prompts
@@ -129,33 +129,33 @@ def _steer(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -
     if excerpts := task.excerpts(options.excerpts):
         measured["excerpts"] = (f"after {len(excerpts)} top excerpts of {task.requests[0].name}", excerpts)
     effects = {
-        key: steered_effect(chosen.model, read, intervention, matched=matched, seed=options.seed)
+        key: steered_effect(opened.model, read, intervention, matched=matched, seed=options.seed)
         for key, (_, read) in measured.items()
     }
-    console.print(f"{chosen.name}: {intervention}")
+    console.print(f"{opened.name}: {intervention}")
     for text in texts:
         _print_texts(console, text["prompt"], text["without"], text["with"])
     changes = list(map(str, intervention.changes))
-    result: dict[str, Any] = {"run": chosen.name, "changes": changes, "texts": texts}
-    result |= _exactness(console, chosen, prompts[0], intervention)
+    result: dict[str, Any] = {"run": opened.name, "changes": changes, "texts": texts}
+    result |= _exactness(console, opened, prompts[0], intervention)
     for key, steered in effects.items():
-        _print_effect(console, measured[key][0], steered, chosen.strings, options.show)
-        result[key] = steered.as_dict(chosen.strings, CONTROL_TOKENS)
+        _print_effect(console, measured[key][0], steered, opened.strings, options.show)
+        result[key] = steered.as_dict(opened.strings, CONTROL_TOKENS)
     console.print(
         f"\nmoved: probability that moved to other tokens. top {CONTROL_TOKENS}: change of the {CONTROL_TOKENS} tokens "
         "that the changes raise most. KL: divergence from the model without changes"
         + ("" if intervention.keep_error else "; all rows but the last relative to the autoencoder's reconstruction")
     )
-    if (out := chosen.out(options.out)) is not None:
-        name = steering_name("steer", chosen, prompts, options)
+    if (out := opened.out(options.out)) is not None:
+        name = steering_name("steer", opened, prompts, options)
         panels = {measured[key][0]: steered.effect for key, steered in effects.items()}
-        write_figures({name: effect_figure(panels, chosen.strings, f"{chosen.name}: {intervention}")}, out)
+        write_figures({name: effect_figure(panels, opened.strings, f"{opened.name}: {intervention}")}, out)
         write_json(out / f"{name}.json", result | {"origin": origin()})
         console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
 
 
 def _exactness(
-    console: "Console", chosen: "OpenModel", prompt: list[int], intervention: "Intervention"
+    console: "Console", opened: "OpenModel", prompt: list[int], intervention: "Intervention"
 ) -> dict[str, Any]:
     """Largest change of the prompt's logits when the same neurons or latents are changed with strength 0.
 
@@ -166,20 +166,22 @@ def _exactness(
     from cratelm.steering.generate import next_logits
     from cratelm.steering.measure import text_loss
 
-    tokens = torch.tensor([prompt], device=next(chosen.model.parameters()).device)
+    tokens = torch.tensor([prompt], device=next(opened.model.parameters()).device)
     setting = replace(intervention, changes=())
-    strength_0 = replace(intervention, changes=[replace(one, how="add", value=0.0) for one in intervention.changes])
-    logits, same_logits = (next_logits(chosen.model, tokens, side) for side in (setting, strength_0))
+    strength_0 = replace(
+        intervention, changes=[replace(change, how="add", value=0.0) for change in intervention.changes]
+    )
+    logits, same_logits = (next_logits(opened.model, tokens, side) for side in (setting, strength_0))
     exact, largest = bool(torch.equal(logits, same_logits)), float((same_logits - logits).abs().max())
     console.print(f"\nstrength 0: the logits {'are identical' if exact else 'change'} (largest change {largest:.2g})")
     result: dict[str, Any] = {"strength_0_is_exact": exact, "strength_0_logit_change": largest}
     if intervention.coders:
         reconstructed = replace(setting, keep_error=False)
-        change = next_logits(chosen.model, tokens, reconstructed) - next_logits(chosen.model, tokens)
+        change = next_logits(opened.model, tokens, reconstructed) - next_logits(opened.model, tokens)
         result["reconstruction_logit_change"] = float(change.abs().max())
         console.print(f"autoencoder reconstruction: largest change of a logit {float(change.abs().max()):.2g}")
         if len(prompt) > 1:
-            before, after = text_loss(chosen.model, tokens), text_loss(chosen.model, tokens, reconstructed)
+            before, after = text_loss(opened.model, tokens), text_loss(opened.model, tokens, reconstructed)
             console.print(f"  loss of the prompt {before:.4f} -> {after:.4f} nats per token")
             result |= {"prompt_loss": before, "prompt_loss_reconstructed": after}
     return result

@@ -1,6 +1,6 @@
-"""Measurements of a model along its training: how well lookup explains its neurons, text that it writes, its layers.
+"""Measurements during training (`cratelm train --measure`): lookup scores, generated text, white-box view.
 
-`cratelm train --measure lookup samples whitebox` passes them to the training, which knows nothing of neurons or text.
+The command passes them to the training as functions, so that `training/` does not import interpretation.
 """
 
 import tempfile
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 MeasurementName = Literal["lookup", "samples", "whitebox"]
 
 SAMPLE_TOKENS, SAMPLE_DOCUMENTS = 65_536, 96
-"""Least held-out text that `lookup` reads: the beginnings of documents, long enough for both numbers.
+"""Minimum of held-out tokens and documents that `lookup` reads, from the beginnings of documents.
 
-With this many documents each half has the 25 that a neuron's top excerpts come from."""
+96 documents: half of them must hold the 25 from which the top excerpts of a neuron come."""
 SAMPLE_NEURONS = 128
 """Neurons of each layer that `lookup` scores, the same ones each time."""
 WHITEBOX_TOKENS = 4096
-"""Held-out tokens that `whitebox` reads, or one set if that is more."""
+"""Held-out tokens that `whitebox` reads; more if one coding rate needs more."""
 PROMPTS = ("", "The ")
 """Prompts of `samples`; the empty one begins a document."""
 SAMPLE_LENGTH = 64
 
 
 def measurements(names: tuple[MeasurementName, ...], data: "TokenDirectory", run: Path) -> dict[str, "Measurement"]:
-    """The measurements of these names, as `train` takes them."""
+    """Name -> measurement, as `train` expects them."""
     made: dict[MeasurementName, Callable[[], Measurement]] = {
         "lookup": lambda: lookup(data),
         "samples": lambda: samples(data, run),
@@ -50,8 +50,8 @@ def measurements(names: tuple[MeasurementName, ...], data: "TokenDirectory", run
 def lookup(data: "TokenDirectory", *, neurons: int = SAMPLE_NEURONS) -> "Measurement":
     """The lookup score of some neurons of every layer on a fixed sample of held-out text, in points.
 
-    The whole path of `collect` and `interpret`, made cheap: few tokens, few neurons, one protocol, nothing kept. Gives
-    `points` (the mean over layers), `layer_N`, and `scored`, the share of neurons that have a score.
+    Runs `collect` and `interpret` on few tokens and neurons with one protocol, in a temporary folder. Returns `points`
+    (the mean over layers), `layer_N` for each layer, and `scored`, the share of neurons that have a score.
     """
     corpus = _sample(data)
 
@@ -97,13 +97,13 @@ def whitebox(data: "TokenDirectory") -> "Measurement":
     def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
         from cratelm.whitebox.coding_rate import tokens_needed
         from cratelm.whitebox.measure import MeasureConfig, summary
-        from cratelm.whitebox.measure import measure as look_inside
+        from cratelm.whitebox.measure import measure as measure_layers
 
         size = tokens_needed(model.config.d_model, model.config.context_length)
         config = MeasureConfig(tokens=max(size, WHITEBOX_TOKENS), converged=False)
         bar = ProgressBar(Progress(disable=True), "whitebox", 1)
-        found = look_inside(model, data.tokens("val"), config, bar=bar)
-        return {f"layer_{layer['layer']}.{name}": value for layer in found["layers"] for name, value in summary(layer)}
+        view = measure_layers(model, data.tokens("val"), config, bar=bar)
+        return {f"layer_{layer['layer']}.{name}": value for layer in view["layers"] for name, value in summary(layer)}
 
     return measure
 
@@ -134,22 +134,23 @@ def _sample(data: "TokenDirectory") -> "Corpus":
 
 
 def _some_neurons(model: "LanguageModel", neurons: int) -> "Subject":
-    """The model seen through evenly spaced neurons of each layer."""
+    """The model as a `Subject` with only some neurons of each layer, evenly spaced."""
     import torch
 
     from cratelm.activations.subject import Subject
     from cratelm.activations.taps import capture
 
-    taps, found = model.neuron_taps, model.config.num_neurons
-    chosen = torch.arange(min(neurons, found), device=model.device) * found // min(neurons, found)
+    taps, total = model.neuron_taps, model.config.num_neurons
+    count = min(neurons, total)
+    index = torch.arange(count, device=model.device) * total // count
 
     def forward(tokens: "torch.Tensor") -> dict[int, "torch.Tensor"]:
         with torch.inference_mode(), capture(model, taps) as codes:
             model.features(tokens)
-        return {layer: codes[tap][..., chosen].float() for layer, tap in enumerate(taps)}
+        return {layer: codes[tap][..., index].float() for layer, tap in enumerate(taps)}
 
     return Subject(
-        forward=forward, layers=dict.fromkeys(range(len(taps)), len(chosen)), context=model.config.context_length,
+        forward=forward, layers=dict.fromkeys(range(len(taps)), count), context=model.config.context_length,
         tap="neurons", identity={},
     )  # fmt: skip
 
@@ -161,15 +162,14 @@ def _points(run: Path, layers: tuple[int, ...], strings: list[str]) -> dict[str,
     from cratelm.interpretation.protocols import protocol
     from cratelm.interpretation.scoring.correlation import score_layer
 
-    asked, found, scored = protocol("top-and-random"), {}, []
+    excerpts, points, scored = protocol("top-and-random"), {}, []
     for layer in layers:
         records = read_records(run, layer)
-        simulations = simulate_layer(records, asked, explain_layer(records, asked, strings))
-        correlation = score_layer(records, asked, simulations).correlation
+        simulations = simulate_layer(records, excerpts, explain_layer(records, excerpts, strings))
+        correlation = score_layer(records, excerpts, simulations).correlation
         defined = correlation[~np.isnan(correlation)]
         scored.append(len(defined) / len(correlation))
         if len(defined):
-            found[f"layer_{layer}"] = 100 * float(defined.mean())
-    return (
-        found | {"scored": float(np.mean(scored))} | ({"points": float(np.mean(list(found.values())))} if found else {})
-    )
+            points[f"layer_{layer}"] = 100 * float(defined.mean())
+    mean = {"points": float(np.mean(list(points.values())))} if points else {}
+    return points | {"scored": float(np.mean(scored))} | mean

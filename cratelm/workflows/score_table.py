@@ -1,4 +1,4 @@
-"""The scores that the interpreting commands print: by protocol and layer, 80 columns wide."""
+"""The tables of scores that `interpret` and `score` print: by protocol and layer, 80 columns wide."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,32 +22,32 @@ Columns = dict[str, tuple[str, ...]]
 LOOKUP_COLUMNS: Columns = {
     "dead": ("dead",), "rare": ("too rare",), "const a": ("constant activations",), "const s": ("constant simulation",),
 }  # fmt: skip
-"""Head of a column in the printed table -> why the neurons it counts have no score."""
+"""Heading of a column -> the reasons for a missing score that the column counts."""
 LLM_COLUMNS: Columns = {
     "dead": ("dead",), "rare": ("too rare",), "const": ("constant activations", "constant simulation"),
     "failed": (NO_EXPLANATION, NO_SIMULATION),
 }  # fmt: skip
-"""The same where a language model was asked, which may have given no usable answer."""
+"""The same for sets of a language model, which may have given an unusable answer."""
 
 
 def print_scores(run: Path, selection: Selection, templates: Sequence[SetKey]) -> None:
     """Print a table for each kind of set: a template is a key whose layer and protocol are open."""
     store, layers, names = Store.open(run), chosen_layers(run, selection), chosen_protocols(selection)
     for template in templates:
-        found = []
+        models = []
         with progress_bar(f"intervals {run.name}", total=len(names), unit="protocols") as bar:
             for name in names:
                 keys = [replace(template, layer=layer, protocol=name) for layer in layers]
-                found.append(aggregate([store.scores(key) for key in keys], protocol=name))
+                models.append(aggregate([store.scores(key) for key in keys], protocol=name))
                 bar.advance(1)
         print("\n" + "\n".join(heading(run, template)))
         all_layers = recorded_layers(run, mode=selection.mode, tap=selection.tap)
         columns = LLM_COLUMNS if template.explainer != EXPLAINER or template.simulator else LOOKUP_COLUMNS
-        print("\n".join(score_lines(found, whole_model=layers == all_layers, columns=columns)))
+        print("\n".join(score_lines(models, whole_model=layers == all_layers, columns=columns)))
 
 
 def heading(run: Path, key: SetKey) -> list[str]:
-    """What the numbers of a table are of and how they were made, in lines of 80 columns."""
+    """Run, mode, explainer and simulator of a table, in lines of 80 columns."""
     of_tap = "" if key.tap == "neurons" else f", {key.tap}"
     parts = [f"{run.name}{of_tap} ({key.mode} mode", f"explained by {key.explainer}"]
     parts += [f"simulated by {key.simulator}"] if key.simulator else []
@@ -57,7 +57,7 @@ def heading(run: Path, key: SetKey) -> list[str]:
 
 
 def set_words(parts: Sequence[str]) -> list[str]:
-    """What a set is, part by part, in lines of 80 columns; the first part opened a bracket."""
+    """Join the parts with commas into lines of 80 columns and close the bracket that the first part opens."""
     lines = [parts[0]]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) > 76:
@@ -69,10 +69,10 @@ def set_words(parts: Sequence[str]) -> list[str]:
     return lines
 
 
-def score_lines(found: Sequence[ModelAggregate], *, whole_model: bool, columns: Columns = LOOKUP_COLUMNS) -> list[str]:
-    """Lines of the printed table; means over layers where all layers are there."""
+def score_lines(models: Sequence[ModelAggregate], *, whole_model: bool, columns: Columns = LOOKUP_COLUMNS) -> list[str]:
+    """Lines of the printed table, with the mean over layers if the whole model was scored."""
     lines = [line_of("protocol", "layer", "points", "95 % interval", "scored", *columns)]
-    for model in found:
+    for model in models:
         lines += [_layer_row(model.protocol if i == 0 else "", layer, columns) for i, layer in enumerate(model.layers)]
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")

@@ -22,34 +22,34 @@ def sweep(console: "Console", task: "SteeringTask", prompts: list[list[int]]) ->
     from cratelm.steering.measure import continuation_loss, steered_effect
     from cratelm.workflows.naming import steering_name
 
-    chosen, options, prompt = task.chosen, task.options, prompts[0]
+    opened, options, prompt = task.opened, task.options, prompts[0]
     strengths = parse_strengths(options.sweep)
     interventions = [task.intervention(strength) for strength in strengths]  # a bad one fails before the first runs
     points, values = [], []
     with progress_bar("sweep", total=len(strengths), unit="strengths") as bar:
         for strength, intervention in zip(strengths, interventions, strict=True):
             steered = steered_effect(
-                chosen.model, prompts, intervention, matched=task.matched(strength), seed=options.seed
+                opened.model, prompts, intervention, matched=task.matched(strength), seed=options.seed
             )
             tokens, text = task.continuation(prompt, intervention)
-            loss = continuation_loss(chosen.model, tokens[:, : chosen.causal.context_length], len(prompt))
+            loss = continuation_loss(opened.model, tokens[:, : opened.causal.context_length], len(prompt))
             points.append(SweepPoint(
                 strength=str(strength), value=float(strength.number), effect=steered.effect, text=text,
                 nats_per_token=loss,
             ))  # fmt: skip
             values.append(
-                {"strength": str(strength), "text": text, "nats_per_token": loss, **steered.as_dict(chosen.strings, 10)}
+                {"strength": str(strength), "text": text, "nats_per_token": loss, **steered.as_dict(opened.strings, 10)}
             )
             bar.advance(1, str(strength))
-    _print(console, chosen.strings, points)
-    if (out := chosen.out(options.out)) is None:
+    _print(console, opened.strings, points)
+    if (out := opened.out(options.out)) is None:
         return
     names = ", ".join(f"{request.name}={request.how}" for request in task.requests)
     unit = "multiples of the neuron's maximum" if strengths[0].of_maximum else "activation units"
     unit = "factor" if task.requests[0].how == "scale" else unit
-    name = steering_name("sweep", chosen, prompts, options)
-    write_figures({name: sweep_figure(points, chosen.strings, f"{chosen.name}: {names}", unit)}, out)
-    result = {"run": chosen.name, "prompt": chosen.tokenizer.decode(prompt), "points": values, "origin": origin()}
+    name = steering_name("sweep", opened, prompts, options)
+    write_figures({name: sweep_figure(points, opened.strings, f"{opened.name}: {names}", unit)}, out)
+    result = {"run": opened.name, "prompt": opened.tokenizer.decode(prompt), "points": values, "origin": origin()}
     write_json(out / f"{name}.json", result)
     console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
 

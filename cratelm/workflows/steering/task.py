@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SteeringTask:
     """The requested changes, checked against the model and the run."""
 
-    chosen: "OpenModel"
+    opened: "OpenModel"
     requests: tuple["ChangeRequest", ...]
     setting: "Intervention"
     """Positions, autoencoders and their errors; without changes."""
@@ -30,7 +30,7 @@ class SteeringTask:
 
     def records(self, request: "ChangeRequest") -> "LayerRecords | None":
         """The records of the request's layer, if the run has them."""
-        return self.chosen.records(request.layer, self.taps[request.layer] if request.latent else "neurons")
+        return self.opened.records(request.layer, self.taps[request.layer] if request.latent else "neurons")
 
     def intervention(
         self, strength: "Strength | None" = None, requests: "Sequence[ChangeRequest] | None" = None
@@ -51,7 +51,7 @@ class SteeringTask:
         for request in self.requests:
             directions = (
                 next(coder.directions for coder in self.setting.coders if coder.layer == request.layer)
-                if request.latent else neuron_places(self.chosen.model)[request.layer].directions
+                if request.latent else neuron_places(self.opened.model)[request.layer].directions
             )  # fmt: skip
             records = self.records(request)
             index = draw_matched_neuron(
@@ -69,10 +69,12 @@ class SteeringTask:
             return []
         sets = records[self.requests[0].index].excerpts
         widest = max(width for width, _, _ in sets)
-        top = [one for (width, _, kind), set_ in sets.items() if width == widest and kind == "top" for one in set_]
+        top = [
+            excerpt for (width, _, kind), set_ in sets.items() if width == widest and kind == "top" for excerpt in set_
+        ]
         top.sort(key=lambda excerpt: -float(excerpt.activations.max()))
         texts = [excerpt.tokens[: int(excerpt.activations.argmax()) + 1].tolist() for excerpt in top[:count]]
-        return [tokens[-(self.chosen.causal.context_length or len(tokens)) :] for tokens in texts]
+        return [tokens[-(self.opened.causal.context_length or len(tokens)) :] for tokens in texts]
 
     def continuation(self, prompt: list[int], intervention: "Intervention") -> tuple["Tensor", str]:
         """Continue the prompt as the options ask: tokens of prompt and continuation, text of the continuation alone."""
@@ -80,11 +82,11 @@ class SteeringTask:
 
         from cratelm.steering.generate import Decoding, generate
 
-        options, decode = self.options, self.chosen.tokenizer.decode
+        options, decode = self.options, self.opened.tokenizer.decode
         decoding = Decoding(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
-        device = next(self.chosen.model.parameters()).device
+        device = next(self.opened.model.parameters()).device
         tokens = generate(
-            self.chosen.model, torch.tensor([prompt], device=device), options.tokens, intervention, decoding=decoding
+            self.opened.model, torch.tensor([prompt], device=device), options.tokens, intervention, decoding=decoding
         )
         return tokens, str(decode(tokens[0].tolist()))[len(decode(prompt)) :]
 
@@ -94,7 +96,7 @@ class SteeringTask:
         if not request.needs_maximum:
             return request.resolve()
         if (records := self.records(request)) is None:
-            run = self.chosen.run or "RUN"
+            run = self.opened.run or "RUN"
             sae = f" --sae {self.taps[request.layer].removeprefix('sae-')}" if request.latent else ""
             raise CrateError(
                 f"{request.name}: multiples of its maximum need records. Give an absolute strength, such as set:0.5, "
@@ -103,7 +105,7 @@ class SteeringTask:
         return request.resolve(reference(records, request.index, self.options.reference))
 
 
-def open_task(chosen: "OpenModel", options: Any) -> SteeringTask:
+def open_task(opened: "OpenModel", options: Any) -> SteeringTask:
     """Parse and check the options of `cratelm steer` before anything is computed."""
     from cratelm.steering.changes import check_indices, parse_request
     from cratelm.steering.intervention import Intervention
@@ -114,14 +116,14 @@ def open_task(chosen: "OpenModel", options: Any) -> SteeringTask:
     if not options.neuron:
         raise CrateError("--neuron must name a change. Example: --neuron 1/85=set:2x")
     requests = tuple(parse_request(text, swept=options.sweep is not None) for text in options.neuron)
-    after = None if options.after is None else chosen.one_token(options.after, "--after")
+    after = None if options.after is None else opened.one_token(options.after, "--after")
     positions = parse_positions(options.positions, after=after)
-    coders, taps = open_coders(chosen, options.sae)
+    coders, taps = open_coders(opened, options.sae)
     for coder in coders:
-        check_coder(chosen.model, coder)
-    sizes = {layer: place.neurons for layer, place in neuron_places(chosen.model).items()}
+        check_coder(opened.model, coder)
+    sizes = {layer: place.neurons for layer, place in neuron_places(opened.model).items()}
     check_indices([request for request in requests if not request.latent], sizes)
     sizes = {coder.layer: len(coder.directions) for coder in coders}
     check_indices([request for request in requests if request.latent], sizes, "latents of a --sae")
     setting = Intervention(positions=positions, coders=coders, keep_error=not options.drop_error)
-    return SteeringTask(chosen=chosen, requests=requests, setting=setting, taps=taps, options=options)
+    return SteeringTask(opened=opened, requests=requests, setting=setting, taps=taps, options=options)

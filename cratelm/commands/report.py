@@ -1,17 +1,17 @@
-"""Turn the scores of one or more runs into the paper's tables, figures, and one page to look at.
+"""Write tables, figures and an HTML page of the scores of one or more runs; with --site the neuron browser.
 
     cratelm report runs/demo/crate-2l runs/demo/gpt2-2l runs/demo/crate-2l-random runs/demo/gpt2-2l-random
     cratelm report runs/mine --mode compat --out mine-report
     cratelm report runs/demo/crate-2l runs/demo/gpt2-2l --site
 
-Name control runs (random weights) along with their models. The folder gets report.html, which opens from disk and
-asks nothing of the network; performance, interpretability and layers as .md, .csv and .tex; loss and scores as .svg
-and .png, and firing_examples, two models' best neurons side by side. Where runs have autoencoders that are evaluated
-and scored (docs/sae.md), faithfulness compares their latents with the neurons of the same layers.
+Give control runs (random weights) along with their models. The folder gets report.html, which works offline; the
+tables performance, interpretability and layers as .md, .csv and .tex; the figures loss and scores as .svg and .png; and
+firing_examples, the best neurons of two models side by side. If runs have autoencoders that are evaluated and scored
+(docs/sae.md), the table faithfulness compares their latents with the neurons of the same layers.
 
-With --site it is a browser instead: a folder with a page for every neuron of every run, scored or not, that opens by
-double click or from any static host. Run again, it renews what has changed. It shows every tap, explainer and
-simulator, so --tap, --explainer and --simulator are refused.
+--site writes the neuron browser instead: a folder with a page for every neuron of every run, scored or not, which opens
+from disk or from any static host. The same command updates pages that have changed. The browser shows every tap,
+explainer and simulator, so it takes no --tap, --explainer or --simulator.
 """
 
 from dataclasses import dataclass
@@ -30,27 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Which runs to report on, and where."""
+    """Options of `cratelm report`."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories, scored by `cratelm interpret`."""
     out: Path | None = None
-    """Folder of the report; left out, `report` (with --site `site`) in the folder that holds the runs, or in the run
-    if it is one."""
+    """Folder to write. Default: `report` (`site` with --site) in the folder of the runs; in the run if there is one."""
     site: bool = False
-    """Write the browser: every neuron of every tap, at most 20 KB each."""
+    """Write the neuron browser: every neuron of every tap, at most 20 KB each."""
     mode: Literal["fixed", "compat"] = "fixed"
-    """Which records the scores are from."""
+    """Mode of the records and scores."""
     tap: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("neurons",)
-    """Which places of the models: neurons, sae-NAME, ...; several are shown as separate rows."""
+    """Taps to report: neurons, sae-NAME, ...; each tap gets separate rows."""
     explainer: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Who explained: lookup, or the language model's name; left out, lookup. All are set side by side in any case."""
+    """Explainer of the main tables: lookup (default), or the name of a language model. One table compares all."""
     simulator: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = ""
-    """Who simulated, as tables name it: all-at-once:MODEL; left out, the first that the explainer has."""
+    """Simulator, by its name in the tables, such as all-at-once:MODEL; by default the explainer's first."""
 
 
 def run(options: Options) -> None:
-    """Write the report or the browser, and print where its first page is."""
+    """Write the report or the browser, and print the path of its first page."""
     if options.site:
         from cratelm.report.browser.site import write_site
 
@@ -71,13 +70,12 @@ def _refuse_ignored(options: Options) -> None:
     }
     if ignored := [name for name, value in selecting.items() if value]:
         raise CrateError(
-            f"--site shows every tap, explainer and simulator, so {' and '.join(ignored)} would choose nothing. "
-            f"Leave {'it' if len(ignored) == 1 else 'them'} out"
+            f"--site must be given without {' and '.join(ignored)}: it shows every tap, explainer and simulator"
         )
 
 
 def _report(options: Options) -> None:
-    """Write the report, then print the table and where the page is."""
+    """Write the report, then print its summary and the path of the page."""
     # Reading the options must stay quick; the work needs numpy and matplotlib.
     from rich.console import Console
 

@@ -1,12 +1,12 @@
-"""The live browser: the neurons of one or more runs, and a text box to steer them.
+"""Serve the neuron browser of one or more runs, with live models: try texts and steer neurons.
 
     cratelm serve runs/demo/crate-2l runs/demo/gpt2-2l
     cratelm serve runs/demo/crate-2l --llm http://127.0.0.1:8000/v1 --model NAME
 
-Open the address it prints. Besides what `cratelm report --site` puts into a folder: type a text and see every layer's
-strongest neurons at each token, steer neurons and see how the next token and the text change, ask a language
-model for an explanation, and vote with others. It works offline and answers this machine only; `--host` opens it to
-others, who then need the token in the printed address. Ctrl-C ends it.
+Open the printed address. In addition to the pages of `cratelm report --site` you can type a text and see the strongest
+neurons of every layer at each token, steer neurons and see how the next token and the text change, ask a language model
+for an explanation, and vote on explanations. The server works offline and accepts requests from this machine only;
+with `--host` it accepts others, which need the token in the printed address. Ctrl-C stops it.
 """
 
 import secrets
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTIONS = 800
-"""Open at a time; a process may usually open 1,024 files."""
+"""Limit of open connections; a process may usually open 1,024 files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +40,27 @@ class Options:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
     """Run directories with records."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any but this machine's own asks every visitor for a token."""
+    """Address to listen on. For an address other than localhost, visitors need the printed token."""
     port: int = 8080
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 takes a free port."""
     mode: Mode = "fixed"
-    """Which records to show."""
+    """Mode of the records to show."""
     votes: Path | None = None
-    """SQLite file that keeps votes; by default votes.sqlite in the first run."""
+    """SQLite file for votes; by default votes.sqlite in the first run."""
     text_tokens: int = 512
-    """Longest text to read, in tokens."""
+    """Maximum length of a text, in tokens."""
     new_tokens: int = 200
-    """Longest continuation to write, in tokens."""
+    """Maximum length of a continuation, in tokens."""
     in_flight: int = 4
-    """Requests to models at a time; one more is answered: try again."""
+    """Concurrent requests to models; further requests get the answer to try again."""
     llm: Where = ""
-    """Let readers ask this language model for explanations: a server's URL, or a Hugging Face directory or name."""
+    """Language model that visitors can ask for explanations: a server's URL, or a Hugging Face directory or name."""
     model: Name = ""
-    """What that server calls the model; needed where it serves several."""
+    """Name of the model on the server of --llm; required if the server has several."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
-    """Environment variable that holds that server's key; left out, OPENAI_API_KEY."""
+    """Environment variable with the key of the server of --llm; by default OPENAI_API_KEY."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(options: Options) -> None:
@@ -70,7 +70,7 @@ def run(options: Options) -> None:
 
         from cratelm.report.server.application import application
     except ImportError as error:
-        raise CrateError(f"{error.name} is not installed. Run: pip install 'cratelm[serve]'") from None
+        raise CrateError(f"cratelm serve needs {error.name}. Hint: pip install 'cratelm[serve]'") from None
     with listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]
         parts = application_parts(options, port)
@@ -84,16 +84,16 @@ def run(options: Options) -> None:
 
 
 def application_parts(options: Options, port: int) -> "Parts":
-    """Everything the application is made of."""
+    """The parts that the application is built from."""
     from cratelm.report.server.application import Parts
     from cratelm.report.server.requests import Limits
     from cratelm.report.server.votes import Votes
 
     if not options.runs:
-        raise CrateError("no run was named. Run: cratelm serve RUN...")
+        raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm serve RUN...")
     for name in ("text_tokens", "new_tokens", "in_flight"):
         if getattr(options, name) < 1:
-            raise CrateError(f"--{name.replace('_', '-')} is {getattr(options, name)}, at least 1 is needed")
+            raise CrateError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     limits = Limits(
         text_tokens=options.text_tokens, new_tokens=options.new_tokens, in_flight=options.in_flight
     )  # fmt: skip
@@ -115,13 +115,13 @@ def application_parts(options: Options, port: int) -> "Parts":
 
 
 def own_hosts(port: int) -> tuple[str, ...]:
-    """The values of `Host` with which a browser on this machine asks for this port. It leaves out http's own, 80."""
+    """The `Host` headers of a browser on this machine for this port. Browsers leave out the default port 80."""
     names = ("127.0.0.1", "localhost", "[::1]")
     return (*(f"{name}:{port}" for name in names), *(names if port == 80 else ()))
 
 
 def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
-    """The models of the runs that have one, each opened when it is first asked for; None where no run has."""
+    """The models of the runs, each opened at its first request; None if no run has a model."""
     from cratelm.live_models import LiveModels
     from cratelm.report.browser.catalogue import catalogue
 
@@ -159,9 +159,9 @@ def _open(run: Path, options: Options) -> "LiveModel":
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is loaded: a port in use is reported at once."""
+    """A listening socket, made before models are loaded, so that a port in use is reported at once."""
     if not 0 <= port <= 65535:
-        raise CrateError(f"--port is {port}, a number from 0 to 65535 is needed")
+        raise CrateError(f"--port must be 0 to 65535, got {port}")
     listening = None
     try:
         [(family, kind, protocol, _, place), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -172,11 +172,13 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listening is not None:
             listening.close()
-        raise CrateError(f"cannot listen on {host}:{port} ({error.strerror or error}). Give another --port") from None
+        raise CrateError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}). Hint: use another --port"
+        ) from None
     return listening
 
 
 def address(host: str, port: int, access: str | None) -> str:
-    """What to open."""
+    """The URL to open in a browser."""
     name = f"[{host}]" if ":" in host else {"0.0.0.0": socket.gethostname()}.get(host, host)
     return f"http://{name}:{port}/" + (f"?token={access}" if access else "")

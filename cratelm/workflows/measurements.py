@@ -124,8 +124,8 @@ def _sample(data: "TokenDirectory") -> "Corpus":
         first, taken = first + after, taken + len(parts[-1])
     if len(parts) < SAMPLE_DOCUMENTS * 3 // 4:
         raise CrateError(
-            f"{data.path} has {len(parts)} held-out documents, too few for the lookup measurement. Tokenize with a "
-            "larger --held-out, or leave out --measure lookup"
+            f"--measure lookup needs {SAMPLE_DOCUMENTS * 3 // 4} held-out documents, got {len(parts)} in {data.path}. "
+            "Hint: tokenize with a larger --held-out"
         )
     documents = np.cumsum([0, *(len(part) for part in parts)]).astype(np.int64)
     return Corpus(

@@ -1,4 +1,4 @@
-"""The command that usually follows one: printed once at the end of each, and not by commands that call others."""
+"""The command that usually follows: printed at the end of a command from the command line."""
 
 import os
 import shlex
@@ -8,10 +8,7 @@ from typing import Any
 
 
 def next_command(verb: str, options: Any) -> str:
-    """The next useful command, without a line break; empty if none is natural, or if nothing was done yet.
-
-    With torchrun the first process alone has one.
-    """
+    """The command that usually follows; empty after a dry run, and in all but the first process of torchrun."""
     spending = getattr(options, "spending", None)
     unfinished = getattr(options, "dry_run", False) or (spending and (spending.dry_run or spending.part))
     if verb not in NEXT or unfinished or os.environ.get("RANK", "0") != "0":
@@ -21,7 +18,7 @@ def next_command(verb: str, options: Any) -> str:
 
 
 def _records(options: Any) -> list[str]:
-    """The options that choose records, where they are not the default ones."""
+    """--mode and --tap, where they differ from the defaults."""
     mode = [] if options.mode == "fixed" else ["--mode", options.mode]
     return mode if options.tap == "neurons" else [*mode, "--tap", options.tap]
 

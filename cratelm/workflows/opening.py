@@ -36,13 +36,13 @@ class OpenModel:
     description: Mapping[str, Any]
     """`run.json`; empty for a bare model."""
     foreign: "ForeignModel | None"
-    """Where a model that was not opened as one of ours comes from."""
+    """The source of a Hugging Face model; None for a model of this package."""
 
     @property
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer. Raises CrateError if it has none."""
         if self.known_tokenizer is None:
-            raise CrateError(f"{self.source} holds no tokenizer.json. Put the model's tokenizer next to its weights")
+            raise CrateError(f"{self.source} must have a tokenizer.json, got none. Hint: put it next to the weights")
         return self.known_tokenizer
 
     @cached_property
@@ -90,9 +90,9 @@ class OpenModel:
             return {}
         return open_table(self.run, layer).explanations
 
-    def out(self, asked: Path | None) -> Path | None:
-        """Folder of the results: the one that was asked for, or `report` in the run."""
-        return asked or (None if self.run is None else self.run / "report")
+    def out(self, given: Path | None) -> Path | None:
+        """Folder of the results: --out, or `report` in the run."""
+        return given or (None if self.run is None else self.run / "report")
 
     def one_token(self, text: str, flag: str = "--token") -> int:
         """Id of a text that is one token; `#1234` is the id itself. Raises CrateError for any other text."""
@@ -139,8 +139,8 @@ def open_model(
         _check_directory(source)
     if expected == "ours" and remembered is not None:
         raise CrateError(
-            f"{source} is of a Hugging Face model, whose subspaces and steps are not known; this reads models of "
-            f"cratelm. A GPT-2 becomes one: cratelm import {remembered} --out RUN"
+            f"{source} must be a model of cratelm, got a Hugging Face model. Hint: for a GPT-2, cratelm import "
+            f"{remembered} --out RUN"
         )
     model: nn.Module
     foreign = None
@@ -176,11 +176,11 @@ def open_for_run(
     """A model and the run directory that its results go to: its own, or `out` for a bare Hugging Face model."""
     _, is_run = describe(source)
     if is_run and out is not None:
-        raise CrateError(f"{source} is a run, which keeps its records itself. Leave --out away")
+        raise CrateError(f"--out must be left out for a run, which holds its results, got {source}")
     if not is_run and out is None:
         what = "is a model, not a run" if (source / "config.json").exists() else "is not a run directory"
         raise CrateError(
-            f"{source} {what}. For the records of a Hugging Face model name the run to write: "
+            f"{source} {what}. Hint: for a Hugging Face model give the run to create: "
             f"cratelm collect {source} --data {data} --out runs/{source.name}"
         )
     return open_model(source, device, needs_tokenizer=False), out or source
@@ -194,15 +194,15 @@ def describe(source: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _check_directory(folder: Path) -> None:
-    """Refuse what is not a directory, and the bare directory of a Hugging Face model."""
+    """Raise CrateError for a path that is not a directory, and for the directory of a bare Hugging Face model."""
     if not folder.is_dir():
-        raise CrateError(f"there is no run directory {folder}. Run: cratelm train --data DIR --out {folder}")
+        raise CrateError(f"there is no run directory {folder}. Hint: cratelm train --data DIR --out {folder}")
     path = folder / "config.json"
     if (folder / "model" / "config.json").is_file() or not path.is_file():
         return
     kind = read_json(path, made_by="cratelm train").get("model_type")
     if kind not in ("crate", "gpt2", None):
         raise CrateError(
-            f"{folder} is a Hugging Face model ({kind}), not a run, and this command works on runs. Make one with "
-            f"cratelm collect {folder} --data DIR --out RUN, then give it that RUN"
+            f"{folder} must be a run, got a Hugging Face model ({kind}). Hint: cratelm collect {folder} --data DIR "
+            "--out RUN, then give that RUN"
         )

@@ -13,7 +13,9 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
         try:
             texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except FileNotFoundError:
-            raise CrateError(f"{file} does not exist. Give a text file with a prompt on each line") from None
+            raise CrateError(
+                f"--prompts must be a text file with a prompt on each line, got {file}, which does not exist"
+            ) from None
         except UnicodeDecodeError as error:
-            raise CrateError(f"{file} is not UTF-8 text ({error.reason}). Save it as such") from None
+            raise CrateError(f"{file} must be UTF-8 text, got {error.reason}. Hint: save it as UTF-8") from None
     return [text.replace("\\n", "\n").replace("\\t", "\t") for text in texts]

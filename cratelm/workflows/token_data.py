@@ -1,4 +1,4 @@
-"""The tokens that a command reads, checked against the model that is to read them."""
+"""Open the tokens that a command reads, and check that they fit the model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +35,8 @@ def open_tokens(opened: "OpenModel", folder: Path, tokenizer: str | None = None)
     data = _open_checked(opened, folder, tokenizer)
     if data.vocab_size > (rows := opened.causal.vocabulary_rows):
         raise CrateError(
-            f"the vocabulary of {folder} has {data.vocab_size} tokens, the model of {opened.source} has {rows}. "
-            "Tokenize with the model's own tokenizer"
+            f"the vocabulary of {folder} must have at most the {rows} tokens of the model of {opened.source}, got "
+            f"{data.vocab_size}. Hint: tokenize with the model's tokenizer"
         )
     return data
 
@@ -53,16 +53,16 @@ def open_corpus(
 
     if opened.known_tokenizer is None and tokenizer is None:
         raise CrateError(
-            f"the model of {opened.source} has no tokenizer.json, so nothing says that the tokens are its own. "
-            "Put it there, or name its tokenizer with --tokenizer"
+            f"the model of {opened.source} has no tokenizer.json to compare with the tokenizer of the tokens. Hint: "
+            "add it, or give the model's tokenizer with --tokenizer"
         )
     known = opened.known_tokenizer or load_tokenizer(str(tokenizer))
     data = _open_checked(opened, folder, tokenizer, known)
     tokens, rows = data.tokens(split), opened.causal.vocabulary_rows
     if data.vocab_size > rows and (largest := int(tokens.max())) >= rows:
         raise CrateError(
-            f"{data.path / split}.bin holds token {largest}, the model's vocabulary ends at {rows - 1}. "
-            "Tokenize with the model's own tokenizer"
+            f"the tokens of {data.path / split}.bin must be at most {rows - 1}, the model's vocabulary, got {largest}. "
+            "Hint: tokenize with the model's tokenizer"
         )
     identity = {"split": split, "tokenizer_hash": data.tokenizer_hash, "data_hash": data.splits[split].sha256}
     corpus = Corpus(
@@ -82,6 +82,6 @@ def _open_checked(
         inside = opened.source / "model" / "tokenizer.json"
         raise CrateError(
             f"the tokens of {folder} come from another tokenizer than the model of {opened.source}. "
-            f"Run: cratelm tokenize SOURCE --tokenizer {inside if inside.exists() else opened.source} --out DIR"
+            f"Hint: cratelm tokenize SOURCE --tokenizer {inside if inside.exists() else opened.source} --out DIR"
         )
     return data

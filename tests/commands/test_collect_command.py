@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDirectory:
 def test_tokens_beyond_the_vocabulary_are_refused(data: TokenDirectory, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", data, vocab_size=200)
     largest = int(np.asarray(data.tokens("val")).max())
-    assert f"holds token {largest}, the model's vocabulary ends at 199" in message(options(run, data))
+    assert f"must be at most 199, the model's vocabulary, got {largest}" in message(options(run, data))
 
 
 def test_several_taps_live_side_by_side(data: TokenDirectory, tmp_path: Path) -> None:

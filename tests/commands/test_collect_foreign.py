@@ -111,7 +111,7 @@ def test_the_later_stages_read_the_run_of_a_foreign_model(
 def test_a_foreign_model_needs_a_run_and_a_run_has_one(foreign: Path, data: TokenDirectory, tmp_path: Path) -> None:
     assert f"cratelm collect {foreign} --data {data.path} --out runs/model" in message(options(foreign, data))
     ours, _ = make_run(tmp_path / "ours", data)
-    assert "is a run, which keeps its records itself" in message(options(ours, data, out=tmp_path / "other"))
+    assert "--out must be left out for a run" in message(options(ours, data, out=tmp_path / "other"))
     assert "is not a run directory" in message(options(tmp_path / "nowhere", data))
     several = Options(runs=(foreign, foreign), data=data.path, out=tmp_path / "x")
     assert "--out is the run of one model, 2 were named" in message(several)
@@ -123,7 +123,7 @@ def test_two_models_do_not_share_a_run(foreign: Path, data: TokenDirectory, tmp_
     model = build("gpt_neox", np.random.default_rng(99), vocab=data.vocab_size)
     other = save(model, tmp_path / "other", data.path / "tokenizer.json")
     before = snapshot(run)
-    assert "is a run, which keeps" in message(options(run, data, out=run))
+    assert "--out must be left out for a run" in message(options(run, data, out=run))
     assert "is the run of another model (model_hash" in message(options(other, data, out=run))
     assert snapshot(run) == before
 

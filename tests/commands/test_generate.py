@@ -162,7 +162,7 @@ def test_an_impossible_wish_gets_one_line(
 def test_a_model_without_a_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "tokenizer.json").unlink()
     assert cli.main(["generate", str(folder), "--prompt", "a"]) == 2
-    assert "holds no tokenizer.json" in capsys.readouterr().err
+    assert "must have a tokenizer.json, got none" in capsys.readouterr().err
 
 
 def test_the_tokenizer_travels_with_the_model(folder: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
     assert cratelm.load(tmp_path / "run")[1] is None
     capsys.readouterr()
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "text"]) == 2
-    assert "holds no tokenizer.json" in capsys.readouterr().err
+    assert "must have a tokenizer.json, got none" in capsys.readouterr().err
     tokenizer = make_tokenizer()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text.jsonl").write_text(
@@ -291,13 +291,13 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["import", "{ckpt}", "--out", "{run}"], "holds a run already"),
-        (["import", "{tmp}/nothing.pt", "--out", "{tmp}/new"], "is not there"),
-        (["import", "{ckpt}", "--out", "{tmp}/new", "--tokenizer", "{tokenizer}"], "the tokenizer has"),
-        (["import", "{run}/model/model.safetensors", "--out", "{tmp}/new"], "Name its folder"),
-        (["export", "{run}"], "nowhere to write to"),
+        (["import", "{ckpt}", "--out", "{run}"], "must not contain a run"),
+        (["import", "{tmp}/nothing.pt", "--out", "{tmp}/new"], "does not exist. Hint: give a checkpoint"),
+        (["import", "{ckpt}", "--out", "{tmp}/new", "--tokenizer", "{tokenizer}"], "the tokenizer must have at most"),
+        (["import", "{run}/model/model.safetensors", "--out", "{tmp}/new"], "give its folder"),
+        (["export", "{run}"], "--out must be a path (or use --push NAME), got none"),
         (["export", "{run}", "--out", "{run}"], "--out must not exist, got"),
-        (["export", "{run}", "--format", "official", "--push", "me/model"], "--push uploads a model"),
+        (["export", "{run}", "--format", "official", "--push", "me/model"], "--push needs --format hf, got official"),
     ],
 )
 def test_a_wrong_import_or_export_gets_one_line(

@@ -189,7 +189,7 @@ def test_a_model_without_a_fitting_tokenizer_is_refused(
 ) -> None:
     save_model(model, tmp_path / "mute" / "model")
     assert cli.main(["evaluate", str(tmp_path / "mute"), "--zero-shot", "ptb", "--eval-data", str(folder)]) == 2
-    assert "holds no tokenizer.json" in capsys.readouterr().err
+    assert "must have a tokenizer.json, got none" in capsys.readouterr().err
     small = LanguageModel(ModelConfig(arch="crate", num_layers=1, d_model=8, num_heads=1, vocab_size=20))
     with pytest.raises(CrateError, match="vocabulary has 20 rows"):
         token_loss(small, make_tokenizer(), ["the neuron"], batch=1)

@@ -111,4 +111,4 @@ def test_a_run_of_a_hugging_face_model_has_directions_and_circuits(
     assert main(["whitebox", str(run), "--data", str(data.path)]) == 2
     assert main(["dial", str(run), "--data", str(data.path)]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert all("is of a Hugging Face model, whose subspaces and steps are not known" in line for line in said[-2:])
+    assert all("must be a model of cratelm, got a Hugging Face model" in line for line in said[-2:])

@@ -1,4 +1,4 @@
-"""The options of the commands that can ask a language model, in groups: explainer and neurons, simulator, budget."""
+"""Options of the commands that use a language model, in groups: explainer and neurons, simulator, budget."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Amount = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="
 Controls = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")]
 Scorers = Annotated[
     tuple[str, ...],
-    tyro.conf.arg(metavar="NAME...", help=f"{SIMULATION} is the paper's; {' '.join(SCORERS)}."),
+    tyro.conf.arg(metavar="NAME...", help=f"Scorers: {SIMULATION} (the paper's), {', '.join(SCORERS)}."),
 ]
 SimulatorChoice = Literal["auto", "all-at-once", "token-by-token", "structured"]
 CalibrationName = Literal["none", "linear", "percentile"]
@@ -29,17 +29,17 @@ class Explaining:
     """The explainer. Left out: lookup, which needs no language model and takes seconds."""
 
     llm: Where = ""
-    """Ask this language model: http://localhost:8000/v1 for a server, or a Hugging Face directory or name, run here."""
+    """Language model: the URL of a server, such as http://localhost:8000/v1, or a Hugging Face directory or name."""
     model: Name = ""
-    """What the server calls the model; needed where it serves several."""
+    """Name of the model on the server; required if the server has several."""
     explainer: Literal["auto", "lookup", "llm"] = "auto"
-    """lookup: a table of tokens. llm: a sentence by --llm. auto: llm where one is given."""
+    """lookup: a table of tokens. llm: a sentence by --llm. auto: llm if --llm is given."""
     explainer_model: Name = ""
-    """The explaining model, if it is not --model."""
+    """Name of the model that explains; by default --model."""
     neurons: Annotated[str, tyro.conf.arg(metavar="N|I-J,...")] = "300"
-    """Neurons of each layer to ask about: all, a number evenly spaced, or indices as 0-99,120. Lookup takes all."""
+    """Neurons of each layer for the language model: all, a number (evenly spaced), or indices such as 0-99,120."""
     neuron_seed: Number = None
-    """Draw that number at random instead, with this seed; evenly spaced or drawn, every model gets the same indices."""
+    """Draw the neurons at random with this seed, instead of evenly spaced; the same indices for every run."""
     samples: int = 1
     """Explanations per neuron, each scored separately, to measure the variance between samples."""
     temperature: Amount = None
@@ -55,7 +55,7 @@ class Explaining:
     llm_tokenizer: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""
     """Tokenizer of a server's model, to count prompts exactly: tokenizer.json, its directory, or a name on the hub."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
-    """Environment variable that holds the server's key; left out, OPENAI_API_KEY."""
+    """Environment variable with the server's key; by default OPENAI_API_KEY."""
 
     def __post_init__(self) -> None:
         least("--samples", self.samples, 1)
@@ -73,8 +73,8 @@ class Simulating:
     simulator_llm: Where = ""
     """Another server or directory for simulation; by default --llm. Base models simulate better than chat models."""
     simulator_model: Name = ""
-    """The simulating model, if it is not --model."""
-    calibrate: CalibrationNameName = "none"
+    """Name of the model that simulates; by default --model."""
+    calibrate: CalibrationName = "none"
     """Fit simulated to real activations on separate excerpts: linear, or percentile."""
     skip_self_test: bool = False
     """Continue even if the model fails the self-test on obvious neurons; its scores are not meaningful."""
@@ -91,13 +91,13 @@ class Spending:
     budget_price: Amount = None
     """Stop at this price; needs --price-in and --price-out."""
     price_in: float = 0.0
-    """Price of a million tokens read."""
+    """Price per million prompt tokens."""
     price_out: float = 0.0
-    """Price of a million tokens written."""
+    """Price per million generated tokens."""
     in_flight: int = 32
-    """Neurons that are processed concurrently."""
+    """Number of neurons that are processed concurrently."""
     part: Annotated[str, tyro.conf.arg(metavar="K/N", help_behavior_hint="")] = ""
-    """K/N: work on the K-th of N shares of the neurons, in a separate file; start one process for each share."""
+    """K/N: process only the K-th of N parts of the neurons, into a separate file; run one process per part."""
     merge: bool = False
     """Join the results of all parts, then continue with the same command without --part."""
 
@@ -109,17 +109,17 @@ class Spending:
         ):  # fmt: skip
             least(flag, amount, 0)
         if self.budget_price is not None and not (self.price_in or self.price_out):
-            raise CrateError("--budget-price needs to know what a token costs. Give --price-in and --price-out")
-        self.share  # noqa: B018 (refused here, before anything runs)
+            raise CrateError("--budget-price needs the price of tokens. Hint: use --price-in and --price-out")
+        self.share  # noqa: B018 (checks --part before anything runs)
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share, of how many; (1, 1) where the work is not divided."""
+        """(K, N) of --part; (1, 1) if the work is not divided."""
         if not self.part:
             return (1, 1)
         first, _, last = self.part.partition("/")
         if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise CrateError(f"--part {self.part!r} is not understood. Write K/N, such as 1/4 for the first of four")
+            raise CrateError(f"--part must be K/N, such as 1/4 for the first of four, got {self.part!r}")
         return int(first), int(last)
 
 
@@ -129,17 +129,17 @@ SpendingGroup = tyro.conf.OmitArgPrefixes[Spending]
 
 
 def least(flag: str, value: float | int | None, smallest: int) -> None:
-    """Refuse a number that is given and is none, or is smaller than this."""
+    """Raise CrateError if the number is given and is below `smallest`, infinite or NaN."""
     if value is not None and not smallest <= value < math.inf:
-        raise CrateError(f"{flag} {value:g} cannot be. Give a number of at least {smallest}, or leave it out")
+        raise CrateError(f"{flag} must be a number of at least {smallest}, got {value:g}")
 
 
 def group(kind: type[OptionGroup]) -> OptionGroup:
-    """A field that holds a group of options with its defaults."""
+    """A dataclass field for a group of options, with the group's defaults."""
     return field(default_factory=kind)
 
 
 def asks(explaining: Explaining, simulating: Simulating | None = None) -> bool:
-    """Whether a language model has a part in it."""
+    """Whether the options name a language model."""
     named = explaining.llm or explaining.model or explaining.explainer_model or explaining.explainer == "llm"
     return bool(named or (simulating and (simulating.simulator_llm or simulating.simulator_model)))

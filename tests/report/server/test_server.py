@@ -266,7 +266,7 @@ def test_a_text_that_nobody_waits_for_any_more_is_not_written_on(server: Served)
 
 def test_bad_options_get_one_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
-        (["serve"], "no run was named"),
+        (["serve"], "RUN must be at least one run directory"),
         (["serve", str(tmp_path / "none")], "run.json is not there"),
         (["serve", str(runs[0]), "--port", "70000"], "0 to 65535"),
         (["serve", str(runs[0]), "--new-tokens", "0"], "at least 1"),

@@ -222,8 +222,8 @@ MISTAKES = [
     (["--llm", "URL", "--scorer", "guessing"], "got 'guessing'"),
     (["--llm", "URL", "--neurons", "0-99"], "has neurons 0 to 5, not 99"),
     (["--llm", "URL", "--samples", "2", "--temperature", "0"], "the same explanation every time"),
-    (["--llm", "URL", "--part", "3/2"], "--part '3/2' is not understood"),
-    (["--llm", "URL", "--budget-price", "1"], "Give --price-in and --price-out"),
+    (["--llm", "URL", "--part", "3/2"], "got '3/2'"),
+    (["--llm", "URL", "--budget-price", "1"], "use --price-in and --price-out"),
     (["--explainer", "llm"], "--explainer llm needs a language model"),
     (["--scorer", "detection"], "the scorer detection asks a language model"),
 ]
@@ -255,9 +255,10 @@ def test_a_mistake_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [*((one, f"{one[0]} {one[1]} cannot be") for one in NUMBERS), *NOT_THERE]
+    ("options", "message"),
+    [*((options, f"{options[0]} must be a number of at least") for options in NUMBERS), *NOT_THERE],
 )
-def test_what_cannot_be_is_refused_before_anybody_is_asked(
+def test_invalid_options_are_refused_before_the_first_request(
     options: list[str], message: str, run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["interpret", str(run), *TAR, "--llm", server.url, *options]) == 2

@@ -263,7 +263,7 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
     )
     told = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--held-out", "0.5", "--out", str(tmp_path / "tokens")]
     assert cli.main(["tokenize", str(tmp_path / "text.jsonl"), *told]) == 0
-    for command, said in (("collect", "has no tokenizer.json"), ("evaluate", "has 99")):
+    for command, said in (("collect", "has no tokenizer.json"), ("evaluate", "at most the 99 tokens")):
         capsys.readouterr()
         assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "tokens")]) == 2
         error = capsys.readouterr().err

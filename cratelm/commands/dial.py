@@ -128,7 +128,6 @@ def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of earlier calls. Raises CrateError if they are of another model or text, so that none is lost."""
-    from cratelm.report.results.dial import points_of
     from cratelm.rundir import read_json
 
     if not (folder / FILE).exists():
@@ -139,7 +138,8 @@ def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]
             f"{folder / FILE} is of another model or text ({', '.join(different)} differ). Move or remove it, then run "
             "the same command"
         )
-    return points_of(found)
+    points: list[dict[str, Any]] = found["points"]
+    return points
 
 
 def _point(

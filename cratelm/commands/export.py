@@ -97,7 +97,7 @@ def _write_official(folder: Path, out: Path) -> None:
 def _export_neurons(options: Options, out: Path) -> None:
     from cratelm.report.export.neuronpedia import CREATOR_ID, export_neuronpedia
     from cratelm.report.export.neuronrecord import export_neuron_records
-    from cratelm.report.neuron_table import as_csv, open_table
+    from cratelm.report.neuron_table import neurons_csv, open_table
     from cratelm.rundir import write_text
 
     run, mode, tap, explainer = options.run, options.mode, options.tap, options.explainer
@@ -113,5 +113,5 @@ def _export_neurons(options: Options, out: Path) -> None:
         case _:
             for layer in layers:
                 table = open_table(run, layer, mode=mode, tap=tap, explainer=explainer)
-                write_text(out / f"layer_{layer:02d}.csv", as_csv(table))
+                write_text(out / f"layer_{layer:02d}.csv", neurons_csv(table))
     print(out)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from cratelm.activations.records import Mode
-from cratelm.report.neuron_table import Column, NeuronTable, open_table
+from cratelm.report.neuron_table import NeuronTable, SortColumn, open_table
 from cratelm.workflows.recorded import find_layers, layer_spans
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Options:
     """Zero-based layer; by default the first that has records."""
     neuron: int | None = None
     """Zero-based neuron to show with its excerpts; by default the layer is listed."""
-    sort: Column = "neuron"
+    sort: SortColumn = "neuron"
     """Column to sort by: neuron by index, other columns from the highest value down."""
     reverse: bool = False
     """Reverse the order."""

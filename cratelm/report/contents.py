@@ -1,7 +1,7 @@
-"""What a report shows, made once from the results of its runs.
+"""The contents of a report, computed once from the results of its runs.
 
-`report.html`, the site, the live server, the terminal and the model card render these contents: a table or figure that
-is added here appears on every page.
+`report.html`, the site, the live server, the terminal and the model card render these contents, so a new table or
+figure appears on every page.
 """
 
 import json
@@ -36,18 +36,18 @@ from cratelm.report.tables.whitebox import whitebox_tables
 
 @dataclass(frozen=True)
 class ReportContents:
-    """The contents of a report. Each part is computed when it is first used, and then kept."""
+    """The contents of a report. Each part is computed at its first use and cached."""
 
     results: Results
 
     @cached_property
     def study(self) -> Study | None:
-        """The runs grouped by seed; None where no two runs differ only in their seed."""
+        """The runs grouped by seed; None if no two runs differ only in their seed."""
         return study_of(self.results)
 
     @cached_property
     def shown(self) -> Results:
-        """The runs shown one by one: of a study, one run of each group."""
+        """The runs that are shown individually: in a study, one run of each group."""
         return self.results if self.study is None else self.study.first_seeds
 
     @cached_property
@@ -57,7 +57,7 @@ class ReportContents:
 
     @cached_property
     def firing(self) -> tuple[RunFiring, ...]:
-        """Consistency and distinctiveness of the runs shown."""
+        """Consistency and distinctiveness of the shown runs."""
         return gather_firing(self.shown)
 
     @cached_property
@@ -67,27 +67,27 @@ class ReportContents:
 
     @cached_property
     def sentences(self) -> list[str]:
-        """Scores, losses and costs compared in plain words."""
+        """Scores, losses and costs compared in sentences."""
         return verdict(self.results) if self.study is None else study_sentences(self.study)
 
     @cached_property
     def firing_sentences(self) -> list[str]:
-        """Consistency and distinctiveness compared in plain words."""
+        """Consistency and distinctiveness compared in sentences."""
         return firing_sentences(self.firing)
 
     @cached_property
     def summary(self) -> Table:
-        """The short table that opens every report; it has no files of its own."""
+        """The short table at the top of every report; it is not written to files."""
         return summary(self.shown)
 
     @cached_property
     def latents_summary(self) -> Table | None:
-        """Scores of neurons and autoencoder latents in short, for a terminal."""
+        """The short table of neurons and autoencoder latents, for a terminal."""
         return faithfulness_summary(self.results, self.units) if self.units else None
 
     @cached_property
     def tables(self) -> tuple[Table, ...]:
-        """The tables that are shown open."""
+        """The tables that are shown unfolded."""
         main = (self.summary, performance(self.results), interpretability(self.results))
         latents = (faithfulness(self.results, self.units),) if self.units else ()
         others = (*explainer_tables(self.results), *judged_tables(self.results), *latents)
@@ -95,23 +95,26 @@ class ReportContents:
 
     @cached_property
     def folded_tables(self) -> Mapping[str, tuple[Table, ...]]:
-        """Title of a group -> its long tables, which a page shows when the reader opens the group."""
-        found = {"Every layer": (by_layer(self.results),), "White-box view of every layer": whitebox_tables(self.views)}
-        return {title: tables for title, tables in found.items() if tables}
+        """Title of a group -> its long tables, folded on a page."""
+        groups = {
+            "Every layer": (by_layer(self.results),),
+            "White-box view of every layer": whitebox_tables(self.views),
+        }
+        return {title: tables for title, tables in groups.items() if tables}
 
     @cached_property
     def firing_tables(self) -> tuple[Table, ...]:
-        """By model, then by layer; empty where no run has simulations."""
+        """Firing by model, then by layer; empty if no run has simulations."""
         return firing_tables(self.firing)
 
     @property
     def every_table(self) -> tuple[Table, ...]:
-        """All tables, those of the firing section among them."""
+        """All tables, including the firing tables."""
         return (*self.tables, *self.firing_tables, *chain.from_iterable(self.folded_tables.values()))
 
     @cached_property
     def figures(self) -> Mapping[str, Figure]:
-        """Name -> figure, without those of the firing section."""
+        """Name -> figure, without the firing figures."""
         drawn = figures(self.results) if self.study is None else study_figures(self.study)
         return {**drawn, **whitebox_figures(self.views)}
 
@@ -122,7 +125,7 @@ class ReportContents:
 
     @property
     def every_figure(self) -> Mapping[str, Figure]:
-        """Name -> figure, those of the firing section among them."""
+        """Name -> figure, including the firing figures."""
         return {**self.figures, **self.firing_figures}
 
 

@@ -1,6 +1,6 @@
-"""What is known about every neuron of one layer, as a table: statistics, strongest tokens, scores, explanations.
+"""The neurons of one layer as a table: statistics, strongest tokens, scores, explanations.
 
-`cratelm neurons` prints it, `cratelm export --format csv` writes it. It works before anything is scored.
+`cratelm neurons` prints it, `cratelm export --format csv` writes it. It does not need scores.
 """
 
 import csv
@@ -26,13 +26,13 @@ from cratelm.interpretation.scoring.correlation import LayerScores
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 
-Column = Literal["neuron", "score", "density", "max", "min", "mean", "variance", "skewness", "kurtosis"]
-STATISTICS = {"max": "maximum", "min": "minimum"}
-"""Columns that records name otherwise."""
+SortColumn = Literal["neuron", "score", "density", "max", "min", "mean", "variance", "skewness", "kurtosis"]
+RECORDED_AS = {"max": "maximum", "min": "minimum"}
+"""Columns with another name in the records."""
 STRONGEST = 5
-"""Tokens named per neuron."""
-NUMBERS = ("correlation", "spearman", "auroc")
-"""Scores of a neuron that are written out."""
+"""Tokens listed per neuron."""
+MEASURES_WRITTEN = ("correlation", "spearman", "auroc")
+"""Scores of a neuron in the CSV file."""
 SCORED, NOT_SCORED, NO_RECORD = "scored", "not scored", "no record"
 CHUNK = 256
 """Neurons at a time."""
@@ -40,7 +40,7 @@ CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interpretation:
-    """What one protocol says about the neurons of a layer."""
+    """Explanations and scores of the neurons of a layer by one protocol."""
 
     explanations: Mapping[int, str]
     """By neuron index."""
@@ -55,35 +55,35 @@ class NeuronTable:
     strings: Sequence[str]
     """Text of each token id."""
     interpretations: Mapping[str, Interpretation]
-    """By protocol, in the paper's order; empty before anything is explained."""
+    """By protocol, in the paper's order; empty without explanations."""
     protocol: str
-    """The protocol whose scores and explanations the table shows."""
+    """The protocol of the scores and explanations that the table shows."""
     hint: str
-    """What to run where there are no scores; empty where there are."""
+    """The command to run if there are no scores; empty with scores."""
 
     @property
     def scores(self) -> LayerScores | None:
-        """Scores of the protocol shown."""
+        """Scores by `protocol`."""
         return self.interpretations[self.protocol].scores if self.protocol in self.interpretations else None
 
     @property
     def explanations(self) -> Mapping[int, str]:
-        """Explanations of the protocol shown."""
+        """Explanations by `protocol`."""
         return self.interpretations[self.protocol].explanations if self.protocol in self.interpretations else {}
 
     def column(self, name: str) -> Float[np.ndarray, " neurons"]:
-        """A column of numbers: density in percent, score in points, all else in the model's own units."""
+        """A column of numbers: density in percent, score in points, others in the model's units."""
         count = self.records.num_neurons
         if name == "neuron":
             return np.arange(count, dtype=np.float64)
         if name == "score":
             return np.full(count, np.nan) if self.scores is None else 100 * self.scores.correlation
-        values = self.records.statistics[STATISTICS.get(name, name)].astype(np.float64)
+        values = self.records.statistics[RECORDED_AS.get(name, name)].astype(np.float64)
         return 100 * values if name == "density" else values
 
     @cached_property
     def status(self) -> tuple[str, ...]:
-        """Of each neuron: `scored`, why it has no score, or `not scored` yet."""
+        """For each neuron: `scored`, the reason why it has no score, or `not scored`."""
         if self.scores is not None:
             return tuple(reason or SCORED for reason in self.scores.reason)
         maximum = self.records.statistics["maximum"]
@@ -92,11 +92,12 @@ class NeuronTable:
     @cached_property
     def _top(self) -> Excerpts:
         width = max(width for width, _, _ in self.records.sets)
-        return join([self.records.excerpts(*one) for one in self.records.sets if one[0] == width and one[2] == "top"])
+        tops = [key for key in self.records.sets if key[0] == width and key[2] == "top"]
+        return join([self.records.excerpts(*key) for key in tops])
 
     def strongest(self, rows: Integer[np.ndarray, " chosen"]) -> list[list[str]]:
-        """The different tokens with the highest activations in the top excerpts of some neurons, strongest first."""
-        found: list[list[str]] = []
+        """The distinct tokens with the highest activations in the top excerpts of some neurons, strongest first."""
+        strongest: list[list[str]] = []
         for start in range(0, len(rows), CHUNK):
             some = self._top.rows(rows[start : start + CHUNK])
             activations = some.activations.reshape(len(some.activations), -1)
@@ -105,13 +106,13 @@ class NeuronTable:
             for row, ranked in enumerate(order):
                 positive = ranked[activations[row, ranked] > 0]
                 distinct = dict.fromkeys(tokens[row, positive].tolist())
-                found.append([self.strings[token] for token in list(distinct)[:STRONGEST]])
-        return found
+                strongest.append([self.strings[token] for token in list(distinct)[:STRONGEST]])
+        return strongest
 
-    def choose(self, filters: Sequence[str], sort: Column, *, reverse: bool = False) -> Int[np.ndarray, " chosen"]:
-        """Indices of the neurons that pass every filter, sorted: by index, or from the highest value down.
+    def choose(self, filters: Sequence[str], sort: SortColumn, *, reverse: bool = False) -> Int[np.ndarray, " chosen"]:
+        """Indices of the neurons that pass every filter, sorted by index or from the highest value down.
 
-        A neuron without a value comes last either way.
+        Neurons without a value come last in both directions.
         """
         keep = np.ones(self.records.num_neurons, dtype=bool)
         for text in filters:
@@ -122,23 +123,23 @@ class NeuronTable:
         return order[keep[order]]
 
     def _passes(self, text: str) -> Bool[np.ndarray, " neurons"]:
-        numbers = ("neuron", "score", "density", *STATISTICS, "mean", "variance", "skewness", "kurtosis")
-        words: Mapping[str, Callable[[], Sequence[str]]] = {
+        numbers = ("neuron", "score", "density", *RECORDED_AS, "mean", "variance", "skewness", "kurtosis")
+        texts: Mapping[str, Callable[[], Sequence[str]]] = {
             "status": lambda: self.status,
             "token": lambda: [" ".join(tokens) for tokens in self.strongest(np.arange(self.records.num_neurons))],
             "explanation": lambda: [self.explanations.get(i, "") for i in range(self.records.num_neurons)],
         }
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(.+?)\s*", text)
-        if match and match[1] in words and match[2] == "=":
-            asked = match[3].casefold()
-            return np.array([asked in value.casefold() for value in words[match[1]]()], dtype=bool)
+        if match and match[1] in texts and match[2] == "=":
+            part = match[3].casefold()
+            return np.array([part in text.casefold() for text in texts[match[1]]()], dtype=bool)
         if match and match[1] in numbers and _is_number(match[3]):
             value, limit = self.column(match[1]), float(match[3])
             compare = {"<": np.less, ">": np.greater, "<=": np.less_equal, ">=": np.greater_equal, "=": np.equal}
             return np.asarray(compare[match[2]](value, limit))
         raise CrateError(
-            f"the filter {text!r} is not understood. Write NAME<NUMBER, NAME>NUMBER or NAME=NUMBER with one of "
-            f"{', '.join(numbers)}, or NAME=TEXT with one of {', '.join(words)}; in quotes"
+            f"a filter must be NAME<NUMBER, NAME>NUMBER or NAME=NUMBER with one of {', '.join(numbers)}, or NAME=TEXT "
+            f"with one of {', '.join(texts)}, in quotes; got {text!r}"
         )
 
 
@@ -152,16 +153,16 @@ def _is_number(text: str) -> bool:
 def open_table(
     run: Path, layer: int, *, mode: Mode = "fixed", tap: str = "neurons", protocol: str = "", explainer: str = EXPLAINER
 ) -> NeuronTable:
-    """Everything about one layer. `protocol` is the one shown: empty for the first that has scores."""
+    """Read one layer. `protocol` selects the scores to show; empty for the first protocol with scores."""
     if protocol and protocol not in PROTOCOLS:
-        raise CrateError(f"there is no protocol {protocol!r}. Use one of: {', '.join(PROTOCOLS)}")
+        raise CrateError(f"the protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     records = read_records(run, layer, mode=mode, tap=tap)
-    found = dict(_interpretations(run, records, explainer))
-    scored = [name for name, one in found.items() if one.scores is not None]
-    shown = protocol or [*scored, *found, PROTOCOLS[0]][0]
+    interpretations = dict(_interpretations(run, records, explainer))
+    scored = [name for name, interpretation in interpretations.items() if interpretation.scores is not None]
+    shown = protocol or [*scored, *interpretations, PROTOCOLS[0]][0]
     return NeuronTable(
         records=records, strings=token_strings(load_tokenizer(records_tokenizer(run, mode))),
-        interpretations=found, protocol=shown,
+        interpretations=interpretations, protocol=shown,
         hint="" if shown in scored else _hint(
             run, SetKey(mode=mode, tap=tap, layer=layer, protocol=shown, explainer=explainer)
         ),
@@ -174,44 +175,43 @@ def _interpretations(run: Path, records: LayerRecords, explainer: str) -> Iterat
     store = Store.open(run)
     for name in PROTOCOLS:
         key = SetKey(mode=records.mode, tap=records.tap, layer=records.layer, protocol=name, explainer=explainer)
-        scored = [one for one in store.scored() if replace(one, simulator="") == key]
         if store.is_done(key, "explain"):
-            made = store.explanations(key)
-            texts = dict(zip(made.neuron.tolist(), made.texts, strict=True))
-            current = [one for one in scored if store.is_done(one, "score")]
-            scores = store.scores(current[0]).of_layer(records.num_neurons) if current else None
-            yield name, Interpretation(explanations=texts, scores=scores)
+            scored = (other for other in store.scored() if replace(other, simulator="") == key)
+            current = next((other for other in scored if store.is_done(other, "score")), None)
+            scores = None if current is None else store.scores(current).of_layer(records.num_neurons)
+            yield name, Interpretation(explanations=store.texts(key), scores=scores)
 
 
 def _hint(run: Path, key: SetKey) -> str:
-    """Why there is no score, and the command that makes one."""
+    """Why there are no scores, and the command to run."""
     if not Store(run).path.exists():
         return f"no neuron is scored yet. Run: cratelm interpret {run}" + " --mode compat" * (key.mode == "compat")
     try:
         Store.open(run).check(key, "score", verb="interpret")
     except CrateError as error:
         return str(error)
-    raise AssertionError("scores that are there and of these records need no hint")
+    raise AssertionError("the scores exist and are of these records")
 
 
-def as_csv(table: NeuronTable) -> str:
-    """The whole layer, unrounded: density as a share, correlations in [-1, 1], strongest tokens as a JSON list."""
+def neurons_csv(table: NeuronTable) -> str:
+    """The whole layer, not rounded: density as a share, correlations in [-1, 1], strongest tokens as a JSON list."""
     statistics = table.records.statistics
     heads = ["layer", "neuron", *statistics, "strongest_tokens"]
     for name in table.interpretations:
-        heads += [f"{name} {part}" for part in (*NUMBERS, "status", "explanation")]
-    everyone = np.arange(table.records.num_neurons)
+        heads += [f"{name} {part}" for part in (*MEASURES_WRITTEN, "status", "explanation")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
-    for index, tokens in enumerate(table.strongest(everyone)):
+    for index, tokens in enumerate(table.strongest(np.arange(table.records.num_neurons))):
         row: list[object] = [table.records.layer, index]
         row += [_plain(values[index]) for values in statistics.values()]
         row.append(json.dumps(tokens, ensure_ascii=False))
-        for one in table.interpretations.values():
-            reason = NOT_SCORED if one.scores is None else one.scores.reason[index] or SCORED
-            numbers = ("",) * 3 if one.scores is None else [_plain(getattr(one.scores, n)[index]) for n in NUMBERS]
-            row += [*numbers, reason, one.explanations.get(index, "")]
+        for interpretation in table.interpretations.values():
+            reason, numbers = NOT_SCORED, [""] * len(MEASURES_WRITTEN)
+            if (scores := interpretation.scores) is not None:
+                reason = scores.reason[index] or SCORED
+                numbers = [_plain(getattr(scores, name)[index]) for name in MEASURES_WRITTEN]
+            row += [*numbers, reason, interpretation.explanations.get(index, "")]
         writer.writerow(row)
     return out.getvalue()
 

@@ -15,7 +15,7 @@ from cratelm.report.tables.form import points
 
 
 def verdict(results: Results) -> list[str]:
-    """Who wins where, whatever the outcome: a sentence for each pair of models, then one for each model's controls."""
+    """A sentence for each pair of models, then one for the controls of each model, and the rule for differences."""
     matched = matched_pairs(results.models)
     pairs = [_pair_sentence(*pair, results.protocols) for pair in matched]
     alone = [_single_sentence(model, results.protocols) for model in results.models]
@@ -24,7 +24,7 @@ def verdict(results: Results) -> list[str]:
 
 
 def _rule(pairs: Sequence[tuple[RunResult, RunResult]]) -> str:
-    """When a difference is called clear; nothing about losses where none was compared by document."""
+    """The rule for a clear difference; it mentions losses only if some are compared by document."""
     rule = "A difference in score is clear where the 95 % intervals do not overlap"
     losses = [(first.loss, second.loss) for first, second in pairs]
     if any(a and b and loss_difference(a, b).standard_error is not None for a, b in losses):
@@ -33,15 +33,15 @@ def _rule(pairs: Sequence[tuple[RunResult, RunResult]]) -> str:
 
 
 def _pair_sentence(first: RunResult, second: RunResult, protocols: Sequence[str]) -> str:
-    found: dict[Outcome | None, list[str]] = {}
+    outcomes: dict[Outcome | None, list[str]] = {}
     for name in protocols:
         if name in first.scores and name in second.scores:
             mine, other = first.scores[name], second.scores[name]
             numbers = f"{name} ({points(mine.mean)} against {points(other.mean)} points)"
-            found.setdefault(outcome(mine, other), []).append(numbers)
-    clear = [f"{how} than {second.title} on {listed(found[how])}" for how in ("higher", "lower") if how in found]
+            outcomes.setdefault(outcome(mine, other), []).append(numbers)
+    clear = [f"{way} than {second.title} on {listed(outcomes[way])}" for way in ("higher", "lower") if way in outcomes]
     parts = [f"{first.title} scores {listed(clear)}"] if clear else []
-    if tied := found.get("no clear difference"):
+    if tied := outcomes.get("no clear difference"):
         between = f"No clear difference between {first.title} and {second.title}"
         parts.append(f"{'no clear difference' if clear else between} on {listed(tied)}")
     if not parts:
@@ -57,12 +57,12 @@ def _cost_clause(first: RunResult, second: RunResult) -> str:
     cost = f"{more} parameters and {flops:.2f} times the FLOPs per token"
     if first.loss is None or second.loss is None:
         return f"{first.title} has {cost} (loss not evaluated)"
-    found = loss_difference(first.loss, second.loss)
-    how = f"nats per token {'worse' if found.nats > 0 else 'better'}"
-    if found.standard_error is None:
-        return f"the loss of {first.title} is {abs(found.nats):.3f} {how} at {cost}"
-    clear = "clearly different" if found.clear else "not clearly different"
-    amount = f"{abs(found.nats):.3f} ± {found.standard_error:.3f} {how}"
+    difference = loss_difference(first.loss, second.loss)
+    unit = f"nats per token {'worse' if difference.nats > 0 else 'better'}"
+    if difference.standard_error is None:
+        return f"the loss of {first.title} is {abs(difference.nats):.3f} {unit} at {cost}"
+    clear = "clearly different" if difference.clear else "not clearly different"
+    amount = f"{abs(difference.nats):.3f} ± {difference.standard_error:.3f} {unit}"
     return f"the loss of {first.title} is {clear}, {amount}, at {cost}"
 
 
@@ -73,82 +73,79 @@ def _single_sentence(model: RunResult, protocols: Sequence[str]) -> str:
 
 
 def _control_sentence(model: RunResult, protocols: Sequence[str]) -> str:
-    """How far a model stands above its controls; empty if it has none."""
-    named = [name for name in protocols if name in model.scores]
+    """The difference of a model from its controls; empty without controls."""
+    scored = [name for name in protocols if name in model.scores]
     random_init = model.random_init.scores if model.random_init is not None else {}
     controls = {"the same model with random weights": random_init, "shuffled explanations": model.shuffled}
     clauses = [
-        f"{listed([_gap(model.scores[name], control.get(name)) for name in named])} points against {what}"
+        f"{listed([_difference_from(control.get(name), model.scores[name]) for name in scored])} points against {what}"
         for what, control in controls.items()
-        if any(name in control and control[name].mean is not None for name in named)
+        if any(name in control and control[name].mean is not None for name in scored)
     ]
-    return f"{model.title} on {listed(named)}: {'; '.join(clauses)}." if clauses else ""
+    return f"{model.title} on {listed(scored)}: {'; '.join(clauses)}." if clauses else ""
 
 
-def _gap(mine: ModelAggregate, control: ModelAggregate | None) -> str:
+def _difference_from(control: ModelAggregate | None, model: ModelAggregate) -> str:
     if control is None:
         return "not compared"
-    if mine.mean is None or control.mean is None:
+    if model.mean is None or control.mean is None:
         return "undefined"
-    doubt = " (no clear difference)" if outcome(mine, control) == "no clear difference" else ""
-    difference = mine.mean - control.mean
-    return f"{'+' if difference > 0 else ''}{points(difference)}{doubt}"
+    unclear = " (no clear difference)" * (outcome(model, control) == "no clear difference")
+    difference = model.mean - control.mean
+    return f"{'+' if difference > 0 else ''}{points(difference)}{unclear}"
 
 
 def study_sentences(study: Study) -> list[str]:
-    """What the seeds say, a sentence for each pair and basis and score, and how to read it."""
+    """A sentence for each pair of variants, basis and score, and how to read it."""
     sentences: list[str] = []
-    for one, other in study.pairs:
-        none = f"{display_variant(one)} minus {display_variant(other)}: no two models to compare."
-        before = len(sentences)
-        for basis in BASES:
-            said = [
-                text for difference in study.differences
-                if difference.group.variant == one and difference.other == other and difference.basis == basis
-                and difference.quantity in (*study.results.protocols, "loss") and (text := _clause(difference))
-            ]  # fmt: skip
-            title = f"{display_variant(one)} minus {display_variant(other)} at equal {basis}"
-            sentences += [f"{title}: {'; '.join(said)}."] if said else []
-        sentences += [none] if len(sentences) == before else []
-    return [*sentences, "A difference is clear where its 95 % interval over seeds leaves out 0."]
+    quantities = (*study.results.protocols, "loss")
+    for variant, other in study.pairs:
+        title = f"{display_variant(variant)} minus {display_variant(other)}"
+        compared: dict[str, list[str]] = {basis: [] for basis in BASES}
+        for difference in study.differences:
+            if (difference.group.variant, difference.other) == (variant, other) and difference.quantity in quantities:
+                compared[difference.basis] += [_clause(difference)] if difference.estimate is not None else []
+        lines = [f"{title} at equal {basis}: {'; '.join(clauses)}." for basis, clauses in compared.items() if clauses]
+        sentences += lines or [f"{title}: no two models to compare."]
+    return [*sentences, "A difference is clear where its 95 % interval over seeds excludes 0."]
 
 
 def _clause(difference: Difference) -> str:
-    found = difference.found
-    if found is None:
-        return ""
+    mean = difference.estimate
+    assert mean is not None
     digits = 2 if difference.quantity == "loss" else 1
-    text = f"{difference.group.title} {found.mean:+.{digits}f}"
-    if found.low is not None and found.high is not None:
-        text += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-        text += "" if found.low > 0 or found.high < 0 else " (not clear)"
+    text = f"{difference.group.title} {mean.mean:+.{digits}f}"
+    if mean.interval is not None:
+        low, high = mean.interval
+        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+        text += "" if low > 0 or high < 0 else " (not clear)"
     return f"{text} {'nats of loss' if difference.quantity == 'loss' else f'points on {difference.quantity}'}"
 
 
-def firing_sentences(found: Sequence[RunFiring]) -> list[str]:
-    """Who fires more consistently and more distinctively on random text, in plain words, with differences."""
-    by_title = {one.run.title: one for one in found}
-    models = [one.run for one in found if one.run.control is None]
+def firing_sentences(entries: Sequence[RunFiring]) -> list[str]:
+    """Consistency and distinctiveness of two models on random text, with differences."""
+    overall = {entry.run.title: entry.own.overall for entry in entries}
+    models = [entry.run for entry in entries if entry.run.control is None]
     sentences = []
     for first, second in matched_pairs(models):
-        pair = (by_title[first.title].own.overall, by_title[second.title].own.overall)
-        if not all("random" in overall for overall in pair):
+        ours, theirs = (overall[run.title].get("random") for run in (first, second))
+        if (
+            ours is None
+            or theirs is None
+            or None in (ours.of("consistency"), theirs.of("consistency"), ours.of("distinctiveness"))
+        ):
             continue
-        ours, theirs = (overall["random"] for overall in pair)
-        if None in (ours.of("consistency"), theirs.of("consistency"), ours.of("distinctiveness")):
-            continue
-        names = first.title, second.title
-        sentences += [_consistency(*names, ours, theirs), _distinctiveness(*names, ours, theirs)]
+        sentences += [write(first.title, second.title, ours, theirs) for write in (_consistency, _distinctiveness)]
     return sentences
 
 
 def _consistency(first: str, second: str, ours: Mean, theirs: Mean) -> str:
-    apart, above = (_difference(ours, theirs, names) for names in (("consistency",), ("consistency", "firing")))
+    raw, above_chance = (_difference(ours, theirs, names) for names in (("consistency",), ("consistency", "firing")))
     return (
         f"On random text the neurons of {first} fire on {_percent(ours, 'consistency')} of the tokens that their "
-        f"explanations call relevant, those of {second} on {_percent(theirs, 'consistency')}: a difference of {apart} "
-        f"points. But they fire on {_percent(ours, 'firing')} and {_percent(theirs, 'firing')} of all tokens anyway; "
-        f"how far consistency lies above that differs by {above} points."
+        f"explanations call relevant, those of {second} on {_percent(theirs, 'consistency')}: a difference of {raw} "
+        f"points. But they fire on {_percent(ours, 'firing')} and {_percent(theirs, 'firing')} of all tokens; "
+        f"consistency minus this chance level differs by {above_chance} points."
     )
 
 
@@ -167,25 +164,22 @@ def _percent(mean: Mean, name: str) -> str:
 
 
 def _difference(ours: Mean, theirs: Mean, names: Sequence[str]) -> str:
-    """Of one measure, or of one less another, with its interval: models are resampled apart."""
-    values, low, high = difference(ours, theirs, names)
-    return f"{_signed(values)} [{_signed(low)}, {_signed(high)}]"
+    numbers = (f"{number:+.1f}" for number in difference(ours, theirs, names))
+    value, *ends = ("0.0" if number in ("+0.0", "-0.0") else number for number in numbers)
+    return f"{value} [{', '.join(ends)}]".replace("-", "\N{MINUS SIGN}")
 
 
 def difference(ours: Mean, theirs: Mean, names: Sequence[str]) -> tuple[float, float, float]:
-    """Ours less theirs, in points, with the ends of its 95 % interval; of the first measure less the others."""
+    """Ours minus theirs in points with the ends of the 95 % interval, of the first measure minus the others.
 
-    def of(mean: Mean) -> tuple[float, np.ndarray]:
-        columns = [(mean.of(name) or 0.0, mean.column(name)) for name in names]
-        signs = [1.0, *(-1.0 for _ in names[1:])]
-        return (
-            sum(sign * value for sign, (value, _) in zip(signs, columns, strict=True)),
-            np.sum([sign * samples for sign, (_, samples) in zip(signs, columns, strict=True)], axis=0),
-        )
+    The two models are resampled independently.
+    """
+    first, *others = names
 
-    (ours_value, ours_samples), (theirs_value, theirs_samples) = of(ours), of(theirs)
-    return ours_value - theirs_value, *interval(ours_samples - theirs_samples)
+    def value(mean: Mean) -> float:
+        return (mean.of(first) or 0.0) - sum(mean.of(name) or 0.0 for name in others)
 
+    def samples(mean: Mean) -> np.ndarray:
+        return np.subtract(mean.column(first), sum(mean.column(name) for name in others))
 
-def _signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}").replace("+0.0", "0.0").replace("\N{MINUS SIGN}0.0", "0.0")
+    return value(ours) - value(theirs), *interval(samples(ours) - samples(theirs))

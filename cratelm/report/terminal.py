@@ -1,4 +1,4 @@
-"""Neurons on a terminal: excerpts with every token on the colour of its activation, or marked where there is none."""
+"""Neurons on a terminal: excerpts with each token on the colour of its activation, or marked without colours."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from cratelm.report.neuron_table import NeuronTable
 from cratelm.report.shown_text import visible
 
 HEAT = ("#fff3bf", "#ffd875", "#ffab49", "#f77f4f")
-"""Backgrounds by quarters of the neuron's largest activation; black on them is readable, whatever the terminal's."""
+"""Backgrounds by quarters of the neuron's largest activation; black text is readable on all of them."""
 STRONG = 0.3
-"""Share of the neuron's largest activation from which a token is marked where colours cannot be shown."""
+"""Share of the neuron's largest activation from which a token is marked on a terminal without colours."""
 NUMBERS, EXPLANATIONS, STATUS = 60, 80, 100
-"""Columns of the terminal from which density and maximum, explanations, and a status beside the score have room."""
+"""Width of the terminal (columns) from which density and maximum, explanations, and the status are shown."""
 LONGEST_STATUS = 11
 
 
 def shows_colours(console: Console) -> bool:
-    """Whether the reader sees colours: not through a pipe, nor with NO_COLOR."""
+    """Whether the console shows colours: not in a pipe, nor with NO_COLOR."""
     return console.color_system is not None and not console.no_color
 
 
@@ -46,32 +46,32 @@ def legend(*, colours: bool) -> Text:
     text = Text("colour: share of the neuron's largest activation, up to ")
     for level, background in enumerate(HEAT, start=1):
         text.append(f" {level / len(HEAT):.0%} ", style=f"#000000 on {background}")
-    return text.append("; without colour: 0 or below")
+    return text.append("; without colour: 0 or less")
 
 
 def layer_table(table: NeuronTable, rows: Sequence[int], columns: int) -> Table:
-    """Some neurons of a layer in so many columns of a terminal; the narrower it is, the fewer facts."""
-    numbers, said, own_status = (columns >= least for least in (NUMBERS, EXPLANATIONS, STATUS))
-    said = said and bool(table.explanations)
+    """A table of some neurons of a layer for a terminal of this width; a narrow one shows fewer columns."""
+    numbers, explanations, status = (columns >= least for least in (NUMBERS, EXPLANATIONS, STATUS))
+    explanations = explanations and bool(table.explanations)
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, width=columns)
     for head in ("neuron", *(("density %", "max") if numbers else ())):
         grid.add_column(head, justify="right", no_wrap=True)
     grid.add_column("score", justify="right", no_wrap=True, max_width=LONGEST_STATUS)
-    if own_status:
+    if status:
         grid.add_column("status", no_wrap=True, max_width=LONGEST_STATUS)
     grid.add_column("strongest tokens", ratio=2, no_wrap=True, overflow="ellipsis")
-    if said:
+    if explanations:
         grid.add_column("explanation", ratio=3, no_wrap=True, overflow="ellipsis")
     density, maximum, score = (table.column(name) for name in ("density", "max", "score"))
     strongest = table.strongest(np.array(rows, dtype=np.int64))
     for index, tokens in zip(rows, strongest, strict=True):
         cells = [str(index)]
         cells += [_short(density[index]), _short(maximum[index])] if numbers else []
-        unscored = "-" if own_status else table.status[index]
+        unscored = "-" if status else table.status[index]
         cells.append(unscored if np.isnan(score[index]) else f"{score[index]:z.1f}")
-        cells += [table.status[index]] if own_status else []
+        cells += [table.status[index]] if status else []
         cells.append(" ".join(visible(legible(token)) for token in tokens))
-        cells += [visible(table.explanations.get(index, ""))] if said else []
+        cells += [visible(table.explanations.get(index, ""))] if explanations else []
         grid.add_row(*map(Text, cells))
     return grid
 

@@ -17,7 +17,7 @@ from cratelm.activations.records import read_records
 from cratelm.cli import main
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
-from cratelm.report.neuron_table import as_csv, open_table
+from cratelm.report.neuron_table import neurons_csv, open_table
 from cratelm.report.shown_text import visible
 from cratelm.report.terminal import HEAT
 
@@ -142,7 +142,7 @@ def test_filters_by_text_and_together(run: Path) -> None:
 
 @pytest.mark.parametrize("text", ["foo", "score>", "score>high", "length=3", "status<dead", "score=nan"])
 def test_a_filter_that_says_nothing_is_explained(text: str, run: Path) -> None:
-    with pytest.raises(CrateError, match="is not understood. Write NAME<NUMBER"):
+    with pytest.raises(CrateError, match="must be NAME<NUMBER, NAME>NUMBER"):
         open_table(run, 0).choose((text,), "neuron")
 
 
@@ -224,7 +224,7 @@ def test_layers_neurons_modes_and_runs_that_are_not_there_are_errors_with_the_ra
         ([str(run), "--neuron", "14"], "layer 0 has neurons 0 to 13, not 14"),
         ([str(run), "--neuron", "-1"], "layer 0 has neurons 0 to 13, not -1"),
         ([str(run), "--mode", "compat"], "must have compat records, got none. Hint: cratelm collect"),
-        ([str(run), "--protocol", "best"], "there is no protocol 'best'"),
+        ([str(run), "--protocol", "best"], "the protocol must be one of"),
         ([str(run), "--neuron", "3", "--width", "9"], "no excerpts of 9 tokens. Use --width 8 or 64"),
         ([str(run / "records")], "must have fixed records, got none. Hint: cratelm collect"),
         ([str(run / "nowhere")], "there is no run directory"),
@@ -257,6 +257,6 @@ def test_the_csv_table_holds_every_neuron_unrounded(run: Path, tmp_path: Path) -
 
 
 def test_the_csv_table_works_before_scoring(bare: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(as_csv(open_table(bare, 0)))))
+    rows = list(csv.DictReader(io.StringIO(neurons_csv(open_table(bare, 0)))))
     assert len(rows) == 14
     assert not [name for name in rows[0] if "correlation" in name]

@@ -168,7 +168,7 @@ def test_a_variant_is_compared_with_the_paper_s_model_too_and_rows_without_an_an
     empty = Results(mode="fixed", explainer="lookup", protocols=(), models=(), missing=())
     study = Study(empty, tuple(groups))
     assert study.pairs == [("crate", "gpt2"), ("sparser", "gpt2"), ("sparser", "crate")]
-    rows = [(one.group.title, one.other, one.basis, one.found is not None) for one in study.differences]
+    rows = [(one.group.title, one.other, one.basis, one.estimate is not None) for one in study.differences]
     # All models of 2 layers cost the same here, so equal parameters and FLOPs would say again what equal size says.
     assert rows == [
         ("crate-1l", "gpt2", "size", False), ("crate-2l", "gpt2", "size", True),

@@ -143,7 +143,7 @@ def test_no_name_heading_or_number_breaks_in_the_terminal(
         bar=hidden_bar(),
     )
     views = [
-        View(title=title, name=title, arch="crate", of=None, found=found, curves={})
+        View(title=title, name=title, arch="crate", of=None, measurements=found, curves={})
         for title in ("CRATE-2L", "CRATE-2L, random-init")
     ]
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -170,7 +170,7 @@ def test_a_file_from_before_still_gives_tables_and_figures(rng: np.random.Genera
     for layer in found["layers"]:
         for name in ("rate_reduction", "sparse_objective", "objective_at_zero"):
             del layer[name]
-    old = View(title="old", name="old", arch="crate", of=None, found=found, curves={})
+    old = View(title="old", name="old", arch="crate", of=None, measurements=found, curves={})
     compression, sparsification, _ = whitebox_tables([old])
     titles = [column.title for column in compression.columns]
     assert compression.rows[0][titles.index("ΔR after")] is None

@@ -251,6 +251,11 @@ class LayerAggregate:
     auroc: float | None = None
     """Mean AUROC of active tokens over scored neurons, in per cent: 50 is chance; None if no neuron has one."""
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends of the 95 % interval."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelAggregate:
@@ -282,6 +287,16 @@ class ModelAggregate:
     """Mean over layers of Spearman's correlation, x 100, by the same rule as `mean`."""
     auroc: float | None = None
     """Mean over layers of the AUROC of active tokens, in per cent, likewise."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends of the 95 % interval."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Neurons with a score, and all neurons, over all layers."""
+        return sum(layer.scored for layer in self.layers), sum(layer.total for layer in self.layers)
 
 
 def aggregate(

@@ -1,6 +1,6 @@
-"""Which models, taps and layers a browser shows, and how its links name them.
+"""The models, taps and layers that a browser shows, and their names in links.
 
-A link is made of slugs, such as `#/crate-2l/layer/1/neuron/85`; a chunk's name of numbers alone, such as `m0/t0/l1`.
+A link consists of slugs, such as `#/crate-2l/layer/1/neuron/85`; a chunk's name of numbers, such as `m0/t0/l1`.
 """
 
 import re
@@ -11,13 +11,12 @@ from typing import Any
 
 from cratelm.activations.records import Mode, recorded_layers, records_folder
 from cratelm.errors import CrateError
-from cratelm.report.results.gather import run_titles
-from cratelm.rundir import read_json
+from cratelm.report.results.gather import distinct, read_descriptions, run_titles
 
 RESERVED = ("compare", "search", "vote", "try", "layer", "neuron")
-"""First or second words of links that name no model."""
+"""First or second words of links that are not names of models."""
 OWN_TAP = "neurons"
-"""The model's own neurons; every other tap is named in a link."""
+"""The tap of the model's neurons; links name every other tap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +31,12 @@ class Layer:
     layer: int
     mode: Mode
     folder: str
-    """Where its chunks are, below `data/`."""
+    """The folder of its chunks, below `data/`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tap:
-    """A place of a model where neurons were recorded."""
+    """A recorded tap of a model."""
 
     name: str
     slug: str
@@ -55,62 +54,57 @@ class Model:
     description: dict[str, Any]
     """The contents of `run.json`."""
     taps: tuple[Tap, ...]
-    """Its own neurons first; empty where nothing was collected."""
+    """Neurons first; empty if nothing was collected."""
 
 
 def slug(text: str, taken: Sequence[str]) -> str:
-    """Lower-case letters, digits, `.`, `_` and `-` only, unlike any other that is taken."""
+    """The text with lower-case letters, digits, `.`, `_` and `-` only, different from all taken slugs."""
     plain = re.sub(r"[^a-z0-9._-]+", "-", text.casefold()).strip("-.")[:60] or "model"
     plain = f"{plain}-model" if plain in RESERVED else plain
     numbered = (f"{plain}-{number}" for number in range(2, len(taken) + 3))
-    return plain if plain not in taken else next(one for one in numbered if one not in taken)
+    return next(name for name in (plain, *numbered) if name not in taken)
 
 
 def catalogue(runs: Sequence[Path], mode: Mode) -> tuple[Model, ...]:
-    """All runs in the order given, each once. At least one must have records."""
-    paths = list({path.resolve(): path for path in runs}.values())
+    """All distinct runs in the given order. At least one must have records."""
+    paths = distinct(runs)
     if not paths:
-        raise CrateError("no run was named. Run: cratelm report RUN... --site")
-    descriptions = [read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR") for path in paths]
+        raise CrateError("a site needs at least one run. Run: cratelm report RUN... --site")
+    descriptions = read_descriptions(paths)
     models: list[Model] = []
-    for number, (path, description, title) in enumerate(
-        zip(paths, descriptions, run_titles(paths, descriptions), strict=True)
-    ):
-        own = slug(str(description["name"]), [model.slug for model in models])
-        models.append(
-            Model(
-                run=path,
-                name=str(description["name"]),
-                title=title,
-                slug=own,
-                description=description,
-                taps=_taps(path, own, number, mode),
-            )  # fmt: skip
-        )
+    for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
+        name = str(description["name"])
+        link = slug(name, [model.slug for model in models])
+        taps = _taps(path, link, len(models), mode)
+        models.append(Model(run=path, name=name, title=title, slug=link, description=description, taps=taps))
     if not any(model.taps for model in models):
         option = " --mode compat" if mode == "compat" else ""
         raise CrateError(f"{paths[0]} holds no {mode} records. Run: cratelm collect {paths[0]} --data DIR{option}")
     return tuple(models)
 
 
+def all_layers(models: Sequence[Model]) -> list[Layer]:
+    """The layers of all taps of all models."""
+    return [layer for model in models for tap in model.taps for layer in tap.layers]
+
+
+def site_title(models: Sequence[Model]) -> str:
+    """The titles of the models, without controls unless there are only controls."""
+    titles = [model.title for model in models if model.description.get("control") is None]
+    return ", ".join(titles) or models[0].title
+
+
 def _taps(run: Path, model: str, number: int, mode: Mode) -> tuple[Tap, ...]:
-    folders = records_folder(run, mode).glob("*/")
-    names = sorted((one.name for one in folders if one.is_dir()), key=lambda name: (name != OWN_TAP, name))
+    folders = (folder.name for folder in records_folder(run, mode).glob("*/") if folder.is_dir())
     taps: list[Tap] = []
-    for name in names:
-        if not (layers := recorded_layers(run, mode=mode, tap=name)):
-            continue
-        own, place = slug(name, [tap.slug for tap in taps]), f"m{number}/t{len(taps)}"
-        taps.append(
-            Tap(
-                name=name,
-                slug=own,
-                layers=tuple(
-                    Layer(
-                        run=run, model=model, tap=name, tap_slug=own, layer=layer, mode=mode, folder=f"{place}/l{layer}"
-                    )
-                    for layer in layers
-                ),
-            )  # fmt: skip
+    for name in sorted(folders, key=lambda name: (name != OWN_TAP, name)):
+        numbers = recorded_layers(run, mode=mode, tap=name)
+        tap_slug, folder = slug(name, [tap.slug for tap in taps]), f"m{number}/t{len(taps)}"
+        layers = tuple(
+            Layer(
+                run=run, model=model, tap=name, tap_slug=tap_slug, layer=layer, mode=mode, folder=f"{folder}/l{layer}"
+            )
+            for layer in numbers
         )
+        taps += [Tap(name=name, slug=tap_slug, layers=layers)] if layers else []
     return tuple(taps)

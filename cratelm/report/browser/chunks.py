@@ -1,9 +1,8 @@
-"""What the browser reads, and how a value becomes a file of its own: the outer form of a chunk.
+"""The file format of a chunk, which the browser reads.
 
-A browser refuses to fetch files from disk, so a chunk is a script that hands over one JSON text. It is given as a
-string and parsed by `JSON.parse`, never as an object of the language: a key such as `__proto__` is then a key like any
-other.
-Arrays of numbers are little-endian bytes in base64, under a key that says their type.
+A browser does not fetch files from disk, so a chunk is a script with one JSON text. The text is a string for
+`JSON.parse`, not an object literal, in which a key such as `__proto__` would have a special meaning. Arrays of numbers
+are little-endian bytes in base64, under a key that names their type.
 """
 
 import base64
@@ -23,7 +22,7 @@ PACKED = {"f32": "<f4", "u32": "<u4", "u16": "<u2", "u8": "<u1"}
 _HEAD, _TAIL = "cratelmChunk('", "');\n"
 _ESCAPES = str.maketrans({
     "\\": "\\\\", "'": "\\'", "\u2028": "\\u2028", "\u2029": "\\u2029",
-    # No reader of this file, be it a browser that was handed it as a page, finds a tag in it.
+    # So that the file contains no tag, even for a browser that opens it as a page.
     "<": "\\u003c", ">": "\\u003e", "&": "\\u0026",
 })  # fmt: skip
 
@@ -34,15 +33,15 @@ def pack(values: np.ndarray, kind: str) -> dict[str, str]:
 
 
 def unpack(packed: Mapping[str, str]) -> np.ndarray:
-    """The array that `pack` made this of."""
+    """The inverse of `pack`."""
     [(kind, text)] = packed.items()
     return np.frombuffer(base64.b64decode(text), dtype=PACKED[kind])
 
 
 def pack_sparse(values: Float[np.ndarray, " values"]) -> str:
-    """Floats of which many are 0: one bit each, first bit highest, that says which are not, then those as float32."""
-    there = values != 0
-    return base64.b64encode(np.packbits(there).tobytes() + values[there].astype("<f4").tobytes()).decode()
+    """Floats of which many are 0: a bit per value (highest bit first) that marks the others, then these as float32."""
+    nonzero = values != 0
+    return base64.b64encode(np.packbits(nonzero).tobytes() + values[nonzero].astype("<f4").tobytes()).decode()
 
 
 def pack_ids(values: Integer[np.ndarray, " values"]) -> str:
@@ -51,30 +50,35 @@ def pack_ids(values: Integer[np.ndarray, " values"]) -> str:
 
 
 def as_json(value: Mapping[str, Any]) -> str:
-    """The value as JSON in one line, `format_version` first. A number that is not finite is a programmer's mistake."""
+    """The value as JSON in one line, `format_version` first. All numbers must be finite."""
     return json.dumps(
         {"format_version": FORMAT_VERSION, **value}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
     )
 
 
+def encoded(value: Mapping[str, Any]) -> bytes:
+    """`as_json` as UTF-8; a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
+    return as_json(value).encode("utf-8", "backslashreplace")
+
+
 def as_script(name: str, value: Mapping[str, Any]) -> bytes:
-    """A chunk as a script. `name` is made of our own words and numbers, and says which chunk it is."""
+    """A chunk as a script. `name` is the chunk's name: letters, digits, `/` and `-`."""
     assert all(letter.isascii() and (letter.isalnum() or letter in "/-") for letter in name), name
     text = f"{_HEAD}{name}','{as_json(value).translate(_ESCAPES)}{_TAIL}"
-    # Half a surrogate pair, which no file of text can hold, becomes the escape that stands for it in a script.
+    # A lone surrogate, which UTF-8 cannot encode, becomes its escape in a script.
     return text.encode("utf-8", "backslashreplace")
 
 
 def read_script(path: Path) -> dict[str, Any]:
-    """The value of a chunk that was written before."""
+    """The value of a chunk file."""
     try:
         text = path.read_text(encoding="utf-8")
         literal = text[text.index("','") + 3 : -len(_TAIL)]
-        # The text between the quotes is JSON's own notation for a string but for the quotes themselves.
+        # Apart from quotes, the literal has the notation of a JSON string.
         value: dict[str, Any] = json.loads(json.loads('"' + literal.replace("\\'", "'").replace('"', '\\"') + '"'))
     except (OSError, ValueError) as error:
         raise CrateError(
-            f"{path} is no chunk of a site ({error}). Remove {path.parent} and run the same again"
+            f"{path} is not a chunk of a site ({error}). Remove {path.parent} and run the same command"
         ) from None
     check_format_version(path, value["format_version"])
     return value

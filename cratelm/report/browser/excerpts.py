@@ -1,4 +1,4 @@
-"""The excerpts that a neuron's page shows, and what an explanation predicts on those it was scored on."""
+"""The excerpts on a neuron's page, and an explanation's predictions on the scored excerpts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ SHOWN: Mapping[str, Mapping[str, int]] = {
     "explain": {"top": 6, "random": 0, "quantile": 1}, "score": {"top": 5, "random": 5, "quantile": 1},
     "all": {"top": 10, "random": 6, "quantile": 2},
 }  # fmt: skip
-"""Excerpts that are shown of each half (`all` in `compat` mode); quantile ones of each interval."""
+"""Number of excerpts shown of each half (`all` in `compat` mode); for quantile excerpts, of each interval."""
 
 
 class ChunkStrings:
-    """The strings of a chunk, numbered as they come."""
+    """The token strings of a chunk, numbered in the order of their first use."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings, self._numbers = strings, dict[int, int]()
 
     def numbers(self, tokens: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
         """The numbers of some tokens in this chunk."""
-        return np.array([self._numbers.setdefault(one, len(self._numbers)) for one in tokens.tolist()], dtype=np.int64)
+        numbers = [self._numbers.setdefault(token, len(self._numbers)) for token in tokens.tolist()]
+        return np.array(numbers, dtype=np.int64)
 
     @property
     def used(self) -> list[str]:
@@ -40,28 +41,28 @@ class ChunkStrings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The excerpts of one kind and half that are shown of some neurons."""
+    """The shown excerpts of one kind and half of some neurons."""
 
     kind: str
     part: str
     width: int
     picks: tuple[int, ...]
-    """Of each, its rank in the recorded set."""
+    """The rank of each excerpt in the recorded set."""
     intervals: tuple[int, ...]
-    """Of quantile excerpts, the interval of each; empty for others."""
+    """The interval of each quantile excerpt; empty for other kinds."""
     excerpts: Excerpts
 
 
 def excerpt_groups(records: LayerRecords) -> Iterator[Group]:
-    """The widest excerpts there are, top ones first."""
+    """The widest recorded excerpts, top excerpts first."""
     widest = max((width for width, _, _ in records.sets), default=0)
-    sets = [one for one in records.sets if one[0] == widest and one[1] in SHOWN]
-    for width, part, kind in sorted(sets, key=lambda one: (("top", "random", "quantile").index(one[2]), one[1])):
+    sets = [key for key in records.sets if key[0] == widest and key[1] in SHOWN]
+    for width, part, kind in sorted(sets, key=lambda key: (("top", "random", "quantile").index(key[2]), key[1])):
         count, each = SHOWN[part][kind], QUANTILES_RECORDED[records.mode]
-        held = records.arrays[f"{width}.{part}.{kind}.position"].shape[1]
-        intervals = range(max(held // each, 1)) if kind == "quantile" else range(1)
+        recorded = records.arrays[f"{width}.{part}.{kind}.position"].shape[1]
+        intervals = range(max(recorded // each, 1)) if kind == "quantile" else range(1)
         picks = [interval * each + item for interval in intervals for item in range(count)]
-        picks = [pick for pick in picks if pick < held]
+        picks = [pick for pick in picks if pick < recorded]
         if picks:
             yield Group(
                 kind=kind, part=part, width=width, picks=tuple(picks),
@@ -73,7 +74,7 @@ def excerpt_groups(records: LayerRecords) -> Iterator[Group]:
 def group_value(
     group: Group, row: int, strings: ChunkStrings, predicted: Mapping[tuple[str, int], np.ndarray]
 ) -> dict[str, Any]:
-    """One neuron's excerpts of a group; where an explanation was scored on one, what it predicted there."""
+    """One neuron's excerpts of a group, with the predictions on scored excerpts."""
     excerpts, items = group.excerpts, []
     for place in np.flatnonzero(excerpts.position[row] != ABSENT).tolist():
         length = int((excerpts.tokens[row, place] != ABSENT).sum())
@@ -91,7 +92,7 @@ def group_value(
 
 
 def _steps(values: Float[np.ndarray, " tokens"]) -> dict[str, Any]:
-    """Numbers to the 255th part of the largest, which is as much as a prediction is worth showing."""
+    """Numbers in 255 steps up to the largest, which is precise enough for a prediction."""
     largest = float(values.max(initial=0.0))
     steps = np.clip(np.rint(255 * values / largest), 0, 255) if largest > 0 else np.zeros(len(values))
     return {"largest": number(largest), **pack(steps, "u8")}
@@ -99,7 +100,7 @@ def _steps(values: Float[np.ndarray, " tokens"]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """What one set of explanations predicts on the excerpts that it was scored on."""
+    """The predictions of one set of explanations on the scored excerpts."""
 
     key: SetKey
     simulations: LayerSimulations
@@ -112,29 +113,27 @@ class Predicted:
         if index not in self.row:
             return {}
         values, part = self.simulations.of(self.row[index]), "score" if records.mode == "fixed" else "all"
-        found: dict[tuple[str, int], np.ndarray] = {}
-        at = 0
-        for one in self.draws:
-            name = f"{one.width}.{part}.{one.kind}"
-            for pick in one.picks:
-                held = pick < records.arrays[f"{name}.position"].shape[1]
-                length = int(records.arrays[f"{name}.length"][index, pick]) if held else 0
-                found[one.kind, pick] = values[at : at + length]
-                at += length
-        assert at == len(values), "these simulations are of other excerpts"
-        return found
+        predictions: dict[tuple[str, int], np.ndarray] = {}
+        start = 0
+        for draw in self.draws:
+            name = f"{draw.width}.{part}.{draw.kind}"
+            for pick in draw.picks:
+                recorded = pick < records.arrays[f"{name}.position"].shape[1]
+                length = int(records.arrays[f"{name}.length"][index, pick]) if recorded else 0
+                predictions[draw.kind, pick] = values[start : start + length]
+                start += length
+        assert start == len(values), "these simulations are of other excerpts"
+        return predictions
 
 
 def open_predicted(store: Store | None, scored: Sequence[SetKey], records: LayerRecords) -> Predicted | None:
-    """The simulations of the first set of scores that is on whole excerpts of the width shown."""
+    """The simulations of the first set of scores on whole excerpts of the shown width."""
     widest = max((width for width, _, _ in records.sets), default=0)
     for key in scored:
         draws = protocol(key.protocol, records.mode).score if key.protocol in PROTOCOLS else ()
-        whole = bool(draws) and all(one.crop is None and one.width == widest for one in draws)
+        whole = bool(draws) and all(draw.crop is None and draw.width == widest for draw in draws)
         if store is not None and whole and store.is_done(key, "simulate"):
-            found = store.simulations(key)
-            return Predicted(
-                key=key, simulations=found, draws=draws,
-                row={int(neuron): row for row, neuron in enumerate(found.neuron)},
-            )  # fmt: skip
+            simulations = store.simulations(key)
+            row = {int(neuron): row for row, neuron in enumerate(simulations.neuron)}
+            return Predicted(key=key, simulations=simulations, draws=draws, row=row)
     return None

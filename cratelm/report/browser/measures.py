@@ -1,4 +1,4 @@
-"""What is measured of a neuron beside its score, for its page: how it fires, and what judges found."""
+"""Other measures on a neuron's page: how it fires, and the results of the other scorers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.browser.catalogue import Layer
 from cratelm.report.browser.weights import number
 
+SHOWN = ("consistency", "distinctiveness", "firing", "relevant")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
@@ -22,41 +24,36 @@ class Measures:
     firing: Mapping[SetKey, Mapping[int, Mapping[str, Firing]]]
     """Set of scores -> neuron -> kind of excerpts."""
     judged: tuple[tuple[SetKey, str, float, Mapping[int, Judged]], ...]
-    """Set, scorer, what guessing gives (a share), and what was found by neuron."""
+    """Set, scorer, chance level (a share), and results by neuron."""
 
     def firing_of(self, key: SetKey, index: int) -> list[dict[str, Any]]:
-        """How the neuron fires on what this set predicts, on each kind of excerpts."""
-        found = self.firing.get(key, {}).get(index, {})
+        """How the neuron fires relative to the predictions of this set, on each kind of excerpts."""
         return [
-            {"excerpts": kind}
-            | {
-                name: None if value is None else number(round(value, 4))
-                for name in ("consistency", "distinctiveness", "firing", "relevant")
-                for value in (getattr(one, name),)
-            }
-            for kind, one in found.items()
+            {"excerpts": kind} | {name: _rounded(getattr(firing, name)) for name in SHOWN}
+            for kind, firing in self.firing.get(key, {}).get(index, {}).items()
         ]
 
     def judged_of(self, index: int) -> list[dict[str, Any]]:
-        """What each scorer found of the neuron."""
-        found = []
-        for key, scorer, guessing, by_neuron in self.judged:
-            if index not in by_neuron:
-                continue
-            one, name = by_neuron[index], SCORERS[scorer].number
-            numbers = one.numbers()
-            found.append({
-                "scorer": scorer, "judge": key.judge, "explainer": key.explainer,
-                "protocol": key.protocol, "sample": key.sample, "number": name.replace("_", " "),
-                "value": number(round(numbers[name], 4)) if name in numbers else None,
-                "chance": number(round(numbers.get("chance", guessing), 4)), "reason": one.reason,
-                "items": len(one.truth), "failed": one.failed,
-            })  # fmt: skip
-        return found
+        """The results of each scorer for the neuron."""
+        results = []
+        for key, scorer, chance_level, by_neuron in self.judged:
+            if (result := by_neuron.get(index)) is not None:
+                name, numbers = SCORERS[scorer].number, result.numbers()
+                results.append({
+                    "scorer": scorer, "judge": key.judge, "explainer": key.explainer,
+                    "protocol": key.protocol, "sample": key.sample, "number": name.replace("_", " "),
+                    "value": _rounded(numbers.get(name)), "chance": _rounded(numbers.get("chance", chance_level)),
+                    "reason": result.reason, "items": len(result.truth), "failed": result.failed,
+                })  # fmt: skip
+        return results
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else number(round(value, 4))
 
 
 def open_measures(layer: Layer, store: Store) -> Measures:
-    """All measures of a layer that were made from the records that are there now."""
+    """All measures of a layer that belong to its current records."""
     place: dict[str, Any] = {"mode": layer.mode, "tap": layer.tap, "layer": layer.layer}
     return Measures(
         firing={key: read_firing(store, key) for key in sets_of(store, "firing", **place) if not key.control},

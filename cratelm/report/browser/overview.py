@@ -1,4 +1,4 @@
-"""What a browser opens with: the models and their layers, and the report's sentences, tables and figures as values."""
+"""The first page of a browser: the models and their layers, and the report's sentences, tables and figures."""
 
 import re
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from cratelm.report.browser.catalogue import Model
 from cratelm.report.contents import ReportContents, standing_sentences
 from cratelm.report.figures.form import inline_svg
 from cratelm.report.results.gather import Results, gather
-from cratelm.report.tables.form import Table, as_csv, written
+from cratelm.report.tables.form import Table, as_csv, texts
 from cratelm.rundir import origin
 
 
 def public(text: str) -> str:
-    """A text that names files, for others to read: absolute paths, which tell of one machine, by their last part."""
+    """A text for publication: absolute paths, which describe one machine, are reduced to their last part."""
     quoted = re.sub(r"(['\"])/(?:[^'\"]*/)?([^'\"/]+)\1", r"\1\2\1", text)
     return re.sub(r"(?<![\w.~/-])(?:/[^\s/'\"]+)+/([^\s/'\"]+)", r"\1", quoted)
 
 
 def manifest(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
-    """Which models, taps and layers there are, and where their chunks lie: what every page needs first.
+    """The models, taps and layers with the folders of their chunks, which every page needs first.
 
-    `capabilities` names what only a server can do; a folder can do none of it.
+    `capabilities`: the functions that only a server has; empty for a folder.
     """
     return {
         "mode": mode, "origin": (made := origin()) | {"command": public(made["command"])}, "capabilities": {},
@@ -57,22 +57,21 @@ def _model(model: Model, mode: Mode) -> dict[str, Any]:
 
 
 def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
-    """The report on those runs that are scored, at every tap; for the others, what to run."""
+    """The report on the scored runs, at every tap; for the other runs, the command to run."""
     runs = [model.run for model in models]
     taps = tuple(dict.fromkeys(tap.name for model in models for tap in model.taps))
     ready = [run for run in runs if Store(run).path.exists()]
     option = " --mode compat" if mode == "compat" else ""
     missing = [f"{run.name} is not scored. Run: cratelm interpret {run}{option}" for run in runs if run not in ready]
     results, left_out = _gathered(ready, mode, taps)
-    missing += left_out
-    return (_report(ReportContents(results)) if results else {"sentences": [], "tables": [], "figures": []}) | {
-        "missing": [public(one) for one in (*missing, *(results.missing if results else ()), *_not_looked_into(models))]
-    }
+    missing += [*left_out, *(results.missing if results else ()), *_unmeasured(models)]
+    report = _report(ReportContents(results)) if results else {"sentences": [], "tables": [], "figures": []}
+    return report | {"missing": [public(sentence) for sentence in missing]}
 
 
 def _gathered(runs: Sequence[Path], mode: Mode, taps: Sequence[str]) -> tuple[Results | None, list[str]]:
-    """The results of those runs that have them, and why others have none: one such run hides no other."""
-    why: dict[Path, str] = {}
+    """The results of all runs that can be read, and an error for each other run."""
+    errors: dict[Path, str] = {}
     try:
         return (gather(runs, mode=mode, taps=taps) if runs else None), []
     except CrateError as error:
@@ -81,16 +80,16 @@ def _gathered(runs: Sequence[Path], mode: Mode, taps: Sequence[str]) -> tuple[Re
         try:
             gather([run], mode=mode, taps=taps)
         except CrateError as error:
-            why[run] = str(error)
-    rest = [run for run in runs if run not in why]
-    if not why or not rest:
+            errors[run] = str(error)
+    rest = [run for run in runs if run not in errors]
+    if not errors or not rest:
         return None, [together]
     results, more = _gathered(rest, mode, taps)
-    return results, [*why.values(), *more]
+    return results, [*errors.values(), *more]
 
 
-def _not_looked_into(models: Sequence[Model]) -> list[str]:
-    """What the weights and the codes could say and nobody has asked."""
+def _unmeasured(models: Sequence[Model]) -> list[str]:
+    """A sentence for each command on weights and codes that was not run."""
     return [
         f"{model.title}: {what} are not measured. Run: cratelm {verb} {model.run}{option}"
         for model in models
@@ -104,7 +103,7 @@ def _not_looked_into(models: Sequence[Model]) -> list[str]:
 
 
 def _report(contents: ReportContents) -> dict[str, Any]:
-    """What `write_report` puts into its folder, as values."""
+    """The contents of a report as JSON values."""
     folded = [*contents.firing_tables[1:], *chain.from_iterable(contents.folded_tables.values())]
     return {
         "sentences": [*contents.sentences, *contents.firing_sentences],
@@ -114,21 +113,19 @@ def _report(contents: ReportContents) -> dict[str, Any]:
 
 
 def table_value(table: Table) -> dict[str, Any]:
-    """A table as it is read, and as CSV for who takes it away."""
+    """A table as shown, and as CSV for downloading."""
     return {
         "name": table.name, "caption": table.caption, "csv": as_csv(table),
         "notes": [public(note) for note in table.notes],
         "columns": [
             {"title": column.title, "unit": column.unit, "number": column.style != "text"} for column in table.columns
         ],
-        "rows": [
-            [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows
-        ],
+        "rows": list(texts(table)),
     }  # fmt: skip
 
 
 def figure_value(name: str, figure: Figure) -> dict[str, Any]:
-    """A figure as a tree of the few elements that a drawing needs, for the page to build anew."""
+    """A figure as a tree of SVG elements, from which the page builds the drawing."""
     sentences = standing_sentences()
     drawing = ElementTree.fromstring(inline_svg(figure, name, sentences["alternatives"].get(name, name)))
     return {"name": name, "caption": sentences["captions"].get(name, ""), "drawing": _tree(drawing)}
@@ -139,6 +136,5 @@ def _tree(element: ElementTree.Element) -> list[Any]:
     parts: list[Any] = [element.text] if element.text and element.text.strip() else []
     for child in element:
         parts.append(_tree(child))
-        if child.tail and child.tail.strip():
-            parts.append(child.tail)
+        parts += [child.tail] if child.tail and child.tail.strip() else []
     return [element.tag.rpartition("}")[2], dict(element.attrib), *parts]

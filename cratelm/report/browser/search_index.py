@@ -1,8 +1,8 @@
-"""A prefix index over tokens and explanations, in chunks: a search reads the few that can hold what was typed.
+"""A prefix index over tokens and explanations, in chunks; a search reads only the chunks with matching terms.
 
-Terms are sorted and cut into chunks of about equal size; the directory holds the first term of each, so a browser finds
-the right one by bisection. A term's neurons come best match first: the more strongly a neuron fires on a token, the
-earlier, and among equals the better explained one.
+Terms are sorted and cut into chunks of about equal size; the directory lists the first term of each chunk, so that a
+browser finds a term by bisection. The neurons of a term are sorted by how strongly they fire on the token, then by
+score.
 """
 
 import re
@@ -19,15 +19,15 @@ from cratelm.report.browser.chunks import pack, unpack
 CHUNK_BYTES = 48_000
 LONGEST_TERM = 40
 MOST_NEURONS = 2000
-"""Neurons kept of one term; how many there are in all is said beside them."""
+"""Neurons listed per term; the total is stored next to the list."""
 NEURON_BITS = 20
-"""An entry is the number of the layer times 2^20, and the neuron."""
+"""An entry is the number of the layer times 2^20 plus the neuron."""
 IN_EXPLANATION = 100.0
-"""Rank of a word that stands in an explanation only: behind every token."""
+"""Rank of a word of an explanation: after every token."""
 
 
 class SearchIndex:
-    """Collects the terms of one layer after the other."""
+    """Collects the terms of layers."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[array, array]] = {}
@@ -42,11 +42,11 @@ class SearchIndex:
         self._places.append({"model": layer.model, "tap": layer.tap_slug, "layer": layer.layer})
 
     def directory(self, chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The first term of each chunk, and the layers by their numbers."""
+        """The first term of each chunk, and the layers by number."""
         return {"first": [chunk["terms"][0] for chunk in chunks], "places": self._places}
 
     def add(self, place: int, texts: Mapping[str, Any], scores: Sequence[float], explainers: Sequence[str]) -> None:
-        """Take in a chunk of `texts_value`; `scores` is of all neurons of the layer, `explainers` of its sets."""
+        """Add a chunk of `texts_value`. `scores`: of all neurons of the layer; `explainers`: of its sets."""
         assert place < 1 << (32 - NEURON_BITS), "too many layers for one index"
         for row, (tokens, explanations) in enumerate(zip(texts["tokens"], texts["texts"], strict=True)):
             neuron = texts["start"] + row
@@ -58,40 +58,40 @@ class SearchIndex:
                 neurons.append((place << NEURON_BITS) | neuron)
 
     def chunks(self) -> Iterator[dict[str, Any]]:
-        """The chunks in order. An order of UTF-16 units, because a browser compares so."""
+        """The chunks in the order of UTF-16 units, in which a browser compares strings."""
         terms: list[str] = []
         totals: list[int] = []
-        found: list[dict[str, str]] = []
+        packed: list[dict[str, str]] = []
         size = 0
         for term in sorted(self._entries, key=lambda term: term.encode("utf-16-be", "surrogatepass")):
             ranks, neurons = self._entries[term]
             order = np.argsort(np.frombuffer(ranks), kind="stable")[:MOST_NEURONS]
             terms.append(term)
             totals.append(len(neurons))
-            found.append(pack(np.frombuffer(neurons, dtype=np.uint32)[order], "u32"))
-            size += len(found[-1]["u32"]) + len(term.encode("utf-8", "surrogatepass")) + 20
+            packed.append(pack(np.frombuffer(neurons, dtype=np.uint32)[order], "u32"))
+            size += len(packed[-1]["u32"]) + len(term.encode("utf-8", "surrogatepass")) + 20
             if size >= CHUNK_BYTES:
-                yield {"terms": terms, "totals": totals, "neurons": found}
-                terms, totals, found, size = [], [], [], 0
+                yield {"terms": terms, "totals": totals, "neurons": packed}
+                terms, totals, packed, size = [], [], [], 0
         if terms:
-            yield {"terms": terms, "totals": totals, "neurons": found}
+            yield {"terms": terms, "totals": totals, "neurons": packed}
 
 
 def _terms(tokens: Sequence[str], explanations: Sequence[Sequence[Any]], explainers: Sequence[str]) -> dict[str, float]:
-    """Term -> rank, the lowest where there are several."""
-    found: dict[str, float] = {}
+    """Term -> its lowest rank."""
+    ranks: dict[str, float] = {}
     for rank, token in enumerate(tokens):
-        found.setdefault(as_term(token), float(rank))
+        ranks.setdefault(as_term(token), float(rank))
     for text, sets in explanations:
         by_lookup = all(explainers[number] == EXPLAINER for number in sets)
         words = re.findall(r'"(.+?)" \(', text) if by_lookup else re.findall(r"\w+", text)
         for word in words:
-            found.setdefault(as_term(word), IN_EXPLANATION)
-    found.pop("", None)
-    return found
+            ranks.setdefault(as_term(word), IN_EXPLANATION)
+    ranks.pop("", None)
+    return ranks
 
 
 def as_term(text: str) -> str:
-    """A token or word as it is searched for: without white space around it and without upper case."""
+    """A token or word as a search term: stripped and in lower case."""
     shown = text.strip(" ") or "␣" * len(text)
     return shown.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥").lower()[:LONGEST_TERM]

@@ -1,20 +1,20 @@
-"""The browser as one folder: opens from disk by double click, or from any static host, and asks nothing of a server.
+"""The browser as one folder, which opens from disk by double click or from any static host.
 
-    cratelm-site.json            says that the folder is a site, so that it may be written into again
+    cratelm-site.json            marks the folder as a site, so that a later call may write into it
     index.html, viewer/          the page: the same files for every site
-    data/site.js, overview.js    which models there are; the report
-    data/mM/tT/lL/               a layer: its numbers, texts and neurons, some to a chunk
+    data/site.js, overview.js    the models; the report
+    data/mM/tT/lL/               a layer: its numbers, and its texts and neurons in chunks
     data/search/                 the search index
 
-A layer's folder is there whole or not at all and remembers what it was made from, so a site that was interrupted goes
-on where it stopped, and one whose runs have changed renews what changed. One layer is held in memory at a time.
+A layer's folder is complete or missing and records a hash of its sources: an interrupted site resumes, and a later call
+renews only the layers that have changed. One layer is in memory at a time.
 """
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -26,10 +26,10 @@ from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.listing import stamps_of
-from cratelm.report.browser.catalogue import Layer, Model, catalogue
+from cratelm.report.browser.catalogue import Layer, Model, all_layers, catalogue, site_title
 from cratelm.report.browser.chunks import as_script, read_script
 from cratelm.report.browser.overview import manifest
-from cratelm.report.browser.overview_cache import KeptOverview
+from cratelm.report.browser.overview_cache import CachedOverview
 from cratelm.report.browser.search_index import SearchIndex
 from cratelm.report.browser.views import (
     NEURONS_EACH,
@@ -50,34 +50,34 @@ SCRIPTS = (
     "cards.js", "overview.js", "layer_list.js", "layer.js", "neuron.js", "compare.js", "votes.js", "search.js",
     "app.js",
 )  # fmt: skip
-"""In the order in which they are loaded. Classic scripts: a browser loads no modules from disk."""
+"""In loading order. Classic scripts, since a browser does not load modules from disk."""
 LIVE_SCRIPTS = ("api.js", "try.js", "steer.js", "ask.js")
-"""What a served page loads besides, before the last one."""
+"""Scripts that a served page loads before the last of `SCRIPTS`."""
 LIVE_ONLY = (*LIVE_SCRIPTS, "live.css")
-"""Files of the viewer that a folder does without."""
+"""Files of the viewer that a folder does not need."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src {connect}; "
     "base-uri 'none'; form-action 'none'"
 )
-"""What the page may do. `'self'` is, for a page from disk, the disk."""
+"""The page's content security policy. For a page from disk, `'self'` is the disk."""
 FORMAT = 1
-"""Of the chunks of a layer; folders of another are written anew."""
+"""Version of the chunks of a layer; folders of another version are written again."""
 MADE = "made.json"
 MARKER = "cratelm-site.json"
-"""Written first into a new or empty folder. What has none, and was not made before there was one, is not ours."""
-GENERATOR = '<meta name="generator" content="cratelm">'
-"""In the page of every site, those of versions without the marker too."""
+"""Written first into a new or empty folder; a folder without it is not a site."""
+PARTS = {"texts": (texts_value, TEXTS_EACH), "neurons": (neurons_value, NEURONS_EACH)}
+"""Name of a chunk of some neurons -> its function, and the number of neurons."""
 
 
 def write_site(runs: Sequence[Path], out: Path, *, mode: Mode = "fixed") -> Path:
     """Write or renew the folder, and return the path of its first page."""
     models = catalogue(runs, mode)
     _take_folder(out)
-    layers = _layers(models)
+    layers = all_layers(models)
     data = out / "data"
     with progress_bar("site", total=len(layers) + 2, unit="layers") as bar:
         _write_layers(models, data, bar)
-        _write_chunk(data, "overview", KeptOverview(models=models, mode=mode).value())
+        _write_chunk(data, "overview", CachedOverview(models=models, mode=mode).value())
         bar.advance(1, note="overview")
         _write_search(layers, data)
         bar.advance(1, note="search")
@@ -88,12 +88,12 @@ def write_site(runs: Sequence[Path], out: Path, *, mode: Mode = "fixed") -> Path
 
 
 def policy_of(*, served: bool) -> str:
-    """What the page may do: a served one may ask its own server, one from disk nobody."""
+    """The content security policy: a served page may connect to its server, a page from disk to no one."""
     return POLICY.format(connect="'self'" if served else "'none'")
 
 
 def index_html(title: str, *, served: bool, token: str = "") -> str:
-    """The one page. `token` is what a served one shows its server when it writes."""
+    """The page. `token`: sent by a served page with its writes."""
     names = (*SCRIPTS[:-1], *(LIVE_SCRIPTS if served else ()), SCRIPTS[-1])
     scripts = "\n".join(f'<script defer src="viewer/{name}"></script>' for name in names)
     template = Template((VIEWER / "index.html").read_text(encoding="utf-8"))
@@ -106,41 +106,31 @@ def index_html(title: str, *, served: bool, token: str = "") -> str:
 
 
 def _take_folder(out: Path) -> None:
-    """Mark the folder as a site; one that holds other things is none of ours to write into or to delete from."""
+    """Mark the folder as a site. Raises `CrateError` for a folder with other files."""
     if out.exists() and not out.is_dir():
         raise CrateError(f"{out} is a file. Give a new folder with --out")
     if (out / MARKER).is_file():
         return
-    if out.is_dir() and any(out.iterdir()) and not _is_older_site(out):
-        raise CrateError(f"{out} holds other files and is no site of cratelm. Give a new folder with --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise CrateError(f"{out} has other files and is not a site of cratelm. Give a new folder with --out")
     write_json(out / MARKER, {"made_by": "cratelm report --site"})
-
-
-def _is_older_site(out: Path) -> bool:
-    """Whether the page was written by a version that left no marker."""
-    try:
-        with (out / "index.html").open(encoding="utf-8", errors="replace") as page:
-            return GENERATOR in page.read(4096)
-    except OSError:
-        return False
 
 
 def _write_layers(models: Sequence[Model], data: Path, bar: ProgressBar) -> None:
     for model in models:
         strings: list[str] = []
         for layer in (layer for tap in model.taps for layer in tap.layers):
-            folder, note = data / layer.folder, f"{model.title}, {layer.tap}, layer {layer.layer}"
-            made = {"format": FORMAT, "from": layer_stamp(layer)}
+            folder, made = data / layer.folder, {"format": FORMAT, "from": layer_stamp(layer)}
             if not _is_made(folder, made):
                 strings = strings or token_strings(load_tokenizer(records_tokenizer(model.run, layer.mode)))
                 with atomic_path(folder) as temporary:
                     _write_layer(temporary, layer, strings)
                     (temporary / MADE).write_text(json.dumps(made), encoding="utf-8")
-            bar.advance(1, note=note)
+            bar.advance(1, note=f"{model.title}, {layer.tap}, layer {layer.layer}")
 
 
 def _write_layer(folder: Path, layer: Layer, strings: Sequence[str]) -> None:
-    """A function of its own, so that the layer is let go before the next one is read."""
+    """Write the chunks of a layer. A separate function, so that the layer is freed before the next is read."""
     for name, value in layer_chunks(open_layer(layer, strings)):
         _write(folder / f"{name}.js", as_script(f"{layer.folder}/{name}", value))
 
@@ -149,43 +139,32 @@ def layer_chunks(view: LayerView) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The chunks of one layer with their names."""
     neurons = view.records.num_neurons
     yield "layer", layer_value(view)
-    for number, start in enumerate(range(0, neurons, TEXTS_EACH)):
-        yield f"texts-{number}", texts_value(view, start)
-    for number, start in enumerate(range(0, neurons, NEURONS_EACH)):
-        yield f"neurons-{number}", neurons_value(view, start)
+    for part, (make, each) in PARTS.items():
+        for number, start in enumerate(range(0, neurons, each)):
+            yield f"{part}-{number}", make(view, start)
 
 
-def chunk_value(models: Sequence[Model], name: str, view_of: Callable[[Layer], LayerView]) -> Mapping[str, Any] | None:
-    """The value of a layer's chunk by its name, for a server; None where there is no such chunk.
-
-    Nothing of the name reaches the file system: it is three numbers, one of three words and a number.
-    """
-    match = re.fullmatch(r"m(\d{1,4})/t(\d{1,4})/l(\d{1,4})/(layer|texts|neurons)(?:-(\d{1,7}))?", name, re.ASCII)
-    folder, _, what = name.rpartition("/")
-    layer = next((one for one in _layers(models) if one.folder == folder), None)
-    if match is None or layer is None or (match[4] == "layer") != (match[5] is None):
-        return None
-    view = view_of(layer)
-    if match[5] is None:
+def layer_chunk(view: LayerView, name: str) -> Mapping[str, Any] | None:
+    """One chunk of a layer by its name, for a server; None if there is no such chunk."""
+    if name == "layer":
         return layer_value(view)
-    make, each = (texts_value, TEXTS_EACH) if match[4] == "texts" else (neurons_value, NEURONS_EACH)
-    start = int(match[5]) * each
-    return make(view, start) if start < view.records.num_neurons and what == f"{match[4]}-{int(match[5])}" else None
-
-
-def _layers(models: Sequence[Model]) -> list[Layer]:
-    return [layer for model in models for tap in model.taps for layer in tap.layers]
+    match = re.fullmatch(r"(texts|neurons)-(0|[1-9]\d{0,6})", name, re.ASCII)
+    if match is None:
+        return None
+    make, each = PARTS[match[1]]
+    start = int(match[2]) * each
+    return make(view, start) if start < view.records.num_neurons else None
 
 
 def layer_stamp(layer: Layer) -> str:
-    """A hash of all that the chunks of a layer depend upon."""
+    """A hash of everything that the chunks of a layer depend on."""
     file = layer_file(layer.run, layer.mode, layer.tap, layer.layer)
     store = Store(layer.run)
     stamps = stamps_of(store, mode=layer.mode, tap=layer.tap, layer=layer.layer) if store.path.exists() else []
     weights = directions_file(layer.run, layer.layer, layer.tap)
-    stats = [(one.st_size, one.st_mtime_ns) for one in (file.stat(), *([weights.stat()] if weights.exists() else []))]
-    told = [layer.model, layer.tap_slug, stats, identity(layer.run, layer.mode), stamps]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (file, weights) if path.exists()]
+    sources = [layer.model, layer.tap_slug, stats, identity(layer.run, layer.mode), stamps]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:32]
 
 
 def _is_made(folder: Path, made: Mapping[str, Any]) -> bool:
@@ -196,10 +175,8 @@ def _is_made(folder: Path, made: Mapping[str, Any]) -> bool:
 
 
 def _write_chunk(data: Path, name: str, value: Mapping[str, Any]) -> None:
-    path = data / f"{name}.js"
-    content = as_script(name, value)
-    with atomic_path(path) as temporary:
-        _write(temporary, content)
+    with atomic_path(data / f"{name}.js") as temporary:
+        _write(temporary, as_script(name, value))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -208,34 +185,33 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_search(layers: Sequence[Layer], data: Path) -> None:
-    """The index of all layers, from their chunks: those of a layer that was not renewed are read from disk."""
+    """Write the index of all layers, which is built from their chunks on disk."""
     index = SearchIndex()
     for layer in layers:
         folder = data / layer.folder
         numbers = read_script(folder / "layer.js")
         chunks = range(-(-numbers["neurons"] // numbers["texts_each"]))
         index.add_layer(layer, numbers, (read_script(folder / f"texts-{number}.js") for number in chunks))
-    made = list(index.chunks())
+    indexed = list(index.chunks())
     with atomic_path(data / "search") as folder:
-        for name, chunk in (*enumerate(made), ("directory", index.directory(made))):
+        for name, chunk in (*enumerate(indexed), ("directory", index.directory(indexed))):
             _write(folder / f"{name}.js", as_script(f"search/{name}", chunk))
 
 
 def _remove_others(data: Path, layers: Sequence[Layer]) -> None:
-    """Folders of layers that this site no longer has."""
-    kept = {layer.folder for layer in layers}
+    """Remove the folders of layers that are no longer part of the site."""
+    current = {layer.folder for layer in layers}
     for folder in data.glob("m*/t*/l*"):
         name = folder.relative_to(data).as_posix()
-        if re.fullmatch(r"m\d+/t\d+/l\d+", name) and name not in kept:
+        if re.fullmatch(r"m\d+/t\d+/l\d+", name) and name not in current:
             shutil.rmtree(folder)
 
 
 def _write_viewer(models: Sequence[Model], out: Path) -> None:
-    """The page last: what opens is whole."""
+    """Write the viewer and at last the page, so that a site that opens is complete."""
     with atomic_path(out / "viewer") as temporary:
         temporary.mkdir()
         for file in sorted(VIEWER.iterdir()):
             if file.suffix in (".js", ".css", ".svg") and file.name not in LIVE_ONLY:
                 shutil.copyfile(file, temporary / file.name)
-    title = ", ".join(model.title for model in models if model.description.get("control") is None)
-    write_text(out / "index.html", index_html(title or models[0].title, served=False))
+    write_text(out / "index.html", index_html(site_title(models), served=False))

@@ -1,4 +1,4 @@
-"""What the weights say about a neuron, for its page: tokens in and out, and neurons before and after it."""
+"""A neuron's weights, for its page: input and output tokens, and neurons before and after it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Weights:
         for name in self.directions.lists:
             ends = {end: self.directions.ranked(name, index, end)[:SHOWN] for end in ("largest", "smallest")}
             lists[name] = {
-                end: [[self.strings[one] if name in TOKEN_LISTS else one, number(value)] for one, value in pairs]
+                end: [[self.strings[id_] if name in TOKEN_LISTS else id_, number(value)] for id_, value in pairs]
                 for end, pairs in ends.items()
             }
         heads = {
@@ -39,7 +39,7 @@ class Weights:
 
 
 def open_weights(layer: Layer) -> Weights | None:
-    """The directions of a layer; None where they were not computed."""
+    """The directions of a layer; None if they were not computed."""
     path = directions_file(layer.run, layer.layer, layer.tap)
     if not path.exists():
         return None
@@ -56,5 +56,5 @@ def _strings(tokenizer: Path, _changed: int) -> tuple[str, ...]:
 
 
 def number(value: np.floating | float) -> float | None:
-    """Six significant digits, which is what a float32 holds; None where there is no number."""
+    """The number with six significant digits, about the precision of float32; None for NaN and infinity."""
     return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The card of a model, README.md of its directory on the hub: what it is, and every number that was measured on it."""
+"""The card of a model, the README.md of its directory on the hub: configuration, training, loss, scores, origin."""
 
 import json
 import math
@@ -20,12 +20,12 @@ ARCHITECTURES = {
 
 
 def run_of(model: Path) -> Path | None:
-    """The run directory that a model directory lies in; None for one that lies elsewhere."""
+    """The run directory of a model directory; None for a model directory outside of a run."""
     return model.parent if model.name == "model" and (model.parent / "run.json").is_file() else None
 
 
 def model_card(folder: Path, *, title: str) -> str:
-    """The card as Markdown, from a run directory, or from a model directory about which no more is known."""
+    """The card as Markdown, from a run directory, or from a model directory alone."""
     return "\n".join(line for part in _parts(folder, title) for line in (*part, "")).rstrip() + "\n"
 
 
@@ -34,7 +34,7 @@ def _parts(folder: Path, title: str) -> Iterator[list[str]]:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         arch = fields.get("arch", fields["model_type"])
         yield from _heading(title, arch, stock=fields["model_type"] == "gpt2")
-        yield ["Nothing is known here about its training, and nothing was measured."]
+        yield ["Its training is not recorded, and nothing was measured."]
         return
     run = read_json(folder / "run.json", made_by=f"cratelm train --out {folder}")
     config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
@@ -50,14 +50,8 @@ def _parts(folder: Path, title: str) -> Iterator[list[str]]:
 
 def _heading(title: str, arch: str, *, stock: bool) -> Iterator[list[str]]:
     tags = ["cratelm", arch, "interpretability"]
-    yield [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        *(f"- {t}" for t in tags),
-        "---",
-    ]
+    head = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
+    yield ["---", *head, "---"]
     yield [f"# {title}", "", f"This is {ARCHITECTURES[arch]}. It was made with cratelm."]
     lines = ["import cratelm.huggingface  # pip install 'cratelm[hf]'", ""]
     code = [
@@ -79,11 +73,13 @@ def _training(run: Mapping[str, Any]) -> list[str]:
     if run.get("control") is not None:
         return ["## Training", "", f"None: this is the {run['control']} control of {run['of']}."]
     if run.get("imported"):
-        said = {name: value for name, value in run["imported"].items() if value is not None and name != "sha256"}
-        return ["## Training", "", "Imported: " + ", ".join(f"{name} {value}" for name, value in said.items()) + "."]
+        source = [
+            f"{name} {value}" for name, value in run["imported"].items() if value is not None and name != "sha256"
+        ]
+        return ["## Training", "", f"Imported: {', '.join(source)}."]
     training = run.get("training") or {}
     if not training:
-        return ["## Training", "", "Nothing is known about its training."]
+        return ["## Training", "", "Its training is not recorded."]
     rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in training.items()]
     return ["## Training", "", "| | |", "|---|---|", *rows]
 
@@ -107,7 +103,7 @@ def _loss(measured: Mapping[str, Any]) -> list[str]:
 
 
 def _error(row: Mapping[str, Any]) -> str:
-    """Of a single document there is no standard error."""
+    """The standard error; empty for a single document."""
     error = row["standard_error"]
     return f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
 
@@ -121,7 +117,7 @@ def _scores(folder: Path) -> list[str]:
     if not (folder / "interpretation.sqlite").exists():
         return ["Not scored."]
     tables = ReportContents(gather([folder])).tables
-    # A note names the command that measures what is missing; the reader of a card does not have the run.
+    # Notes name commands for missing measurements, which need the run.
     readable = (replace(table, notes=tuple(note.partition(" Run:")[0] for note in table.notes)) for table in tables)
     return [line for table in readable for line in (as_markdown(table).rstrip(), "")]
 

@@ -1,13 +1,13 @@
-"""Records, explanations and scores as Neuronpedia's export format, which its import page and its data sets use.
+"""Records, explanations and scores in Neuronpedia's export format, which its import page and its data sets use.
 
-    DIR/config/*.jsonl                                        what the kinds of explanation are
+    DIR/config/*.jsonl                                        the kinds of explanation
     DIR/<model>/<layer>-<set>/{release,model,sourceset,source}.jsonl
     DIR/<model>/<layer>-<set>/features/batch-N.jsonl.gz       one line per neuron, 1024 to a batch
     DIR/<model>/<layer>-<set>/activations/batch-N.jsonl.gz    one line per excerpt of those neurons
     DIR/<model>/<layer>-<set>/explanations/batch-N.jsonl.gz   one line per explanation of those neurons
 
-`docs/formats.md` names the revision that was followed and says what stands in which field. Neuronpedia takes a file's
-columns from its first line and knows no NaN: every line of a file has the same fields, and all numbers are finite.
+`docs/formats.md` names the revision of the format and describes the fields. Neuronpedia takes the columns of a file
+from its first line and does not support NaN: all lines of a file have the same fields, and all numbers are finite.
 """
 
 import gzip
@@ -32,24 +32,24 @@ from cratelm.rundir import atomic_path, origin, read_json
 from cratelm.runtime import progress_bar
 
 BATCH = 1024
-"""Neurons to a file."""
+"""Neurons per file."""
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
-"""The user that a fresh Neuronpedia has, to whom exports without an author of their own belong."""
+"""The default user of a new Neuronpedia, the author of exports without `creator_id`."""
 COMPAT_SHARES = (0.5, 0.4, 0.09, 0.009, 0.001)
 """Share of all tokens in each quantile interval of wide `compat` excerpts, weakest first."""
 LOOKUP = "The tokens a neuron fires on, with their mean activations in its explaining excerpts. No language model."
 BARS = 40
 LOWEST_EDGE = 1.5 * 2.0**-16
-"""Where the second bin of a record's histogram begins."""
+"""Lower edge of the second bin of a record's histogram."""
 PARTS = {
     "release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl", "features", "activations", "explanations"
 }  # fmt: skip
-"""What an export of one layer consists of."""
+"""Files and folders of an export of one layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Naming:
-    """How an export is called on Neuronpedia."""
+    """Names of an export on Neuronpedia."""
 
     model: str
     """Letters, digits, - and _ only."""
@@ -60,20 +60,20 @@ class Naming:
     """ISO 8601."""
 
     def source(self, layer: int) -> str:
-        """Name of one layer's neurons: what Neuronpedia calls a source."""
+        """The Neuronpedia source of a layer."""
         return f"{layer}-{self.source_set}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """One layer on its way out."""
+    """One layer to export."""
 
     table: NeuronTable
     naming: Naming
     width: int
     per_interval: int
     centred: bool
-    """Whether an excerpt was recorded for the token at its centre and not for its strongest, as `compat` ones are."""
+    """Whether excerpts are centred on their token, as in `compat` mode, instead of containing it as the strongest."""
 
     @property
     def source(self) -> str:
@@ -81,11 +81,11 @@ class _Layer:
 
     @property
     def place(self) -> dict[str, str]:
-        """The columns that say which layer a row belongs to."""
+        """The columns that identify the layer of a row."""
         return {"modelId": self.naming.model, "layer": self.source, "createdAt": self.naming.date}
 
     def identifier(self, *parts: object) -> str:
-        """The same row has the same id in every export, so importing twice adds nothing."""
+        """An id that is the same in every export, so that a second import does not add a row."""
         text = "/".join(map(str, (self.naming.model, self.source, *parts)))
         return "c" + hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -94,7 +94,7 @@ class _Layer:
         """Top and quantile excerpts of each half."""
         records = self.table.records
         return {
-            kind: [records.excerpts(*one) for one in records.sets if one[0] == self.width and one[2] == kind]
+            kind: [records.excerpts(*key) for key in records.sets if key[0] == self.width and key[2] == kind]
             for kind in ("top", "quantile")
         }
 
@@ -103,7 +103,7 @@ def export_neuronpedia(
     run: Path, out: Path, layers: Sequence[int], *, mode: Mode = "fixed", tap: str = "neurons",
     explainer: str = "lookup", width: int | None = None, model_id: str | None = None, creator_id: str = CREATOR_ID,
 ) -> None:  # fmt: skip
-    """Write some layers, each layer's folder whole or not at all."""
+    """Write some layers; each layer's folder is complete or missing."""
     naming = Naming(
         model=_checked(model_id) if model_id is not None else _slug(_name(run)),
         source_set=_slug(f"cratelm-{tap}" + ("-compat" if mode == "compat" else "")),
@@ -124,22 +124,21 @@ def export_neuronpedia(
 
 
 def _write_layer(folder: Path, layer: _Layer, collection: Mapping[str, Any]) -> None:
-    if strange := sorted({path.name for path in folder.glob("*")} - PARTS):
-        raise CrateError(f"{folder} holds {strange[0]}, which no export wrote. Give another --out")
+    if others := sorted({path.name for path in folder.glob("*")} - PARTS):
+        raise CrateError(f"{folder} has {others[0]}, which is not part of an export. Give another --out")
+    kinds = {"features": _features, "activations": _activations, "explanations": _explanations}
     with atomic_path(folder) as temporary:
         for name, row in _metadata(layer, collection).items():
             _write_lines(temporary / f"{name}.jsonl", [row])
         neurons = layer.table.records.num_neurons
         for batch, start in enumerate(range(0, neurons, BATCH)):
-            for name, rows_of in (
-                ("features", _features), ("activations", _activations), ("explanations", _explanations)
-            ):  # fmt: skip
-                rows = (row for i in range(start, min(start + BATCH, neurons)) for row in rows_of(layer, i))
+            for name, make_rows in kinds.items():
+                rows = (row for i in range(start, min(start + BATCH, neurons)) for row in make_rows(layer, i))
                 _write_lines(temporary / name / f"batch-{batch}.jsonl.gz", rows)
 
 
 def _name(run: Path) -> str:
-    """The run's name; that of its folder where there is no `run.json`."""
+    """The run's name; without `run.json`, the name of its folder."""
     path = run / "run.json"
     return str(read_json(path, made_by="cratelm train")["name"]) if path.exists() else run.resolve().name
 
@@ -150,12 +149,12 @@ def _slug(text: str) -> str:
 
 def _checked(model_id: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", model_id):
-        raise CrateError(f"--model-id {model_id!r} is no name for Neuronpedia. Use letters, digits, - and _ only")
+        raise CrateError(f"--model-id must be letters, digits, - and _ only, got {model_id!r}")
     return model_id.lower()
 
 
 def _write_config(folder: Path, naming: Naming) -> None:
-    """The rows that explanations refer to; the import reads all five files, be they empty."""
+    """Write the rows that explanations refer to; the import needs all five files, even if they are empty."""
     kind = {
         "name": naming.explainer, "displayName": naming.explainer, "creatorName": "cratelm",
         "description": LOOKUP if naming.explainer == "cratelm-lookup" else "Explanations made by cratelm.",
@@ -170,7 +169,7 @@ def _write_config(folder: Path, naming: Naming) -> None:
 
 
 def _metadata(layer: _Layer, collection: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The one row each that says what the layer belongs to."""
+    """The row of each of the files that describe the layer."""
     records, naming = layer.table.records, layer.naming
     created = {"creatorId": naming.creator_id, "createdAt": naming.date, "visibility": "PUBLIC"}
     described = f"{records.tap} of {naming.model}, {records.mode} records"
@@ -198,20 +197,18 @@ def _metadata(layer: _Layer, collection: Mapping[str, Any]) -> dict[str, dict[st
 
 def _features(layer: _Layer, index: int) -> Iterator[dict[str, Any]]:
     statistics, tables = layer.table.records.statistics, layer.table.records.tables
-    similar = {"topkCosSimIndices": tables.get("similar_neuron"), "topkCosSimValues": tables.get("similar_cosine")}
-    bars = frequency_bars(tables["histogram"][index], statistics["maximum"][index]) if "histogram" in tables else None
+    heights, middles = np.zeros(0), np.zeros(0)
+    if "histogram" in tables:
+        heights, middles = frequency_bars(tables["histogram"][index], statistics["maximum"][index])
+    has_similar = "similar_neuron" in tables
     yield layer.place | {
         "index": str(index), "creatorId": layer.naming.creator_id, "sourceSetName": layer.naming.source_set,
         "maxActApprox": _finite(statistics["maximum"][index]), "frac_nonzero": _finite(statistics["density"][index]),
         "hasVector": False,
-        **{name: [] if values is None else _numbers(values[index]) for name, values in similar.items()},
-        "freq_hist_data_bar_heights": [] if bars is None else bars[0].tolist(),
-        "freq_hist_data_bar_values": [] if bars is None else bars[1].tolist(),
+        "topkCosSimIndices": tables["similar_neuron"][index].tolist() if has_similar else [],
+        "topkCosSimValues": shortest(tables["similar_cosine"][index]) if has_similar else [],
+        "freq_hist_data_bar_heights": heights.tolist(), "freq_hist_data_bar_values": middles.tolist(),
     }  # fmt: skip
-
-
-def _numbers(values: np.ndarray) -> list[int] | list[float]:
-    return shortest(values) if values.dtype.kind == "f" else values.tolist()
 
 
 def _finite(value: np.floating) -> float:
@@ -221,10 +218,10 @@ def _finite(value: np.floating) -> float:
 def frequency_bars(
     histogram: Integer[np.ndarray, " bins"], maximum: np.floating
 ) -> tuple[Float[np.ndarray, " bars"], Float[np.ndarray, " bars"]]:
-    """Counts in bars of equal width from 0 to the maximum, and the middles of the bars.
+    """Counts in bars of equal width from 0 to the maximum, and the centres of the bars.
 
-    A record's histogram has bins of growing width, two an octave; within a bin its count is spread evenly. The first
-    bin, everything near 0 and below, is left out.
+    A record's histogram has two bins per octave; the count of a bin is spread evenly. The first bin, with values near 0
+    and below, is left out.
     """
     if not maximum > LOWEST_EDGE:
         return np.zeros(0), np.zeros(0)
@@ -241,25 +238,26 @@ def bin_edges() -> Float[np.ndarray, " edges"]:
 
 
 def _activations(layer: _Layer, index: int) -> Iterator[dict[str, Any]]:
-    """Top excerpts of both halves, strongest first, then those of each quantile interval, strongest interval first."""
-    one, size = slice(index, index + 1), layer.per_interval
-    top = [_Chosen.of(each, layer) for part in layer.sets["top"] for each in part.rows(one).of(0)]
-    top.sort(key=lambda each: -each.value)
-    # Neuronpedia knows the top excerpts among the intervals by these numbers.
+    """Top excerpts of both halves, strongest first, then excerpts of the quantile intervals, strongest interval first."""
+    row, size = slice(index, index + 1), layer.per_interval
+    top = [_Chosen.of(excerpt, layer) for part in layer.sets["top"] for excerpt in part.rows(row).of(0)]
+    top.sort(key=lambda chosen: -chosen.value)
+    # Neuronpedia identifies the top excerpts by these numbers.
     groups = [(-1.0, top[0].value if top else 0.0, -1.0, top)]
     count = max((part.tokens.shape[1] // size for part in layer.sets["quantile"]), default=0)
     mode = layer.table.records.mode
     shares = COMPAT_SHARES if mode == "compat" and count == len(COMPAT_SHARES) else (1 / max(count, 1),) * count
     for interval in reversed(range(count)):
         picks = range(interval * size, (interval + 1) * size)
-        parts = [part.rows(one).take(picks) for part in layer.sets["quantile"]]
-        inside = [_Chosen.of(each, layer) for part in parts for each in part.of(0)]
-        values = [each.value for each in inside] or [0.0]
+        parts = [part.rows(row).take(picks) for part in layer.sets["quantile"]]
+        inside = [_Chosen.of(excerpt, layer) for part in parts for excerpt in part.of(0)]
+        values = [chosen.value for chosen in inside] or [0.0]
         groups.append((min(values), max(values), shares[interval], inside))
-    rows = [(each, low, high, share) for low, high, share, members in groups for each in members]
-    for number, (each, low, high, share) in enumerate(rows):
-        bins = {"binMin": low, "binMax": high, "binContains": share}
-        yield _activation(layer, index, number, each) | bins
+    number = 0
+    for low, high, share, members in groups:
+        for chosen in members:
+            yield _activation(layer, index, number, chosen) | {"binMin": low, "binMax": high, "binContains": share}
+            number += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +272,7 @@ class _Chosen:
         length, centre = len(excerpt.tokens), layer.width // 2
         if not layer.centred:
             return cls(excerpt, int(np.argmax(excerpt.activations)))
-        # Only the two ends of the corpus shorten such an excerpt; at the first, it is the front that is missing.
+        # Only excerpts at both ends of the corpus are shorter; at the start of the corpus, their front is missing.
         cut = layer.width - length if excerpt.position == 0 else 0
         return cls(excerpt, min(max(centre - cut, 0), length - 1))
 
@@ -296,13 +294,14 @@ def _activation(layer: _Layer, index: int, number: int, chosen: _Chosen) -> dict
 
 
 def _explanations(layer: _Layer, index: int) -> Iterator[dict[str, Any]]:
-    """Each different text once, with the scores of all protocols it was made for."""
+    """Each distinct text once, with the scores by all its protocols."""
     correlations: dict[str, dict[str, float | None]] = {}
-    for protocol, one in layer.table.interpretations.items():
-        if index in one.explanations:
-            value = np.nan if one.scores is None else float(one.scores.correlation[index])
-            texts = correlations.setdefault(one.explanations[index], {})
-            texts[protocol] = None if np.isnan(value) else value
+    for protocol, interpretation in layer.table.interpretations.items():
+        if index in interpretation.explanations:
+            scores = interpretation.scores
+            value = np.nan if scores is None else float(scores.correlation[index])
+            by_protocol = correlations.setdefault(interpretation.explanations[index], {})
+            by_protocol[protocol] = None if np.isnan(value) else value
     for number, (text, by_protocol) in enumerate(correlations.items()):
         yield layer.place | {
             "id": layer.identifier(index, "explanation", layer.naming.explainer, number), "index": str(index),

@@ -1,12 +1,11 @@
 """Records as OpenAI's `NeuronRecord` JSON, which the official tools for automated interpretability read.
 
     DIR/<layer>/<neuron>.json    one neuron: id, moments, top, random and quantile excerpts
-    DIR/export.json              what was exported and how; the official tools do not read it
+    DIR/export.json              the settings of the export; the official tools do not read it
 
-The official tools take every fourth top excerpt, from 0 on, to explain from (train) and every fourth from 2 on to
-score on (valid), and every third random one from 1 on to score on. Excerpts for explaining and for scoring are
-interleaved so that these slices stay what they are here: documents for explaining in the one, for scoring in the other
-(`docs/formats.md`).
+The official tools explain from every fourth top excerpt from 0 on (train), and score on every fourth from 2 on (valid)
+and on every third random excerpt from 1 on. Excerpts for explaining and for scoring are interleaved so that these
+slices do not mix the two (`docs/formats.md`).
 """
 
 import json
@@ -40,13 +39,13 @@ def export_neuron_records(
     run: Path, out: Path, layers: Sequence[int], *, mode: Mode = "fixed", tap: str = "neurons",
     split: Split = "both", width: int | None = None,
 ) -> None:  # fmt: skip
-    """Write the records of some layers, each layer's folder whole or not at all.
+    """Write the records of some layers; each layer's folder is complete or missing.
 
-    `split` says which half of `fixed` records: `both` interleaves them, `explain` and `score` write one as it is.
-    `width` is the tokens of an excerpt; the widest recorded if left out.
+    `split`: the halves of `fixed` records to write; `both` interleaves them. `width`: tokens per excerpt; None for the
+    widest.
     """
     if mode == "compat" and split != "both":
-        raise CrateError("compat records are one list, not split into explain and score. Leave --split out")
+        raise CrateError("--split must be left out with compat records, which have no halves")
     collection = read_collection(run, mode=mode)
     strings = token_strings(load_tokenizer(records_tokenizer(run, mode)))
     first = read_records(run, layers[0], mode=mode, tap=tap)
@@ -64,11 +63,11 @@ def export_neuron_records(
 
 
 def choose_width(records: LayerRecords, width: int | None) -> int:
-    """The width asked for, or the widest there is."""
-    found = sorted({one for one, _, _ in records.sets})
-    if width is not None and width not in found:
-        raise CrateError(f"there are no excerpts of {width} tokens. Use --width {' or '.join(map(str, found))}")
-    return found[-1] if width is None else width
+    """The given width if it was recorded; the widest for None."""
+    widths = sorted({width for width, _, _ in records.sets})
+    if width is not None and width not in widths:
+        raise CrateError(f"there are no excerpts of {width} tokens. Use --width {' or '.join(map(str, widths))}")
+    return widths[-1] if width is None else width
 
 
 def neuron_records(
@@ -81,15 +80,17 @@ def neuron_records(
         for half in halves for kind in ("top", "random", "quantile") if (width, half, kind) in records.sets
     }  # fmt: skip
     for index in range(records.num_neurons):
-        found = {key: _activation_records(excerpts, index, strings) for key, excerpts in sets.items()}
-        top, random = ([list(filter(None, found[half, kind])) for half in halves] for kind in ("top", "random"))
-        quantiles = [_intervals(found[half, "quantile"], per_interval) for half in halves if (half, "quantile") in sets]
+        converted = {key: _activation_records(excerpts, index, strings) for key, excerpts in sets.items()}
+        top, random = ([list(filter(None, converted[half, kind])) for half in halves] for kind in ("top", "random"))
+        quantiles = [
+            _intervals(converted[half, "quantile"], per_interval) for half in halves if (half, "quantile") in sets
+        ]
         yield {
             "dataclass_name": "NeuronRecord",
             "neuron_id": {"dataclass_name": "NeuronId", "layer_index": records.layer, "neuron_index": index},
             "random_sample": _merged(random, RANDOM_HALVES),
             "random_sample_by_quantile": [sum(parts, []) for parts in zip(*quantiles, strict=True)] or None,
-            # The recorded excerpts do not say where one interval ends and the next begins.
+            # The records do not have the boundaries of the intervals.
             "quantile_boundaries": None,
             **{name: _number(records.statistics.get(name), index) for name in MOMENTS},
             "most_positive_activation_records": _merged(top, TOP_HALVES),
@@ -101,10 +102,10 @@ def _merged(halves: Sequence[list[dict[str, Any]]], pattern: Sequence[Half]) -> 
 
 
 def _activation_records(excerpts: Excerpts, index: int, strings: Sequence[str]) -> list[dict[str, Any] | None]:
-    """All excerpts of one neuron, None for one that does not exist."""
-    own = excerpts.rows(slice(index, index + 1))
-    there = own.of(0)
-    return [_activation_record(next(there), strings) if present else None for present in own.present[0]]
+    """All excerpts of one neuron; None for a missing excerpt."""
+    neuron = excerpts.rows(slice(index, index + 1))
+    present = neuron.of(0)
+    return [_activation_record(next(present), strings) if exists else None for exists in neuron.present[0]]
 
 
 def _activation_record(excerpt: Excerpt, strings: Sequence[str]) -> dict[str, Any]:
@@ -117,11 +118,11 @@ def _activation_record(excerpt: Excerpt, strings: Sequence[str]) -> dict[str, An
 
 def _intervals(records: Sequence[dict[str, Any] | None], size: int) -> list[list[dict[str, Any]]]:
     parts = (records[first : first + size] for first in range(0, len(records), size))
-    return [[one for one in part if one is not None] for part in parts]
+    return [[record for record in part if record is not None] for part in parts]
 
 
 def shortest(values: Float[np.ndarray, " values"]) -> list[float]:
-    """The numbers with as few digits as bring back the same float32."""
+    """The numbers with the fewest digits that give the same float32."""
     return [float(str(value)) if value else 0.0 for value in values.astype(np.float32)]
 
 
@@ -142,7 +143,7 @@ def _write_layer(folder: Path, objects: Iterator[Mapping[str, Any]], bar: Progre
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace a folder that holds anything but an earlier export."""
-    strange = [path.name for path in folder.glob("*") if not (path.suffix == ".json" and path.stem.isdecimal())]
-    if strange:
-        raise CrateError(f"{folder} holds {sorted(strange)[0]}, which no export wrote. Give another --out")
+    """Raise `CrateError` for a folder with other files than those of an export."""
+    others = sorted(path.name for path in folder.glob("*") if not (path.suffix == ".json" and path.stem.isdecimal()))
+    if others:
+        raise CrateError(f"{folder} has {others[0]}, which is not part of an export. Give another --out")

@@ -1,74 +1,77 @@
-"""The figure of consistency against distinctiveness: a curve over thresholds for each model, and both by layer."""
+"""Figures of consistency and distinctiveness: a curve over thresholds for each model, and both by layer."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cratelm.interpretation.firing.means import Mean, ModelFiring
 from cratelm.interpretation.firing.measures import KINDS, STATED, THRESHOLDS
-from cratelm.report.figures.form import FAINT, INK, RANDOM_INIT, SHUFFLED, STYLE, Look, looks
+from cratelm.report.figures.form import (
+    FAINT,
+    INK,
+    RANDOM_INIT,
+    SHUFFLED,
+    Dashes,
+    Look,
+    drawing,
+    handle,
+    layer_axis,
+    legend_handles,
+    looks,
+)
 from cratelm.report.results.firing import RunFiring
 
-NAMED = (THRESHOLDS[0], THRESHOLDS[STATED], THRESHOLDS[-1])
-"""Thresholds that are written beside the first curve."""
+LABELLED = (THRESHOLDS[0], THRESHOLDS[STATED], THRESHOLDS[-1])
+"""Thresholds that are written next to the first curve."""
 
 
-def firing_figures(found: Sequence[RunFiring]) -> dict[str, Figure]:
-    """`firing`: the curves. `firing_layers`: consistency and distinctiveness by layer. None where nothing is known."""
-    kinds = [kind for kind in KINDS if any(kind in one.own.overall for one in found)]
+def firing_figures(entries: Sequence[RunFiring]) -> dict[str, Figure]:
+    """`firing`: the curves. `firing_layers`: both numbers by layer. Empty without measurements."""
+    kinds = [kind for kind in KINDS if any(kind in entry.own.overall for entry in entries)]
     if not kinds:
         return {}
-    look = looks([one.run for one in found if one.run.control is None] or [one.run for one in found])
-    return {"firing": _curves(found, kinds, look), "firing_layers": _by_layer(found, kinds, look)}
+    look = looks([entry.run for entry in entries if entry.run.control is None] or [entry.run for entry in entries])
+    return {"firing": _curves(entries, kinds, look), "firing_layers": _by_layer(entries, kinds, look)}
 
 
-def _curves(found: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, Look]) -> Figure:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 3.6 * len(kinds), 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+def _curves(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, Look]) -> Figure:
+    with drawing(1.0 + 3.6 * len(kinds), 4.2) as figure:
         panels = figure.subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
         for axes, kind in zip(panels, kinds, strict=True):
-            for place, (one, firing, dashes) in enumerate(_lines(found)):
+            for place, (title, firing, dashes) in enumerate(_lines(entries)):
                 if kind in firing.overall:
-                    _draw_curve(axes, firing.overall[kind], look[_model(one, found)], dashes, named=place == 0)
+                    _draw_curve(axes, firing.overall[kind], look[title], dashes, labelled=place == 0)
             axes.set_title(f"{kind} excerpts")
             axes.set_xlabel("distinctiveness (%)")
             axes.grid(visible=True, axis="both")
             axes.set_xlim(0, None)
             axes.set_ylim(0, 103)
         panels[0].set_ylabel("consistency (%)")
-        figure.legend(handles=_handles(found, look), loc="outside lower center", ncols=4)
+        figure.legend(handles=_handles(entries, look), loc="outside lower center", ncols=4)
     return figure
 
 
-def _lines(
-    found: Sequence[RunFiring],
-) -> Iterator[tuple[RunFiring, ModelFiring, tuple[float, tuple[float, ...]] | None]]:
-    """Everything that is drawn, models first: the run, its numbers, its dashes."""
-    for one in found:
-        yield one, one.own, None if one.run.control is None else RANDOM_INIT
-    for one in found:
-        if one.shuffled is not None:
-            yield one, one.shuffled, SHUFFLED
+def _lines(entries: Sequence[RunFiring]) -> Iterator[tuple[str, ModelFiring, Dashes | None]]:
+    """Title of the model, numbers and dashes of every line, models first."""
+    for entry in entries:
+        yield _model(entry, entries), entry.own, None if entry.run.control is None else RANDOM_INIT
+    for entry in entries:
+        if entry.shuffled is not None:
+            yield _model(entry, entries), entry.shuffled, SHUFFLED
 
 
-def _model(one: RunFiring, found: Sequence[RunFiring]) -> str:
-    """The title of the model that a run is, or that it controls; its own where that one is not there."""
-    for other in found:
-        if other.run.random_init is not None and other.run.random_init.title == one.run.title:
-            return other.run.title
-    return one.run.title
+def _model(entry: RunFiring, entries: Sequence[RunFiring]) -> str:
+    """Title of the model that a control belongs to; of the run itself where it is a model or its model is missing."""
+    controls = ((other.run.title, other.run.random_init) for other in entries)
+    models = (title for title, control in controls if control is not None and control.title == entry.run.title)
+    return next(models, entry.run.title)
 
 
-def _draw_curve(
-    axes: Axes, mean: Mean, look: Look, dashes: tuple[float, tuple[float, ...]] | None, *, named: bool
-) -> None:
+def _draw_curve(axes: Axes, mean: Mean, look: Look, dashes: Dashes | None, *, labelled: bool) -> None:
     x, y = mean.curve("distinctiveness"), mean.curve("consistency")
     control = dashes is not None
     (line,) = axes.plot(
@@ -76,97 +79,77 @@ def _draw_curve(
     )
     if dashes is not None:
         line.set_linestyle(dashes)
-    ends = [mean.interval(name) for name in ("distinctiveness", "consistency")]
-    if ends[0] is None or ends[1] is None:
+    x_ends, y_ends = (mean.interval(name) for name in ("distinctiveness", "consistency"))
+    if x_ends is None or y_ends is None:
         return
-    error = [
+    x_error, y_error = (
         [[max(value - low, 0)], [max(high - value, 0)]]
-        for value, (low, high) in zip((x[STATED], y[STATED]), (ends[0], ends[1]), strict=True)
-    ]
-    marker = "x" if dashes == SHUFFLED else look.marker
+        for value, (low, high) in ((x[STATED], x_ends), (y[STATED], y_ends))
+    )
     axes.errorbar(
-        x[STATED], y[STATED], xerr=error[0], yerr=error[1], marker=marker, elinewidth=1.2, zorder=4,
-        markersize=4.5 if control else 6, **_colors(look, control=control),
+        x[STATED], y[STATED], xerr=x_error, yerr=y_error, elinewidth=1.2, zorder=4,
+        markersize=4.5 if control else 6, **_mark(look, dashes),
     )  # fmt: skip
-    if named:
-        for threshold in NAMED:
+    if labelled:
+        for threshold in LABELLED:
             place = THRESHOLDS.index(threshold)
-            at: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7.5, "color": INK}
-            axes.annotate(f"{threshold:g}", (x[place], y[place]), **at)
+            label: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7.5, "color": INK}
+            axes.annotate(f"{threshold:g}", (x[place], y[place]), **label)
 
 
-def _colors(look: Look, *, control: bool) -> dict[str, Any]:
-    """A model's marks are filled and full, a control's hollow and faint."""
+def _mark(look: Look, dashes: Dashes | None) -> dict[str, Any]:
+    """Marks of a model are filled and opaque, marks of a control hollow and faint."""
+    control = dashes is not None
     edge, face = (look.color, "none") if control else ("white", look.color)
     return {
-        "color": look.color, "alpha": 0.55 if control else 1, "markeredgecolor": edge, "markerfacecolor": face,
-        "markeredgewidth": 0.8,
+        "marker": "x" if dashes == SHUFFLED else look.marker, "color": look.color, "alpha": 0.55 if control else 1,
+        "markeredgecolor": edge, "markerfacecolor": face, "markeredgewidth": 0.8,
     }  # fmt: skip
 
 
-def _by_layer(found: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, Look]) -> Figure:
-    names = ("consistency", "distinctiveness")
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 3.2 * len(kinds), 5.4), layout="constrained")
-        FigureCanvasAgg(figure)
+def _by_layer(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, Look]) -> Figure:
+    lines = list(_lines(entries))
+    with drawing(1.0 + 3.2 * len(kinds), 5.4) as figure:
         panels = figure.subplots(2, len(kinds), squeeze=False, sharex=True, sharey="row")
-        lines = list(_lines(found))
-        for row, name in zip(panels, names, strict=True):
+        for row, name in zip(panels, ("consistency", "distinctiveness"), strict=True):
             for axes, kind in zip(row, kinds, strict=True):
-                for place, (one, firing, dashes) in enumerate(lines):
+                for place, (title, firing, dashes) in enumerate(lines):
                     if kind in firing.by_layer:
-                        shift = 0.05 * (place - (len(lines) - 1) / 2)
-                        _draw_layers(axes, firing, kind, name, look[_model(one, found)], dashes, shift)
+                        layers = np.array(firing.layers) + 0.05 * (place - (len(lines) - 1) / 2)
+                        _draw_layers(axes, layers, firing.by_layer[kind], name, look[title], dashes)
                 axes.set_title(f"{name}, {kind} excerpts")
                 axes.set_ylim(bottom=0)
             row[0].set_ylabel("%")
-        depth = 1 + max(max(firing.layers, default=0) for _, firing, _ in lines)
         for axes in panels[-1]:
-            axes.set_xlabel("layer")
-            axes.set_xlim(-0.5, depth - 0.5)
-            axes.set_xticks(range(0, depth, 1 + (depth - 1) // 12))
-        figure.legend(handles=_handles(found, look, chance=True), loc="outside lower center", ncols=3)
+            layer_axis(axes, 1 + max(max(firing.layers, default=0) for _, firing, _ in lines))
+        chance = handle(FAINT, "_", label="by chance", width=0.0, markeredgewidth=1.4)
+        figure.legend(handles=[*_handles(entries, look), chance], loc="outside lower center", ncols=3)
     return figure
 
 
 def _draw_layers(
-    axes: Axes, firing: ModelFiring, kind: str, name: str, look: Look, dashes: tuple[float, tuple[float, ...]] | None,
-    shift: float,
-) -> None:  # fmt: skip
-    means = firing.by_layer[kind]
-    values = np.array([np.nan if mean.of(name) is None else mean.of(name) for mean in means], dtype=np.float64)
+    axes: Axes, layers: np.ndarray, means: Sequence[Mean], name: str, look: Look, dashes: Dashes | None
+) -> None:
+    values = _values(means, name)
     ends = np.array([mean.interval(name) or (np.nan, np.nan) for mean in means], dtype=np.float64)
-    control, layers = dashes is not None, np.array(firing.layers) + shift
+    control = dashes is not None
     drawn = axes.errorbar(
-        layers, values, yerr=np.abs(ends.T - values), marker="x" if dashes == SHUFFLED else look.marker, elinewidth=1.1,
-        markersize=4 if control else 5.5, linewidth=1.1 if control else 1.6, zorder=2 + (not control),
-        **_colors(look, control=control),
+        layers, values, yerr=np.abs(ends.T - values), elinewidth=1.1, markersize=4 if control else 5.5,
+        linewidth=1.1 if control else 1.6, zorder=2 + (not control), **_mark(look, dashes),
     )  # fmt: skip
     if dashes is not None:
         drawn[0].set_linestyle(dashes)
         return
-    chance = "firing" if name == "consistency" else "relevant"
-    heights = [np.nan if mean.of(chance) is None else mean.of(chance) for mean in means]
-    axes.plot(
-        layers,
-        np.array(heights, dtype=np.float64),
-        color=look.color,
-        marker="_",
-        markersize=11,
-        linewidth=0,
-        markeredgewidth=1.4,
+    chance = _values(means, "firing" if name == "consistency" else "relevant")
+    axes.plot(layers, chance, color=look.color, marker="_", markersize=11, linewidth=0, markeredgewidth=1.4)
+
+
+def _values(means: Sequence[Mean], name: str) -> np.ndarray:
+    return np.array([np.nan if mean.of(name) is None else mean.of(name) for mean in means], dtype=np.float64)
+
+
+def _handles(entries: Sequence[RunFiring], look: dict[str, Look]) -> list[Line2D]:
+    controls = {entry.run.control is not None for entry in entries}
+    return legend_handles(
+        look, random_init=controls == {True, False}, shuffled=any(entry.shuffled is not None for entry in entries)
     )
-
-
-def _handles(found: Sequence[RunFiring], look: dict[str, Look], *, chance: bool = False) -> list[Line2D]:
-    def line(color: str, marker: str, label: str, **more: object) -> Line2D:
-        return Line2D([], [], color=color, marker=marker, markersize=5, label=label, **more)  # type: ignore[arg-type]
-
-    handles = [line(own.color, own.marker, title, linewidth=1.7) for title, own in look.items()]
-    if any(one.run.control is not None for one in found) and any(one.run.control is None for one in found):
-        handles.append(line(INK, "o", "random-init model", alpha=0.6, linestyle=RANDOM_INIT, markerfacecolor="none"))
-    if any(one.shuffled is not None for one in found):
-        handles.append(line(INK, "x", "shuffled explanations", alpha=0.6, linestyle=SHUFFLED))
-    if chance:
-        handles.append(line(FAINT, "_", "by chance", linewidth=0, markeredgewidth=1.4))
-    return handles

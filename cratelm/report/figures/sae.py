@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cratelm.report.figures.form import FAINT, INK, PALETTE, STYLE, write_figures
+from cratelm.report.figures.form import FAINT, INK, PALETTE, drawing, write_figures
 
 BAR = PALETTE["crate"][1]
 
@@ -20,28 +18,26 @@ def write_density(evaluation: Mapping[str, Any], out: Path) -> list[Path]:
 
 
 def log_density(evaluation: Mapping[str, Any]) -> Figure:
-    """Latents by the share of tokens on which they fire, on a logarithmic axis; dead ones are a bar of their own."""
-    found = evaluation["log_density"]
-    edges, counts = np.array(found["edges"]), np.array(found["counts"])
+    """Number of latents by the share of tokens on which they fire (logarithmic), with a separate bar for dead ones."""
+    density = evaluation["log_density"]
+    edges, counts = np.array(density["edges"]), np.array(density["counts"])
     occupied = np.flatnonzero(counts)
     first = max(0, int(occupied[0]) - 2) if len(occupied) else len(counts) - 8
     lowest, width = edges[first], edges[1] - edges[0]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(5.4, 2.9) as figure:
         axes = figure.subplots()
         axes.bar(edges[first:-1], counts[first:], width=0.9 * width, align="edge", color=BAR)
-        at = lowest - 3 * width
-        axes.bar([at], [found["dead"]], width=0.9 * width, align="edge", color=FAINT)
+        dead_bar = lowest - 3 * width
+        axes.bar([dead_bar], [density["dead"]], width=0.9 * width, align="edge", color=FAINT)
         decades = np.arange(np.ceil(lowest), 0.5)
-        axes.set_xticks([at + width / 2, *decades], ["never", *(_share(decade) for decade in decades)])
-        axes.set_xlim(at - width / 2, 0.1)
+        axes.set_xticks([dead_bar + width / 2, *decades], ["never", *(_percent(decade) for decade in decades)])
+        axes.set_xlim(dead_bar - width / 2, 0.1)
         axes.set_title(f"{evaluation['name']}: {evaluation['width']} latents")
         axes.set_xlabel(f"share of {evaluation['tokens']:,} held-out tokens on which a latent fires")
         axes.set_ylabel("latents", color=INK)
     return figure
 
 
-def _share(decade: float) -> str:
-    """-3 -> 0.1 %; what is smaller than a thousandth of a percent as a power."""
+def _percent(decade: float) -> str:
+    """-3 -> 0.1 %; a share below 0.001 % as a power of ten."""
     return f"{10 ** (decade + 2):.12g} %" if decade >= -5 else f"1e{decade:.0f}"

@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cratelm.interpretation.lookup.tables import legible
-from cratelm.report.figures.form import FAINT, INK, STYLE
+from cratelm.report.figures.form import FAINT, INK, drawing, note
 from cratelm.report.shown_text import visible
 from cratelm.steering.effects import Effect, SweepPoint, token_rows, token_text
 from cratelm.steering.ledger_rows import LedgerRow
@@ -26,10 +24,8 @@ NOTE_ROOM = 0.62
 
 def effect_figure(effects: Mapping[str, Effect], strings: Sequence[str], title: str) -> Figure:
     """Largest increases and decreases of the next token's probability: a row of two panels per effect."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 0.55 + 2.75 * len(effects)), layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle(_cut(title, 92), fontsize=10, fontweight="bold", x=0.01, ha="left")
+    with drawing(7.4, 0.55 + 2.75 * len(effects)) as figure:
+        _set_title(figure, title, 92)
         panels = figure.subplots(len(effects), 2, squeeze=False)
         for row, (name, effect) in zip(panels, effects.items(), strict=True):
             for axes, decreases in zip(row, (False, True), strict=True):
@@ -51,9 +47,7 @@ def _draw_effect(axes: Axes, effect: Effect, strings: Sequence[str], *, decrease
 
 def ledger_figure(rows: Sequence[LedgerRow], title: str, total: float) -> Figure:
     """Contributions to a logit as bars, neurons first, then the named terms."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.6, 1.2 + 0.21 * len(rows)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(6.6, 1.2 + 0.21 * len(rows)) as figure:
         axes = figure.add_subplot()
         values = np.array([row.contribution for row in rows])
         colors = [OTHER if row.neuron is None else RISE if row.contribution > 0 else FALL for row in rows]
@@ -65,11 +59,9 @@ def ledger_figure(rows: Sequence[LedgerRow], title: str, total: float) -> Figure
 
 def sweep_figure(points: Sequence[SweepPoint], strings: Sequence[str], title: str, unit: str) -> Figure:
     """Probability of the tokens that the strongest changes raise most, against strength, next to the continuations."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, max(3.4, 1.1 + 0.36 * len(points))), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(10.4, max(3.4, 1.1 + 0.36 * len(points))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-        figure.suptitle(_cut(title, 120), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        _set_title(figure, title, 120)
         tokens = _most_raised(points)
         values = [point.value for point in points]
         for number, token in enumerate(tokens):
@@ -103,10 +95,8 @@ def ablation_figure(
     loss = np.array(nats, dtype=np.float64)
     scored = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
     panels = 1 + bool(np.isfinite(scored).any())
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 3.6 * panels, 3.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle(_cut(title, 92), fontsize=10, fontweight="bold", x=0.01, ha="left")
+    with drawing(1.0 + 3.6 * panels, 3.5) as figure:
+        _set_title(figure, title, 92)
         axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
         _scatter(axes[0], 100 * np.array(densities, dtype=np.float64), loss)
         axes[0].set_xscale("symlog", linthresh=0.01, linscale=0.4)
@@ -148,17 +138,17 @@ def _bars(
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if not len(values):
-        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=FAINT)
+        note(axes, "none")
         axes.set_xticks([])
         return
     spread = np.zeros(len(values)) if error is None else np.asarray(error)
     low, high = min(float((values - spread).min()), 0.0), max(float((values + spread).max()), 0.0)
     room = (high - low or 1) * NOTE_ROOM
     axes.set_xlim(low * 1.03, high + room)
-    for row, value, note, margin in zip(rows, values, notes, spread, strict=True):
+    for row, value, text, margin in zip(rows, values, notes, spread, strict=True):
         # To the right of the bar; for negative bars, to the right of the axis.
         x = max(value + margin, 0.0) + room * 0.06
-        axes.text(x, row, note, va="center", ha="left", fontsize=7, color=INK, in_layout=False)
+        axes.text(x, row, text, va="center", ha="left", fontsize=7, color=INK, in_layout=False)
 
 
 def _most_raised(points: Sequence[SweepPoint]) -> list[int]:
@@ -168,6 +158,10 @@ def _most_raised(points: Sequence[SweepPoint]) -> list[int]:
     tokens = [int(token) for point in (points[-1], points[0]) for token in point.effect.largest(LINES)]
     ends = np.maximum(points[-1].effect.change, points[0].effect.change)
     return sorted(dict.fromkeys(tokens), key=lambda token: -ends[token])[:LINES]
+
+
+def _set_title(figure: Figure, title: str, length: int) -> None:
+    figure.suptitle(_cut(title, length), fontsize=10, fontweight="bold", x=0.01, ha="left")
 
 
 def label(token: str) -> str:

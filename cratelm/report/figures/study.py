@@ -1,39 +1,35 @@
-"""The figures of a study: the paper's steadiness over layers against depth, and differences with their intervals."""
+"""The figures of a study: mean and variance over layers against depth, and differences with their intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cratelm.report.figures.form import FAINT, STYLE, Look, looks
+from cratelm.report.figures.form import FAINT, Look, drawing, looks
 from cratelm.report.figures.paper import figures
 from cratelm.report.results.study import Difference, Estimate, Group, Quantity, Study, display_variant, over_seeds
 
 
 def study_figures(study: Study) -> dict[str, Figure]:
-    """The figures of a study by name, and those of one run of each group."""
-    found = {"steadiness": steadiness(study)} if study.results.protocols else {}
+    """The figures of a study by name, and the figures of one run of each group."""
+    drawn = {"steadiness": steadiness(study)} if study.results.protocols else {}
     if study.pairs and study.results.protocols:
-        found["differences"] = differences(study)
-    return found | figures(study.first_seeds)
+        drawn["differences"] = differences(study)
+    return drawn | figures(study.first_seeds)
 
 
 def variant_looks(study: Study) -> dict[str, Look]:
     """A colour and a marker for each variant."""
     firsts = {name: next(iter(groups[0].runs.values())) for name, groups in study.variants.items()}
-    found = looks(list(firsts.values()))
-    return {name: found[run.title] for name, run in firsts.items()}
+    by_title = looks(list(firsts.values()))
+    return {name: by_title[run.title] for name, run in firsts.items()}
 
 
 def steadiness(study: Study) -> Figure:
     """Mean score over layers, and below it the variance over layers, against depth; bars are intervals over seeds."""
     protocols, look = study.results.protocols, variant_looks(study)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 2.9 * len(protocols), 5.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(1.0 + 2.9 * len(protocols), 5.6) as figure:
         panels = figure.subplots(2, len(protocols), squeeze=False, sharex=True, sharey="row")
         for column, protocol in enumerate(protocols):
             for row, name in enumerate((protocol, f"variance, {protocol}")):
@@ -51,14 +47,14 @@ def steadiness(study: Study) -> Figure:
 
 
 def _line(
-    axes: Axes, groups: tuple[Group, ...], of: Quantity, look: Look, shift: float, variant: str
+    axes: Axes, groups: tuple[Group, ...], quantity: Quantity, look: Look, shift: float, variant: str
 ) -> None:  # fmt: skip
-    found = [(group.num_layers, one) for group in groups if (one := over_seeds(group, of)) is not None]
-    if not found:
+    points = [(group.num_layers, mean) for group in groups if (mean := over_seeds(group, quantity)) is not None]
+    if not points:
         return
-    depth = np.array([layers for layers, _ in found], dtype=np.float64)
+    depths, means = zip(*points, strict=True)
     axes.errorbar(
-        depth + shift, [one.mean for _, one in found], yerr=np.array([_bars(one) for _, one in found]).T,
+        np.array(depths) + shift, [mean.mean for mean in means], yerr=_error_bars(means),
         color=look.color, marker=look.marker, markersize=5.5, linewidth=1.6, elinewidth=1.3, capsize=2.5,
         capthick=1.3, markeredgecolor="white", markeredgewidth=0.7, label=display_variant(variant),
     )  # fmt: skip
@@ -67,16 +63,15 @@ def _line(
 def differences(study: Study) -> Figure:
     """Each difference in points with its interval over seeds: a panel per protocol, a colour per variant."""
     protocols, look = study.results.protocols, variant_looks(study)
-    shown = [one for one in study.differences if one.quantity in protocols and one.found is not None]
-    labels = list(dict.fromkeys(_label(one) for one in shown))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.0 + 2.4 * len(protocols), 1.1 + 0.3 * max(len(labels), 1)), layout="constrained")
-        FigureCanvasAgg(figure)
+    shown = [difference for difference in study.differences if difference.quantity in protocols]
+    labels = list(dict.fromkeys(_label(difference) for difference in shown if difference.estimate is not None))
+    with drawing(3.0 + 2.4 * len(protocols), 1.1 + 0.3 * max(len(labels), 1)) as figure:
         panels = figure.subplots(1, len(protocols), squeeze=False, sharey=True)[0]
         for axes, protocol in zip(panels, protocols, strict=True):
             axes.axvline(0, color=FAINT, linewidth=0.8)
-            for one in (one for one in shown if one.quantity == protocol):
-                _mark(axes, one, labels.index(_label(one)), look)
+            for difference in shown:
+                if difference.quantity == protocol and difference.estimate is not None:
+                    _mark(axes, difference, difference.estimate, labels.index(_label(difference)), look)
             axes.set_title(protocol)
             axes.set_xlabel("difference (points)")
             axes.set_yticks(range(len(labels)), labels)
@@ -84,18 +79,19 @@ def differences(study: Study) -> Figure:
     return figure
 
 
-def _mark(axes: Axes, one: Difference, place: int, look: Mapping[str, Look]) -> None:
-    assert one.found is not None
-    own = look[one.group.variant]
+def _mark(axes: Axes, difference: Difference, mean: Estimate, row: int, look: Mapping[str, Look]) -> None:
+    variant = look[difference.group.variant]
     axes.errorbar(
-        [one.found.mean], [place], xerr=np.array([_bars(one.found)]).T, color=own.color, marker=own.marker,
+        [mean.mean], [row], xerr=_error_bars([mean]), color=variant.color, marker=variant.marker,
         markersize=5, elinewidth=1.3, capsize=2.5, capthick=1.3, linestyle="none",
     )  # fmt: skip
 
 
-def _label(one: Difference) -> str:
-    return f"{one.group.title} − {display_variant(one.other)}, equal {one.basis}"
+def _label(difference: Difference) -> str:
+    return f"{difference.group.title} − {display_variant(difference.other)}, equal {difference.basis}"
 
 
-def _bars(one: Estimate) -> tuple[float, float]:
-    return (0.0, 0.0) if one.low is None or one.high is None else (one.mean - one.low, one.high - one.mean)
+def _error_bars(means: Sequence[Estimate]) -> np.ndarray:
+    """Lengths of the error bars below and above each mean; 0 where there is no interval."""
+    ends = [mean.interval or (mean.mean, mean.mean) for mean in means]
+    return np.array([(mean.mean - low, high - mean.mean) for mean, (low, high) in zip(means, ends, strict=True)]).T

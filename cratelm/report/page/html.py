@@ -1,7 +1,7 @@
-"""One self-contained page: who wins where in plain words, tables, figures, neurons with their excerpts, the method.
+"""One self-contained page: sentences, tables, figures, neurons with their excerpts, the method.
 
-It opens from disk and asks nothing of the network. There is no script in it, and its content security policy allows
-none: names and text of the corpus are shown, never run.
+It opens from disk and makes no requests. It has no script, and its content security policy allows none, so names and
+text of the corpus are never executed.
 """
 
 import base64
@@ -66,7 +66,7 @@ def _folded(title: str, tables: Iterable[Table], quiet: Collection[str]) -> str:
 
 
 def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
-    """The table as HTML that may be wider than the screen; rows about one of `quiet` are set in a fainter colour."""
+    """The table as HTML with a scroll bar if it is too wide; rows of the names in `quiet` have a fainter colour."""
     head = "".join(
         f'<th scope="col"{_html_class(column)}>{prose(column.title)}'
         + (f"<small>{escape(column.unit)}</small></th>" if column.unit else "</th>")
@@ -85,7 +85,7 @@ def as_html(table: Table, *, quiet: Collection[str] = ()) -> str:
 def _html_group(
     rows: Sequence[tuple[Cell, ...]], columns: Sequence[Column], quiet: Collection[str], grouped: bool
 ) -> str:
-    """Rows that share their first cell, which is written once."""
+    """Rows with the same first cell, which spans them."""
     lines = []
     for place, row in enumerate(rows):
         cells = []
@@ -107,7 +107,7 @@ def _html_class(column: Column) -> str:
 
 
 def _figure(name: str, figure: Figure, more: str = "") -> str:
-    """The drawing with its caption, to which `more` is added."""
+    """The drawing with its caption, followed by `more`."""
     wide = ' class="wide"' if figure.get_figwidth() > 7 else ""
     drawing = inline_svg(figure, name, standing_sentences()["alternatives"][name])
     return (
@@ -120,35 +120,35 @@ def _firing(contents: ReportContents) -> str:
     """Consistency and distinctiveness: sentences, curves, tables, and the best neurons of the models side by side."""
     if not contents.firing:
         return "<p>Not measured: no run has simulations.</p>"
-    quiet = {f"{one.run.title}, shuffled" for one in contents.firing}
-    quiet |= {one.run.title for one in contents.firing if one.run.control is not None}
+    quiet = {f"{entry.run.title}, shuffled" for entry in contents.firing}
+    quiet |= {entry.run.title for entry in contents.firing if entry.run.control is not None}
     protocol = contents.firing[0].protocol
-    of = f" Excerpts scored by {protocol}."
-    drawn = "\n".join(_figure(name, figure, of) for name, figure in contents.firing_figures.items())
+    source = f" Excerpts scored by {protocol}."
+    figures = "\n".join(_figure(name, figure, source) for name, figure in contents.firing_figures.items())
     whole, *layers = contents.firing_tables
     chosen = standing_sentences()["firing examples"].format(needed=relevant_needed(protocol), protocol=protocol)
     return "\n".join([
-        *map(paragraph, contents.firing_sentences), drawn, as_html(whole, quiet=quiet),
+        *map(paragraph, contents.firing_sentences), figures, as_html(whole, quiet=quiet),
         _folded("Every layer", layers, quiet), side_by_side(contents.firing, chosen),
     ])  # fmt: skip
 
 
 def _method(results: Results) -> str:
-    said = standing_sentences()
+    text = standing_sentences()
     parts = {
-        f"{results.mode} mode": said["modes"][results.mode],
-        results.described: said["explainers"].get(results.explainer, said["explainers"]["llm"]),
-        **{name: said["protocols"].get(name, "") for name in results.protocols},
-        "score": said["score"], "controls": said["controls"],
-        "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seed {SEED} "
-        "with the protocol and the layer.",
+        f"{results.mode} mode": text["modes"][results.mode],
+        results.described: text["explainers"].get(results.explainer, text["explainers"]["llm"]),
+        **{name: text["protocols"].get(name, "") for name in results.protocols},
+        "score": text["score"], "controls": text["controls"],
+        "intervals": f"95 %, by two-level bootstrap over neurons and excerpts: {RESAMPLES:,} resamples, seeded with "
+        f"{SEED}, the protocol and the layer.",
     }  # fmt: skip
-    terms = "".join(f"<dt>{escape(name)}</dt><dd>{prose(text)}</dd>" for name, text in parts.items())
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{prose(part)}</dd>" for name, part in parts.items())
     return f"<dl>{terms}</dl>\n{_facts(results.rows)}"
 
 
 def _facts(runs: Sequence[RunResult]) -> str:
-    """Everything the runs record about how they came to be, side by side; what all share is said once."""
+    """Settings and origin of the runs side by side; a value that all runs share spans the columns."""
     columns = [dict(_flat({"run": str(run.path), "training": run.training or {"tokens": 0}, "model made": run.origin,
                            "records": run.collection})) for run in runs]  # fmt: skip
     head = "".join(f'<th scope="col">{prose(run.title)}</th>' for run in runs)
@@ -168,13 +168,13 @@ def _facts(runs: Sequence[RunResult]) -> str:
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as (path, text); versions and lists as one text."""
-    for key, one in value.items():
+    for key, setting in value.items():
         name = f"{prefix}{key.replace('_', ' ')}"
         if key == "versions":
-            yield name, ", ".join(f"{package} {version}" for package, version in one.items())
-        elif isinstance(one, Mapping):
-            yield from _flat(one, f"{name}: ")
-        elif isinstance(one, list):
-            yield name, ", ".join(map(str, one))
-        elif one is not None and key != "format_version":
-            yield name, f"{one:,}" if isinstance(one, int) and key != "seed" else str(one)
+            yield name, ", ".join(f"{package} {version}" for package, version in setting.items())
+        elif isinstance(setting, Mapping):
+            yield from _flat(setting, f"{name}: ")
+        elif isinstance(setting, list):
+            yield name, ", ".join(map(str, setting))
+        elif setting is not None and key != "format_version":
+            yield name, f"{setting:,}" if isinstance(setting, int) and key != "seed" else str(setting)

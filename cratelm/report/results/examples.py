@@ -1,4 +1,4 @@
-"""Neurons worth looking at: the best, median and worst scored of every layer, with the excerpts behind their scores."""
+"""Example neurons: the best, median and worst scores of every layer, with excerpts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ Rank = Literal["best", "median", "worst"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeuronExample:
-    """One neuron worth looking at, with some of the excerpts it was explained from and scored on."""
+    """One neuron with some of the excerpts it was explained from and scored on."""
 
     rank: Rank
     layer: int
@@ -26,7 +26,7 @@ class NeuronExample:
     correlation: float
     """The score: Pearson correlation of activation and simulation over the scored excerpts, in [-1, 1]."""
     tokens: int
-    """Tokens the score was computed over."""
+    """Number of tokens of the scored excerpts."""
     explanation: str
     density: float
     """Share of all collected tokens on which the neuron is active."""
@@ -37,9 +37,9 @@ class NeuronExample:
 
 
 def examples_of(path: Path, layers: Sequence[LayerScores], key: SetKey) -> Iterator[NeuronExample]:
-    """The best, median and worst scored neurons of every layer, fewer of each where there are many layers.
+    """The best, median and worst scored neurons of every layer; one of each if there are more than 3 layers.
 
-    `layers` are the scores of the sets that `key` names; its layer is open.
+    `layers` are the scores of the sets of `key`, whose layer is open.
     """
     counts: dict[Rank, int] = (
         {"best": 3, "median": 2, "worst": 2} if len(layers) <= 3 else dict.fromkeys(("best", "median", "worst"), 1)
@@ -54,20 +54,21 @@ def examples_of(path: Path, layers: Sequence[LayerScores], key: SetKey) -> Itera
         texts = store.texts(replace(key, layer=scores.layer))
         for rank, row in chosen:
             index = int(scores.neuron[row])
-            own = records.rows(slice(index, index + 1))  # the excerpts of a whole layer take a while to draw
-            explained, scored = draw(own, asked.explain, "explain"), draw(own, asked.score, "score")
+            neuron = records.rows(slice(index, index + 1))  # drawing the excerpts of a whole layer is slow
+            explained, scored = draw(neuron, asked.explain, "explain"), draw(neuron, asked.score, "score")
+            by_strength = _strongest_first(scored.of(0))
             yield NeuronExample(
                 rank=rank, layer=scores.layer, index=index, correlation=float(scores.correlation[row]),
                 tokens=int(scores.tokens[row]), explanation=texts.get(index, ""),
                 density=float(records.statistics["density"][index]),
                 maximum=float(records.statistics["maximum"][index]),
                 explained=tuple(_strongest_first(explained.of(0))[:2]),
-                scored=tuple(_first_and_last(_strongest_first(scored.of(0)), 3)),
+                scored=(*by_strength[:3], *by_strength[3:][-1:]),
             )  # fmt: skip
 
 
 def _ranked(correlation: np.ndarray, counts: Mapping[Rank, int]) -> dict[Rank, list[int]]:
-    """Rows of the best, median and worst defined scores; a row is in one list only."""
+    """Rows of the best, median and worst scores, without overlap; neurons without a score are left out."""
     order = [int(row) for row in np.argsort(-correlation, kind="stable") if not np.isnan(correlation[row])]
     best, worst = order[: counts["best"]], order[max(counts["best"], len(order) - counts["worst"]) :]
     between = order[len(best) : len(order) - len(worst)]
@@ -77,7 +78,3 @@ def _ranked(correlation: np.ndarray, counts: Mapping[Rank, int]) -> dict[Rank, l
 
 def _strongest_first(excerpts: Iterator[Excerpt]) -> list[Excerpt]:
     return sorted(excerpts, key=lambda excerpt: -float(excerpt.activations.max(initial=-np.inf)))
-
-
-def _first_and_last(excerpts: list[Excerpt], first: int) -> list[Excerpt]:
-    return excerpts[:first] + excerpts[first:][-1:]

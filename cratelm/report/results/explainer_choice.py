@@ -1,4 +1,4 @@
-"""Which explainer and simulator a report is about, where the runs have several."""
+"""The explainer and simulator that a report shows, where the runs have several."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,54 +8,52 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.store.database import Store
 
+Kinds = dict[tuple[str, str], set[tuple[str, str, int]]]
+"""(explainer, simulator) -> (tap, protocol, layer) of its scored sets, without controls."""
+
 
 def choose_explainer(runs: Sequence[Path], mode: Mode, explainer: str = "", simulator: str = "") -> tuple[str, str]:
-    """Explainer and simulator of the scores to show: those named; else a language model, where it scored all that
-    lookup did in every run, as `cratelm interpret --llm` leaves them; else lookup; else the first that all runs have.
+    """The named explainer and simulator; else a language model that scored everything that lookup scored in every run;
+    else lookup; else the first pair that all runs have.
 
-    Refused where one is named that no run has scores by.
+    Raises `CrateError` if no run has scores by a named explainer or simulator.
     """
-    found = [_kinds(run, mode) for run in runs]
-    everywhere = [kind for kind in dict.fromkeys(one for kinds in found for one in kinds)]
-    fitting = [kind for kind in everywhere if explainer in ("", kind[0]) and simulator in ("", kind[1])]
+    by_run = [_kinds(run, mode) for run in runs]
+    anywhere = list(dict.fromkeys(pair for kinds in by_run for pair in kinds))
+    fitting = [pair for pair in anywhere if explainer in ("", pair[0]) and simulator in ("", pair[1])]
     if not fitting:
-        if everywhere and (explainer or simulator):
-            named = {"explainer": explainer, "simulator": simulator}
-            asked = " and ".join(f"{what} {name}" for what, name in named.items() if name)
-            options = (f"--explainer {who}" + f" --simulator {how}" * bool(how) for who, how in everywhere)
-            there = "; ".join(options)
-            raise CrateError(f"no run has {mode} scores by the {asked}. There are: {there}")
+        if anywhere and (explainer or simulator):
+            names = {"explainer": explainer, "simulator": simulator}
+            named = " and ".join(f"{what} {name}" for what, name in names.items() if name)
+            choices = "; ".join(f"--explainer {e}" + f" --simulator {s}" * bool(s) for e, s in anywhere)
+            raise CrateError(f"no run has {mode} scores by the {named}. Use one of: {choices}")
         return explainer or EXPLAINER, simulator
-    by_lookup = [kind for kind in fitting if kind == (EXPLAINER, "")]
-    shared = [kind for kind in fitting if all(kind in kinds for kinds in found)]
+    lookup = (EXPLAINER, "")
+    shared = [pair for pair in fitting if all(pair in kinds for kinds in by_run)]
     if not explainer:
-        nothing = set[tuple[str, str, int]]()
-        whole = [kind for kind in shared if all(kinds[kind] >= kinds.get((EXPLAINER, ""), nothing) for kinds in found)]
-        if by_model := [kind for kind in whole if kind not in by_lookup]:
-            return by_model[0]
-    return (by_lookup or shared or fitting)[0]
+        for pair in shared:
+            if pair != lookup and all(kinds[pair] >= kinds.get(lookup, set()) for kinds in by_run):
+                return pair
+    return lookup if lookup in fitting else (shared or fitting)[0]
 
 
-def _kinds(run: Path, mode: Mode) -> dict[tuple[str, str], set[tuple[str, str, int]]]:
-    """(explainer, simulator) of every scored set of a run -> (tap, protocol, layer) of those that are no control."""
-    found: dict[tuple[str, str], set[tuple[str, str, int]]] = {}
+def _kinds(run: Path, mode: Mode) -> Kinds:
+    kinds: Kinds = {}
     if (run / "interpretation.sqlite").exists():
         for key in Store.open(run).scored():
             if key.mode == mode:
-                own = found.setdefault((key.explainer, key.simulator), set())
-                own |= set() if key.control or key.sample else {(key.tap, key.protocol, key.layer)}
-    return found
+                layers = kinds.setdefault((key.explainer, key.simulator), set())
+                layers |= set() if key.control or key.sample else {(key.tap, key.protocol, key.layer)}
+    return kinds
 
 
 def described(explainer: str, simulator: str) -> str:
-    """In words for a caption."""
-    if not simulator:
-        return f"{explainer} explainer"
-    return f"explained by {explainer}, simulated by {simulator}"
+    """Explainer and simulator in words, for a caption."""
+    return f"explained by {explainer}, simulated by {simulator}" if simulator else f"{explainer} explainer"
 
 
 def scored_taps(path: Path, taps: Sequence[str], mode: Mode) -> list[str]:
-    """Which of the taps a run is scored at; where it is one or none, all, so that what is missing gets a message."""
+    """Those of the taps that a run is scored at; the first tap if there are none, so that its scores get an error."""
     if len(taps) == 1 or not (path / "interpretation.sqlite").exists():
         return list(taps)[:1]
     scored = {key.tap for key in Store.open(path).scored() if key.mode == mode}

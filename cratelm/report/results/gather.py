@@ -1,13 +1,12 @@
-"""Everything a report says, gathered once from the files of each run: tables, figures and the page only format it.
+"""The data of a report, gathered once from the files of each run: tables, figures and the page only format it.
 
 Reads `run.json`, `metrics.jsonl`, the evaluation, `interpretation.sqlite` and the records. A control run (the same
-architecture with random weights) is attached to the model it controls.
+architecture with random weights) is attached to its model.
 """
 
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -48,52 +47,52 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What is known about one model: what it costs, how well it predicts text, how interpretable its neurons are."""
+    """One model: its cost, its loss, and how interpretable its neurons are."""
 
     path: Path
     name: str
     title: str
-    """The name as tables and figures show it; unlike the name, it is different for every run of a report."""
+    """The name as tables and figures show it, unique in a report."""
     arch: str
     num_layers: int
     control: str | None
     """`random-init` for a model that was never trained, None for a model."""
     of: str | None
-    """For a control, the name of the model it controls."""
+    """For a control, the name of its model."""
     tap: str = "neurons"
-    """Which place of the model the scores are of: `neurons`, or another that was recorded."""
+    """The tap that the scores belong to: `neurons`, or another recorded tap."""
     parameters: int
     """Trainable numbers, position embeddings left out and the tied head counted once."""
     flops_per_token: int
     """Floating-point operations of a forward pass per token, at full context."""
     training: Mapping[str, Any]
-    """How it was trained; empty for a model that was not."""
+    """The training settings; empty for a model that was not trained."""
     loss: Loss | None
     train_curve: Curve
     held_out_curve: Curve
     scores: Mapping[str, ModelAggregate]
     """By protocol, in points (100 times the correlation)."""
     shuffled: Mapping[str, ModelAggregate]
-    """By protocol, the scores of explanations swapped among the neurons of a layer, where of the same neurons."""
+    """By protocol, the scores of explanations swapped among the neurons of a layer, if of the same neurons."""
     shuffled_elsewhere: tuple[str, ...] = ()
-    """The protocols whose swapped explanations were scored on other neurons, with which nothing is compared."""
+    """Protocols whose swapped explanations were scored on other neurons; these are not compared."""
     random_init: "RunResult | None"
-    """The control run of this model, if the report was given one."""
+    """The random-init control of this model, if the report includes it."""
     examples: tuple[NeuronExample, ...] = field(repr=False)
     token_strings: Sequence[str] = field(repr=False)
     collection: Mapping[str, Any] = field(repr=False)
-    """How the records were collected: the contents of `records.json`."""
+    """The contents of `records.json`."""
     origin: Mapping[str, Any] = field(repr=False)
-    """When, with which versions and where the model was made."""
+    """Date, versions and machine of the training."""
 
     @property
     def identity(self) -> str:
-        """Tells it from every other model, wherever its folder lies and whatever it is compared with."""
+        """Identifies the model and tap, independent of the folder and of the other runs of a report."""
         return f"{self.name}, {self.control}, {self.tap}, {self.collection.get('model_hash')}"
 
     @property
     def training_tokens(self) -> int | None:
-        """Tokens it was trained on; None for a model that was not trained."""
+        """Number of training tokens; None for a model that was not trained."""
         return None if self.training.get("tokens") is None else int(self.training["tokens"])
 
 
@@ -104,15 +103,15 @@ class Results:
     mode: Mode
     explainer: str
     simulator: str = ""
-    """Empty where that is the explainer."""
+    """Empty for the lookup simulator."""
     taps: tuple[str, ...] = ("neurons",)
-    """The places of the models that were scored."""
+    """The scored taps."""
     protocols: tuple[str, ...]
-    """Those that any run was scored on, in the paper's order."""
+    """Protocols that any run was scored on, in the paper's order."""
     models: tuple[RunResult, ...]
-    """In the order given, controls attached to their models; a control without its model stands for itself."""
+    """In the given order, controls attached to their models; a control without its model is its own entry."""
     missing: tuple[str, ...]
-    """What a reader would look for and the runs do not have: one sentence each."""
+    """A sentence for each measurement that the runs lack, with the command to run."""
 
     @property
     def asked(self) -> SetKey:
@@ -126,12 +125,12 @@ class Results:
 
     @property
     def described(self) -> str:
-        """Who explained and who simulated."""
+        """Explainer and simulator in words."""
         return described(self.explainer, self.simulator)
 
     @property
     def of_other_neurons(self) -> tuple[str, ...]:
-        """Which controls are not compared because they are of other neurons, and what to run: a sentence each."""
+        """A sentence for each control that is not compared because it is of other neurons, with what to run."""
         more = f"{' --mode compat' * (self.mode == 'compat')} --controls shuffled"
         return tuple(
             other_neurons("shuffled", f"{run.title} on {listed(run.shuffled_elsewhere)}", f"{run.path} --llm URL{more}")
@@ -148,38 +147,48 @@ def gather(
     runs: Sequence[Path], *, mode: Mode = "fixed", taps: Sequence[str] = ("neurons",), explainer: str = "",
     simulator: str = "",
 ) -> Results:  # fmt: skip
-    """Read all runs of a report, each once for every tap. A run that is not scored, or only in part, is refused."""
-    paths = list({path.resolve(): path for path in runs}.values())
+    """Read all runs of a report, each once for every tap. Raises `CrateError` for a run without all its scores."""
+    paths = distinct(runs)
     if not paths:
-        raise CrateError("no run was named. Run: cratelm report RUN...")
-    descriptions = [read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR") for path in paths]
+        raise CrateError("a report needs at least one run. Run: cratelm report RUN...")
+    descriptions = read_descriptions(paths)
     explainer, simulator = choose_explainer(paths, mode, explainer, simulator)
-    found = []
+    asked = SetKey(mode=mode, layer=0, protocol="", explainer=explainer, simulator=simulator)
+    results = []
     with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
         for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
             for tap in scored_taps(path, taps, mode):
-                asked = SetKey(mode=mode, tap=tap, layer=0, protocol="", explainer=explainer, simulator=simulator)
-                found.append(_read_run(path, description, title, asked))
+                results.append(_read_run(path, description, title, replace(asked, tap=tap)))
             bar.advance(1.0, note=title)
-    shown = SetKey(mode=mode, layer=0, protocol=shown_protocol(found), explainer=explainer, simulator=simulator)
-    models = _attach_controls([_with_examples(run, replace(shown, tap=run.tap)) for run in found])
-    protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in found))
+    shown = replace(asked, protocol=shown_protocol(results))
+    models = _attach_controls([_with_examples(run, replace(shown, tap=run.tap)) for run in results])
+    protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in results))
     return Results(
         mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
-        taps=tuple(dict.fromkeys(run.tap for run in found)), missing=tuple(_missing(models, protocols)),
+        taps=tuple(dict.fromkeys(run.tap for run in results)), missing=tuple(_missing(models, protocols)),
     )  # fmt: skip
 
 
+def distinct(runs: Sequence[Path]) -> list[Path]:
+    """The run directories without repetitions."""
+    return list({path.resolve(): path for path in runs}.values())
+
+
+def read_descriptions(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """The `run.json` of each run directory."""
+    return [read_json(run / "run.json", made_by=f"cratelm train --out {run} --data DIR") for run in runs]
+
+
 def same_neurons(first: Sequence[LayerScores], second: Sequence[LayerScores]) -> bool:
-    """Whether two sets of scores are of the same neurons in the same layers, those without a score among them."""
-    own, other = ({one.layer: one.neuron for one in several} for several in (first, second))
-    return own.keys() == other.keys() and all(np.array_equal(own[layer], other[layer]) for layer in own)
+    """Whether two sets of scores are of the same neurons in the same layers, including neurons without a score."""
+    mine, other = ({scores.layer: scores.neuron for scores in layers} for layers in (first, second))
+    return mine.keys() == other.keys() and all(np.array_equal(mine[layer], other[layer]) for layer in mine)
 
 
-def other_neurons(control: str, whose: str, run: str) -> str:
-    """Why nothing is compared with a control, and how to make one of the right neurons."""
+def other_neurons(control: str, scores: str, run: str) -> str:
+    """Say that a control is not compared, and how to make one of the right neurons."""
     return (
-        f"The {control} control of {whose} is of other neurons than the scores, so it is not compared. Run: "
+        f"The {control} control of {scores} is of other neurons than the scores, so it is not compared. Run: "
         f"cratelm interpret {run}, with the --neurons and --neuron-seed of the scores"
     )
 
@@ -190,7 +199,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def shown_protocol(runs: Sequence[RunResult]) -> str:
-    """The first, in the paper's order, that every model is scored on; else that any is; empty without scores."""
+    """The first protocol, in the paper's order, of every model; else of any model; empty without scores."""
     models = [run.scores for run in runs if run.control is None] or [run.scores for run in runs]
     anywhere = [name for name in PROTOCOLS if any(name in scores for scores in models)]
     everywhere = [name for name in anywhere if all(name in scores for scores in models)]
@@ -198,7 +207,7 @@ def shown_protocol(runs: Sequence[RunResult]) -> str:
 
 
 def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
-    """The run with the neurons that are shown; `shown` names the sets, its layer is open."""
+    """The run with its examples; the layer of `shown` is open."""
     if shown.protocol not in run.scores:
         return run
     store = Store.open(run.path)
@@ -207,13 +216,13 @@ def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
 
 
 def display_name(name: str) -> str:
-    """The paper's way to write a model's name, where it is one of the paper's: `gpt2-2l` -> `GPT-2-2L`."""
+    """The name of a model of the paper as the paper writes it (`gpt2-2l` -> `GPT-2-2L`); other names unchanged."""
     match = re.fullmatch(r"(crate|gpt2)-(1l|2l|3l|s|b)", name)
     return name if match is None else f"{ {'crate': 'CRATE', 'gpt2': 'GPT-2'}[match[1]] }-{match[2].upper()}"
 
 
 def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A title for every run, every letter of it visible; runs of the same name are told apart by their folders."""
+    """A title for every run without invisible letters; runs of the same name are distinguished by their folders."""
     names = [str(one["name"]) for one in descriptions]
     titles = []
     for path, name, description in zip(paths, names, descriptions, strict=True):
@@ -226,7 +235,7 @@ def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]])
 
 
 def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:
-    """Everything about one run. `asked` says which scores: its layer and protocol are open."""
+    """Read one run with the scores of `asked`, whose layer and protocol are open."""
     num_layers, mode = int(description["model"]["num_layers"]), asked.mode
     if asked.tap != "neurons":
         title = visible(f"{title}, {asked.tap}")
@@ -246,9 +255,9 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
         parameters=int(description["parameters"]), flops_per_token=int(description["flops_per_token"]),
         training=description.get("training") or {}, loss=read_loss(path),
         train_curve=_curve(metrics, "loss"), held_out_curve=_curve(metrics, "held_out_loss"),
-        scores={name: found for (name, control), found in aggregates.items() if not control},
+        scores={name: scores for (name, control), scores in aggregates.items() if not control},
         shuffled={
-            name: found for (name, control), found in aggregates.items()
+            name: scores for (name, control), scores in aggregates.items()
             if control == "shuffled" and name not in elsewhere
         },
         shuffled_elsewhere=tuple(name for name in PROTOCOLS if name in elsewhere), random_init=None, examples=(),
@@ -263,7 +272,7 @@ def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
 
 
 def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, str], tuple[LayerScores, ...]]:
-    """The scores of all layers by (protocol, control); of another tap than the neurons, of its recorded layers."""
+    """The scores of all layers by (protocol, control); for a tap other than the neurons, of its recorded layers."""
     command = f"cratelm interpret {path}" + " --mode compat" * (asked.mode == "compat")
     command += asking(asked.explainer) * bool(asked.simulator)
     if asked.tap != "neurons":
@@ -277,28 +286,28 @@ def _read_scores(path: Path, num_layers: int, asked: SetKey) -> dict[tuple[str, 
         if replace(key, layer=asked.layer, protocol=asked.protocol, control="") == asked:
             sets.setdefault((key.protocol, key.control), []).append(key)
     if not any(control == "" for _, control in sets):
-        what = f"{asked.mode} scores{asked.of_tap} ({described(asked.explainer, asked.simulator)})"
-        raise CrateError(f"{path} holds no {what}. Run: {command}")
+        scores = f"{asked.mode} scores{asked.of_tap} ({described(asked.explainer, asked.simulator)})"
+        raise CrateError(f"{path} has no {scores}. Run: {command}")
     for (name, control), keys in sets.items():
         if len(keys) < num_layers:
-            what = f"{name}, {control}" if control else name
-            have = f"{len(keys)} of its {num_layers} layers ({what})"
-            raise CrateError(f"{path} is scored on {have}. Run: {command} --protocol {name}")
+            which = f"{name}, {control}" if control else name
+            layers = f"{len(keys)} of its {num_layers} layers ({which})"
+            raise CrateError(f"{path} is scored on {layers}. Run: {command} --protocol {name}")
     return {name: tuple(map(store.scores, keys)) for name, keys in sets.items()}
 
 
-def _attach_controls(found: Sequence[RunResult]) -> tuple[RunResult, ...]:
-    """Give each model its control: the one in the same folder if several models share a name."""
-    models = [run for run in found if run.control is None]
+def _attach_controls(runs: Sequence[RunResult]) -> tuple[RunResult, ...]:
+    """Attach each control to its model; if several models share a name, to the model in the same folder."""
+    models = [run for run in runs if run.control is None]
     alone = []
-    for control in (run for run in found if run.control is not None):
+    for control in (run for run in runs if run.control is not None):
         candidates = [
             i for i, model in enumerate(models)
             if (model.name, model.tap) == (control.of, control.tap) and model.random_init is None
         ]  # fmt: skip
-        beside = [i for i in candidates if models[i].path.resolve().parent == control.path.resolve().parent]
+        same_folder = [i for i in candidates if models[i].path.resolve().parent == control.path.resolve().parent]
         if candidates:
-            chosen = (beside or candidates)[0]
+            chosen = (same_folder or candidates)[0]
             models[chosen] = replace(models[chosen], random_init=control)
         else:
             alone.append(control)
@@ -317,31 +326,23 @@ def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[
             elif name not in run.shuffled and name not in run.shuffled_elsewhere:
                 yield f"{run.title} has no control with shuffled explanations on {name}."
         if run.control is None and run.random_init is None:
-            yield f"No random-init control of {run.title} was given to this report."
+            yield f"This report does not include a random-init control of {run.title}."
     for name in PROTOCOLS:
         if name not in protocols:
             yield f"No run is scored on {name}."
 
 
-def undefined_neurons(scores: ModelAggregate) -> dict[str, int]:
-    """Neurons without a score over all layers, by reason."""
-    counts: Counter[str] = Counter()
-    for layer in scores.layers:
-        counts.update(layer.undefined)
-    return dict(counts.most_common())
-
-
 def outcome(first: ModelAggregate, second: ModelAggregate) -> Outcome | None:
-    """Where the first stands relative to the second: apart where their 95 % intervals are. None without a score."""
-    if first.low is None or first.high is None or second.low is None or second.high is None:
+    """How the first compares with the second: different if their 95 % intervals do not overlap. None without both."""
+    if first.interval is None or second.interval is None:
         return None
-    if first.low > second.high:
+    if first.interval[0] > second.interval[1]:
         return "higher"
-    return "lower" if first.high < second.low else "no clear difference"
+    return "lower" if first.interval[1] < second.interval[0] else "no clear difference"
 
 
 def matched_pairs(models: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
-    """Which models to compare: different architectures of the same depth, or else the first with the others."""
+    """The models to compare: different architectures of the same depth, or else the first with all others."""
     trained = [model for model in models if model.control is None]
     pairs = [(a, b) for a, b in combinations(trained, 2) if a.arch != b.arch and a.num_layers == b.num_layers]
     return pairs or [(trained[0], other) for other in trained[1:]]

@@ -1,4 +1,4 @@
-"""Losses on held-out text, and whether two models differ: on the same documents they are compared one by one."""
+"""Losses on held-out text, and the difference of two models, paired by document where possible."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from cratelm.rundir import read_json
 from cratelm.training.document_means import mean_over_documents
 
 DOCUMENTS = "evaluation_documents.safetensors"
-"""Beside evaluation.json: `nats` (float64) and `tokens` (int64) of each document, in the order of the split."""
+"""Next to evaluation.json: `nats` (float64) and `tokens` (int64) of each document, in the order of the split."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,41 +30,41 @@ class Loss:
     documents: int
     split: str
     data_hash: str | None = None
-    """sha256 of the tokens predicted, where it is known."""
+    """sha256 of the predicted tokens, if known."""
     by_document: "DocumentLosses | None" = field(default=None, repr=False)
-    """None where the evaluation did not keep it."""
+    """None if the evaluation did not save it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DocumentLosses:
-    """What a loss is made of."""
+    """The loss of each document."""
 
     nats: Float64[np.ndarray, " documents"]
     """Summed cross-entropy of each document's tokens."""
     tokens: Int64[np.ndarray, " documents"]
-    """Predicted tokens of each."""
+    """Number of predicted tokens of each document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossDifference:
-    """How much more one model loses than another."""
+    """Loss of one model minus loss of another."""
 
     nats: float
     """Nats per token."""
     standard_error: float | None
-    """Of `nats`, over documents; None where the two were not measured on the same documents, each kept."""
+    """Of `nats`, over documents; None unless both losses are saved by document, on the same documents."""
 
     @property
     def clear(self) -> bool:
-        """Whether 0 lies outside the 95 % interval; asked only where there is a standard error."""
+        """Whether 0 lies outside the 95 % interval. Needs a standard error."""
         assert self.standard_error is not None
         return abs(self.nats) > 1.96 * self.standard_error
 
 
 def loss_difference(first: Loss, second: Loss) -> LossDifference:
-    """The difference of two losses, paired by document where that can be.
+    """The difference of two losses, paired by document where possible.
 
-    What makes a document hard for both models is not in it.
+    It excludes the difficulty that a document has for both.
     """
     difference = first.nats_per_token - second.nats_per_token
     a, b = first.by_document, second.by_document
@@ -78,7 +78,7 @@ def loss_difference(first: Loss, second: Loss) -> LossDifference:
 
 
 def read_loss(run: Path) -> Loss | None:
-    """The held-out loss of a run; None where it was not evaluated."""
+    """The held-out loss of a run; None if it was not evaluated."""
     if not (run / "evaluation.json").exists():
         return None
     found = read_json(run / "evaluation.json", made_by=f"cratelm evaluate {run} --data DIR")
@@ -93,12 +93,12 @@ def read_loss(run: Path) -> Loss | None:
 
 
 def _finite(value: float | None) -> float | None:
-    """Evaluations of old hold NaN and Infinity, which are no JSON, where null stands now."""
+    """None for NaN and Infinity, which some evaluations contain."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _read_documents(run: Path, evaluation: dict[str, Any]) -> DocumentLosses | None:
-    """The documents of this evaluation; None where there are none, or they are of another one."""
+    """The documents of this evaluation; None if they are missing or belong to another evaluation."""
     path = run / DOCUMENTS
     if not path.exists():
         return None

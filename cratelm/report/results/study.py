@@ -1,9 +1,9 @@
-"""Runs that differ only in their seed, taken together: means with intervals over seeds, and fair differences.
+"""Runs that differ only in their seed: means with intervals over seeds, and differences between variants.
 
-A variant is a model configuration without its size; a group is a variant at one size, with all its seeds. Between two
-variants three questions are asked: what differs at equal size, at equal parameters, and at equal FLOPs. For the last
-two the other variant's scores are interpolated between its sizes (linearly in the logarithm of the cost), seed by
-seed; outside the range of its sizes there is no answer.
+A variant is a model configuration without its size; a group is a variant at one size, with all its seeds. Two variants
+are compared at equal size, at equal parameters, and at equal FLOPs. For the last two the other variant's scores are
+interpolated between its sizes (linearly in the logarithm of the cost), seed by seed; outside the range of its sizes
+there is no difference.
 """
 
 import math
@@ -24,13 +24,13 @@ Basis = Literal["size", "parameters", "FLOPs"]
 BASES: tuple[Basis, ...] = ("size", "parameters", "FLOPs")
 
 SIZE_FIELDS = ("num_layers", "d_model", "num_heads")
-"""What a size consists of; the rest of a model's configuration is its variant."""
+"""The fields that define a size; the rest of a model's configuration is its variant."""
 
 TOLERANCE = 0.005
-"""A cost so little (as a share) outside the range of the other variant's sizes counts as its end."""
+"""Largest distance (as a share) of a cost from the other variant's range that still counts as the end of the range."""
 
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t by degrees of freedom: 97.5 % of the distribution lie below."""
+"""97.5 % quantile of Student's t by degrees of freedom."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How far one group is above another variant, at equal something."""
+    """The difference of a group from another variant."""
 
     group: Group
     other: str
@@ -74,7 +74,7 @@ class Difference:
     basis: Basis
     quantity: str
     """A protocol (points), `loss` (nats per token), or `variance, PROTOCOL` (points squared)."""
-    found: Estimate | None
+    estimate: Estimate | None
     """None where the other variant has no model of that cost."""
 
 
@@ -99,73 +99,74 @@ class Study:
 
     @cached_property
     def quantities(self) -> dict[str, Quantity]:
-        """What is compared, by name."""
-        found: dict[str, Quantity] = {name: _score(name) for name in self.results.protocols}
-        found |= {f"variance, {name}": _variance(name) for name in self.results.protocols}
-        return found | {"loss": lambda run: None if run.loss is None else run.loss.nats_per_token}
+        """The compared quantities, by name."""
+        quantities: dict[str, Quantity] = {name: _score(name) for name in self.results.protocols}
+        quantities |= {f"variance, {name}": _variance(name) for name in self.results.protocols}
+        return quantities | {"loss": lambda run: None if run.loss is None else run.loss.nats_per_token}
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:
         """CRATE variants against GPT-2 variants, then each variant against the paper's model of its architecture.
 
-        Without one of the architectures, and without the paper's model of the other, all variants against the last.
+        Without either of these, all variants against the last one.
         """
         arch = {name: next(iter(groups[0].runs.values())).arch for name, groups in self.variants.items()}
-        crate, gpt2 = ([name for name in arch if arch[name] == which] for which in ("crate", "gpt2"))
-        switched = [(one, base) for own, base in ((crate, "crate"), (gpt2, "gpt2")) if base in own
-                    for one in own if one != base]  # fmt: skip
+        crate, gpt2 = ([name for name in arch if arch[name] == family] for family in ("crate", "gpt2"))
+        against_paper = [
+            (name, base) for family, base in ((crate, "crate"), (gpt2, "gpt2")) if base in family
+            for name in family if name != base
+        ]  # fmt: skip
         if crate and gpt2:
-            return [(one, other) for one in crate for other in gpt2] + switched
-        names = list(arch)
-        return switched or [(one, names[-1]) for one in names[:-1]]
+            return [*product(crate, gpt2), *against_paper]
+        *names, last = arch
+        return against_paper or [(name, last) for name in names]
 
     @cached_property
     def differences(self) -> tuple[Difference, ...]:
-        """Every group of the first of a pair against the second variant, for every quantity and basis.
+        """Every group of the first variant of a pair against the second variant, for every quantity and basis.
 
-        What says nothing is left out: a basis on which a pair has no answer at all, for example because one variant
-        has a single size, and one on which it has those of equal size again, because the costs are the same.
+        A basis is left out where a pair has no estimate, for example because one variant has a single size, and where
+        all its estimates are those of equal size, because the costs are the same.
         """
-        every: list[Difference] = []
+        shown: list[Difference] = []
         at_equal_size: list[Estimate | None] = []
-        for (one, other), basis in product(self.pairs, BASES):
-            own = [
-                Difference(group=group, other=other, basis=basis, quantity=name, found=difference)
-                for group in self.variants[one]
-                for name, of in self.quantities.items()
-                for difference in [_difference(group, self.variants[other], of, basis)]
-            ]
-            answers = [difference.found for difference in own]
-            at_equal_size = answers if basis == "size" else at_equal_size
-            every += own if any(answers) and (basis == "size" or answers != at_equal_size) else []
-        return tuple(every)
+        for (variant, other), basis in product(self.pairs, BASES):
+            differences = [
+                Difference(
+                    group=group, other=other, basis=basis, quantity=name,
+                    estimate=_difference(group, self.variants[other], quantity, basis),
+                )
+                for group in self.variants[variant] for name, quantity in self.quantities.items()
+            ]  # fmt: skip
+            estimates = [difference.estimate for difference in differences]
+            at_equal_size = estimates if basis == "size" else at_equal_size
+            shown += differences if any(estimates) and (basis == "size" or estimates != at_equal_size) else []
+        return tuple(shown)
 
     @cached_property
     def first_seeds(self) -> Results:
-        """The results with one run of each group: what a page shows run by run."""
-        kept = {id(next(iter(group.runs.values()))) for group in self.groups}
-        grouped = {id(run) for group in self.groups for run in group.runs.values()}
-        models = tuple(run for run in self.results.models if id(run) in kept or id(run) not in grouped)
-        return replace(self.results, models=models)
+        """The results with one run of each group, for the tables and figures of single runs."""
+        repeated = {id(run) for group in self.groups for run in list(group.runs.values())[1:]}
+        return replace(self.results, models=tuple(run for run in self.results.models if id(run) not in repeated))
 
 
 def study_of(results: Results) -> Study | None:
-    """The study that the results are; None if no two trained runs differ only in their seed, or for several taps."""
+    """The runs grouped by seed; None if no two trained runs differ only in their seed, or for several taps."""
     if len(results.taps) > 1:
         return None
-    found: dict[tuple[str, ...], list[tuple[RunResult, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[RunResult, dict[str, Any]]]] = {}
     for run in results.models:
         if run.control is None and "seed" in run.training:
             model = read_json(run.path / "run.json", made_by="cratelm train")["model"]
             training = {name: value for name, value in run.training.items() if name != "seed"}
-            found.setdefault((repr(sorted(model.items())), repr(sorted(training.items()))), []).append((run, model))
-    if all(len(runs) < 2 for runs in found.values()):
+            groups.setdefault((repr(sorted(model.items())), repr(sorted(training.items()))), []).append((run, model))
+    if all(len(runs) < 2 for runs in groups.values()):
         return None
-    return Study(results, tuple(_group(runs) for runs in found.values()))
+    return Study(results, tuple(_group(runs) for runs in groups.values()))
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and Student's interval; None without a value."""
+    """Mean and Student's t interval; None without a value."""
     if not values:
         return None
     mean = float(np.mean(values))
@@ -176,26 +177,25 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def student(freedom: int) -> float:
-    """Below how many standard errors 97.5 % of Student's distribution lie."""
+    """The 97.5 % quantile of Student's t distribution."""
     z = 1.959964
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return _T.get(freedom, z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
 
 
-def over_seeds(group: Group, of: Quantity) -> Estimate | None:
+def over_seeds(group: Group, quantity: Quantity) -> Estimate | None:
     """A quantity's mean over a group's seeds."""
-    return estimate([value for run in group.runs.values() if (value := of(run)) is not None])
+    return estimate([value for run in group.runs.values() if (value := quantity(run)) is not None])
 
 
-def _group(found: list[tuple[RunResult, dict[str, Any]]]) -> Group:
-    run, model = found[0]
-    named = re.sub(r"-seed\d+$", "", run.name)
-    variant = re.sub(r"-(1l|2l|3l|s|b)$", "", named)
-    title = display_name(named) if named != run.name else run.title
+def _group(runs: list[tuple[RunResult, dict[str, Any]]]) -> Group:
+    run, model = runs[0]
+    name = re.sub(r"-seed\d+$", "", run.name)
+    by_seed = {int(seeded.training["seed"]): seeded for seeded, _ in runs}
     return Group(
-        variant=variant, title=title, num_layers=run.num_layers, parameters=run.parameters,
-        size=tuple(int(model.get(name, 0)) for name in SIZE_FIELDS), flops_per_token=run.flops_per_token,
-        runs={int(one.training["seed"]): one for one, _ in sorted(found, key=lambda pair: pair[0].training["seed"])},
+        variant=re.sub(r"-(1l|2l|3l|s|b)$", "", name), title=display_name(name) if name != run.name else run.title,
+        num_layers=run.num_layers, parameters=run.parameters, flops_per_token=run.flops_per_token,
+        size=tuple(int(model.get(field, 0)) for field in SIZE_FIELDS), runs=dict(sorted(by_seed.items())),
     )  # fmt: skip
 
 
@@ -207,28 +207,31 @@ def _variance(protocol: str) -> Quantity:
     return lambda run: run.scores[protocol].variance if protocol in run.scores and run.num_layers > 1 else None
 
 
-def _difference(group: Group, others: Sequence[Group], of: Quantity, basis: Basis) -> Estimate | None:
-    """Mean of (group - other) over the seeds that both sides have: the same seed is the same order of the data."""
-    gaps = []
+def _difference(group: Group, others: Sequence[Group], quantity: Quantity, basis: Basis) -> Estimate | None:
+    """Mean of (group - other) over the seeds of both sides: the same seed means the same order of the data."""
+    differences = []
     for seed, run in group.runs.items():
-        mine, theirs = of(run), _counterpart(group, seed, others, of, basis)
+        mine, theirs = quantity(run), _counterpart(group, seed, others, quantity, basis)
         if mine is not None and theirs is not None:
-            gaps.append(mine - theirs)
-    return estimate(gaps)
+            differences.append(mine - theirs)
+    return estimate(differences)
 
 
-def _counterpart(group: Group, seed: int, others: Sequence[Group], of: Quantity, basis: Basis) -> float | None:
+def _counterpart(group: Group, seed: int, others: Sequence[Group], quantity: Quantity, basis: Basis) -> float | None:
     """The other variant's value for this seed at the group's size or cost."""
-    known = [(one, value) for one in others if seed in one.runs and (value := of(one.runs[seed])) is not None]
+    values = [
+        (other, value) for other in others
+        if seed in other.runs and (value := quantity(other.runs[seed])) is not None
+    ]  # fmt: skip
     if basis == "size":
-        return next((value for one, value in known if one.size == group.size), None)
-    if not known:
+        return next((value for other, value in values if other.size == group.size), None)
+    if not values:
         return None
-    points = sorted((_cost(one, basis), value) for one, value in known)
-    wanted, costs = _cost(group, basis), [cost for cost, _ in points]
-    if not costs[0] * (1 - TOLERANCE) <= wanted <= costs[-1] * (1 + TOLERANCE):
+    points = sorted((_cost(other, basis), value) for other, value in values)
+    cost, costs = _cost(group, basis), [cost for cost, _ in points]
+    if not costs[0] * (1 - TOLERANCE) <= cost <= costs[-1] * (1 + TOLERANCE):
         return None
-    return float(np.interp(math.log(wanted), np.log(costs), [value for _, value in points]))
+    return float(np.interp(math.log(cost), np.log(costs), [value for _, value in points]))
 
 
 def _cost(group: Group, basis: Basis) -> int:
@@ -236,5 +239,5 @@ def _cost(group: Group, basis: Basis) -> int:
 
 
 def display_variant(name: str) -> str:
-    """`crate` -> `CRATE`, `gpt2` -> `GPT-2`; any other name as it is."""
+    """`crate` -> `CRATE`, `gpt2` -> `GPT-2`; other names unchanged."""
     return {"crate": "CRATE", "gpt2": "GPT-2"}.get(name, name)

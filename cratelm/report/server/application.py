@@ -1,16 +1,16 @@
-"""The live browser: the pages of the static site, served, and what only a server can do.
+"""The live browser: the pages of the static site, and functions that need a server.
 
     GET  /, /viewer/FILE                  the page
-    GET  /data/NAME.json                  the chunks of the site, made when they are asked for
+    GET  /data/NAME.json                  the chunks of the site, made on request
     GET  /api/search?q=WORDS              full-text search over explanations
     POST /api/activations                 strongest neurons of each layer at every token of a text, or one neuron
     POST /api/effect                      effect of steered neurons on the next token
     POST /api/continue                    the text continued with and without steering, streamed as lines of JSON
     POST /api/explain                     an explanation of one neuron by the configured language model
-    GET, POST /api/votes                  votes, kept in SQLite
+    GET, POST /api/votes                  votes, saved in SQLite
 
-`guard.py` stands before all of it. Nothing in an address becomes a path: files and chunks are looked up by name in what
-is there. docs/browser.md has the requests and answers.
+`guard.py` checks every request first. No part of an address becomes a path: files and chunks are looked up by name.
+docs/browser.md documents requests and answers.
 """
 
 import json
@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
-from cratelm.report.browser.catalogue import Layer
+from cratelm.report.browser.catalogue import Layer, site_title
 from cratelm.report.browser.site import VIEWER, index_html, policy_of
 from cratelm.report.server.chunk_cache import Chunks, NotReady
 from cratelm.report.server.guard import BUSY, Guard, Slots
@@ -38,7 +38,7 @@ from cratelm.report.server.requests import Limits, Live, read_steer_request, rea
 from cratelm.report.server.votes import Votes
 
 Explain = Callable[[Layer, int], Awaitable[Mapping[str, Any]]]
-"""Has a language model explain a neuron of a layer, keeps it in the store, and returns what it said."""
+"""Asks a language model to explain a neuron, saves the explanation in the store, and returns it."""
 
 KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 LONGEST_QUESTION = 400
@@ -46,19 +46,19 @@ LONGEST_QUESTION = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a live browser is made of."""
+    """Configuration of a live browser."""
 
     runs: Sequence[Path]
     votes: Votes
     mode: Mode = "fixed"
     live: Live | None = None
-    """The models; None shows the records alone."""
+    """The models; None for a server with records only."""
     explain: Explain | None = None
     explainer: str = ""
     """Name of the language model behind `explain`."""
     limits: Limits = Limits()
     hosts: Sequence[str] | None = None
-    """Values of `Host` that are answered; None for any."""
+    """Accepted values of `Host`; None for any."""
     access: str | None = None
     """A token that every visitor needs."""
 
@@ -77,10 +77,10 @@ def application(parts: Parts) -> Guard:
 
 
 class Answer(JSONResponse):
-    """JSON in ASCII: half a surrogate pair, which a request can hold, has no other form."""
+    """JSON in ASCII, which can represent the lone surrogates that a request may contain."""
 
     def render(self, content: Any) -> bytes:
-        """The content as it is sent. A number that is not finite is a programmer's mistake."""
+        """The encoded content. All numbers must be finite."""
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
@@ -92,13 +92,13 @@ class _Server:
         self.files = {file.name: file for file in VIEWER.iterdir() if file.suffix in KINDS}
 
     def _capabilities(self) -> dict[str, Any]:
-        """What the page may offer beyond a folder."""
-        found: dict[str, Any] = {"votes": True, "fullText": True}
+        """Functions of the page that need a server."""
+        capabilities: dict[str, Any] = {"votes": True, "fullText": True}
         if self.parts.live is not None:
-            found["live"] = {"contexts": dict(self.parts.live.contexts()), "limits": asdict(self.limits)}
+            capabilities["live"] = {"contexts": dict(self.parts.live.contexts()), "limits": asdict(self.limits)}
         if self.parts.explain is not None:
-            found["explain"] = {"explainer": self.parts.explainer}
-        return found
+            capabilities["explain"] = {"explainer": self.parts.explainer}
+        return capabilities
 
     def starlette(self) -> Starlette:
         """The routes."""
@@ -119,10 +119,8 @@ class _Server:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def page(self, request: Request) -> Response:
-        """The one page, with the token that its writes carry."""
-        titles = [model.title for model in self.chunks.models if model.description.get("control") is None]
-        token: str = request.app.state.page_token
-        html = index_html(", ".join(titles) or self.chunks.models[0].title, served=True, token=token)
+        """The page, with the token for its writes."""
+        html = index_html(site_title(self.chunks.models), served=True, token=request.app.state.page_token)
         return Response(html, media_type="text/html; charset=utf-8", headers={"cache-control": "no-store"})
 
     async def file(self, request: Request) -> Response:
@@ -144,43 +142,43 @@ class _Server:
         """Explanations by their words."""
         words = request.query_params.get("q", "")
         if len(words) > LONGEST_QUESTION:
-            raise CrateError(f"the question has {len(words)} characters, at most {LONGEST_QUESTION} are read")
+            raise CrateError(f"q must have at most {LONGEST_QUESTION} characters, got {len(words)}")
         return Answer({"found": await anyio.to_thread.run_sync(self.chunks.full_text, words)})
 
     async def votes(self, request: Request) -> Response:
-        """Some votes from one on, or one more."""
+        """A page of votes after a number, or the number of votes after adding one."""
         if request.method == "POST":
             return Answer({"count": await anyio.to_thread.run_sync(self.parts.votes.add, await _body(request))})
         after = request.query_params.get("after", "0")
         if not (after.isascii() and after.isdigit() and len(after) < 16):
-            raise CrateError("after is the number of a vote")
+            raise CrateError("after must be the number of a vote")
         votes, last = await anyio.to_thread.run_sync(self.parts.votes.page, int(after))
         return Answer({"format_version": 1, "votes": votes, "next": last})
 
     async def activations(self, request: Request) -> Response:
         """Activations of neurons on a text."""
-        asked = read_text_request(await _body(request), self.limits)
-        return await self._by_model(lambda live: live.activations(asked))
+        parsed = read_text_request(await _body(request), self.limits)
+        return await self._by_model(lambda live: live.activations(parsed))
 
     async def effect(self, request: Request) -> Response:
         """The effect of steered neurons on the next token."""
-        asked = read_steer_request(await _body(request), self.limits)
-        return await self._by_model(lambda live: live.effect(asked))
+        parsed = read_steer_request(await _body(request), self.limits)
+        return await self._by_model(lambda live: live.effect(parsed))
 
     async def continuation(self, request: Request) -> Response:
         """A text continued with steered neurons and without."""
-        asked = read_steer_request(await _body(request), self.limits)
+        parsed = read_steer_request(await _body(request), self.limits)
         live = self._live()
         self.models.take()
-        try:  # the first request of a model waits until it is loaded, and the other requests do not
-            lines = await anyio.to_thread.run_sync(live.continuations, asked)
+        try:  # in a thread, since the first request of a model loads it
+            lines = await anyio.to_thread.run_sync(live.continuations, parsed)
         except BaseException:
             self.models.free()
             raise
         return StreamingResponse(self._lines(lines), media_type="application/x-ndjson")
 
     async def _lines(self, values: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
-        """One JSON object a line. What goes wrong after the first line can only be told in one of them."""
+        """One JSON object per line; an error after the first line is reported as a line."""
         try:
             async for value in iterate_in_threadpool(values):
                 yield json.dumps(value) + "\n"
@@ -192,15 +190,15 @@ class _Server:
     async def explain(self, request: Request) -> Response:
         """An explanation by the language model."""
         if self.parts.explain is None:
-            raise CrateError("no language model is configured. Start the server with --llm URL")
+            raise CrateError("no language model is configured. Hint: start the server with --llm URL")
         value = await _body(request)
         model, tap, layer, neuron = (value.get(name) for name in ("model", "tap", "layer", "neuron"))
         if not (isinstance(model, str) and isinstance(tap, str) and type(layer) is int and type(neuron) is int):
-            raise CrateError("model and tap are texts, layer and neuron whole numbers")
+            raise CrateError("model and tap must be texts, layer and neuron whole numbers")
         place = self.chunks.find(model, tap, layer)
         neurons = (await anyio.to_thread.run_sync(self.chunks.view, place)).records.num_neurons
         if not 0 <= neuron < neurons:
-            raise CrateError(f"layer {layer} has neurons 0 to {neurons - 1}, not {neuron}")
+            raise CrateError(f"neuron must be from 0 to {neurons - 1} in layer {layer}, got {neuron}")
         self.writers.take()
         try:
             return Answer(dict(await self.parts.explain(place, neuron)))
@@ -209,7 +207,9 @@ class _Server:
 
     def _live(self) -> Live:
         if self.parts.live is None:
-            raise CrateError("this server shows records alone. Start it where the models and torch are")
+            raise CrateError(
+                "no models are loaded (records only). Start `cratelm serve` with torch and the model files"
+            )
         return self.parts.live
 
     async def _by_model(self, ask: Callable[[Live], dict[str, Any]]) -> Response:
@@ -224,10 +224,10 @@ class _Server:
 async def _body(request: Request) -> dict[str, Any]:
     try:
         value = json.loads(await request.body())
-    except (ValueError, RecursionError):  # a ValueError is no UTF-8, no JSON, or a number of thousands of digits
-        raise CrateError("the request is no JSON") from None
+    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, or a number with thousands of digits
+        raise CrateError("the request is not JSON") from None
     if not isinstance(value, dict):
-        raise CrateError("the request is no JSON object")
+        raise CrateError("the request is not a JSON object")
     return value
 
 
@@ -241,9 +241,9 @@ async def _not_ready(_request: Request, error: Exception) -> Response:
 
 async def _other(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {404: "there is nothing here", 405: "this is not answered here"}.get(error.status_code, error.detail)
-    return Answer({"error": said}, error.status_code, headers=error.headers)
+    message = {404: "there is nothing at this address", 405: "this method is not supported"}
+    return Answer({"error": message.get(error.status_code, error.detail)}, error.status_code, headers=error.headers)
 
 
 async def _bug(_request: Request, _error: Exception) -> Response:
-    return Answer({"error": "the server made a mistake; its terminal says more"}, 500)
+    return Answer({"error": "internal error of the server; see its terminal"}, 500)

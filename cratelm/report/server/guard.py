@@ -1,4 +1,4 @@
-"""Checks in front of a live browser: who may ask, how much at a time, and what a page may do.
+"""Checks before every request of a live browser: address, access, origin, size and number of requests.
 
 Four kinds of requests are refused before a handler sees them: a `Host` that is not this server's (a name that an
 attacker's page made point at this machine), a visitor without the access token where one is required, a write that does
@@ -23,13 +23,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 COOKIE = "cratelm_access"
-"""Begins the name of the cookie; the port follows, since a browser keeps one cookie jar for all ports of a host."""
+"""Prefix of the name of the cookie; the port follows, since all ports of a host share their cookies."""
 RETRY_SECONDS = 2
 HEADERS = {
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY",
     "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
 }  # fmt: skip
-"""On every answer."""
+"""Headers of every answer."""
 BUSY, CLOSE = {"retry-after": str(RETRY_SECONDS)}, {"connection": "close"}
 
 
@@ -71,7 +71,7 @@ class Guard:
             self.under_way -= 1
 
     async def _answer(self, request: Request) -> App:
-        """The application that answers the request. `HTTPException` where the request is refused."""
+        """The application that answers the request. Raises `HTTPException` if the request is refused."""
         if self.under_way > self.requests:
             raise HTTPException(429, "the server is busy. Try again in a moment", BUSY)
         if self.hosts is not None and request.headers.get("host", "").lower() not in self.hosts:
@@ -129,13 +129,13 @@ class Guard:
 
 
 class Slots:
-    """At most `most` at a time; one more is refused rather than queued. Used on the event loop only."""
+    """At most `most` requests at a time; further requests are refused, not queued. Used on the event loop only."""
 
     def __init__(self, most: int) -> None:
         self.most, self.taken = most, 0
 
     def take(self) -> None:
-        """Take a slot. `HTTPException` where all are taken."""
+        """Take a slot. Raises `HTTPException` if all are taken."""
         if self.taken >= self.most:
             raise HTTPException(429, "the models are busy with other requests. Try again in a moment", BUSY)
         self.taken += 1
@@ -150,6 +150,6 @@ def _equal(given: str | None, expected: str) -> bool:
 
 
 def _port(request: Request) -> str:
-    """`_8080` for the port in `Host`; empty where it names none."""
+    """`_8080` for the port in `Host`; empty without a port."""
     port = request.headers.get("host", "").rpartition(":")[2]
     return f"_{port}" if port.isascii() and port.isdigit() else ""

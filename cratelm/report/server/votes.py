@@ -1,4 +1,4 @@
-"""Votes on which explanation fits better, kept in SQLite by a live browser."""
+"""Votes on which explanation fits better, saved in SQLite by a live browser."""
 
 import contextlib
 import json
@@ -13,49 +13,47 @@ from cratelm.errors import CrateError
 
 CHOICES = ("a", "b", "same")
 MOST_BYTES = 16 << 20
-"""Size of the file, about 40,000 votes; a full one is moved away."""
+"""Largest size of the file, about 40,000 votes."""
 PAGE = 500
-"""Votes in one answer."""
+"""Votes per answer."""
 LONGEST = 4000
-"""Characters of a vote as JSON."""
+"""Largest number of characters of a vote as JSON."""
 FIELDS = {"date": str, "a": str, "b": str, "explanations": list, "explainers": list, "choice": str}
 
 
 @dataclass(frozen=True, slots=True)
 class Votes:
-    """The votes in one file. A connection lives as long as one call."""
+    """The votes in one file. Every call opens a connection."""
 
     path: Path
 
     def open(self) -> None:
-        """Make the file where there is none; `CrateError` where it cannot be written."""
+        """Create the file if it is missing. Raises `CrateError` if it is not writable."""
         with self._connection() as connection:
             connection.execute("UPDATE meta SET value = value")
 
     def add(self, value: Mapping[str, Any]) -> int:
-        """Keep one vote as the page sends it, and return how many there are; `CrateError` where it is none."""
+        """Add a vote in the format of the page and return the number of votes. Raises `CrateError` otherwise."""
         vote = {name: value.get(name) for name in FIELDS}
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(vote[name], kind)]
-        lists = [one for name in ("explanations", "explainers") for one in vote[name] or ()] if not wrong else []
-        if wrong or vote["choice"] not in CHOICES or not all(isinstance(one, str) for one in lists):
-            raise CrateError(f"this is no vote: it needs {', '.join(FIELDS)}, with a choice of {', '.join(CHOICES)}")
+        lists = [value.get(name) for name in ("explanations", "explainers")]
+        valid = all(isinstance(vote[name], kind) for name, kind in FIELDS.items()) and vote["choice"] in CHOICES
+        if not valid or not all(isinstance(text, str) for texts in lists for text in texts or ()):
+            raise CrateError(f"a vote must have {', '.join(FIELDS)}, with a choice of {', '.join(CHOICES)}")
         text = json.dumps(vote)
         if len(text) > LONGEST:
-            raise CrateError(f"the vote has {len(text)} characters, at most {LONGEST} are kept")
+            raise CrateError(f"a vote must have at most {LONGEST} characters, got {len(text)}")
         with self._connection() as connection:
             [size] = connection.execute(
                 "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
             ).fetchone()
             if size >= MOST_BYTES:
-                raise CrateError(
-                    f"{self.path.name} holds {size >> 20} MiB of votes, all it may. Move it away to begin anew"
-                )
+                raise CrateError(f"{self.path.name} is full ({size >> 20} MiB). Move it away to start a new file")
             connection.execute("INSERT INTO votes (vote) VALUES (?)", [text])
             [count] = connection.execute("SELECT count(*) FROM votes").fetchone()
             return int(count)
 
     def page(self, after: int = 0) -> tuple[list[dict[str, Any]], int | None]:
-        """At most `PAGE` votes behind the one of this number, oldest first; the last one's number if more follow."""
+        """At most `PAGE` votes after number `after`, oldest first, and the last number if more follow."""
         if not self.path.exists():
             return [], None
         with self._connection() as connection:
@@ -73,8 +71,8 @@ class Votes:
                 connection.execute(
                     "INSERT OR IGNORE INTO meta VALUES ('format_version', ?)", [str(rundir.FORMAT_VERSION)]
                 )
-                [found] = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
-                rundir.check_format_version(self.path, found)
+                [version] = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
+                rundir.check_format_version(self.path, version)
                 yield connection
         except (sqlite3.DatabaseError, OSError) as error:
-            raise CrateError(f"{self.path} cannot hold votes ({error}). Move it away, or give --votes FILE") from None
+            raise CrateError(f"{self.path} is not a votes file ({error}). Move it away, or give --votes FILE") from None

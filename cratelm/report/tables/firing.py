@@ -1,20 +1,13 @@
-"""The tables of consistency and distinctiveness, by model and by layer.
-
-`docs/firing.md` defines the numbers.
-"""
+"""The tables of consistency and distinctiveness, by model and by layer. `docs/firing.md` defines the numbers."""
 
 from collections.abc import Sequence
 
 from cratelm.interpretation.firing.means import Mean
-from cratelm.interpretation.firing.measures import (
-    KINDS,
-    STATED,
-    THRESHOLDS,
-)
+from cratelm.interpretation.firing.measures import KINDS, STATED, THRESHOLDS
 from cratelm.report.results.firing import RunFiring
 from cratelm.report.tables.form import Cell, Column, Table
 
-SHARE, ENDS = "0.1", Column("95 % interval", "interval", "%")
+ENDS = Column("95 % interval", "interval", "%")
 
 
 def _columns(*more: Column) -> tuple[Column, ...]:
@@ -27,23 +20,22 @@ def _columns(*more: Column) -> tuple[Column, ...]:
     )  # fmt: skip
 
 
-def firing_tables(found: Sequence[RunFiring]) -> tuple[Table, ...]:
+def firing_tables(entries: Sequence[RunFiring]) -> tuple[Table, ...]:
     """By model, and by layer; empty where no run has simulations."""
-    if not found:
+    if not entries:
         return ()
     rows, layers = list[tuple[Cell, ...]](), list[tuple[Cell, ...]]()
-    kinds = [kind for kind in KINDS if any(kind in one.own.overall for one in found)]
+    kinds = [kind for kind in KINDS if any(kind in entry.own.overall for entry in entries)]
     for kind in kinds:
-        for one in found:
-            own, shuffled = (one.run.title, one.own), (f"{one.run.title}, shuffled", one.shuffled)
-            for title, firing in (own, shuffled, *((f"{one.run.title}, {who}", made) for who, made in one.others)):
+        for entry in entries:
+            variants = (("", entry.own), (", shuffled", entry.shuffled), *((f", {who}", f) for who, f in entry.others))
+            for suffix, firing in variants:
                 if firing is not None and kind in firing.overall:
-                    rows.append((kind, title, *_cells(firing.overall[kind])))
-                    layers += [
-                        (kind, title, layer, *_cells(mean))
-                        for layer, mean in zip(firing.layers, firing.by_layer[kind], strict=True)
-                    ]
-    protocol = found[0].protocol
+                    head = (kind, f"{entry.run.title}{suffix}")
+                    rows.append((*head, *_cells(firing.overall[kind])))
+                    by_layer = zip(firing.layers, firing.by_layer[kind], strict=True)
+                    layers += [(*head, layer, *_cells(mean)) for layer, mean in by_layer]
+    protocol = entries[0].protocol
     return (
         Table(
             name="firing", caption=f"Firing on relevant tokens ({protocol})", columns=_columns(), rows=tuple(rows),
@@ -57,16 +49,16 @@ def firing_tables(found: Sequence[RunFiring]) -> tuple[Table, ...]:
 
 
 def _notes(protocol: str, kinds: Sequence[str]) -> tuple[str, ...]:
-    apart = f", {' and '.join(kinds)} apart" if len(kinds) > 1 else f", all of them {kinds[0]}" if kinds else ""
+    separate = f", {' and '.join(kinds)} separately" if len(kinds) > 1 else f", {kinds[0]} only" if kinds else ""
     return (
         f"A token is relevant to a neuron where the simulation predicts at least {THRESHOLDS[STATED]} of its largest "
-        "prediction for it. Consistency: share of the relevant tokens on which the neuron fires; by chance it is the "
-        "share of any tokens on which it fires. Strength: its mean activation there. Distinctiveness: share of the "
-        "tokens on which it fires, and of its activation (mass), that is on relevant tokens; by chance it is the share "
-        "of any tokens that are relevant. Means over neurons, then over layers; intervals by two-level bootstrap, over "
-        "neurons and over the excerpts of each.",
-        f"Excerpts of {protocol}{apart}. Nothing predicted: neurons without a relevant token. Silent: neurons that "
-        "fire nowhere in these excerpts. Shuffled: explanations of other neurons of the layer.",
+        "prediction for this neuron. Consistency: share of the relevant tokens on which the neuron fires; by chance, "
+        "the share of all tokens on which it fires. Strength: mean activation on relevant tokens. Distinctiveness: "
+        "share of the tokens on which the neuron fires, and of its activation (mass), that is relevant; by chance, the "
+        "share of all tokens that is relevant. Means over neurons, then over layers; intervals by two-level bootstrap, "
+        "over neurons and over the excerpts of each neuron.",
+        f"Excerpts of {protocol}{separate}. Nothing predicted: neurons without a relevant token. Silent: neurons that "
+        "do not fire in these excerpts. Shuffled: explanations of other neurons of the layer.",
     )
 
 

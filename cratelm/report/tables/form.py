@@ -1,7 +1,6 @@
-"""The form of a table: columns and rows of plain values, written as Markdown, CSV and LaTeX.
+"""Tables: columns and rows of plain values, written as Markdown, CSV and LaTeX.
 
-How a value is written depends on its column and on the format alone, so every format shows the same numbers. CSV keeps
-them unrounded.
+Rounding depends on the column only, so every format shows the same numbers; CSV is not rounded.
 """
 
 import csv
@@ -20,12 +19,13 @@ Style = Literal["text", "count", "human", "0.1", "0.01", "0.001", "interval", "s
 
 Cell = str | int | float | tuple[float, float] | tuple[int, int] | None
 
-ABSENT = "\N{EN DASH}"  # where there is no number
+ABSENT = "\N{EN DASH}"
+"""Stands for a missing number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: what it is, how its values are written, and their unit."""
+    """One column: title, format of its values, and unit."""
 
     title: str
     style: Style = "text"
@@ -39,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A caption, columns, and rows of as many cells."""
+    """A caption, columns, and rows with a cell for each column."""
 
     name: str
     """Name of its files, without suffix."""
@@ -54,14 +54,14 @@ class Table:
 
 
 def without_columns(table: Table, *titles: str) -> Table:
-    """The table with some columns left out."""
-    kept = [i for i, column in enumerate(table.columns) if column.title not in titles]
-    columns = tuple(table.columns[i] for i in kept)
-    return replace(table, columns=columns, rows=tuple(tuple(row[i] for i in kept) for row in table.rows))
+    """The table without the columns of these titles."""
+    remaining = [i for i, column in enumerate(table.columns) if column.title not in titles]
+    columns = tuple(table.columns[i] for i in remaining)
+    return replace(table, columns=columns, rows=tuple(tuple(row[i] for i in remaining) for row in table.rows))
 
 
 def written(cell: Cell, style: Style) -> str:
-    """A cell as text: rounded, with a typographic minus, an interval in brackets, a dash where there is nothing."""
+    """A cell as text: rounded, with a typographic minus, an interval in brackets, a dash for a missing number."""
     if isinstance(cell, str):
         return cell
     if isinstance(cell, tuple):
@@ -81,14 +81,14 @@ def as_markdown(table: Table) -> str:
     """The table as GitHub's Markdown, numbers right-aligned."""
     rule = ["---" if column.style == "text" else "---:" for column in table.columns]
     lines = [[_markdown(column.heading) for column in table.columns], rule]
-    lines += [[_markdown(text) for text in row] for row in _texts(table)]
+    lines += [[_markdown(text) for text in row] for row in texts(table)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = "".join(f"\n{_markdown(note)}\n" for note in table.notes)
     return f"**{_markdown(table.caption)}**\n\n{body}\n{notes}"
 
 
 def as_csv(table: Table) -> str:
-    """The table as CSV: unrounded numbers, an interval in two columns, nothing where there is no number."""
+    """The table as CSV: unrounded numbers, an interval in two columns, an empty field for a missing number."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([heading for column in table.columns for heading in _csv_headings(column)])
@@ -99,10 +99,10 @@ def as_csv(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """The table as LaTeX for the booktabs package; every character of a text stands for itself."""
+    """The table as LaTeX for the booktabs package; all special characters are escaped."""
     alignment = "".join("l" if column.style == "text" else "r" for column in table.columns)
     head = " & ".join(_latex(column.heading) for column in table.columns)
-    body = [" & ".join(_latex(text) for text in row) + r" \\" for row in _texts(table)]
+    body = [" & ".join(_latex(text) for text in row) + r" \\" for row in texts(table)]
     notes = [rf"\par\smallskip\footnotesize {_latex(' '.join(table.notes))}"] if table.notes else []
     lines = [
         "% needs \\usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering",
@@ -117,17 +117,18 @@ FORMATS: dict[str, Callable[[Table], str]] = {"md": as_markdown, "csv": as_csv, 
 """File suffix -> writer."""
 
 
-def write_tables(found: Sequence[Table], out: Path) -> list[Path]:
+def write_tables(tables: Sequence[Table], out: Path) -> list[Path]:
     """Write each table in each format."""
     paths = []
-    for table in found:
+    for table in tables:
         for suffix, write in FORMATS.items():
             paths.append(out / f"{table.name}.{suffix}")
             write_text(paths[-1], write(table))
     return paths
 
 
-def _texts(table: Table) -> Iterator[list[str]]:
+def texts(table: Table) -> Iterator[list[str]]:
+    """The rows as text."""
     for row in table.rows:
         yield [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)]
 
@@ -153,7 +154,7 @@ def _latex(text: str) -> str:
 
 
 _ENDS: dict[Style, tuple[str, str]] = {"interval": ("low", "high"), "share": ("neurons", "of")}
-"""The two columns that a pair has in CSV."""
+"""The titles of a pair's two columns in CSV."""
 
 
 def _csv_headings(column: Column) -> list[str]:
@@ -164,7 +165,7 @@ def _csv_values(cell: Cell, column: Column) -> list[str | int | float]:
     if column.style in _ENDS:
         return list(cell) if isinstance(cell, tuple) else ["", ""]
     if isinstance(cell, str):
-        # A spreadsheet takes a text that begins so for a formula and runs it.
+        # A spreadsheet runs a text with such a prefix as a formula.
         return [f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell]
     assert not isinstance(cell, tuple)
     return ["" if cell is None or not math.isfinite(cell) else cell]

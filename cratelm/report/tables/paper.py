@@ -1,6 +1,5 @@
 """The paper's tables: performance, interpretability, and one row per layer."""
 
-import math
 from collections.abc import Mapping
 
 from cratelm.interpretation.scoring.correlation import LayerAggregate, ModelAggregate
@@ -12,7 +11,7 @@ LOSS = Column("Loss", "0.001", "nats/token")
 PARAMETERS, FLOPS = Column("Parameters", "human"), Column("FLOPs", "human", "per token")
 
 COST = (LOSS, PARAMETERS, FLOPS)
-"""What stands beside every interpretability number."""
+"""Columns next to every interpretability number."""
 
 SCORED = Column("Scored", "share", "of those chosen")
 
@@ -23,19 +22,19 @@ INTERVAL = Column("95 % interval", "interval", "points")
 ORDER = (Column("Spearman", "0.1", "points"), Column("AUROC", "0.1", "%"))
 
 COUNTING = (
-    "Parameters leave position embeddings out and count the tied head once; FLOPs are those of a forward pass per "
-    "token at full context, 2 per multiply-add."
+    "Parameters leave out position embeddings and count the tied head once; FLOPs are of a forward pass per token at "
+    "full context, 2 per multiply-add."
 )
 
-
-CONTROL_ROWS = ("random-init", "shuffled")  # as `summary` names the controls below their model
+CONTROL_ROWS = ("random-init", "shuffled")
+"""Names of the controls in `summary`, below their model."""
 
 
 def summary(results: Results) -> Table:
-    """What fits a terminal and opens the page: a row per model with its controls below, a column per protocol."""
+    """The short table for a terminal and the top of the page: a row per model, its controls below it."""
 
     def row(name: str, scores: Mapping[str, ModelAggregate], cost: tuple[Cell, ...]) -> tuple[Cell, ...]:
-        return (name, *(_with_interval(scores, one) for one in results.protocols), *cost)
+        return (name, *(_with_interval(scores.get(protocol)) for protocol in results.protocols), *cost)
 
     rows = []
     for model in results.models:
@@ -51,15 +50,14 @@ def summary(results: Results) -> Table:
     )  # fmt: skip
 
 
-def _with_interval(scores: Mapping[str, ModelAggregate], protocol: str) -> Cell:
-    if protocol not in scores:
-        return None
-    mean, interval = scores[protocol].mean, _interval(scores[protocol])
-    return written(mean, "0.1") + ("" if interval is None else f" {written(interval, 'interval')}")
+def _with_interval(scores: ModelAggregate | None) -> Cell:
+    if scores is None or scores.interval is None:
+        return None if scores is None else written(scores.mean, "0.1")
+    return f"{written(scores.mean, '0.1')} {written(scores.interval, 'interval')}"
 
 
 def performance(results: Results) -> Table:
-    """The paper's performance table: what each model costs and how well it predicts held-out text."""
+    """The paper's performance table: cost and held-out loss of each model."""
     columns = (
         Column("Model"), Column("Layers", "count"), PARAMETERS, FLOPS, Column("Training tokens", "human"), LOSS,
         Column("Standard error", "0.001", "nats/token"), Column("Perplexity", "0.1"), Column("Bits per byte", "0.001"),
@@ -67,21 +65,16 @@ def performance(results: Results) -> Table:
     )  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for run in results.rows:
-        cost = (run.title, run.num_layers, run.parameters, run.flops_per_token, run.training_tokens or 0)
-        loss = run.loss
-        if loss is None:
-            rows.append((*cost, "not evaluated", None, None, None, None))
-        else:
-            rows.append(
-                (*cost, loss.nats_per_token, loss.standard_error, loss.perplexity, loss.bits_per_byte, loss.tokens)
-            )
+        numbers: tuple[Cell, ...] = ("not evaluated", None, None, None, None)
+        if (loss := run.loss) is not None:
+            numbers = (loss.nats_per_token, loss.standard_error, loss.perplexity, loss.bits_per_byte, loss.tokens)
+        cost = (run.parameters, run.flops_per_token, run.training_tokens or 0)
+        rows.append((run.title, run.num_layers, *cost, *numbers))
     splits = sorted({run.loss.split for run in results.rows if run.loss is not None})
-    notes = [COUNTING]
-    if splits:
-        notes.insert(0, f"Loss on the {' and '.join(splits)} split; its standard error is over documents.")
+    about_loss = [f"Loss on the {' and '.join(splits)} split; its standard error is over documents."] if splits else []
     return Table(
         name="performance", caption="Performance", columns=columns, rows=tuple(rows),
-        notes=(*notes, *(line for line in results.missing if "not evaluated" in line)),
+        notes=(*about_loss, COUNTING, *(line for line in results.missing if "not evaluated" in line)),
     )  # fmt: skip
 
 
@@ -121,20 +114,21 @@ def by_layer(results: Results) -> Table:
         if name in run.scores
         for layer in run.scores[name].layers
     ]
-    caption, notes = "Interpretability by layer", results.of_other_neurons
-    return Table(name="layers", caption=caption, columns=columns, rows=tuple(rows), notes=notes)
+    return Table(
+        name="layers", caption="Interpretability by layer", columns=columns, rows=tuple(rows),
+        notes=results.of_other_neurons,
+    )  # fmt: skip
 
 
 def _aggregate_cells(scores: ModelAggregate) -> tuple[Cell, ...]:
     return (
-        scores.mean, _interval(scores), scores.variance, scores.mean_all_layers, scores.variance_all_layers,
-        scores.mean_undefined_zero, scores.spearman, scores.auroc,
-        (sum(layer.scored for layer in scores.layers), sum(layer.total for layer in scores.layers)),
+        scores.mean, scores.interval, scores.variance, scores.mean_all_layers, scores.variance_all_layers,
+        scores.mean_undefined_zero, scores.spearman, scores.auroc, scores.scored,
     )  # fmt: skip
 
 
 def _control_cells(run: RunResult, name: str) -> tuple[Cell, Cell]:
-    """Means of the shuffled explanations and of the random-init model, by the same rule as the mean beside."""
+    """Means of the shuffled explanations and of the random-init model, by the same rule as `mean`."""
     shuffled = run.shuffled.get(name)
     random_init = run.random_init.scores.get(name) if run.random_init is not None else None
     return (None if shuffled is None else shuffled.mean, None if random_init is None else random_init.mean)
@@ -148,7 +142,7 @@ def _cost_cells(run: RunResult) -> tuple[Cell, Cell, Cell]:
 def _layer_cells(run: RunResult, name: str, layer: LayerAggregate) -> tuple[Cell, ...]:
     dead, rare = layer.undefined.get("dead", 0), layer.undefined.get("too rare", 0)
     return (
-        layer.layer, layer.points, _interval(layer), layer.deviation, layer.points_undefined_zero,
+        layer.layer, layer.points, layer.interval, layer.deviation, layer.points_undefined_zero,
         layer.spearman, layer.auroc, (layer.scored, layer.total), dead, rare,
         sum(layer.undefined.values()) - dead - rare,
         _points_of(run.shuffled.get(name), layer.layer),
@@ -157,13 +151,8 @@ def _layer_cells(run: RunResult, name: str, layer: LayerAggregate) -> tuple[Cell
 
 
 def _points_of(scores: ModelAggregate | None, layer: int) -> float | None:
-    return next((one.points for one in scores.layers if one.layer == layer), None) if scores is not None else None
-
-
-def _interval(scores: ModelAggregate | LayerAggregate) -> tuple[float, float] | None:
-    if scores.low is None or scores.high is None or math.isnan(scores.low) or math.isnan(scores.high):
-        return None
-    return scores.low, scores.high
+    layers = scores.layers if scores is not None else ()
+    return next((aggregate.points for aggregate in layers if aggregate.layer == layer), None)
 
 
 def _interpretability_notes(results: Results) -> tuple[str, ...]:
@@ -171,18 +160,18 @@ def _interpretability_notes(results: Results) -> tuple[str, ...]:
         "Points are 100 times the Pearson correlation of a neuron's activations with those simulated from its "
         "explanation, averaged over the scored neurons of a layer; mean and population variance are over the layers' "
         "means, each rounded to 0.1 as in the paper. Intervals are by two-level bootstrap, over neurons and over the "
-        "excerpts of each.",
-        "Spearman (100 x the correlation of ranks) and AUROC (how often an active token has the higher simulation than "
-        "a silent one; 50 is chance) ask for the right order alone.",
+        "excerpts of each neuron.",
+        "Spearman (100 x the correlation of ranks) and AUROC (how often an active token has a higher simulation than a "
+        "silent one; 50 is chance) depend on the order of the simulated activations only.",
         "Undefined = 0 is the mean with every neuron without a score (dead, too rare, constant) counted as zero. "
-        "Shuffled and random-init are the controls' means: explanations of other neurons of the layer, and the same "
-        "architecture with random weights.",
+        "Shuffled and random-init are the means of the controls: explanations of other neurons of the layer, and the "
+        "same architecture with random weights.",
     ]
     if any(tap != "neurons" for tap in results.taps):
         notes.append(
-            "Loss, parameters and FLOPs are the model's, also in the rows of another tap than its neurons: what reads "
-            "that tap, such as a sparse autoencoder, costs more."
+            "Loss, parameters and FLOPs are the model's in all rows; they do not include a sparse autoencoder at "
+            "another tap."
         )
     if any(run.num_layers >= 6 for run in results.rows):
-        notes.append("From 6 layers on, mean and variance leave the last layer out, as the paper does.")
+        notes.append("From 6 layers on, mean and variance leave out the last layer, as in the paper.")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""The scorers beside the correlation in a report: what was asked of whom about which model, and what came of it."""
+"""The table of the scorers other than correlation: scorer, judge, model, and results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,75 +21,70 @@ COLUMNS = (
     Column("Too few excerpts", "count"), Column("Failed", "count"), Column("Answers", "count"),
     Column("Unreadable", "count"),
 )  # fmt: skip
-NOTES = (
-    "Score: {numbers}, as a "
-    "mean over neurons; intervals of a layer by two-level bootstrap, over neurons and over the items of each. Means "
-    "over layers leave the last one out from 6 layers on, as the paper does.",
-    "Too few excerpts: neurons without enough windows on which they fire, or on which they are silent. Failed: neurons "
-    "about which nothing readable was said, or too little. Unreadable: single answers of another form, refusals among "
-    "them; they count in no score.",
-)
 
 
 def judged_tables(results: Results) -> tuple[Table, ...]:
-    """One table of all scorers, by layer and over layers; none where no run was judged."""
-    rows = [row for run in results.rows for row in _of_run(run, results)]
+    """One table of all scorers, by layer and over layers; empty where no run was judged."""
+    rows = [row for run in results.rows for row in _rows(run, results)]
     if not rows:
         return ()
-    order = {name: place for place, name in enumerate(SCORERS)}
-    ordered = tuple(sorted(rows, key=lambda row: order[str(row[0])]))
-    return (
-        Table(
-            name="scorers",
-            caption="Other scorers",
-            columns=COLUMNS,
-            rows=ordered,
-            notes=(NOTES[0].format(numbers=_numbers()), *NOTES[1:]),
-        ),
+    notes = (
+        f"Score: {_numbers()}, as a mean over neurons; intervals of a layer by two-level bootstrap, over neurons and "
+        "over the items of each neuron. Means over layers leave out the last layer from 6 layers on, as in the paper.",
+        "Too few excerpts: neurons without enough windows in which they fire, or in which they are silent. Failed: "
+        "neurons without enough readable answers. Unreadable: answers in a wrong format and refusals; no score counts "
+        "them.",
     )
+    order = list(SCORERS)
+    ordered = tuple(sorted(rows, key=lambda row: order.index(str(row[0]))))
+    return (Table(name="scorers", caption="Other scorers", columns=COLUMNS, rows=ordered, notes=notes),)
 
 
 def _numbers() -> str:
+    """The score of each scorer in words."""
     names: dict[str, list[str]] = {}
     for scorer in SCORERS.values():
         names.setdefault(scorer.number.replace("_", " ").replace("auc", "AUC"), []).append(scorer.name)
-    return "; ".join(f"{number} of {', '.join(named)}" for number, named in names.items())
+    return "; ".join(f"{number} of {', '.join(scorers)}" for number, scorers in names.items())
 
 
-def _of_run(run: RunResult, results: Results) -> Iterator[tuple[Cell, ...]]:
+def _rows(run: RunResult, results: Results) -> Iterator[tuple[Cell, ...]]:
     store = Store.open(run.path)
     kinds: dict[tuple[str, SetKey], list[SetKey]] = {}
     for key, scorer in judged_sets(store):
         if (key.mode, key.tap) == (results.mode, run.tap):
             kinds.setdefault((scorer, replace(key, layer=0)), []).append(key)
     for (scorer, kind), keys in kinds.items():
-        found = {key.layer: aggregate_judged(store, key, scorer) for key in keys}
+        layers = {key.layer: aggregate_judged(store, key, scorer) for key in sorted(keys, key=lambda key: key.layer)}
         head = (scorer, run.title, _explained(kind), kind.judge)
-        for layer, one in sorted(found.items()):
-            ends = None if one.low is None or one.high is None else (one.low, one.high)
-            yield (*head, str(layer), one.mean, ends, *_cells([one]))
-        if len(found) == run.num_layers > 1:
-            shown = [one for _, one in sorted(found.items())][: shown_layers(run.num_layers)]
-            means = [one.mean for one in shown if one.mean is not None]
-            yield (*head, "mean", float(np.mean(means)) if means else None, None, *_cells(shown))
+        for number, layer in layers.items():
+            interval = None if layer.low is None or layer.high is None else (layer.low, layer.high)
+            yield (*head, str(number), layer.mean, interval, *_cells([layer]))
+        if len(layers) == run.num_layers > 1:
+            shown = list(layers.values())[: shown_layers(run.num_layers)]
+            means = [layer.mean for layer in shown if layer.mean is not None]
+            yield (*head, "mean", _mean(means), None, *_cells(shown))
 
 
 def _explained(kind: SetKey) -> str:
-    """Who explained what is tested, on which protocol; nobody for scorers that need no explanation."""
+    """Explainer and protocol of the tested explanations; a dash for scorers without explanations."""
     if not kind.explainer:
         return "–"
     parts = [kind.explainer, kind.protocol, kind.control, f"explanation {kind.sample + 1}" if kind.sample else ""]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
-def _cells(found: Sequence[ScorerAggregate]) -> tuple[Cell, ...]:
-    def mean(name: str) -> float | None:
-        values = [one.others[name] for one in found if name in one.others]
-        return float(np.mean(values)) if values else None
-
-    few = sum(one.undefined.get(TOO_FEW, 0) for one in found)
-    return (
-        found[0].chance, mean("auc"), mean("f1"), (sum(one.judged for one in found), sum(one.total for one in found)),
-        few, sum(sum(one.undefined.values()) for one in found) - few, sum(one.items for one in found),
-        sum(one.failed for one in found),
+def _cells(layers: Sequence[ScorerAggregate]) -> tuple[Cell, ...]:
+    auc, f1 = (
+        _mean([layer.others[name] for layer in layers if name in layer.others]) for name in ("auc", "f1")
     )  # fmt: skip
+    few = sum(layer.undefined.get(TOO_FEW, 0) for layer in layers)
+    return (
+        layers[0].chance, auc, f1, (sum(layer.judged for layer in layers), sum(layer.total for layer in layers)),
+        few, sum(sum(layer.undefined.values()) for layer in layers) - few, sum(layer.items for layer in layers),
+        sum(layer.failed for layer in layers),
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

@@ -17,7 +17,7 @@ from report.tables.test_tables import scored_runs
 from cratelm.report.browser import overview_cache as kept_overview
 from cratelm.report.browser.catalogue import catalogue
 from cratelm.report.browser.chunks import read_script
-from cratelm.report.browser.overview_cache import KeptOverview
+from cratelm.report.browser.overview_cache import CachedOverview
 from cratelm.report.browser.site import write_site
 from cratelm.report.server import chunk_cache as served
 from cratelm.report.server.chunk_cache import Chunks
@@ -91,7 +91,7 @@ def test_the_site_and_the_server_share_it_and_a_site_that_is_whole_makes_none(ru
 
 
 def test_of_changed_runs_the_old_one_is_shown_with_a_word_until_the_new_one_is_there(run: Path, made: Made) -> None:
-    KeptOverview(models=catalogue([run], "fixed"), mode="fixed").value()
+    CachedOverview(models=catalogue([run], "fixed"), mode="fixed").value()
     chunks = Chunks([run], capabilities={})
     before = shown(chunks)
     for number, name in enumerate(("evaluation.json", "run.json", "interpretation.sqlite"), start=1):
@@ -114,14 +114,14 @@ def test_of_changed_runs_the_old_one_is_shown_with_a_word_until_the_new_one_is_t
 def test_many_readers_have_it_made_once(run: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made.gate.clear()
     chunks, calls, gate = Chunks([run], capabilities={}), list[str](), threading.Event()
-    make = served.chunk_value
+    make = served.layer_chunk
 
-    def slow(models: Any, name: str, view_of: Any) -> Any:
-        calls.append(name)
+    def slow(view: Any, name: str) -> Any:
+        calls.append(f"{view.layer.folder}/{name}")
         assert gate.wait(60)
-        return make(models, name, view_of)
+        return make(view, name)
 
-    monkeypatch.setattr(served, "chunk_value", slow)
+    monkeypatch.setattr(served, "layer_chunk", slow)
     with ThreadPoolExecutor(8) as pool:
         assert all("making" in one for one in pool.map(lambda _: shown(chunks), range(8)))
         asked = [pool.submit(chunks.chunk, "m0/t0/l0/layer") for _ in range(7)]
@@ -139,7 +139,7 @@ def test_many_readers_have_it_made_once(run: Path, made: Made, monkeypatch: pyte
 
 
 def test_what_was_kept_can_be_deleted_broken_or_out_of_reach(run: Path, made: Made) -> None:
-    kept = KeptOverview(models=catalogue([run], "fixed"), mode="fixed")
+    kept = CachedOverview(models=catalogue([run], "fixed"), mode="fixed")
     first = kept.value()
     for times, harm in enumerate((b"", b"no json\n{}", b'{"stamp": "x"}\n{"cut', None), start=2):
         kept.path.unlink() if harm is None else kept.path.write_bytes(harm)
@@ -156,7 +156,7 @@ def test_only_so_many_are_kept(run: Path, made: Made, monkeypatch: pytest.Monkey
     monkeypatch.setattr(kept_overview, "overview", lambda *_: {})
     for link in "abc":
         (run.parent / link).symlink_to(run)
-        KeptOverview(models=catalogue([run.parent / link], "fixed"), mode="fixed").value()
+        CachedOverview(models=catalogue([run.parent / link], "fixed"), mode="fixed").value()
     assert len(list((run / "overviews").iterdir())) == 2
     assert made.times == 0
 

@@ -18,10 +18,11 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.browser import site
-from cratelm.report.browser.catalogue import catalogue, slug
+from cratelm.report.browser.catalogue import all_layers, catalogue, slug
 from cratelm.report.browser.chunks import read_script, unpack
 from cratelm.report.browser.overview import overview, public
 from cratelm.report.browser.site import write_site
+from cratelm.report.server.chunk_cache import Chunks
 
 
 @pytest.fixture(autouse=True)
@@ -142,18 +143,21 @@ def test_a_server_gets_the_value_of_every_chunk_by_its_name_and_of_no_other(
     runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l", neurons=20)
     models = catalogue(runs, "fixed")
     data = write_site(runs, tmp_path / "out").parent / "data"
-    views = {layer.folder: site.open_layer(layer) for layer in site._layers(models)}
+    views = {layer.folder: site.open_layer(layer) for layer in all_layers(models)}
 
     def value(name: str) -> Any:
-        return site.chunk_value(models, name, lambda layer: views[layer.folder])
+        folder, _, chunk = name.rpartition("/")
+        return site.layer_chunk(views[folder], chunk)
 
     names = [path.relative_to(data).with_suffix("").as_posix() for path in data.glob("m*/t*/l*/*.js")]
     assert len(names) == 4 * 4
     for name in names:
         assert {"format_version": 1, **json.loads(json.dumps(value(name)))} == read_script(data / f"{name}.js")
-    for name in ("m0/t0/l0/neurons-2", "m0/t0/l0/neurons", "m0/t0/l0/layer-0", "m9/t0/l0/layer", "../m0/t0/l0/layer",
-                 "m0/t0/l0/../l0/layer", "m0/t0/l0/neurons-00", "m0/t0/l0/layer\n", "m0/t0/l٠/layer", ""):  # fmt: skip
-        assert value(name) is None
+    for chunk in ("neurons-2", "neurons", "layer-0", "neurons-00", "layer\n", "neurons-٠", "texts-", ""):
+        assert value(f"m0/t0/l0/{chunk}") is None
+    chunks = Chunks(runs, capabilities={})
+    for name in ("m9/t0/l0/layer", "../m0/t0/l0/layer", "m0/t0/l0/../l0/layer", "m0/t0/l٠/layer", ""):
+        assert chunks.chunk(name) is None
 
 
 def test_dead_and_unscored_neurons_say_so(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -184,7 +188,7 @@ def test_a_run_without_records_is_told_in_words_or_refused(tmp_path: Path, rng: 
     with pytest.raises(CrateError, match="holds no fixed records. Run: cratelm collect"):
         write_site([bare], tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    with pytest.raises(CrateError, match="no run was named"):
+    with pytest.raises(CrateError, match="needs at least one run"):
         catalogue([], "fixed")
 
 

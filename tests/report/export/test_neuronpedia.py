@@ -170,7 +170,7 @@ def test_the_same_export_twice_is_the_same_and_a_strange_folder_is_left_alone(
     assert [row["id"] for row in table(folder, "activations")] == first
     (folder / "notes.txt").write_text("mine")
     assert main(["export", str(run), "--format", "neuronpedia", "--out", str(out)]) == 2
-    assert "holds notes.txt, which no export wrote" in capsys.readouterr().err
+    assert "has notes.txt, which is not part of an export" in capsys.readouterr().err
     assert (folder / "notes.txt").read_text() == "mine"
     assert main(["export", str(run), "--format", "neuronpedia", "--out", str(out), "--model-id", "a b"]) == 2
     assert "'a b' is no name for Neuronpedia" in capsys.readouterr().err

@@ -283,7 +283,7 @@ def test_mistakes_in_an_export_are_told_in_one_line(
         (["--layer", "5"], f"--layer must be one with fixed records in {run} (0, 1), got 5"),
         (["--width", "32"], "no excerpts of 32 tokens. Use --width 8 or 64"),
         (["--mode", "compat"], "must have compat records, got none"),
-        ([], "holds thesis.tex, which no export wrote"),
+        ([], "has thesis.tex, which is not part of an export"),
     ]
     for more, message in cases:
         assert main(["export", str(run), "--format", "neuronrecord", "--out", str(out), *more]) == 2

@@ -164,7 +164,7 @@ def test_the_text_without_steering_is_the_models_own(server: Served, runs: list[
         ("continue", steering(model="none"), "model must be one of"),
         ("continue", steering(tokens=10**9), "whole number"),
         ("explain", {"model": "crate-2l", "tap": "neurons", "layer": 0, "neuron": 3}, "--llm"),
-        ("votes", {"choice": "a"}, "no vote"),
+        ("votes", {"choice": "a"}, "a vote must have"),
     ],
 )
 def test_wrong_requests_get_one_line(server: Served, path: str, asked: dict[str, Any], said: str) -> None:

@@ -115,7 +115,9 @@ def test_runs_that_only_a_language_model_scored_are_shown_with_it(
         "A dash under constant: not made. Run: cratelm interpret RUN --llm URL --controls constant",
         "A dash under lookup: not made. Run: cratelm interpret RUN --controls shuffled",
     ]
-    with pytest.raises(CrateError, match="by the explainer other. There are: --explainer scripted --simulator by-rule"):
+    with pytest.raises(
+        CrateError, match="by the explainer other. Use one of: --explainer scripted --simulator by-rule"
+    ):
         gather([run], explainer="other")
     assert main(["neurons", str(run), "--explainer", "scripted"]) == 0
     said = capsys.readouterr().out

@@ -52,7 +52,7 @@ def test_scores_are_multiplied_by_what_is_kept(tmp_path: Path, rng: np.random.Ge
     run = make_compared(tmp_path, rng)
     results = gather([run])
     units = compared(results)
-    assert [(one.title, one.layer, one.count) for one in units] == [
+    assert [(one.title, one.layer, one.scores[next(iter(one.scores))].total) for one in units] == [
         ("CRATE-2L, neurons", 1, 12), ("CRATE-2L + a", 1, 12)
     ]  # fmt: skip
     table = faithfulness(results, units)
@@ -113,5 +113,5 @@ def test_the_report_has_the_table_in_every_format(
     for suffix in ("md", "csv", "tex"):
         assert "GPT-2-2L + a" in (tmp_path / "report" / f"faithfulness.{suffix}").read_text()
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "counting what is left out" in page
+    assert "adjusted for the behaviour kept" in page
     assert "mean ablation" in page

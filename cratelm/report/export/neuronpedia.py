@@ -238,7 +238,7 @@ def bin_edges() -> Float[np.ndarray, " edges"]:
 
 
 def _activations(layer: _Layer, index: int) -> Iterator[dict[str, Any]]:
-    """Top excerpts of both halves, strongest first, then excerpts of the quantile intervals, strongest interval first."""
+    """Top excerpts of both halves, strongest first, then excerpts of quantile intervals, strongest interval first."""
     row, size = slice(index, index + 1), layer.per_interval
     top = [_Chosen.of(excerpt, layer) for part in layer.sets["top"] for excerpt in part.rows(row).of(0)]
     top.sort(key=lambda chosen: -chosen.value)

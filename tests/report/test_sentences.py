@@ -123,7 +123,7 @@ def test_one_model_alone_gets_its_scores_and_a_missing_loss_is_said(pair: Result
     assert "has as many parameters and 1.00 times" in verdict(replace(pair, models=(crate, pair.models[1])))[0]
 
 
-def test_intervals_that_touch_are_no_clear_difference(pair: Results, rng: np.random.Generator) -> None:
+def test_intervals_that_touch_do_not_count_as_a_clear_difference(pair: Results, rng: np.random.Generator) -> None:
     scores = pair.models[0].scores["anthropic"]
     for _ in range(50):
         ends = rng.integers(-3, 4, size=4).astype(float)

@@ -65,7 +65,7 @@ FORMAT = 1
 MADE = "made.json"
 MARKER = "cratelm-site.json"
 """Written first into a new or empty folder; a folder without it is not a site."""
-PARTS = {"texts": (texts_value, TEXTS_EACH), "neurons": (neurons_value, NEURONS_EACH)}
+CHUNKS_OF_NEURONS = {"texts": (texts_value, TEXTS_EACH), "neurons": (neurons_value, NEURONS_EACH)}
 """Name of a chunk of some neurons -> its function, and the number of neurons."""
 
 
@@ -139,7 +139,7 @@ def layer_chunks(view: LayerView) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The chunks of one layer with their names."""
     neurons = view.records.num_neurons
     yield "layer", layer_value(view)
-    for part, (make, each) in PARTS.items():
+    for part, (make, each) in CHUNKS_OF_NEURONS.items():
         for number, start in enumerate(range(0, neurons, each)):
             yield f"{part}-{number}", make(view, start)
 
@@ -151,7 +151,7 @@ def layer_chunk(view: LayerView, name: str) -> Mapping[str, Any] | None:
     match = re.fullmatch(r"(texts|neurons)-(0|[1-9]\d{0,6})", name, re.ASCII)
     if match is None:
         return None
-    make, each = PARTS[match[1]]
+    make, each = CHUNKS_OF_NEURONS[match[1]]
     start = int(match[2]) * each
     return make(view, start) if start < view.records.num_neurons else None
 

@@ -44,7 +44,7 @@ def side_by_side(entries: Sequence[RunFiring], selection: str) -> str:
         f"{scale('p')}: prediction of the simulation, relative to its largest prediction; dotted where it is too small "
         "for the token to count as relevant. Point at a token to read both.</p>"
     )
-    return f'{paragraph(selection)}{key}<div class="beside">{columns}</div>'
+    return f'{paragraph(selection)}{key}<div class="side-by-side">{columns}</div>'
 
 
 def firing_card(example: FiringExample, strings: Sequence[str]) -> str:

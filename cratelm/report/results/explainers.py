@@ -1,7 +1,7 @@
 """The scores of every explainer, simulator and control of a report's runs, and how they compare.
 
-`sampling_variance` splits the variance of a score into neurons and repetitions; `compare` compares two models layer by
-layer.
+`sampling_variance` splits the variance of a score into neurons and repetitions; `model_difference` compares two models
+layer by layer.
 """
 
 import math
@@ -46,7 +46,7 @@ class Measured:
         return not self.key.control and not self.key.sample
 
 
-def measured(results: Results) -> list[Measured]:
+def score_groups(results: Results) -> list[Measured]:
     """All scores of a report's runs, ordered by run, protocol, explainer and simulator."""
 
     def kind(key: SetKey) -> tuple[str | int, ...]:
@@ -101,7 +101,7 @@ def _last_neuron(layers: Sequence[LayerScores]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ModelDifference:
     """Two models compared by one protocol, layer by layer."""
 
     layers: tuple[int, ...]
@@ -134,7 +134,7 @@ class Comparison:
         return math.ceil(2 * ((Z_95 + Z_POWER) * self.deviation / 2) ** 2) if self.layers else None
 
 
-def compare(first: Measured, second: Measured) -> Comparison:
+def model_difference(first: Measured, second: Measured) -> ModelDifference:
     """Compare two models in the layers in which both have a score.
 
     From 6 layers on the last one is left out, as in the paper's table, and not listed in `left_out`.
@@ -149,7 +149,7 @@ def compare(first: Measured, second: Measured) -> Comparison:
         without = [m.run.title for m, by_layer in zip(models, scored, strict=True) if layer not in by_layer]
         left_out += [f"{layer}: no score in {' and '.join(without)}"] if without else []
     differences = [_resampled_mean(scored[0][i], first) - _resampled_mean(scored[1][i], second) for i in layers]
-    return Comparison(
+    return ModelDifference(
         layers=layers, difference=100 * np.mean(differences, axis=0) if layers else np.empty(0),
         deviation=_deviation([by_layer[layer] for by_layer in scored for layer in layers]),
         left_out="; ".join(left_out),

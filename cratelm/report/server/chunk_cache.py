@@ -33,7 +33,7 @@ class NotReady(Exception):
     """The search index is not complete; the message says how far it is."""
 
 
-class Cache:
+class SizedCache:
     """The last used values, up to a number of bytes; at least one value."""
 
     def __init__(self, most: int) -> None:
@@ -64,7 +64,7 @@ class Chunks:
     def __init__(self, runs: Sequence[Path], *, mode: Mode = "fixed", capabilities: Mapping[str, Any]) -> None:
         self.models, self.mode, self.capabilities = catalogue(runs, mode), mode, dict(capabilities)
         self.layers = {layer.folder: layer for layer in all_layers(self.models)}
-        self._views, self._chunks = Cache(LAYER_BYTES), Cache(CHUNK_BYTES)
+        self._views, self._chunks = SizedCache(LAYER_BYTES), SizedCache(CHUNK_BYTES)
         self._locks = {folder: threading.RLock() for folder in self.layers}
         self._stamps = {layer.folder: Stamp(partial(layer_stamp, layer)) for layer in self.layers.values()}
         self.overview = LiveOverview(CachedOverview(models=self.models, mode=self.mode))
@@ -162,7 +162,7 @@ class Chunks:
         number = int(name) + 1 if name.isascii() and name.isdigit() and len(name) < 7 else 0
         return self._search[number] if 0 < number < len(self._search) else None
 
-    def _current(self, cache: Cache, name: str, layer: Layer, make: Callable[[], tuple[Any, int]]) -> Any:
+    def _current(self, cache: SizedCache, name: str, layer: Layer, make: Callable[[], tuple[Any, int]]) -> Any:
         """The cached value, made again if the layer has changed: by one thread, while the others wait for it."""
         stamp = self._stamps[layer.folder]()
         with self._locks[layer.folder]:

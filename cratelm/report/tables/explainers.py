@@ -12,11 +12,11 @@ from cratelm.interpretation.scoring.statistics import holm
 from cratelm.interpretation.store.identities import SimulatorName
 from cratelm.report.results.explainers import (
     Measured,
-    compare,
     find,
     mean_on_same_neurons,
-    measured,
+    model_difference,
     sampling_variance,
+    score_groups,
 )
 from cratelm.report.results.gather import RESAMPLES, SEED, Results, matched_pairs, other_neurons, same_neurons
 from cratelm.report.tables.form import Cell, Column, Table
@@ -50,7 +50,7 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
     """All explainers side by side if one is a language model; variance of repeated explanations and simulations;
     pairs of models. Empty tables are left out.
     """
-    groups = measured(results)
+    groups = score_groups(results)
     tables = (
         Table(
             name="explainers", caption=f"Explainers and simulators side by side ({results.mode} mode)",
@@ -172,16 +172,16 @@ def _paired(results: Results, groups: Sequence[Measured]) -> Iterator[tuple[Cell
     for pair in matched_pairs(results.models):
         if pair[0].num_layers != pair[1].num_layers:
             continue
-        comparisons = []
+        differences = []
         for name in results.protocols:
             both = [shown.get((id(run), replace(results.asked, tap=run.tap, protocol=name))) for run in pair]
             if both[0] is not None and both[1] is not None:
-                comparisons.append((name, compare(both[0], both[1])))
-        corrected = iter(holm([comparison.p for _, comparison in comparisons if comparison.p is not None]))
-        for name, comparison in comparisons:
-            known = bool(comparison.layers)
+                differences.append((name, model_difference(both[0], both[1])))
+        corrected = iter(holm([difference.p for _, difference in differences if difference.p is not None]))
+        for name, difference in differences:
+            known = bool(difference.layers)
             yield (
-                name, f"{pair[0].title} less {pair[1].title}", comparison.mean, comparison.interval, comparison.p,
-                next(corrected) if known else None, comparison.deviation if known else None,
-                comparison.neurons_needed, len(comparison.layers), comparison.left_out or "none",
+                name, f"{pair[0].title} less {pair[1].title}", difference.mean, difference.interval, difference.p,
+                next(corrected) if known else None, difference.deviation if known else None,
+                difference.neurons_needed, len(difference.layers), difference.left_out or "none",
             )  # fmt: skip

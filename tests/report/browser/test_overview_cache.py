@@ -1,4 +1,4 @@
-"""The overview that is kept: made once for the site, the server and its next start, and never waited for."""
+"""The cached overview: computed once for the site, the server and its next start, in the background."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ def shown(chunks: Chunks) -> dict[str, Any]:
     return found
 
 
-def test_the_first_answer_does_not_wait_and_a_second_start_makes_nothing(run: Path, made: Made) -> None:
+def test_the_first_answer_does_not_wait_and_a_second_start_uses_the_cached_file(run: Path, made: Made) -> None:
     made.gate.clear()
     chunks = Chunks([run], capabilities={})
     chunks.begin()
@@ -81,7 +81,7 @@ def test_the_first_answer_does_not_wait_and_a_second_start_makes_nothing(run: Pa
     assert made.times == 1
 
 
-def test_the_site_and_the_server_share_it_and_a_site_that_is_whole_makes_none(run: Path, made: Made) -> None:
+def test_the_site_and_the_server_share_the_cached_overview(run: Path, made: Made) -> None:
     path = write_site([run], run.parent / "out").parent / "data" / "overview.js"
     first = path.read_bytes()
     write_site([run], run.parent / "out")
@@ -90,7 +90,7 @@ def test_the_site_and_the_server_share_it_and_a_site_that_is_whole_makes_none(ru
     assert made.times == 1
 
 
-def test_of_changed_runs_the_old_one_is_shown_with_a_word_until_the_new_one_is_there(run: Path, made: Made) -> None:
+def test_after_a_change_the_old_overview_is_shown_until_the_new_one_is_complete(run: Path, made: Made) -> None:
     CachedOverview(models=catalogue([run], "fixed"), mode="fixed").value()
     chunks = Chunks([run], capabilities={})
     before = shown(chunks)
@@ -111,7 +111,7 @@ def test_of_changed_runs_the_old_one_is_shown_with_a_word_until_the_new_one_is_t
         assert made.times == 1 + number
 
 
-def test_many_readers_have_it_made_once(run: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_readers_share_one_computation(run: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made.gate.clear()
     chunks, calls, gate = Chunks([run], capabilities={}), list[str](), threading.Event()
     make = served.layer_chunk
@@ -138,7 +138,7 @@ def test_many_readers_have_it_made_once(run: Path, made: Made, monkeypatch: pyte
     assert sorted(calls) == ["m0/t0/l0/layer", "m0/t0/l1/layer"]
 
 
-def test_what_was_kept_can_be_deleted_broken_or_out_of_reach(run: Path, made: Made) -> None:
+def test_the_cached_file_may_be_deleted_damaged_or_not_writable(run: Path, made: Made) -> None:
     kept = CachedOverview(models=catalogue([run], "fixed"), mode="fixed")
     first = kept.value()
     for times, harm in enumerate((b"", b"no json\n{}", b'{"stamp": "x"}\n{"cut', None), start=2):
@@ -151,7 +151,7 @@ def test_what_was_kept_can_be_deleted_broken_or_out_of_reach(run: Path, made: Ma
     assert kept.value() == first
 
 
-def test_only_so_many_are_kept(run: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_has_a_largest_number_of_files(run: Path, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_overview, "MOST", 2)
     monkeypatch.setattr(kept_overview, "overview", lambda *_: {})
     for link in "abc":
@@ -161,7 +161,7 @@ def test_only_so_many_are_kept(run: Path, made: Made, monkeypatch: pytest.Monkey
     assert made.times == 0
 
 
-def test_one_that_cannot_be_made_is_told_and_not_tried_without_end(run: Path, made: Made) -> None:
+def test_an_overview_that_fails_shows_its_error_and_is_not_tried_again(run: Path, made: Made) -> None:
     made.make = lambda *_: 1 / 0  # type: ignore[assignment]
     chunks = Chunks([run], capabilities={})
     assert "making" in shown(chunks)

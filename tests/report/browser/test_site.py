@@ -176,7 +176,7 @@ def test_dead_and_unscored_neurons_say_so(tmp_path: Path, rng: np.random.Generat
     assert any("cratelm interpret" in line and "plain" in line for line in missing)
 
 
-def test_a_run_without_records_is_told_in_words_or_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_run_without_records_is_named_or_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     [scored] = scored_runs(tmp_path, rng, "crate-2l")
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -202,7 +202,7 @@ def test_a_run_without_scores_hides_no_other(tmp_path: Path, rng: np.random.Gene
     assert any(f"cratelm interpret {runs[1].name}" in said for said in found["missing"])
 
 
-def test_a_site_tells_nothing_of_the_folders_it_was_made_in(
+def test_a_site_does_not_contain_the_paths_of_its_folders(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l")
@@ -241,9 +241,7 @@ def test_what_has_not_changed_is_not_written_again(
     assert {name.split("/")[0] for name in files(out / "data") if name[0] == "m"} == {"m0"}
 
 
-def test_a_site_that_was_interrupted_goes_on_where_it_stopped(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_site_resumes(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = scored_runs(tmp_path, rng, "crate-2l", layers=3)
     out, opened = tmp_path / "out", []
     real = site.open_layer

@@ -66,7 +66,7 @@ def test_a_site_is_written_into_an_empty_folder_and_renewed(tmp_path: Path, rng:
         ("می\u200cخواهم", "می\u200cخواهم"),
     ],
 )  # fmt: skip
-def test_letters_that_nobody_sees_are_written_out(text: str, shown: str) -> None:
+def test_invisible_letters_are_replaced(text: str, shown: str) -> None:
     assert visible(text) == shown
     assert visible(shown) == shown
 

@@ -60,7 +60,7 @@ OTHERS = {
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     for line in content.decode().splitlines():
-        yield json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        yield json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def table(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_the_same_export_twice_is_the_same_and_a_strange_folder_is_left_alone(
     assert "has notes.txt, which is not part of an export" in capsys.readouterr().err
     assert (folder / "notes.txt").read_text() == "mine"
     assert main(["export", str(run), "--format", "neuronpedia", "--out", str(out), "--model-id", "a b"]) == 2
-    assert "'a b' is no name for Neuronpedia" in capsys.readouterr().err
+    assert "--model-id must be letters" in capsys.readouterr().err
 
 
 def test_many_neurons_go_into_batches(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

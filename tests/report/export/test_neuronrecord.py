@@ -166,7 +166,7 @@ def test_imported_records_are_scored_as_the_records_they_came_from(tmp_path: Pat
     for one in (run, tmp_path / "again"):
         assert main(["interpret", str(one), "--mode", "compat", "--protocol", "top-and-random"]) == 0
         scores.append(Store.open(one).read_scores(0, "top-and-random", mode="compat").correlation)
-    # Tokens with the same text are one token in what was imported; here every text is a token of its own.
+    # Tokens with the same text are one token in what was imported; here every text is a separate token.
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-9)
     assert np.isfinite(scores[0][FIRST_TOKEN_NEURON:]).all()
 
@@ -257,7 +257,7 @@ def test_files_of_another_tool_are_imported_with_what_they_say(tmp_path: Path) -
         ('{"most_positive_activation_records": [{"tokens": ["a"], "activations": ["b"]}]}', "is not a NeuronRecord"),
     ],
 )
-def test_a_file_that_is_no_record_is_named(content: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "in" / "0").mkdir(parents=True)
     (tmp_path / "in" / "0" / "7.json").write_text(content)
     with pytest.raises(CrateError, match=message) as error:
@@ -273,7 +273,7 @@ def test_a_folder_without_records_and_a_run_with_records_are_refused(run: Path, 
         import_neuron_records(export(run, tmp_path / "out"), run)
 
 
-def test_mistakes_in_an_export_are_told_in_one_line(
+def test_mistakes_in_an_export_are_reported_in_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -133,7 +133,7 @@ def test_a_layer_without_a_score_leaves_a_gap_and_no_error(rng: np.random.Genera
     assert numbers(bars)[0].tolist() == [0, 2]
 
 
-def test_models_of_another_depth_get_a_row_of_their_own(rng: np.random.Generator) -> None:
+def test_models_of_another_depth_have_a_separate_row(rng: np.random.Generator) -> None:
     found = results(*(model(rng, f"{arch}-{layers}", arch, layers) for arch in ("crate", "gpt2") for layers in (1, 3)))
     axes = figures(found)["scores"].axes
     assert [one.get_title(loc="left") for one in axes[:4]] == [

@@ -241,7 +241,6 @@ def test_the_page_says_what_the_held_out_curve_and_compat_mode_are_not(pair: Res
     compat = replace(pair, mode="compat")
     [said] = [text for text in Reader(report_page._method(compat)).text["dd"] if "released procedure" in text]
     assert "excerpts of the released procedure" in said
-    assert "beside the paper" not in said
 
 
 def test_neurons_without_a_score_are_counted_with_the_reason(tmp_path: Path, rng: np.random.Generator) -> None:

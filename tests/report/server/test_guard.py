@@ -1,4 +1,4 @@
-"""The door of a live browser: what is refused before a handler sees it, and the requests that are read doubtfully."""
+"""The checks before the handlers of a live browser, the parsing of requests, and votes."""
 
 import asyncio
 import json
@@ -95,7 +95,7 @@ def test_other_methods_are_refused(method: str) -> None:
     assert one(app, method, **ours(app))[0] == 405
 
 
-def test_a_large_body_is_refused_whether_its_length_is_told_or_not() -> None:
+def test_a_large_body_is_refused_with_and_without_a_length_header() -> None:
     app = guard()
     assert one(app, "POST", content_length="101", **ours(app))[0] == 413
     assert one(app, "POST", parts=(b"x" * 60, b"x" * 60), **ours(app))[0] == 413
@@ -177,7 +177,7 @@ def test_this_machine_is_answered_at_every_port(port: int, hosts: list[str]) -> 
     assert one(guard(hosts=own_hosts(8080)), host="127.0.0.1")[0] == 421
 
 
-def test_more_requests_than_allowed_are_told_to_come_again() -> None:
+def test_more_requests_than_allowed_get_retry_after() -> None:
     async def many() -> list[int]:
         gate = asyncio.Event()
 
@@ -227,7 +227,7 @@ def test_requests_are_read() -> None:
         read_text_request({"model": "m", "text": "t", "neuron": 3}, Limits())
 
 
-def test_votes_are_kept_and_what_is_none_is_refused(tmp_path: Any) -> None:
+def test_votes_are_saved_and_other_values_are_refused(tmp_path: Any) -> None:
     votes = Votes(tmp_path / "new" / "votes.sqlite")
     assert votes.page() == ([], None)
     vote = {"date": "2026", "a": "m/layer/0/neuron/1", "b": "n", "explanations": ["<b>", "y"], "explainers": ["lookup"],
@@ -265,7 +265,7 @@ def test_votes_are_read_in_pages_and_a_full_file_takes_none(tmp_path: Any, monke
     assert votes.path.stat().st_size == size
 
 
-def test_a_file_for_votes_that_cannot_be_is_told_at_once(tmp_path: Any) -> None:
+def test_a_votes_file_that_is_not_writable_is_reported_at_once(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "votes.sqlite", tmp_path, tmp_path / "file" / "deeper" / "votes.sqlite"):
         with pytest.raises(CrateError, match="--votes FILE"):

@@ -174,7 +174,7 @@ def test_wrong_requests_get_one_line(server: Served, path: str, asked: dict[str,
     assert "Traceback" not in found.content.decode()
 
 
-def test_what_is_no_json_is_refused(server: Served) -> None:
+def test_a_body_that_is_not_json_is_refused(server: Served) -> None:
     own: dict[str, Any] = {"content_type": "application/json", "x_cratelm_token": server.page_token()}
     for body in (b"{", b"[]", b"\xff", b"[" * 60_000):
         assert server.ask("/api/activations", method="POST", body=body, **own).status == 400
@@ -244,7 +244,7 @@ def writing(server: Served) -> Iterator[http.client.HTTPResponse]:
         answer.close()
 
 
-def test_beyond_the_limit_a_request_is_told_to_come_again(server: Served) -> None:
+def test_a_request_beyond_the_limit_gets_retry_after(server: Served) -> None:
     with writing(server) as first, writing(server) as second:
         refused = server.post("/api/activations", {"model": "crate-2l", "text": "t"})
         assert refused.status == 429
@@ -253,7 +253,7 @@ def test_beyond_the_limit_a_request_is_told_to_come_again(server: Served) -> Non
     assert server.post("/api/activations", {"model": "crate-2l", "text": "t"}).status == 200
 
 
-def test_a_text_that_nobody_waits_for_any_more_is_not_written_on(server: Served) -> None:
+def test_generation_stops_when_the_client_disconnects(server: Served) -> None:
     for _ in range(2):
         with writing(server):
             pass
@@ -279,7 +279,7 @@ def test_bad_options_get_one_line(runs: list[Path], tmp_path: Path, capsys: pyte
         assert error.count("\n") == 0
 
 
-def test_a_language_model_explains_a_neuron_once_and_a_refusal_is_told(runs: list[Path]) -> None:
+def test_a_language_model_explains_a_neuron_once_and_a_refusal_is_reported(runs: list[Path]) -> None:
     pytest.importorskip("openai", reason="openai is not installed (extra llm)")
     from fakes.llm_server import Answer, Server, completion
 

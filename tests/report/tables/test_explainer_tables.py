@@ -1,4 +1,4 @@
-"""Explainers side by side in a report: a language model beside lookup on the same neurons, chance, pairs of models."""
+"""Explainers side by side in a report: a language model next to lookup on the same neurons, chance, pairs of models."""
 
 import asyncio
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def runs(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
     return found
 
 
-def test_a_language_model_stands_beside_lookup_on_the_same_neurons(runs: list[Path], tmp_path: Path) -> None:
+def test_a_language_model_is_shown_next_to_lookup_on_the_same_neurons(runs: list[Path], tmp_path: Path) -> None:
     for run in runs:
         ask(run, samples=2)
     both = gather(runs)
@@ -229,7 +229,7 @@ def test_lookup_is_shown_where_a_language_model_scored_less(runs: list[Path]) ->
     assert gather(runs[:1]).explainer == "scripted"
 
 
-def test_the_share_of_the_simulators_is_told_where_several_simulated_the_same_explanations(
+def test_the_share_of_the_simulators_is_shown_if_several_simulated_the_same_explanations(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     run = make_run(tmp_path / "crate-2l", rng)

@@ -1,4 +1,4 @@
-"""Neurons beside autoencoders' latents: scores times what is kept, and what it costs."""
+"""Neurons and autoencoder latents: scores times the share kept, and cost."""
 
 import json
 import shutil

@@ -184,7 +184,7 @@ def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results
     assert all(0 <= float(row["Consistency (%)"]) <= 100 for row in rows)
     section = page.split('<section id="firing">')[1].split("</section>")[0]
     assert section.count('<article class="neuron">') == 6
-    assert '<div class="beside">' in section
+    assert '<div class="side-by-side">' in section
     assert "Excerpts scored by top-and-random." in section
     assert re.search(r'<u class="p[1-8]( faint)?"><span class="\w+" title="[^"]+, predicted \d+ % of the', section)
     for run in gather_firing(results):
@@ -195,7 +195,7 @@ def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results
     assert 'href="#firing"' in page
 
 
-def test_other_explanations_and_simulations_stand_beside_in_the_table(results: Results) -> None:
+def test_the_table_has_rows_for_other_explanations_and_simulations(results: Results) -> None:
     run = results.models[1].path
     store, made = Store.open(run), replace(keys()[0], explainer="some-model", simulator="all-at-once:some-model")
     for key in keys():
@@ -208,7 +208,7 @@ def test_other_explanations_and_simulations_stand_beside_in_the_table(results: R
     assert titles[:3] == ["GPT-2-2L", "GPT-2-2L, shuffled", f"GPT-2-2L, {who}"]
 
 
-def test_scorers_stand_in_a_table_of_their_own(results: Results) -> None:
+def test_other_scorers_have_a_separate_table(results: Results) -> None:
     run = results.models[0].path
     assert judged_tables(results) == ()
     for layer in (0, 1):

@@ -63,7 +63,7 @@ def test_the_interpretability_table_holds_what_the_scores_give(tmp_path: Path, r
         assert cells(table, "95 % interval")[place] == (found.low, found.high)
 
 
-def test_every_interpretability_number_stands_beside_loss_parameters_and_flops(
+def test_every_interpretability_number_has_loss_parameters_and_flops_in_its_row(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     results = gather(scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l"))
@@ -84,7 +84,7 @@ def test_the_layer_table_counts_every_neuron_once(tmp_path: Path, rng: np.random
     assert set(cells(table, "Dead")) == {1}
 
 
-def test_a_control_stands_beside_its_model_and_below_it(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_control_is_shown_next_to_its_model_and_below_it(tmp_path: Path, rng: np.random.Generator) -> None:
     runs = scored_runs(tmp_path, rng, "gpt2-2l-random", "crate-2l", "gpt2-2l", "crate-2l-random")
     results = gather(runs)
     assert [run.title for run in results.rows] == [
@@ -107,7 +107,7 @@ def test_runs_of_one_name_are_told_apart_and_keep_their_own_controls(tmp_path: P
         assert model.random_init.path.parent == model.path.parent
 
 
-def test_from_six_layers_on_the_means_with_the_last_layer_stand_beside(
+def test_from_six_layers_on_the_means_with_the_last_layer_are_shown_too(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     [run] = scored_runs(tmp_path, rng, "crate-s", layers=6, neurons=8)

@@ -7,7 +7,7 @@ import numpy as np
 from cratelm.report.results.dial import DIALS, Dial, percent_active
 from cratelm.report.tables.form import Cell, Column, Table
 
-COLUMNS = (
+DIAL_COLUMNS = (
     Column("Model"), Column("Dial"), Column("Setting", "0.01"), Column("L0", "0.1", "neurons per token"),
     Column("Active", "0.1", "%"), Column("Loss", "0.001", "nats/token"), Column("Lookup", "0.1", "points"),
     Column("Scored", "0.1", "% of neurons"), Column("Tokens", "human", "of the loss"),
@@ -28,7 +28,7 @@ def dial_table(dials: Sequence[Dial]) -> Table:
                     lookup.get("points"), None if scored is None else 100 * scored, point["tokens"],
                 ))  # fmt: skip
     return Table(
-        name="dial", caption="Sparsity dial", columns=COLUMNS, rows=tuple(rows),
+        name="dial", caption="Sparsity dial", columns=DIAL_COLUMNS, rows=tuple(rows),
         notes=(
             "The unchanged model has penalty 1 and step size 1 (multiples of its trained values), its trained number "
             "of steps, and threshold 0. Penalty and step size change ISTA itself; a threshold sets activations to 0 "

@@ -7,7 +7,7 @@ from cratelm.report.results.gather import Results
 from cratelm.report.tables.form import Cell, Column, Table, written
 from cratelm.report.tables.paper import INTERVAL, SCORED
 
-COLUMNS = (
+FAITHFULNESS_COLUMNS = (
     Column("Protocol"), Column("Units"), Column("Layer", "count"), Column("Score", "0.1", "points"), INTERVAL,
     Column("Undefined = 0", "0.1", "points"), SCORED, Column("Kept", "0.001", "of the model"),
     Column("Adjusted", "0.1", "points"), Column("Kept", "0.001", "of the layer"),
@@ -21,7 +21,7 @@ def faithfulness(results: Results, units: Sequence[Units]) -> Table:
     rows = [_cells(name, one) for name in results.protocols for one in units if name in one.scores]
     return Table(
         name="faithfulness", caption="Scores of neurons and autoencoder latents, adjusted for the behaviour kept",
-        columns=COLUMNS, rows=tuple(rows), notes=tuple(_notes(units)),
+        columns=FAITHFULNESS_COLUMNS, rows=tuple(rows), notes=tuple(_notes(units)),
     )  # fmt: skip
 
 

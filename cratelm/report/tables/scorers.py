@@ -14,7 +14,7 @@ from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.results.gather import Results, RunResult
 from cratelm.report.tables.form import Cell, Column, Table
 
-COLUMNS = (
+SCORER_COLUMNS = (
     Column("Scorer"), Column("Model"), Column("Explained by"), Column("Asked"), Column("Layer"),
     Column("Score", "0.1", "%"), Column("95 % interval", "interval", "%"), Column("Chance", "0.1", "%"),
     Column("AUC", "0.1", "%"), Column("F1", "0.1", "%"), Column("Judged", "share", "of those asked about"),
@@ -37,7 +37,7 @@ def judged_tables(results: Results) -> tuple[Table, ...]:
     )
     order = list(SCORERS)
     ordered = tuple(sorted(rows, key=lambda row: order.index(str(row[0]))))
-    return (Table(name="scorers", caption="Other scorers", columns=COLUMNS, rows=ordered, notes=notes),)
+    return (Table(name="scorers", caption="Other scorers", columns=SCORER_COLUMNS, rows=ordered, notes=notes),)
 
 
 def _numbers() -> str:

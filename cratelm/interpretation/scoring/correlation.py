@@ -323,10 +323,7 @@ def aggregate(
 
 
 def layer_points(correlation: Float64[np.ndarray, " neurons"]) -> float | None:
-    """Mean over the scored neurons of a layer in points, rounded to 0.1 as in the paper; None if no neuron is scored.
-
-    `paper_table` makes of these the mean that `aggregate` gives, where no interval is needed.
-    """
+    """Mean over the scored neurons of a layer in points, rounded to 0.1 as in the paper; None without a scored one."""
     defined = correlation[~np.isnan(correlation)]
     return round(float((100 * defined).mean()), 1) + 0.0 if len(defined) else None
 

@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(arguments)
         sys.stdout.flush()
     except CrateError as error:
-        one_line = str(error).replace("\n", "\\n")  # a file name may hold a line break
+        from cratelm.runtime import printable
+
+        one_line = printable(str(error).replace("\n", "\\n"))  # a file name may hold a line break
         print(f"error: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

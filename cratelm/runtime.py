@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -55,7 +55,23 @@ class Team:
             dist.barrier()
 
 
-console = Console(stderr=True, highlight=False)
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, and characters that hide or reorder others, as their escapes."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\N{NO-BREAK SPACE}" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+class _SafeConsole(Console):
+    """A console that prints text as it is: no markup, and no escape sequences."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; text that is a string is made `printable`."""
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+console = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
 """Where progress and notes go; results go to standard output."""
 
 

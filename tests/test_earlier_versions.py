@@ -96,7 +96,7 @@ def test_sets_of_lookup_are_complete(name: str, show: Show, expected: Any) -> No
 
 @pytest.mark.parametrize("name", BY_MODEL)
 def test_sets_of_a_language_model_are_complete_and_it_is_not_asked_again(name: str, show: Show, expected: Any) -> None:
-    pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+    pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
     with RuleServer() as server:
         printed = show("interpret", RUN, "--layer", "1", "--skip-lookup", "--llm", server.url, *BY_MODEL[name])
     assert server.asked == []
@@ -106,7 +106,7 @@ def test_sets_of_a_language_model_are_complete_and_it_is_not_asked_again(name: s
 def test_a_set_that_is_made_again_takes_every_answer_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+    pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
     unpack(tmp_path)
     monkeypatch.chdir(tmp_path)
     empty = Path("empty")

@@ -33,7 +33,7 @@ from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet
 
-for package in ("openai", "transformers", "fastapi", "uvicorn"):
+for package in ("httpx", "transformers", "fastapi", "uvicorn"):
     pytest.importorskip(package, reason=f"{package} is not installed (extras llm, serve and dev)")
 
 T = TypeVar("T")

@@ -53,7 +53,7 @@ def run(options: Options) -> None:
         ("report", lambda: _report(options, runs + controls)),
     ]
     for number, (what, do) in enumerate(stages, 1):
-        console.print(f"[bold]{number}/{len(stages)}[/bold] {what}")
+        console.print(f"[bold]{number}/{len(stages)}[/bold] {what}", markup=True)
         if not options.dry_run:
             started = time.monotonic()
             do()

@@ -112,7 +112,7 @@ def run(options: Options) -> None:
     if options.dry_run:
         return
     for number, part in enumerate(parts, 1):
-        console.print(f"[bold]{number}/{len(parts)}[/bold] {part.run.name}")
+        console.print(f"[bold]{number}/{len(parts)}[/bold] {part.run.name}", markup=True)
         _train(options, part, data, device)
         _measure(options, part)
     _report(options, parts)

@@ -24,6 +24,10 @@ class LLMError(CrateError):
     """
 
 
+class Postponed(CrateError):
+    """One call failed after all retries for a reason that passes. Nothing is stored for it: the next run asks again."""
+
+
 class Declined(LLMError):
     """The model refused or answered nothing. It is an answer like any other: paid for, and cached."""
 
@@ -151,6 +155,11 @@ class LLM(Protocol):
         """
         ...
 
+    @property
+    def unsupported(self) -> set[str]:
+        """Parameters that the server refuses, which are not sent; what an earlier process found may be added."""
+        ...
+
     def set_logprobs_format(self, style: str, most: int) -> None:
         """Restore `logprobs_format` from an earlier process, so that it is not detected again."""
         ...
@@ -194,6 +203,7 @@ class InProcess:
     served: tuple[str, ...] = ()
     counts_exactly = True
     logprobs_format: tuple[str, int] | None = None
+    unsupported: set[str] = set()
 
     def set_logprobs_format(self, style: str, most: int) -> None:
         """Nothing to restore."""
@@ -258,6 +268,11 @@ class LLMWrapper:
     def logprobs_format(self) -> tuple[str, int] | None:
         """How its server returns prompt logprobs."""
         return self.inner.logprobs_format
+
+    @property
+    def unsupported(self) -> set[str]:
+        """Parameters that its server refuses."""
+        return self.inner.unsupported
 
     def set_logprobs_format(self, style: str, most: int) -> None:
         """Restore how its server returns prompt logprobs."""

@@ -1,7 +1,7 @@
 """A language model behind a server: vLLM, llama.cpp, `transformers serve`, or a provider, by its base URL.
 
-Differences between servers are handled here: how they return prompt logprobs (`prompt_logprobs.py`), whether they
-support a system message and a JSON schema, and OpenAI's newer parameter names.
+Differences between servers are handled here and next to here: how they return prompt logprobs (`prompt_logprobs.py`),
+which parameters they support (`parameters.py`), and the forms of their answers (`responses.py`).
 """
 
 import asyncio
@@ -9,20 +9,21 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.clients.parameters import Attempt, Parameters, chat_body
 from cratelm.interpretation.clients.prompt_logprobs import STYLES, Absent, read, request
-from cratelm.interpretation.clients.transport import Malformed, Refused, Retry, Transport
+from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text
+from cratelm.interpretation.clients.transport import Refused, Retry, Transport
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import Declined, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.interpretation.prompts.few_shot import solved_tables
+from cratelm.runtime import printable
 
-NO_SYSTEM = re.compile(r"system.{0,20}role|role.{0,20}system|roles? must alternate|only user and assistant", re.I)
-"""Error messages of servers whose chat template has no system message."""
 UNKNOWN_MODEL = re.compile(
     r"model.{0,80}(not (found|exist|served|available)|does not exist|no such|unknown)|pinned to", re.I | re.S
 )
@@ -31,6 +32,10 @@ FACTS = ("root", "parent", "owned_by", "meta", "quantization")
 CONTEXTS = ("max_model_len", "context_length", "max_context_length", "n_ctx", "n_ctx_train")
 """Fields under which servers report the context length."""
 IGNORED = "ignored"
+LENGTH = ("max_tokens", "max_output_tokens", "token_limit", "model_length")
+"""Other words of servers for the finish reason `length`."""
+LONGEST_TEXT = 1_000_000
+"""Characters of an answer; no limit of tokens that is requested allows more."""
 FEWER = 5
 """Candidates requested if a server refuses more: the most that OpenAI returns."""
 
@@ -43,8 +48,11 @@ class Endpoint:
     def __init__(
         self, url: str, model: str, *, key_from: str = "", in_flight: int = 32, timeout: float = 300.0,
         retry: Retry | None = None, usage: Usage | None = None, counter: Callable[[str], int] | None = None,
+        temperature: float = 0.0, extra: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.identity = model, model
+        """`temperature` of the endpoint's own test calls; `extra`: more fields of each chat request."""
+        self.name, self.temperature, self.extra = model, temperature, dict(extra or {})
+        self.identity = self._identity({})
         self.context: int | None = None
         self.served: tuple[str, ...] = ()
         self.logprobs_format: tuple[str, int] | None = None
@@ -55,23 +63,34 @@ class Endpoint:
         self.tokens_per_byte = 0.0
         """Measured on few-shot examples by `calibrate`; 0 if not known: then `count` assumes a token per byte."""
         self._counter = counter
-        self._no_logprobs, self._answered = "", False
+        self._no_logprobs = ""
         self._detecting = asyncio.Lock()
-        self._system, self._schema, self._limit = True, True, "max_tokens"
+        self._parameters = Parameters()
+
+    @property
+    def unsupported(self) -> set[str]:
+        """Parameters that the server refuses, which are not sent."""
+        return self._parameters.unsupported
+
+    def _identity(self, facts: Mapping[str, Any]) -> str:
+        reported = {key: facts[key] for key in FACTS if key in facts}
+        parts = [self.name, reported, *([self.extra] if self.extra else [])]
+        return json.dumps(parts, sort_keys=True) if facts or self.extra else self.name
 
     async def connect(self) -> None:
         """Ask what is served. Raises `CrateError` if no server answers; whether it knows the model shows later."""
         try:
-            listed = (await self.transport.get("/models")).get("data")
+            answer = await self.transport.get("/models")
+            listed = answer.get("data") or answer.get("models")
         except LLMError:
             listed = None  # not every server has a model list
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-        self.served = tuple(sorted(str(entry["id"]) for entry in entries if "id" in entry))
-        facts = next((entry for entry in entries if entry.get("id") == self.name), None)
-        if facts is not None:
-            self.identity = json.dumps([self.name, {key: facts[key] for key in FACTS if key in facts}], sort_keys=True)
+        by_name = {str(entry.get("id") or entry.get("name")): entry for entry in entries}
+        self.served = tuple(sorted(set(by_name) - {"None"}))
+        if (facts := by_name.get(self.name)) is not None:
+            self.identity = self._identity(facts)
             facts = facts | (facts["meta"] if isinstance(facts.get("meta"), dict) else {})
-            self.context = next((int(facts[key]) for key in CONTEXTS if facts.get(key)), None)
+            self.context = next((size for key in CONTEXTS if (size := tokens_in(facts.get(key)))), None)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -109,10 +128,12 @@ class Endpoint:
     async def _measure(self) -> float:
         text, cost = solved_tables(), (0, 0)
         try:
-            for body in self._chat_bodies([Message("user", text)], Sampling(max_tokens=4)):
-                async with self._adapting_to_refusals(body):
-                    cost = await self.transport.post("/chat/completions", body, _reported_usage)
-                    break
+            question = [Message("user", text)], Sampling(max_tokens=4, temperature=self.temperature)
+            for attempt in self._attempts(*question):
+                with attempt:
+                    cost = await self.transport.post("/chat/completions", attempt.body, _reported_usage)
+            if attempt.refusal is not None:
+                raise attempt.refusal
         except LLMError:
             body = {"model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0}
             with contextlib.suppress(LLMError):
@@ -123,66 +144,47 @@ class Endpoint:
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. Raises `LLMError` if the server refuses or fails, `CrateError` if it cannot be reached."""
         size = sum(len(message.text.encode()) for message in messages)
-        for body in self._chat_bodies(messages, sampling):
-            async with self._adapting_to_refusals(body):
-                return await self.transport.post("/chat/completions", body, partial(self._parse_chat, size))
-        raise AssertionError("each feature is dropped once")
+        for attempt in self._attempts(messages, sampling):
+            with attempt:
+                return await self.transport.post(
+                    "/chat/completions", attempt.body, partial(self._parse_chat, size), same_500s=attempt.same_500s
+                )
+        assert attempt.refusal is not None
+        await self._check_model(attempt.refusal)
+        raise attempt.refusal
 
-    def _chat_bodies(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[dict[str, Any]]:
-        """The body of each attempt: before each, one more feature that the server does not support was dropped."""
-        for _ in range(4):
-            supported = messages if self._system else without_system(messages)
+    def _attempts(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[Attempt]:
+        def build(without: Set[str]) -> dict[str, Any]:
+            supported = without_system(messages) if "system" in without else messages
             turns = [{"role": message.role, "content": message.text} for message in supported]
-            body: dict[str, Any] = {"model": self.name, "messages": turns, self._limit: sampling.max_tokens}
-            body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
-            if sampling.schema is not None and self._schema:
-                schema = {"name": "answer", "strict": True, "schema": dict(sampling.schema)}
-                body["response_format"] = {"type": "json_schema", "json_schema": schema}
-            yield body
+            return chat_body(self.name, turns, sampling, without) | self.extra
 
-    @contextlib.asynccontextmanager
-    async def _adapting_to_refusals(self, body: Mapping[str, Any]) -> AsyncIterator[None]:
-        """Suppress a refusal of an optional feature of this request, and drop the feature from later requests."""
-        try:
-            yield
-        except Refused as error:
-            if not self._drop_feature(error, body):
-                await self._check_model(error)
-                raise
-
-    def _drop_feature(self, error: Refused, body: Mapping[str, Any]) -> bool:
-        """Stop using the feature that the server refuses; whether this request used it.
-
-        The request decides, not the current state: concurrent requests are all refused before the first one adapts.
-        """
-        message = str(error)
-        if "max_tokens" in body and "max_completion_tokens" in message:
-            self._limit = "max_completion_tokens"
-        elif body["messages"][0]["role"] == "system" and len(body["messages"]) > 1 and NO_SYSTEM.search(message):
-            self._system = False
-        elif "response_format" in body and re.search(r"response_format|json_schema|grammar", message):
-            self._schema = False
-        else:
-            return False
-        return True
+        return self._parameters.attempts(build)
 
     def _parse_chat(self, size: int, answer: Mapping[str, Any]) -> Reply:
         try:
             choice = answer["choices"][0]
-            text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-            finish = str(choice.get("finish_reason") or "stop")
-            usage = answer.get("usage") or {}
-            read, generated = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            message, finish = choice.get("message"), str(choice.get("finish_reason") or "stop").lower()
+            if message is None and finish == "content_filter":
+                message = {}
+            text, refusal = answer_text(message), message.get("refusal")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Malformed(f"not a chat completion ({type(error).__name__}: {error})") from None
-        self._answered = True
-        cost = read or math.ceil(size / 3), self.count(refusal or text or "") if generated is None else generated
+        finish = "length" if finish in LENGTH else finish
+        usage = answer.get("usage") or {}
+        read = usage.get("prompt_tokens") or math.ceil(size / 3)
+        generated = usage.get("completion_tokens")
+        generated = self.count(str(refusal or text or "")[:LONGEST_TEXT]) if generated is None else generated
+        problem = ""
         if refusal:
-            raise Declined(f"the model refused: {refusal}", prompt_tokens=cost[0], new_tokens=cost[1])
-        if text is None and finish != "length":
-            message = f"the model answered nothing: finish reason {finish!r}"
-            raise Declined(message, prompt_tokens=cost[0], new_tokens=cost[1])
-        return Reply(text=text or "", finish=finish, prompt_tokens=cost[0], new_tokens=cost[1])
+            problem = f"the model refused: {str(refusal)[:LONGEST_QUOTE]}"
+        elif finish == "content_filter" or (text is None and finish != "length"):
+            problem = f"the model answered nothing: finish reason {finish!r}"
+        elif len(text or "") > LONGEST_TEXT:
+            problem = f"the model answered too much: {len(text or ''):,} characters"
+        if problem:
+            raise Declined(printable(problem), prompt_tokens=read, new_tokens=generated)
+        return Reply(text=text or "", finish=finish, prompt_tokens=read, new_tokens=generated)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Prompt logprobs. Raises `LLMError` if the server does not return them."""
@@ -243,15 +245,25 @@ class Endpoint:
 
     async def _check_model(self, error: Refused) -> None:
         """If a refusal is about the model's name, raise an error that lists what the server has."""
-        if self._answered or self.name in self.served or not (error.status == 404 or UNKNOWN_MODEL.search(str(error))):
+        if (
+            self.transport.answered
+            or self.name in self.served
+            or not (error.status == 404 or UNKNOWN_MODEL.search(str(error)))
+        ):
             return
         if not self.served:
             await self.connect()
         if self.name not in self.served:
-            listed = ", ".join(self.served[:20]) or "no models"
+            listed = printable(", ".join(self.served[:20])) or "no models"
             raise CrateError(
                 f"{self.transport.url} does not serve {self.name} (it serves: {listed}). {error}"
             ) from None
+
+
+def tokens_in(value: Any) -> int | None:
+    """A number of tokens as servers write it: 4096, 4096.0, "4096", "128k", "1M"; None if it is something else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)", str(value).strip().lower().replace(",", ""))
+    return int(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2]]) or None if match else None
 
 
 def _reported_usage(answer: Mapping[str, Any]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.interpretation.llm import LLM, LLMError, Message, Prompt, PromptLogprobs, Sampling
+from cratelm.interpretation.reasoning import without_reasoning
 
 WORDS = ("10", "unknown", *map(str, range(10)))
 """Cells after a tab in a simulator's tables; how the tokenizer splits them decides how they are read."""
@@ -87,15 +88,19 @@ class Capabilities:
         return f"{self.name}: {'; '.join(can)}{context}"
 
 
-async def probe(llm: LLM, *, top: int = 15, meter: Callable[[LLM], LLM] | None = None) -> Capabilities:
+async def probe(
+    llm: LLM, *, top: int = 15, meter: Callable[[LLM], LLM] | None = None, temperature: float = 0.0
+) -> Capabilities:
     """Make a few small calls and check the answers. `meter` wraps the model to count the cost.
+
+    Chats have the `temperature` of the explanations to come: some servers refuse some temperatures.
 
     Raises `CrateError` if its server cannot be reached, refuses the key, or does not serve the model.
     """
     notes: list[str] = []
     await llm.connect()
     metered = meter(llm) if meter is not None else llm
-    chat = await _chats(metered, notes)
+    chat = await _chats(metered, temperature, notes)
     answers = await _prompt_logprobs(metered, top, notes)
     if llm.served and llm.name not in llm.served:
         notes.append(f"the server answers as {llm.name}, but lists only {', '.join(llm.served[:5])}")
@@ -104,13 +109,13 @@ async def probe(llm: LLM, *, top: int = 15, meter: Callable[[LLM], LLM] | None =
         name=llm.name, served=llm.served, context=llm.context, chat=chat, prompt_logprobs=bool(answers),
         style=style if answers else "", top=_candidates(answers[0]) if answers else 0,
         pieces=_pieces(answers[0]) if answers else {}, most=most if answers else None,
-        schema=chat and await _follows_a_schema(metered, notes), notes=tuple(notes),
+        schema=chat and await _follows_a_schema(metered, temperature, notes), notes=tuple(notes),
     )  # fmt: skip
 
 
-async def _chats(llm: LLM, notes: list[str]) -> bool:
+async def _chats(llm: LLM, temperature: float, notes: list[str]) -> bool:
     try:
-        await llm.chat([Message("user", "Say hello.")], Sampling(max_tokens=4))
+        await llm.chat([Message("user", "Say hello.")], Sampling(max_tokens=4, temperature=temperature))
     except LLMError as error:
         notes.append(f"no chat: {error}")
         return False
@@ -183,13 +188,13 @@ def _pieces(answer: PromptLogprobs) -> dict[str, tuple[str, ...]]:
     return pieces
 
 
-async def _follows_a_schema(llm: LLM, notes: list[str]) -> bool:
+async def _follows_a_schema(llm: LLM, temperature: float, notes: list[str]) -> bool:
     """Whether a question that is usually not answered in JSON is answered in JSON."""
     turns = [Message("user", "Write a line of a poem about boats.")]
     try:
-        reply = await llm.chat(turns, Sampling(max_tokens=64, schema=SCHEMA))
-        value = json.loads(reply.text)
-    except (LLMError, json.JSONDecodeError):
+        reply = await llm.chat(turns, Sampling(max_tokens=64, temperature=temperature, schema=SCHEMA))
+        value = json.loads(without_reasoning(reply.text))
+    except (LLMError, ValueError, RecursionError):
         notes.append("answers do not follow a JSON schema")
         return False
     return isinstance(value, dict) and list(value) == ["boats"] and isinstance(value["boats"], int)

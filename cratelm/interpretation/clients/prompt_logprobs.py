@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cratelm.interpretation.clients.responses import Malformed
 from cratelm.interpretation.clients.token_alignment import TokenSpan, align
-from cratelm.interpretation.clients.transport import Malformed
 from cratelm.interpretation.llm import Prompt, PromptLogprobs
 
 STYLES = ("vllm", "openai")

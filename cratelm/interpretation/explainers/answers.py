@@ -8,6 +8,8 @@ import re
 from cratelm.activations.records import Mode
 from cratelm.interpretation.llm import LLMError, Reply
 from cratelm.interpretation.prompts.explainer import explanation_prefix
+from cratelm.interpretation.reasoning import without_reasoning
+from cratelm.runtime import printable
 
 CUT_OFF = " …"
 """Behind an explanation that ended because the answer might not be longer."""
@@ -27,7 +29,6 @@ _REFUSALS = re.compile(
     re.IGNORECASE,
 )
 """How an answer begins that gives none. Only at its beginning: elsewhere an explanation may speak of such words."""
-_THOUGHTS = re.compile(r"<think(ing)?>.*?(</think(ing)?>|$)", re.DOTALL | re.IGNORECASE)
 _LABEL = re.compile(r"^(answer|explanation)( of( the behaviou?r of)? neuron \d+)?\s*:\s*", re.IGNORECASE)
 _OPENING = re.compile(
     r"^((this|the|that) neuron|neuron \d+|it)( seems to| appears to| mainly| mostly| primarily)?"
@@ -41,19 +42,19 @@ _AROUND = ' \t\r\n*_`"“”‘’'
 def explanation_of(reply: Reply, mode: Mode = "fixed") -> str:
     """The explanation in an answer. Raises `LLMError` with its text where there is none.
 
-    In `compat` mode an answer is taken as it is, as the released code does; only an empty one fails.
+    In `compat` mode an answer without its reasoning is taken as it is, as in the released code; an empty one fails.
     """
-    text = reply.text.strip()
+    text = without_reasoning(reply.text)
     if mode == "compat":
         if not text:
             raise LLMError("empty answer: the model said nothing")
         return text
-    said = _THOUGHTS.sub("", text).strip()
-    if not said:
-        raise LLMError(f"empty answer: {quoted(text) if text else 'the model said nothing'}")
-    bare = _bare(said)
-    if _REFUSALS.match(said) or _REFUSALS.match(bare):
-        raise LLMError(f"refused: {quoted(said)}")
+    if not text:
+        said = f"only reasoning: {quoted(reply.text)}" if reply.text.strip() else "the model said nothing"
+        raise LLMError(f"empty answer: {said}")
+    bare = _bare(text)
+    if _REFUSALS.match(text) or _REFUSALS.match(bare):
+        raise LLMError(f"refused: {quoted(text)}")
     found, ended = _first_sentence(bare)
     if not re.search(r"\w", found):
         raise LLMError(f"empty answer: {quoted(text)}")
@@ -83,5 +84,5 @@ def _first_sentence(said: str) -> tuple[str, bool]:
 
 def quoted(text: str) -> str:
     """A failed answer on one line, cut where it is long."""
-    flat = " ".join(text.split())
+    flat = printable(" ".join(text.split()))
     return f'"{flat[:SHOWN]}{"…" if len(flat) > SHOWN else ""}"'

@@ -52,8 +52,9 @@ class ExplainerSettings:
 
 
 def explainer_settings(
-    mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0, rounding: Rounding | None = None
-) -> ExplainerSettings:
+    mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0, rounding: Rounding | None = None,
+    max_tokens: int | None = None,
+) -> ExplainerSettings:  # fmt: skip
     """The settings of a mode; the default temperature is 1 in `compat` mode and for several samples, otherwise 0."""
     if temperature is None:
         temperature = 1.0 if mode == "compat" or samples > 1 else 0.0
@@ -62,7 +63,11 @@ def explainer_settings(
             "--temperature 0 gives the same explanation every time. Use --samples 1, or a temperature above 0"
         )
     return ExplainerSettings(
-        mode=mode, temperature=temperature, seed=seed, max_tokens=MAX_TOKENS[mode], rounding=rounding or OWN[mode]
+        mode=mode,
+        temperature=temperature,
+        seed=seed,
+        max_tokens=max_tokens or MAX_TOKENS[mode],
+        rounding=rounding or OWN[mode],
     )
 
 

@@ -153,12 +153,16 @@ def structured_answer(tokens: Sequence[str], activations: Sequence[int]) -> str:
     return json.dumps({"activations": rows}, ensure_ascii=False)
 
 
-def structured_schema(tokens: int) -> Mapping[str, object]:
-    """The JSON schema of an answer about so many tokens."""
-    row = {
-        "type": "object", "required": ["token", "activation"], "additionalProperties": False,
-        "properties": {"token": {"type": "string"}, "activation": {"type": "integer", "minimum": 0, "maximum": 10}},
-    }  # fmt: skip
-    rows = {"type": "array", "items": row, "minItems": tokens, "maxItems": tokens}
+def structured_schema(tokens: Sequence[str]) -> Mapping[str, object]:
+    """The JSON schema of an answer about these tokens, each in its place."""
+    number = {"type": "integer", "minimum": 0, "maximum": 10}
+    items = [
+        {
+            "type": "object", "required": ["token", "activation"], "additionalProperties": False,
+            "properties": {"token": {"type": "string", "const": token}, "activation": number},
+        }
+        for token in tokens
+    ]  # fmt: skip
+    rows = {"type": "array", "prefixItems": items, "minItems": len(tokens), "maxItems": len(tokens)}
     properties = {"activations": rows}
     return {"type": "object", "required": ["activations"], "additionalProperties": False, "properties": properties}

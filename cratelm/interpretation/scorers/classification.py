@@ -23,6 +23,7 @@ import numpy as np
 from cratelm.activations.records import Excerpt
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM, LLMError, Message, Prompt, Sampling
+from cratelm.interpretation.reasoning import without_reasoning
 from cratelm.interpretation.scorers.results import UNREADABLE, Judged, Unreadable, enough
 from cratelm.interpretation.scorers.windows import (
     TOO_FEW,
@@ -37,7 +38,6 @@ from cratelm.interpretation.scorers.windows import (
 )
 from cratelm.rundir import read_json
 
-_AROUND = re.compile(r"<think(ing)?>.*?(</think(ing)?>|$)", re.DOTALL | re.IGNORECASE)
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
@@ -274,12 +274,12 @@ def _read(said: str, kind: str, count: int) -> list[int] | None:
     Text around the single JSON object is ignored, and so is the reasoning of a reasoning model. Nothing else is
     repaired: in a list of the wrong length the model lost count, and its numbers cannot be assigned to items.
     """
-    objects = _OBJECT.findall(_AROUND.sub("", said))
+    objects = _OBJECT.findall(without_reasoning(said))
     if len(objects) != 1:
         return None
     try:
         found = json.loads(objects[0])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     name = "intruder" if kind == "intruder" else "answers"
     if set(found) != {name}:

@@ -24,15 +24,16 @@ from cratelm.interpretation.store.identities import SimulationMethod
 METHODS: tuple[SimulationMethod, ...] = get_args(SimulationMethod)
 
 
-async def open_simulator(method: str, llm: LLM, *, mode: Mode = "fixed") -> TextSimulator:
+async def open_simulator(method: str, llm: LLM, *, mode: Mode = "fixed", answer_tokens: int = 0) -> TextSimulator:
     """Open the simulator of this method; the methods that read logprobs first test how the model tokenizes numbers.
 
+    `answer_tokens` is the smallest limit of a structured answer.
     Raises `LLMError` if the model does not give prompt logprobs.
     """
     if method not in METHODS:
         raise CrateError(f"--simulator must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "structured":
-        return Structured(llm=llm, mode=mode)
+        return Structured(llm=llm, mode=mode, answer_tokens=answer_tokens)
     ten, unknown = await find_notation(llm)
     read_out = ReadOut.of(mode, ten_is_one_token=ten)
     if method == "token-by-token":

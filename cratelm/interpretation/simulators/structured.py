@@ -5,7 +5,6 @@ The answer must repeat each token once and unchanged, with its activation.
 
 import asyncio
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,13 @@ from cratelm.interpretation.llm import LLM, LLMError, Sampling
 from cratelm.interpretation.prompts import simulator as prompts
 from cratelm.interpretation.prompts.escaping import escaped, unescaped
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
+from cratelm.interpretation.reasoning import without_reasoning
 from cratelm.interpretation.simulators.prompt_fitting import simulation_settings
 from cratelm.interpretation.simulators.simulation import Activations
 from cratelm.interpretation.store.identities import SimulatorName
+
+MOST_OBJECTS = 100
+"""Places in an answer at which a JSON object is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,8 @@ class Structured:
     mode: Mode = "fixed"
     """In `compat` mode an excerpt with an unusable answer gets activation 0 everywhere, as in the released code."""
     left_out: int = 0
+    answer_tokens: int = 0
+    """Tokens of an answer at least, for models that reason first."""
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -46,7 +51,8 @@ class Structured:
 
     def cache_settings(self) -> dict[str, Any]:
         """Every setting that the simulations depend on."""
-        return simulation_settings(str(self.name), self.llm, {"mode": self.mode})
+        limit = {"answer_tokens": self.answer_tokens} if self.answer_tokens else {}
+        return simulation_settings(str(self.name), self.llm, {"mode": self.mode, **limit})
 
     def needs(self, _: Iterable[Sequence[str]]) -> int:
         """None: the prompts show all few-shot neurons."""
@@ -60,7 +66,8 @@ class Structured:
         chat = prompts.structured_chat(explanation, tokens, few_shot_neurons(), escaped=self.mode == "fixed")
         longest = self.llm.count(prompts.structured_answer(tokens, [10] * len(tokens)))
         # Half as much again, for line breaks and spaces that our own layout does not have.
-        sampling = Sampling(max_tokens=longest + longest // 2 + 32, schema=prompts.structured_schema(len(tokens)))
+        limit = max(longest + longest // 2 + 32, self.answer_tokens)
+        sampling = Sampling(max_tokens=limit, schema=prompts.structured_schema(tokens))
         reply = await self.llm.chat(chat, sampling)
         self.counts["tokens"] += len(tokens)
         try:
@@ -74,12 +81,10 @@ class Structured:
 
 def structured_activations(answer: str, tokens: Sequence[str]) -> Activations:
     """Parse the activations in an answer. Raises `LLMError`, with the answer, if the answer is malformed."""
-    fenced = re.search(r"```(?:json)?\s*\n(.*?)```", answer, re.DOTALL)
-    try:
-        parsed = json.loads(fenced[1] if fenced else answer, strict=False)  # allows a raw line break in a string
-    except json.JSONDecodeError as error:
-        raise LLMError(f"the answer is not JSON ({error.msg}): {quoted(answer)}") from None
-    rows = parsed.get("activations") if isinstance(parsed, dict) else None
+    objects, reason = _objects(without_reasoning(answer))
+    if not objects:
+        raise LLMError(f"the answer is not JSON ({reason}): {quoted(answer)}")
+    rows = next((parsed["activations"] for parsed in reversed(objects) if "activations" in parsed), None)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise LLMError(f"the answer has no list of activations: {quoted(answer)}")
     if len(rows) != len(tokens):
@@ -95,6 +100,24 @@ def structured_activations(answer: str, tokens: Sequence[str]) -> Activations:
     return np.array([float(row["activation"]) for row in rows])
 
 
+def _objects(answer: str) -> tuple[list[dict[str, Any]], str]:
+    """The JSON objects in an answer, with words or fences around them, and why the first one cannot be read."""
+    decoder, objects, reason = json.JSONDecoder(strict=False), list[dict[str, Any]](), "Expecting value"
+    start = answer.find("{")
+    for _ in range(MOST_OBJECTS):
+        if start < 0:
+            break
+        try:
+            value, end = decoder.raw_decode(answer, start)  # not strict: allows a raw line break in a string
+            objects.append(value)
+        except (ValueError, RecursionError) as error:
+            reason, end = getattr(error, "msg", str(error)) if reason == "Expecting value" else reason, start + 1
+        start = answer.find("{", end)
+    whole = [value for value in objects if "activations" in value]
+    return (whole or ([] if reason != "Expecting value" else objects)), reason
+
+
 def _is_token(text: Any, token: str) -> bool:
-    r"""Whether an answer spells a token, escaped or not: a line break for `\n`."""
-    return isinstance(text, str) and token in (text, escaped(text)) or text == unescaped(token)
+    r"""Whether an answer spells a token, escaped or not: a line break for `\n`. A leading space may be lost."""
+    spelled = isinstance(text, str) and (text in (token, unescaped(token)) or escaped(text) == token)
+    return spelled or (token.startswith(" ") and _is_token(text, token[1:]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLMError
+from cratelm.interpretation.llm import LLMError, Postponed
 
 T = TypeVar("T")
 QUOTED = 300
@@ -44,11 +44,12 @@ async def each(
 
     `keep` and `fail` write in a thread. Results that become ready meanwhile are the next batch, so a slow disk makes
     larger batches and not slower work. Failures are written after the next success: if the work ends before, they are
-    due to the model and not to those neurons. `kept` reports progress.
+    due to the model and not to those neurons. Neurons whose call is `Postponed` are not written: an error names them
+    after the others, and the next run asks about them again. `kept` reports progress.
     """
     patience = patience or Patience()
     tally, remaining = Tally(), iter(neurons)
-    streak: dict[int, str] = {}
+    streak, postponed = dict[int, str](), dict[int, str]()
     pending: dict[asyncio.Task[T], int] = {}
     results, failures = dict[int, T](), dict[int, str]()
     ended: CrateError | None = None
@@ -60,40 +61,52 @@ async def each(
             if results:  # written while the next neurons are in progress
                 tally.done, tally.failed = tally.done + len(results), tally.failed + len(streak)
                 await _written(keep, results)
-                await _written(fail, streak)
+                await _written(fail, _without(streak, postponed))
                 streak = {}
             kept(len(results) + len(failures))
             if not pending:
                 break
             ready, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            results, failures, broken = _sorted({task: pending.pop(task) for task in ready})
+            results, failures, broken = _sorted({task: pending.pop(task) for task in ready}, postponed)
             ended, streak = ended or broken, streak | failures
             if not results and ended is None and len(streak) >= (patience.in_a_row if tally.done else patience.first):
                 ended, lost = _lost(streak, tally), True
         if not lost:
             tally.failed += len(streak)
-            await _written(fail, streak)
+            await _written(fail, _without(streak, postponed))
     finally:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        results, _, _ = _sorted({task: neuron for task, neuron in pending.items() if not task.cancelled()})
+        results, _, _ = _sorted({task: neuron for task, neuron in pending.items() if not task.cancelled()}, postponed)
         if results:
             keep(results)
+    if ended is None and postponed:
+        ended = CrateError(
+            f"{len(postponed)} neurons got no answer: {next(iter(postponed.values()))}. The others are stored. "
+            "Run the same command again to ask about these"
+        )
     if ended is not None:
         raise ended
     return tally
 
 
-def _sorted(tasks: Mapping["asyncio.Future[T]", int]) -> tuple[dict[int, T], dict[int, str], CrateError | None]:
-    """Results and failures of finished tasks by neuron, and the error that ends the work, if there is one."""
+def _sorted(
+    tasks: Mapping["asyncio.Future[T]", int], postponed: dict[int, str]
+) -> tuple[dict[int, T], dict[int, str], CrateError | None]:
+    """Results and failures of finished tasks by neuron, and the error that ends the work, if there is one.
+
+    Failures that are `Postponed` are added to `postponed` too.
+    """
     results: dict[int, T] = {}
     failures: dict[int, str] = {}
     ended: CrateError | None = None
     errors = [task.exception() for task in tasks]  # all are retrieved before one is raised
     for (task, neuron), error in zip(tasks.items(), errors, strict=True):
-        if isinstance(error, LLMError):
+        if isinstance(error, LLMError | Postponed):
             failures[neuron] = str(error)
+            if isinstance(error, Postponed):
+                postponed[neuron] = str(error)
         elif isinstance(error, CrateError):
             ended = ended or error
         elif error is not None:
@@ -101,6 +114,10 @@ def _sorted(tasks: Mapping["asyncio.Future[T]", int]) -> tuple[dict[int, T], dic
         else:
             results[neuron] = task.result()
     return results, failures, ended
+
+
+def _without(failures: Mapping[int, str], postponed: Mapping[int, str]) -> dict[int, str]:
+    return {neuron: text for neuron, text in failures.items() if neuron not in postponed}
 
 
 async def _written(write: Callable[[Mapping[int, T]], None], rows: Mapping[int, T]) -> None:

@@ -13,15 +13,18 @@ import secrets
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.reasoning import is_cut, larger_limit, spoken
 from cratelm.interpretation.store.database import Store, StoreBusy
+from cratelm.runtime import console
 
 DECLINED = "declined"
 """Key of a kept answer that is none: what the model said instead."""
@@ -46,15 +49,27 @@ class Cached(LLMWrapper):
         self._working: set[asyncio.Task[None]] = set()
         self._unwritten: list[tuple[Row, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self._noted, self._ending = set[str](), False
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """The cached answer, or the model's."""
-        key = chat_hash(self.inner.identity, messages, sampling)
-        if (future := self._joined(key)) is None:
-            future = self._asking[key] = asyncio.get_running_loop().create_future()
-            work = asyncio.create_task(self._answer(key, future, lambda: self.inner.chat(messages, sampling), asdict))
-            self._keep_running(work)
-        return Reply(**_accepted(await asyncio.shield(future)))
+        """The cached answer, or the model's, without its reasoning.
+
+        After an answer that its limit of tokens ended within the reasoning, a larger limit is tried once.
+        """
+        limit = sampling.max_tokens
+        for last in (False, True):
+            asked = replace(sampling, max_tokens=limit)
+            key = chat_hash(self.inner.identity, messages, asked)
+            if (future := self._joined(key)) is None:
+                future = self._asking[key] = asyncio.get_running_loop().create_future()
+                call = partial(self.inner.chat, messages, asked)
+                self._keep_running(asyncio.create_task(self._answer(key, future, call, asdict)))
+            reply = Reply(**_accepted(await asyncio.shield(future)))
+            larger = larger_limit(self.inner, messages, sampling)
+            if last or larger == limit or not is_cut(reply, limit):
+                break
+            limit = larger
+        return replace(reply, text=spoken(reply, limit))
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """The cached prompt logprobs, or the model's. One call for each prompt: if one fails, the others are cached."""
@@ -69,6 +84,12 @@ class Cached(LLMWrapper):
             futures.append(future)
         answers = [_accepted(await asyncio.shield(future)) for future in futures]
         return [logprobs_from_json(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    async def settle(self) -> None:
+        """Wait until the answers of calls in flight are on disk, and begin no more calls. The work has ended."""
+        self._ending = True
+        while self._working:
+            await asyncio.wait(self._working)
 
     def _joined(self, key: str) -> Answer | None:
         """The answer to a call in flight, which counts as a cache hit."""
@@ -91,12 +112,15 @@ class Cached(LLMWrapper):
                 self.usage.cached += 1
             else:
                 async with self._slot():
+                    if self._ending:
+                        raise CrateError("the work has ended")
                     try:
                         answer = to_json(await call())
                     except Declined as error:
                         paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
                         answer = {DECLINED: str(error), **paid}
                     await self._keep(self._row(key, answer))
+                    await self._note_unsupported()
         except Exception as error:
             self._done(key, future, error)
         else:
@@ -138,6 +162,15 @@ class Cached(LLMWrapper):
             self._writer = asyncio.create_task(self._write())
         await written
 
+    async def _note_unsupported(self) -> None:
+        """Note which parameters the server refuses, next to the results, so that later processes know it."""
+        if not self._noted >= self.inner.unsupported:
+            self._noted = set(self.inner.unsupported)
+            names = ", ".join(sorted(self._noted))
+            console.print(f"the server of {self.name} does not support, so not sent: {names}", soft_wrap=True)
+            note = json.dumps(sorted(self._noted))
+            await asyncio.to_thread(self.store.note, unsupported_note(self.identity), note)
+
     async def _keep_unparsed(self, prompt_tokens: int, new_tokens: int) -> None:
         await self._keep(lost_row(self.inner.name, prompt_tokens, new_tokens))
 
@@ -176,6 +209,11 @@ def _accepted(answer: dict[str, Any]) -> dict[str, Any]:
 def _single_to_json(prompt: Prompt, answers: Sequence[PromptLogprobs]) -> dict[str, Any]:
     (answer,) = answers
     return logprobs_to_json(prompt, answer)
+
+
+def unsupported_note(identity: str) -> str:
+    """The name of the note of parameters that the server of a model refuses."""
+    return f"unsupported parameters of {identity}"
 
 
 def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:

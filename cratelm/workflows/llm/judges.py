@@ -44,8 +44,9 @@ class Judges:
 
 
 async def find_judges(
-    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str, pieces: Callable[[], Sequence[bytes]]
-) -> Judges | None:
+    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str,
+    pieces: Callable[[], Sequence[bytes]], answer_tokens: int | None = None,
+) -> Judges | None:  # fmt: skip
     """Open the models that the scorers need; None without other scorers. Raises `CrateError` if one is missing."""
     asked = tuple(name for name in scorers if name != SIMULATION)
     if not asked:
@@ -61,7 +62,8 @@ async def find_judges(
         from cratelm.encoder import DEFAULT, SentenceEncoder
 
         opened = SentenceEncoder.open(encoder or DEFAULT)
-    context = JudgeContext(pieces=pieces(), questions=Questions(), llm=chat, encoder=opened)
+    questions = Questions(answer_tokens=answer_tokens) if answer_tokens else Questions()
+    context = JudgeContext(pieces=pieces(), questions=questions, llm=chat, encoder=opened)
     return Judges(scorers=asked, context=context, reader=reader)
 
 

@@ -17,9 +17,9 @@ from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.simulators.self_test import require_self_test, self_test
 from cratelm.interpretation.simulators.simulation import TextSimulator
-from cratelm.interpretation.store.answer_cache import Cached, add_calls, lost_row
+from cratelm.interpretation.store.answer_cache import Cached, add_calls, lost_row, unsupported_note
 from cratelm.interpretation.store.database import Store
-from cratelm.runtime import console
+from cratelm.runtime import console, human
 from cratelm.workflows.options.language_model import Explaining, Simulating, Spending
 
 
@@ -39,7 +39,7 @@ class LLMs:
             await measure(llm, store, usage)
 
     async def ask_what_it_can(
-        self, llm: LLM, store: Store, method: str, meter: Callable[[LLM], Metered]
+        self, llm: LLM, store: Store, method: str, meter: Callable[[LLM], Metered], temperature: float = 0.0
     ) -> Capabilities:  # fmt: skip
         """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
 
@@ -51,7 +51,7 @@ class LLMs:
         found = _known(store, name, method)
         if found is None:
             async with noted_cost(llm, store, meter(llm).usage):
-                found = await probe(llm, meter=meter)
+                found = await probe(llm, meter=meter, temperature=temperature)
             if store.path.exists():
                 store.note(name, json.dumps(found.row()))
         elif llm.logprobs_format is None and found.most is not None:
@@ -64,13 +64,19 @@ class LLMs:
 
 @asynccontextmanager
 async def noted_cost(llm: LLM, store: Store, usage: Usage) -> AsyncIterator[None]:
-    """Note in the store what is spent on questions whose answers are not kept, so that a budget knows of it later."""
+    """Print and store what test calls cost, whose answers are not cached: the budget of later processes includes it."""
     calls, read, written = usage.calls, usage.prompt_tokens, usage.new_tokens
     try:
         yield
     finally:
-        if store.path.exists() and usage.calls > calls:
-            add_calls(store, [lost_row(llm.name, usage.prompt_tokens - read, usage.new_tokens - written)])
+        cost = usage.prompt_tokens - read, usage.new_tokens - written
+        if usage.calls > calls:
+            number = usage.calls - calls
+            console.print(
+                f"probe of {llm.name}: {number} {'calls' if number > 1 else 'call'}, {human(sum(cost))} tokens"
+            )
+            if store.path.exists():
+                add_calls(store, [lost_row(llm.name, *cost)])
 
 
 async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
@@ -79,7 +85,10 @@ async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
     What prompts leave out where the context is short depends on it, so it has to be the same whenever a set is gone on
     with.
     """
-    if llm is None or llm.counts_exactly:
+    if llm is None:
+        return
+    llm.unsupported.update(json.loads(store.noted(unsupported_note(llm.identity)) or "[]"))
+    if llm.counts_exactly:
         return
     name = f"tokens per byte of {llm.identity}"
     known = store.noted(name)
@@ -170,8 +179,9 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
         return LocalLLM.open(where, device=explaining.device)
     counter = _counter(explaining.llm_tokenizer) if explaining.llm_tokenizer else None
     endpoint = Endpoint(
-        where, model, key_from=explaining.llm_key, in_flight=spending.in_flight, counter=counter, usage=usage
-    )
+        where, model, key_from=explaining.llm_key, in_flight=spending.in_flight, counter=counter, usage=usage,
+        timeout=explaining.timeout, temperature=explaining.temperature or 0.0, extra=explaining.extra,
+    )  # fmt: skip
     await endpoint.connect()
     if not model:
         await endpoint.close()
@@ -191,7 +201,9 @@ def _counter(source: str) -> Any:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities) -> TextSimulator:
+async def choose_simulator(
+    llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities, *, answer_tokens: int = 0
+) -> TextSimulator:
     """How a model simulates, and why. Refused where it cannot do what was asked for."""
     method, why = simulating.simulator, "as asked for"
     if method == "auto" and can.prompt_logprobs:
@@ -205,7 +217,7 @@ async def choose_simulator(llm: LLM, simulating: Simulating, mode: Mode, can: Ca
             f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
             "Use --simulator structured, or another --simulator-llm"
         )
-    simulator = await open_simulator(method, llm, mode=mode)
+    simulator = await open_simulator(method, llm, mode=mode, answer_tokens=answer_tokens)
     console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
     return simulator
 

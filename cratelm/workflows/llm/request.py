@@ -99,7 +99,7 @@ class InterpretRequest:
         asked = self.explaining
         return explainer_settings(
             self.selection.mode, samples=asked.samples, temperature=asked.temperature, seed=asked.seed,
-            rounding=ROUNDINGS[asked.rounding],
+            rounding=ROUNDINGS[asked.rounding], max_tokens=asked.max_answer_tokens,
         )  # fmt: skip
 
     def named(self, model: str) -> str:

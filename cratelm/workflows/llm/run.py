@@ -22,7 +22,7 @@ from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.parts import merge
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.rundir import claim
-from cratelm.runtime import human
+from cratelm.runtime import human, printable
 from cratelm.workflows.llm.judges import print_judged
 from cratelm.workflows.llm.opening import LLMs, explainer_name, open_llms
 from cratelm.workflows.llm.request import InterpretRequest
@@ -45,6 +45,7 @@ async def interpret(request: InterpretRequest, *, quiet: bool = False) -> None:
         llms = await opened.enter_async_context(_open(request, usage))
         for run in runs:
             works.append(work := RunWork(request=request, run=run, llms=llms, usage=usage, quiet=quiet))
+            opened.push_async_callback(work.settle)
             if await work.prepare():
                 with contextlib.closing(work.steps()) as steps:
                     for task, make in steps:
@@ -173,7 +174,7 @@ def _print_usage(request: InterpretRequest, runs: Sequence[Path], usage: Usage) 
     line = f"asked: {usage.line()} ({human(usage.prompt_tokens)} read, {human(usage.new_tokens)} written)"
     print("\n" + line + (f", price {price / 1e6:.2f}" if price else ""))
     failed = Counter(
-        f"{stage}: {failure_kind(message)}"
+        f"{stage}: {printable(failure_kind(message))}"
         for run in runs
         for stage, message in all_failures(Store(run) if not spending.part else Store(run, spending.share[0]))
     )

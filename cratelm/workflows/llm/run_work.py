@@ -1,5 +1,6 @@
 """The work on one run: opens its explainer, simulator and judges, plans, and yields the sets to make."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -63,18 +64,25 @@ class RunWork:
             self.simulator = await self._open_simulator()
         self.judges = await find_judges(
             request.scorers, chat=self._cached(llms.judge), encoder=request.encoder, pieces=lambda: self._pieces,
-            reader=self._cached(llms.simulator or llms.judge),
+            reader=self._cached(llms.simulator or llms.judge), answer_tokens=request.explaining.max_answer_tokens,
         )  # fmt: skip
         await self._print_estimate()
         return not request.spending.dry_run
+
+    async def settle(self) -> None:
+        """Wait until the answers to calls in flight are stored: they are paid for."""
+        await asyncio.gather(*(llm.settle() for llm in self._models.values()))
 
     async def _open_simulator(self) -> LLMSimulator:
         request, llm, simulating = self.request, self.llms.simulator, self.request.simulating
         assert llm is not None
         assert simulating is not None
         meter = partial(metered, usage=self.usage, spending=request.spending, spent_before=self.spent_before)
-        can = await self.llms.ask_what_it_can(llm, self.store, simulating.simulator, meter)
-        simulator = await choose_simulator(self._cached(llm), simulating, request.selection.mode, can)
+        temperature, limit = request.settings.temperature, request.explaining.max_answer_tokens or 0
+        can = await self.llms.ask_what_it_can(llm, self.store, simulating.simulator, meter, temperature)
+        simulator = await choose_simulator(
+            self._cached(llm), simulating, request.selection.mode, can, answer_tokens=limit
+        )
         if not request.spending.dry_run:
             await examine(simulator, skip=simulating.skip_self_test)
         calibrate = None if simulating.calibrate == "none" else simulating.calibrate

@@ -1,8 +1,9 @@
 """Options of the commands that use a language model, in groups: explainer and neurons, simulator, budget."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -56,11 +57,36 @@ class Explaining:
     """Tokenizer of a server's model, to count prompts exactly: tokenizer.json, its directory, or a name on the hub."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
     """Environment variable with the server's key; by default OPENAI_API_KEY."""
+    timeout: float = 300.0
+    """Seconds without a byte from the server after which a request is repeated."""
+    max_answer_tokens: Number = None
+    """Longest answer in tokens, reasoning included; default: 100 for an explanation, 64 for other scorers, and what the
+    JSON of the structured simulator needs. Reasoning models need thousands."""
+    reasoning_effort: Name = ""
+    """Sent to the server as reasoning_effort: none, minimal, low, medium or high, as the model allows."""
+    chat_template_kwargs: Annotated[str, tyro.conf.arg(metavar="JSON", help_behavior_hint="")] = ""
+    """Sent to the server as chat_template_kwargs, such as '{"enable_thinking": false}' for vLLM."""
+    extra_body: Annotated[str, tyro.conf.arg(metavar="JSON", help_behavior_hint="")] = ""
+    """More fields of each chat request, as a JSON object. Stored with the results: do not put a secret here."""
 
     def __post_init__(self) -> None:
         least("--samples", self.samples, 1)
         least("--neuron-seed", self.neuron_seed, 0)
         least("--temperature", self.temperature, 0)
+        least("--timeout", self.timeout, 1)
+        least("--max-answer-tokens", self.max_answer_tokens, 1)
+        self.extra  # noqa: B018 (refused here, before anything runs)
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """More fields of each chat request."""
+        kwargs = _json_object("--chat-template-kwargs", self.chat_template_kwargs)
+        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
+        return (
+            effort
+            | ({"chat_template_kwargs": kwargs} if kwargs else {})
+            | _json_object("--extra-body", self.extra_body)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +152,17 @@ class Spending:
 ExplainingGroup = tyro.conf.OmitArgPrefixes[Explaining]
 SimulatingGroup = tyro.conf.OmitArgPrefixes[Simulating]
 SpendingGroup = tyro.conf.OmitArgPrefixes[Spending]
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    """The JSON object that an option gives; empty without the option."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise CrateError(f"{flag} must be a JSON object, got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise CrateError(f"{flag} must be a JSON object, got {text!r}")
+    return value
 
 
 def least(flag: str, value: float | int | None, smallest: int) -> None:

@@ -18,7 +18,7 @@ from cratelm.interpretation.clients.transport import Retry, find_key, retry_afte
 from cratelm.interpretation.clients.usage import Metered
 from cratelm.interpretation.llm import LLMError, Message, Prompt, Reply, Sampling
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 T = TypeVar("T")
 SECRET = "sk-very-secret-0123456789"
@@ -128,7 +128,7 @@ def test_waits_double_up_to_a_limit_and_vary() -> None:
     transport = Endpoint("http://localhost:1/v1", "small", retry=Retry(first=1.0, longest=5.0)).transport
 
     def wait(attempt: int, headers: dict[str, str]) -> float:
-        error = SimpleNamespace(response=SimpleNamespace(headers=headers))
+        error = SimpleNamespace(headers=headers)
         return transport._wait(
             SimpleNamespace(attempt_number=attempt, outcome=SimpleNamespace(exception=lambda: error))
         )

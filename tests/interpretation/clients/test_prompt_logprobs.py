@@ -10,7 +10,7 @@ from interpretation.clients.test_endpoint import faults, run
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.llm import LLMError, Prompt
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 
 def test_a_limit_of_candidates_is_found_once_by_many_at_once() -> None:

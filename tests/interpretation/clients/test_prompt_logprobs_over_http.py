@@ -14,7 +14,7 @@ from cratelm.interpretation.clients.prompt_logprobs import read
 from cratelm.interpretation.clients.transport import Malformed
 from cratelm.interpretation.llm import LLMError, Prompt, PromptLogprobs
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra llm)")
 
 PROMPTS = (

@@ -170,7 +170,7 @@ def test_an_answer_that_was_cut_off_says_so() -> None:
     ("", "empty answer: the model said nothing"),
     (" \n", "empty answer: the model said nothing"),
     ("...", 'empty answer: "..."'),
-    ("<think>Hm, is it rain or", 'empty answer: "<think>Hm, is it rain or"'),
+    ("<think>Hm, is it rain or", 'empty answer: only reasoning: "<think>Hm, is it rain or"'),
     ("I'm sorry, but I cannot help with that.", 'refused: "I\'m sorry, but I cannot help with that."'),
     ("As an AI language model, I do not see neurons.", "refused: "),
     ("It is impossible to determine what this neuron does.", "refused: "),

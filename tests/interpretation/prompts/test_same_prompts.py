@@ -9,7 +9,7 @@ import pytest
 from fakes.rule_server import RuleServer
 from fixtures.planted_rules import make_planted
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 from fakes.llm_server import Answer, Body, completion, refusal
 from workflows.llm.test_interpret_llm import TAR, puzzle

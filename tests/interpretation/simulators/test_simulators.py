@@ -268,7 +268,7 @@ def test_a_prompt_tells_of_escapes_where_there_are_any() -> None:
 def test_a_structured_question_says_what_form_its_answer_has() -> None:
     llm = RuleFollower()
     simulated(Structured(llm=llm), "brackets", TOKENS)
-    schema = structured_schema(12)
+    schema = structured_schema(["a"] * 12)
     assert json.loads(json.dumps(schema))["properties"]["activations"]["minItems"] == 12
 
 

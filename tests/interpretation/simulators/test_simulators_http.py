@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 from fakes.language_models import KINDS, Kind, make_llm, make_tokenizer
 from fakes.llm_server import ModelServer, Shape

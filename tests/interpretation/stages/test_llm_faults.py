@@ -21,7 +21,7 @@ from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet
 from cratelm.interpretation.store.schema import SetKey
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 NEURONS = 200
 

@@ -177,7 +177,7 @@ def test_search_shows_full_text_matches(tab: Visit, server: Served) -> None:
 
 
 def test_an_explanation_on_request_is_shown_as_text_only(browser: "Browser", runs: list[Path]) -> None:
-    pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+    pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
     from fakes.llm_server import Answer, Server, completion
 
     with (

@@ -280,7 +280,7 @@ def test_bad_options_get_one_line(runs: list[Path], tmp_path: Path, capsys: pyte
 
 
 def test_a_language_model_explains_a_neuron_once_and_a_refusal_is_reported(runs: list[Path]) -> None:
-    pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+    pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
     from fakes.llm_server import Answer, Server, completion
 
     said = ["The neuron fires on <b>boats</b>.", "I'm sorry, but I cannot help with that."]

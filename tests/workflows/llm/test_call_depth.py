@@ -11,9 +11,9 @@ import pytest
 from fakes.rule_server import RuleServer
 from fixtures.planted_rules import make_planted
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
-import openai
+import httpx
 
 import cratelm
 from cratelm.cli import main
@@ -42,7 +42,7 @@ def walk_to_request(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list
     created: dict[Any, list[Place]] = {}
     walks: list[list[Place]] = []
     create_task = asyncio.base_events.BaseEventLoop.create_task
-    post = openai.AsyncOpenAI.post
+    stream = httpx.AsyncClient.stream
 
     def here(frame: FrameType | None) -> list[Place]:
         try:
@@ -56,12 +56,12 @@ def walk_to_request(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list
         created[task] = here(sys._getframe(1))
         return task
 
-    async def posting(self: Any, *args: Any, **more: Any) -> Any:
+    def streaming(self: Any, *args: Any, **more: Any) -> Any:
         walks.append(here(sys._getframe(1)))
-        return await post(self, *args, **more)
+        return stream(self, *args, **more)
 
     monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "create_task", creating)
-    monkeypatch.setattr(openai.AsyncOpenAI, "post", posting)
+    monkeypatch.setattr(httpx.AsyncClient, "stream", streaming)
     assert main(command) == 0
     asking = ("interpretation/explainers/language_model.py", "ask")
     walk = next(walk for walk in walks if asking in walk)

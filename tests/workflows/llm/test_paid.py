@@ -19,7 +19,7 @@ from cratelm.workflows.llm.opening import LLMs, kept, metered
 from cratelm.workflows.llm.run import failure_kind
 from cratelm.workflows.options.language_model import Spending
 
-pytest.importorskip("openai", reason="openai is not installed (extra llm)")
+pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 PAID = {"prompt_tokens": 3000, "completion_tokens": 50}
 BILLED = sum(PAID.values())

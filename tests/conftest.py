@@ -59,10 +59,10 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 
 @pytest.fixture
-def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write every figure as an empty drawing: matplotlib takes most of the time of a report.
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty drawings and intervals of few resamples, which otherwise take most of the time of a report.
 
-    For tests of reports that check nothing in a figure.
+    For tests that check neither.
     """
     from cratelm.report.figures import form
 
@@ -71,6 +71,7 @@ def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = out.write_bytes(drawing) if isinstance(out, Path) else out.write(drawing)
 
     monkeypatch.setattr(form, "_save", save)
+    monkeypatch.setattr("cratelm.report.results.gather.RESAMPLES", 20)
 
 
 @pytest.fixture(scope="module")

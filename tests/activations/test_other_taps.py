@@ -43,7 +43,7 @@ def test_latents_get_the_scores_of_the_neurons_they_equal(run: Path, capsys: pyt
     assert {(key.tap, key.layer) for key in store.scored()} == {("neurons", 0), ("neurons", 1), (TAP, 1)}
 
 
-@pytest.mark.usefixtures("empty_figures")
+@pytest.mark.usefixtures("quick_report")
 def test_a_report_shows_each_tap_in_rows_of_its_own(run: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     other = make_run(tmp_path / "gpt2-2l", rng, name="gpt2-2l")
     assert main(["interpret", str(run), str(other)]) == 0

@@ -7,12 +7,15 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fixtures import forking
+from fixtures.forking import Forks
 from fixtures.tiny import make_tokens, random_model, rows, tiny_config, weights_of
 
 from cratelm import cli
@@ -20,7 +23,8 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.model.weights import save_model
 
 TRAIN = "train --size 1l --context 16 --batch-tokens 64 --micro-batch 4 --warmup-steps 5 --log-every 1 --out {run}"
-forks = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux may a process that has imported torch fork")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux may a process that has imported torch fork")
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -28,48 +32,70 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDirectory:
     return make_tokens(tmp_path_factory.mktemp("data") / "tokens", np.random.default_rng(0), documents=300)
 
 
-def kill_at_random(kills: int, whole: Path, killed: Path, command: str) -> None:
-    script = Path(__file__).parents[1] / "fixtures" / "kill_at_random.py"
-    arguments = [sys.executable, str(script), str(kills), str(whole), str(killed), *command.split()]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert not result.stdout.endswith("killed 0\n")
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """A process that runs commands in forks."""
+    with forking.forks(tmp_path_factory.mktemp("forks")) as process:
+        yield process
+
+
+def kill_at_random(forks: Forks, whole: Path, killed: Path, command: str) -> None:
+    assert forks.ask("kill_at_random", KILLS, str(whole), str(killed), command) > 0
 
 
 def left_behind(run: Path) -> list[Path]:
     return [file for file in run.rglob(".*") if file.name not in (".lock", ".metadata")]
 
 
-@forks
-def test_training_killed_at_any_moment_ends_as_if_it_had_not_been(data: TokenDirectory, tmp_path: Path) -> None:
+@linux
+def test_training_killed_at_any_moment_ends_with_the_same_model(
+    forks: Forks, data: TokenDirectory, tmp_path: Path
+) -> None:
     """With a checkpoint at every step, half of the kills hit one half-written."""
     whole, killed = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    kill_at_random(5, whole, killed, f"{TRAIN} --data {data.path} --tokens 768 --checkpoint-every 1 --evaluate-every 4")
+    kill_at_random(
+        forks, whole, killed, f"{TRAIN} --data {data.path} --tokens 768 --checkpoint-every 1 --evaluate-every 4"
+    )
     assert rows(killed) == rows(whole)
     assert [row["step"] for row in rows(killed)] == list(range(1, 13))
     assert weights_of(killed) == weights_of(whole)
     assert left_behind(killed) == []
 
 
-def test_a_killed_command_goes_on_where_it_was(data: TokenDirectory, tmp_path: Path) -> None:
-    """The real command line, `python -m cratelm train`, killed twice in its loop."""
-    flags = f"{TRAIN} --data {data.path} --arch gpt2 --tokens 16384 --checkpoint-every 20 --evaluate-every 100"
+def test_a_killed_command_resumes_from_its_checkpoint(data: TokenDirectory, tmp_path: Path) -> None:
+    """The real command line, `python -m cratelm train`, killed in its loop."""
+    flags = f"{TRAIN} --data {data.path} --arch gpt2 --tokens 8192 --checkpoint-every 10 --evaluate-every 64"
     whole, killed = tmp_path / "a" / "run", tmp_path / "b" / "run"
     assert cli.main(flags.format(run=whole).split()) == 0
     metrics = killed / "metrics.jsonl"
     command = [sys.executable, "-m", "cratelm", *flags.format(run=killed).split()]
-    for _ in range(2):
-        before = metrics.stat().st_mtime_ns if metrics.exists() else None
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
-                time.sleep(0.005)
-            time.sleep(random.uniform(0, 0.3))
-            process.kill()
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not metrics.exists():
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert rows(killed) == rows(whole)
-    assert [row["step"] for row in rows(killed)] == list(range(1, 257))
+    assert [row["step"] for row in rows(killed)] == list(range(1, 129))
     assert weights_of(killed) == weights_of(whole)
+
+
+@linux
+def test_two_ranks_train_and_collect_what_one_process_does(
+    forks: Forks, data: TokenDirectory, untouched: Path, tmp_path: Path
+) -> None:
+    """Without torchrun: `tests/training/test_distributed.py` and `test_collect_processes.py` have real jobs."""
+    train = f"{TRAIN} --data {data.path} --tokens 768 --evaluate-every 4 --device cpu"
+    alone, ranks = (shutil.copytree(untouched, tmp_path / name / "run") for name in "ab")
+    collect = f"collect {{run}} --data {data.path} --batch-rows 4 --device cpu"
+    for size, run in ((1, alone), (2, ranks)):
+        assert forks.ask("run_ranks", size, train.format(run=run / "trained")) == size
+        assert forks.ask("run_ranks", size, collect.format(run=run)) == size
+    losses = [[row["loss"] for row in rows(run / "trained")] for run in (ranks, alone)]
+    assert len(losses[0]) == 12
+    np.testing.assert_allclose(*losses, rtol=0, atol=2e-5)
+    assert files(ranks / "records") == files(alone / "records")
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +120,12 @@ def files(folder: Path) -> dict[str, Any]:
     return found
 
 
-@forks
-def test_a_killed_collection_ends_with_the_same_records(data: TokenDirectory, untouched: Path, tmp_path: Path) -> None:
+@linux
+def test_a_killed_collection_ends_with_the_same_records(
+    forks: Forks, data: TokenDirectory, untouched: Path, tmp_path: Path
+) -> None:
     whole, killed = (shutil.copytree(untouched, tmp_path / name / "run") for name in "ab")
-    kill_at_random(5, whole, killed, f"collect {{run}} --data {data.path}")
+    kill_at_random(forks, whole, killed, f"collect {{run}} --data {data.path}")
     found, expected = files(killed / "records"), files(whole / "records")
     assert found == expected
     assert sum("layer_" in name for name in found) == 2
@@ -113,14 +141,14 @@ def tables(run: Path) -> dict[str, list[tuple[Any, ...]]]:
         return {name: connection.execute(f"SELECT * FROM {name}").fetchall() for name in names}
 
 
-@forks
+@linux
 def test_a_killed_interpretation_ends_with_the_same_scores(
-    data: TokenDirectory, untouched: Path, tmp_path: Path
+    forks: Forks, data: TokenDirectory, untouched: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(untouched, tmp_path / "run")
     assert cli.main(["collect", str(run), "--data", str(data.path)]) == 0
     whole, killed = (shutil.copytree(run, tmp_path / name / "run") for name in "ab")
-    kill_at_random(5, whole, killed, "interpret {run} --controls shuffled")
+    kill_at_random(forks, whole, killed, "interpret {run} --controls shuffled")
     found, expected = tables(killed), tables(whole)
     assert found == expected
     assert len(found["scores"]) == 2 * 64 * 3 * 2

@@ -5,6 +5,7 @@ import io
 import json
 import operator
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,17 +26,26 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 Show = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with records and nothing else, and the same run scored."""
+    folder = tmp_path_factory.mktemp("runs")
+    bare = make_run(folder / "bare" / "crate-2l", np.random.default_rng(), neurons=14)
+    shutil.copytree(bare, folder / "scored" / "crate-2l")
+    assert main(["interpret", str(folder / "scored" / "crate-2l")]) == 0
+    return folder
+
+
 @pytest.fixture
-def bare(tmp_path: Path, rng: np.random.Generator) -> Path:
+def bare(runs: Path, tmp_path: Path) -> Path:
     """A run with records and nothing else."""
-    return make_run(tmp_path / "crate-2l", rng, neurons=14)
+    return shutil.copytree(runs / "bare" / "crate-2l", tmp_path / "crate-2l")
 
 
 @pytest.fixture
-def run(bare: Path) -> Path:
+def run(runs: Path, tmp_path: Path) -> Path:
     """A run that is scored."""
-    assert main(["interpret", str(bare)]) == 0
-    return bare
+    return shutil.copytree(runs / "scored" / "crate-2l", tmp_path / "crate-2l")
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_a_study_that_cannot_be_is_refused_before_it_starts(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("empty_figures")
+@pytest.mark.usefixtures("quick_report")
 def test_a_study_estimates_trains_reports_and_repeats_nothing(
     data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +203,7 @@ def seeds(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
     return runs
 
 
-@pytest.mark.usefixtures("empty_figures")
+@pytest.mark.usefixtures("quick_report")
 def test_runs_that_differ_in_their_seed_are_one_group(seeds: list[Path], tmp_path: Path) -> None:
     results = scored(seeds)
     found = study_of(results)

@@ -85,7 +85,7 @@ def test_the_command_writes_measurements_tables_and_figures(
     assert np.allclose(drawn, expected)
 
 
-@pytest.mark.usefixtures("empty_figures")
+@pytest.mark.usefixtures("quick_report")
 def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.random.Generator) -> None:
     run = make_run(tmp_path / "crate-2l", rng)
     assert main(["interpret", str(run)]) == 0

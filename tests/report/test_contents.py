@@ -27,10 +27,8 @@ def captions(source: str) -> list[str]:
     )
 
 
-def test_page_site_and_server_show_every_table_and_figure(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cratelm.report.results.gather.RESAMPLES", 20)
+@pytest.mark.usefixtures("quick_report")
+def test_page_site_and_server_show_every_table_and_figure(tmp_path: Path, rng: np.random.Generator) -> None:
     runs = scored_runs(tmp_path, rng, "crate-2l", "gpt2-2l")
     for run in runs:
         ask(run, samples=2)

@@ -4,8 +4,10 @@ import json
 import math
 import re
 import shutil
-import subprocess
+import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from fixtures.tiny import make_tokens, rows, short_training, tiny_config, train_quietly, weights_of
 
+from cratelm.cli import main
 from cratelm.data.tokens import TokenDirectory, sample_batch
 from cratelm.errors import CrateError
 from cratelm.model.crate import ISTA
@@ -33,7 +36,7 @@ from cratelm.workflows.measurements import lookup, samples
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDirectory:
-    return make_tokens(tmp_path_factory.mktemp("data") / "tokens", np.random.default_rng(0), documents=400)
+    return make_tokens(tmp_path_factory.mktemp("data") / "tokens", np.random.default_rng(0), documents=260)
 
 
 def test_warmup_stable_decay_is_a_trapezium() -> None:
@@ -173,20 +176,20 @@ def test_measurements_are_called_on_schedule_and_logged(data: TokenDirectory, tm
     assert weights_of(tmp_path) == weights_of(tmp_path / "plain")
 
 
-def test_lookup_rises_with_training_and_samples_are_kept_once(data: TokenDirectory, tmp_path: Path) -> None:
+def test_lookup_is_measured_and_samples_are_written_once_a_step(data: TokenDirectory, tmp_path: Path) -> None:
     model = tiny_config(context_length=96)
-    config = short_training(context=96, batch_tokens=96 * 8, micro_batch=8, tokens=96 * 8 * 40, measure_every=20)
+    config = short_training(context=96, batch_tokens=96 * 8, micro_batch=8, tokens=96 * 8 * 4, measure_every=2)
     measured = {"lookup": lookup(data, neurons=16), "samples": samples(data, tmp_path)}
     train_quietly(config, model, data, tmp_path, measurements=measured)
     found = [row for row in rows(tmp_path) if "lookup/points" in row]
-    assert [row["step"] for row in found] == [0, 20, 40]
+    assert [row["step"] for row in found] == [0, 2, 4]
     for row in found:
         assert row["lookup/points"] == pytest.approx((row["lookup/layer_0"] + row["lookup/layer_1"]) / 2)
         assert 0 < row["lookup/scored"] <= 1
     again = measured["lookup"](load_model(tmp_path / "model"), 0)
     assert again["points"] == pytest.approx(found[-1]["lookup/points"])
-    measured["samples"](load_model(tmp_path / "model"), 20)
-    assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 0, 20, 20]
+    measured["samples"](load_model(tmp_path / "model"), 2)
+    assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 0, 2, 2]
 
 
 def test_a_missing_tracker_is_reported_in_one_line(
@@ -259,25 +262,33 @@ def test_recomputing_codes_keeps_less_and_learns_the_same(data: TokenDirectory, 
     assert kept[0].activation_bytes - kept[1].activation_bytes == neurons
 
 
-def test_a_dry_run_prints_the_cost_and_writes_nothing(data: TokenDirectory, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cratelm", "train", "--data", str(data.path), "--out", str(tmp_path / "run")]
-    command += ["--size", "1l", "--context", "32", "--tokens", "65536", "--batch-tokens", "512", "--dry-run"]
-    result = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=True)
-    assert re.search(r"128 steps of 512, \d.*FLOP\n", result.stderr)
-    assert re.search(r"about \S+ \w+ at .* tokens per second .* of memory per device", result.stderr)
+def test_a_dry_run_prints_the_cost_and_writes_nothing(
+    data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--data", str(data.path), "--out", str(tmp_path / "run"), "--size", "1l", "--context", "32"]
+    command += ["--tokens", "4096", "--batch-tokens", "512", "--dry-run", "--device", "cpu"]
+    assert main(command) == 0
+    printed = capsys.readouterr().err
+    assert re.search(r"8 steps of 512, \d.*FLOP\n", printed)
+    assert re.search(r"about \S+ \w+ at .* tokens per second .* of memory per device", " ".join(printed.split()))
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_same_command_resumes(data: TokenDirectory, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cratelm", "train", "--data", str(data.path), "--out", str(tmp_path / "run")]
-    command += ["--size", "1l", "--context", "32", "--tokens", "2048000", "--batch-tokens", "512", "--log-every", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None
-    process.send_signal(2)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped. Run the same command again to resume." in said
+def test_ctrl_c_writes_a_checkpoint_and_asks_to_resume(
+    data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--data", str(data.path), "--out", str(tmp_path / "run"), "--size", "1l", "--context", "32"]
+    command += ["--tokens", "2048000", "--batch-tokens", "512", "--log-every", "1", "--evaluate-tokens", "500"]
+
+    def interrupt() -> None:
+        """Press Ctrl-C once the first step is logged."""
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main([*command, "--device", "cpu"]) == 130
+    assert "stopped. Run the same command again to resume." in " ".join(capsys.readouterr().err.split())
     last = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     description = json.loads((checkpoints(tmp_path / "run")[-1] / "checkpoint.json").read_text())
     assert description["step"] == last

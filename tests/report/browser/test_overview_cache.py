@@ -22,6 +22,8 @@ from cratelm.report.browser.site import write_site
 from cratelm.report.server import chunk_cache as served
 from cratelm.report.server.chunk_cache import Chunks
 
+pytestmark = pytest.mark.usefixtures("quick_report")
+
 
 class Made:
     """Counts how often an overview is made; each waits for `gate`."""
@@ -39,7 +41,6 @@ class Made:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    monkeypatch.setattr("cratelm.report.results.gather.RESAMPLES", 20)
     monkeypatch.setattr(kept_overview, "LOOK_SECONDS", 0)
     monkeypatch.setattr(kept_overview, "PAUSE", 0)
     found = Made(kept_overview.overview)

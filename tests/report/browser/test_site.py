@@ -24,11 +24,7 @@ from cratelm.report.browser.overview import overview, public
 from cratelm.report.browser.site import write_site
 from cratelm.report.server.chunk_cache import Chunks
 
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The intervals of the overview are tested elsewhere, and take most of the time."""
-    monkeypatch.setattr("cratelm.report.results.gather.RESAMPLES", 20)
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:

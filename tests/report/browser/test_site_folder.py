@@ -15,11 +15,7 @@ from cratelm.report.browser.chunks import read_script
 from cratelm.report.browser.site import write_site
 from cratelm.report.shown_text import visible
 
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The intervals of the overview are tested elsewhere, and take most of the time."""
-    monkeypatch.setattr("cratelm.report.results.gather.RESAMPLES", 20)
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:

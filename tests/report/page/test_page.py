@@ -101,6 +101,7 @@ def test_the_page_asks_nothing_of_the_network_and_holds_no_script(tmp_path: Path
     assert len(source.encode()) < 3_000_000
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_the_policy_allows_this_style_and_nothing_else(tmp_path: Path, rng: np.random.Generator) -> None:
     _, reader = written_page(scored_runs(tmp_path, rng, "crate-2l"), tmp_path / "report")
     [policy] = [value for _, value in reader.attributes if "default-src" in value]
@@ -125,6 +126,7 @@ def test_hostile_text_in_corpus_names_and_settings_is_shown_not_run(
     assert "<script" not in source
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_every_excerpt_shows_its_tokens_and_every_coloured_token_its_activation(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -64,6 +64,7 @@ def runs(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
     return found
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_a_language_model_is_shown_next_to_lookup_on_the_same_neurons(runs: list[Path], tmp_path: Path) -> None:
     for run in runs:
         ask(run, samples=2)
@@ -133,6 +134,7 @@ def cells_of(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return dict(zip(titles, row, strict=True)), tuple(note for note in table.notes if "control" in note)
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_a_control_of_other_neurons_is_compared_with_nothing(
     tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:

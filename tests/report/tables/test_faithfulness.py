@@ -102,6 +102,7 @@ def test_what_is_not_the_same_autoencoder_or_not_scored_is_left_out(tmp_path: Pa
     assert compared(gather([plain])) == ()
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_the_report_has_the_table_in_every_format(
     tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,7 @@ def test_the_curves_drawn_are_the_curves_measured(found: tuple[RunFiring, ...]) 
     assert firing_tables(()) == ()
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results, tmp_path: Path) -> None:
     page = write_report(ReportContents(results), tmp_path).read_text()
     files = {
@@ -258,6 +259,7 @@ def with_protocols(results: Results, *names: str) -> Results:
 
 
 @pytest.mark.parametrize("name", ["random-only", "anthropic"])
+@pytest.mark.usefixtures("quick_report")
 def test_runs_without_the_first_protocol_show_the_one_that_is_there(
     results: Results, tmp_path: Path, name: str
 ) -> None:
@@ -281,6 +283,7 @@ def test_runs_without_the_first_protocol_show_the_one_that_is_there(
     assert with_protocols(results, "random-only", "anthropic").shown == "random-only"
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_a_run_with_one_protocol_has_its_own_neurons_on_the_page(tmp_path: Path, rng: np.random.Generator) -> None:
     run = make_run(tmp_path / "crate-2l", rng)
     interpret.run(interpret.Options(runs=(run,), protocol=("anthropic",)))
@@ -291,6 +294,7 @@ def test_a_run_with_one_protocol_has_its_own_neurons_on_the_page(tmp_path: Path,
     assert "by their score on anthropic" in write_report(ReportContents(results), tmp_path / "report").read_text()
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_without_scores_of_any_protocol_nothing_is_measured(results: Results, tmp_path: Path) -> None:
     none = with_protocols(results)
     assert (none.shown, gather_firing(none)) == ("", ())

@@ -213,6 +213,7 @@ def test_scores_in_compat_mode_are_reported_as_such(tmp_path: Path, rng: np.rand
     assert "compat mode" in tables.interpretability(gather([run], mode="compat")).caption
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_the_command_writes_every_file_and_prints_a_table_of_80_columns(
     tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

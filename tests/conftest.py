@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 # One thread per process, before torch is first imported: the test runner has a process per core, and the commands
-# that tests start as processes of their own inherit it.
+# that tests start as separate processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("cratelm")
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real text and tokenizers: `$CRATELM_TEST_DATA`, or `../shared/data` beside the repository."""
+    """The folder of real text and tokenizers: `$CRATELM_TEST_DATA`, or `../shared/data` next to the repository."""
     folder = Path(os.environ.get("CRATELM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder. Name one with CRATELM_TEST_DATA")

@@ -57,7 +57,7 @@ REPORT_FLOORS = {
 """The same inside `report/`: results are gathered, written as tables, drawn as figures, put together, and shown."""
 
 NO_TORCH = ("interpretation/", "report/", "activations/records.py", "activations/direction_files.py")
-"""The record line: whoever has only records explains, scores and browses them without torch."""
+"""The record line: records alone can be explained, scored and browsed without torch."""
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "types"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
@@ -340,6 +340,6 @@ def test_what_is_allowed_passes_every_rule(tmp_path: Path) -> None:
     assert [found for rule in RULES for found in rule(tmp_path)] == []
 
 
-def test_every_verb_has_a_file_of_its_own() -> None:
+def test_every_verb_has_a_separate_file() -> None:
     folder = REPOSITORY / "cratelm" / "commands"
     assert {command_module(verb).rpartition(".")[2] for verb in VERBS} <= {file.stem for file in folder.glob("*.py")}

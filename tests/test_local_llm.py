@@ -168,7 +168,7 @@ def test_texts_that_branch_anywhere_have_the_logits_of_whole_texts(rng: np.rando
 def test_prompts_of_a_model_without_a_shareable_cache_are_computed_whole(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    """CRATE has a cache of its own; its directory opens like any other and its logprobs are correct."""
+    """CRATE has a different cache; its directory opens like any other and its logprobs are correct."""
     from cratelm.model.weights import save_model
 
     tokenizer = make_fast_tokenizer("ten")

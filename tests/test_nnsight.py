@@ -1,4 +1,4 @@
-"""nnsight on our model directories: it reads and turns a neuron as `capture` and `edit` do."""
+"""nnsight on our model directories: it reads and steers a neuron as `capture` and `edit` do."""
 
 import runpy
 from pathlib import Path
@@ -18,7 +18,7 @@ pytest.importorskip("nnsight", reason="nnsight is not installed (make test-all i
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_the_documented_code_reads_and_turns_a_neuron(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_documented_code_reads_and_steers_a_neuron(tmp_path: Path, rng: np.random.Generator) -> None:
     config = ModelConfig(arch="crate", num_layers=2, d_model=32, num_heads=4, vocab_size=384, context_length=48)
     model = LanguageModel(config).initialise(int(rng.integers(2**31))).eval()
     save_model(model, tmp_path / "crate", make_tokenizer())

@@ -207,7 +207,7 @@ def test_other_system_errors_stay_what_they_are(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "below", "x")
 
 
-def test_a_temporary_folder_that_cannot_be_made_is_told_by_the_path_it_was_for(tmp_path: Path) -> None:
+def test_a_temporary_folder_that_cannot_be_made_is_reported_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250)
     with pytest.raises(OSError, match="too long") as told:
         write_text(path, "x")

@@ -1,4 +1,4 @@
-"""One face for every causal language model: ours and Hugging Face's give the numbers of their own modules."""
+"""One face for every causal language model: ours and Hugging Face's give the numbers of their modules."""
 
 from typing import Any
 

@@ -67,7 +67,7 @@ def held_activations(subject: Subject, corpus: Corpus, layer: int) -> np.ndarray
 
 
 def all_windows(corpus: Corpus, width: int) -> list[tuple[int, int, int]]:
-    """(document, first, last) of every window, cut anew from the definition."""
+    """(document, first, last) of every window, cut again from the definition."""
     found = []
     per_row = (CONTEXT - 4) // 64 * 64
     for document in range(len(corpus.documents) - 1):
@@ -174,7 +174,7 @@ def tensors(records: LayerRecords) -> dict[str, np.ndarray]:
     return dict(records.arrays) | dict(records.statistics)
 
 
-def test_a_killed_collection_goes_on_and_ends_with_the_same_records(
+def test_a_killed_collection_resumes_and_ends_with_the_same_records(
     collected: tuple[Path, Subject, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, subject, corpus = collected

@@ -264,7 +264,7 @@ def test_a_saved_model_comes_back_with_the_same_activations(
     torch.testing.assert_close(first, second)
 
 
-def test_the_hash_tells_weights_and_settings_apart(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_the_hash_differs_with_weights_and_settings(rng: np.random.Generator, tmp_path: Path) -> None:
     model = build("llama", rng)
     first = load_foreign(save(model, tmp_path / "a")).model_hash
     assert load_foreign(save(model, tmp_path / "b")).model_hash == first

@@ -1,4 +1,4 @@
-"""Other places of a model than its neurons go through the same stages, and stand as rows of their own in a report."""
+"""Other places of a model than its neurons go through the same stages, and have separate rows in a report."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_latents_get_the_scores_of_the_neurons_they_equal(run: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("quick_report")
-def test_a_report_shows_each_tap_in_rows_of_its_own(run: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_report_shows_each_tap_in_separate_rows(run: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     other = make_run(tmp_path / "gpt2-2l", rng, name="gpt2-2l")
     assert main(["interpret", str(run), str(other)]) == 0
     assert main(["interpret", str(run), "--tap", TAP, "--protocol", "anthropic", "--controls", "shuffled"]) == 0
@@ -68,7 +68,7 @@ def test_a_report_shows_each_tap_in_rows_of_its_own(run: Path, tmp_path: Path, r
     (["score", "RUN", "--tap", TAP], f"--protocol top-and-random --tap {TAP}"),
     (["report", "RUN", "--tap", TAP], f"--tap {TAP}"),
 ])  # fmt: skip
-def test_a_tap_that_is_not_there_is_told_what_is(
+def test_an_unknown_tap_is_refused_with_the_known_ones(
     arguments: list[str], said: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2

@@ -197,7 +197,7 @@ def test_an_edit_that_changes_the_shape_is_refused(tokens: Tensor, rng: np.rando
         ("", "embedding"),
     ],
 )
-def test_an_unknown_tap_is_told_the_nearest_names(tap: str, near: str) -> None:
+def test_an_unknown_tap_is_refused_with_the_nearest_names(tap: str, near: str) -> None:
     with (
         pytest.raises(CrateError, match=f"no module '{tap}'".replace("?", r"\?")) as told,
         capture(LanguageModel(tiny_config()), [tap]),

@@ -85,7 +85,7 @@ def test_compat_refuses_negative_activations(data: TokenDirectory, tmp_path: Pat
     assert "negative activations" in message(options(run, data, mode="compat"))
 
 
-def test_layers_that_were_not_recorded_are_told_from_those_that_were(data: TokenDirectory, tmp_path: Path) -> None:
+def test_layers_that_were_not_recorded_differ_from_those_that_were(data: TokenDirectory, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", data)
     collect.run(options(run, data, layer=(1,)))
     before = snapshot(records_folder(run, "fixed") / "neurons")
@@ -137,7 +137,7 @@ def test_token_counts_are_read_as_people_write_them(text: str, count: int | None
 
 
 @pytest.mark.parametrize("text", ["", "-5", "1e6", "0.2", "M", "8 M", "0.0001", "all of it"])
-def test_what_is_no_token_count_is_refused(text: str) -> None:
+def test_a_bad_token_count_is_refused(text: str) -> None:
     with pytest.raises(CrateError, match="--tokens must be all or a number"):
         read_count(text)
 
@@ -176,7 +176,7 @@ def test_a_truncated_records_file_is_named(data: TokenDirectory, tmp_path: Path)
         read_records(run, 0)
 
 
-def test_a_tokenizer_that_is_gone_from_the_records_is_told_with_both_ways_back(
+def test_a_tokenizer_missing_from_the_records_is_reported_with_both_remedies(
     data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = make_run(tmp_path / "run", data)
@@ -199,7 +199,7 @@ def test_damaged_records_of_the_released_procedure_are_collected_again_by_it(tmp
 
 
 @pytest.mark.parametrize("full_at", [2, 5, 8])
-def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(
+def test_a_full_disk_loses_nothing_and_the_same_command_resumes(
     full_at: int, data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills while a file is flushed: the state of a collection under way, records, or their description."""

@@ -1,4 +1,4 @@
-"""`cratelm collect` on Hugging Face models: a run of their own, and what the later stages make of it."""
+"""`cratelm collect` on Hugging Face models: a separate run, and what the later stages make of it."""
 
 import json
 import sys

@@ -93,7 +93,7 @@ def test_a_killed_process_is_started_again_and_the_records_are_the_same(
 
 
 @pytest.mark.slow
-def test_more_processes_than_batches_are_no_mistake(made: tuple[Path, Path]) -> None:
+def test_more_processes_than_batches_are_allowed(made: tuple[Path, Path]) -> None:
     data, folder = made
     torchrun(2, "-m", "cratelm", *collect(folder / "many", data, rows=4096))
     for layer in (0, 1):

@@ -69,7 +69,7 @@ def test_the_evaluation_equals_brute_force(stream: Stream) -> None:
 
 
 def test_the_standard_error_is_the_spread_over_samples_of_documents(rng: np.random.Generator) -> None:
-    """Draw documents anew many times: the loss varies by the standard error."""
+    """Draw the documents again many times: the loss varies by the standard error."""
     model = random_model(tiny_config(context_length=8, num_layers=1), rng)
     errors, losses = [], []
     for _ in range(100):
@@ -170,7 +170,7 @@ def strictly(text: str) -> Any:
     """What other readers of JSON make of it: they know no NaN and no Infinity."""
 
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 

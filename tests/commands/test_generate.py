@@ -170,7 +170,7 @@ def test_the_tokenizer_travels_with_the_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
-def test_a_temperature_that_is_no_number_is_refused(
+def test_a_temperature_that_is_not_a_number_is_refused(
     temperature: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = random_model(tiny_config(), rng)

@@ -123,7 +123,7 @@ def test_the_stages_one_by_one_give_what_interpret_gives(
     assert contents(together) == contents(apart)
 
 
-def test_interpret_broken_off_goes_on_and_does_nothing_twice(
+def test_an_interrupted_interpret_resumes_and_repeats_nothing(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = rng.bit_generator.state
@@ -222,7 +222,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_a_mistake_is_told_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture
 ) -> None:
     named = {"RUN": str(run), "NOWHERE": str(run / "nowhere")}

@@ -1,4 +1,4 @@
-"""The study: which trainings, what is told beforehand, that it goes on, and the arithmetic over seeds."""
+"""The study: its trainings, its estimate, resuming, and the arithmetic over seeds."""
 
 import json
 import shutil
@@ -223,7 +223,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(seeds: list[Path], tmp_pat
     assert "steadiness" in page
 
 
-def test_runs_of_one_seed_are_no_study(seeds: list[Path]) -> None:
+def test_runs_of_one_seed_are_not_a_study(seeds: list[Path]) -> None:
     assert study_of(scored(seeds[:2])) is None
 
 

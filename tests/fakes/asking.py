@@ -1,4 +1,4 @@
-"""What `test_llm_faults.py` starts as a process of its own: explain many neurons over HTTP, until done or killed."""
+"""The separate process of `test_llm_faults.py`: explain many neurons over HTTP, until done or killed."""
 
 import asyncio
 import sys

@@ -36,7 +36,7 @@ class Judge(InProcess):
 
 
 class Reader(Judge):
-    """Tells probabilities: of each letter of a prompt's rest, and of 1 or 0 where it is asked at a place."""
+    """Return probabilities: of each letter of a prompt's rest, or of 1 and 0 at a given place."""
 
     def __init__(
         self, logprob: Callable[[Prompt], float], *, candidates: Callable[[Prompt], Mapping[str, float]]

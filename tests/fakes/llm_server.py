@@ -1,4 +1,4 @@
-"""Servers on loopback that speak OpenAI's protocol: one that is told what to answer, one with a real small model."""
+"""Servers on loopback that speak OpenAI's protocol: one with given answers, one with a real small model."""
 
 import json
 import threading
@@ -62,7 +62,7 @@ class Server:
                     self.end_headers()
                     self.wfile.write(one.content[: len(one.content) // 2] if one.cut else one.content)
                 except OSError:
-                    self.close_connection = True  # whoever asked has gone
+                    self.close_connection = True  # the client has gone
                 if one.cut:
                     self.close_connection = True
 

@@ -1,8 +1,8 @@
 """A made-up language model that follows rules: its probabilities are what an explanation of a known rule says.
 
-It reads the last explanation of a prompt and the rows of the last excerpt. Where an activation stands it expects
-`unknown` most, then the rule's number, and beside it the numbers next to it, so that the mean is the rule's. Where a
-token is asked about alone, it expects the number. It finds explanations by their words and knows nothing else.
+It reads the last explanation of a prompt and the rows of the last excerpt. In place of an activation it expects
+`unknown` most, then the rule's number, then the two neighbouring numbers, so that the mean is the rule's. In place of
+the activation of a single token it expects the number. It recognises explanations by their words.
 """
 
 import json
@@ -45,7 +45,7 @@ _PUZZLES = (
 
 
 def rule_of(explanation: str) -> Rule:
-    """The rule that an explanation tells; silence if it is none that is known."""
+    """The rule that an explanation states; silence if the rule is unknown."""
     said = explanation.strip().rstrip(".")
     if said in RULES:
         return RULES[said]

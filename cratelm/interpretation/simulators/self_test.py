@@ -27,7 +27,7 @@ FILE = Path(__file__).with_name("puzzles.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Puzzle:
-    """A neuron of which everybody knows where it fires."""
+    """A neuron whose firing is obvious."""
 
     explanation: str
     tokens: tuple[str, ...]
@@ -104,6 +104,6 @@ async def require_self_test(simulator: TextSimulator) -> SelfTest:
     )
     said = f" It said: {next(iter(found.failures.values()))}." if found.failures else ""
     raise CrateError(
-        f"{found.simulator} cannot simulate: on {len(found.correlations)} neurons that everybody knows its mean "
+        f"{found.simulator} cannot simulate: on {len(found.correlations)} obvious neurons its mean "
         f"correlation is {found.mean:.2f}, and {THRESHOLD} is the least ({each}).{said} Use a larger model"
     )

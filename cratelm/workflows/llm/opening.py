@@ -223,16 +223,14 @@ async def choose_simulator(
 
 
 async def examine(simulator: TextSimulator, *, skip: bool) -> None:
-    """Let a simulator predict neurons that everybody knows; refuse one that cannot."""
+    """Let a simulator predict obvious neurons; refuse one that cannot."""
     if skip:
         found = await self_test(simulator)
         note = "" if found.passed else ": its scores will mean nothing, and it is used because of --skip-self-test"
     else:
         found, note = await require_self_test(simulator), ""
     tested = len(found.correlations)
-    console.print(
-        f"self-test: mean correlation {found.mean:.2f} on {tested} neurons that everybody knows{note}", soft_wrap=True
-    )
+    console.print(f"self-test: mean correlation {found.mean:.2f} on {tested} obvious neurons{note}", soft_wrap=True)
 
 
 def metered(llm: LLM, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> Metered:

@@ -27,7 +27,7 @@ FINE = Answer(completion("fine"))
 
 
 def run(what: Callable[[Endpoint], Coroutine[Any, Any, T]], url: str, model: str = "small", **changes: Any) -> T:
-    """Do something with an endpoint, in an event loop of its own."""
+    """Do something with an endpoint, in a separate event loop."""
 
     async def main() -> T:
         endpoint = Endpoint(url, model, **{"retry": QUICK} | changes)
@@ -140,7 +140,7 @@ def test_waits_double_up_to_a_limit_and_vary() -> None:
     assert wait(1, {"retry-after": "20"}) == 20
 
 
-def test_what_never_passes_ends_after_so_many_attempts() -> None:
+def test_a_fault_that_never_ends_is_given_up_after_a_number_of_attempts() -> None:
     with Server(faults(refusal("out of memory", 500))) as server:
         with pytest.raises(LLMError, match=r"failed 4 times \(HTTP 500\): out of memory"):
             run(say, server.url, retry=Retry(attempts=4, first=0.01))
@@ -155,7 +155,7 @@ def test_what_never_passes_ends_after_so_many_attempts() -> None:
         assert not isinstance(caught.value, LLMError)
 
 
-def test_a_request_that_hangs_is_a_failure_of_its_own_where_the_server_is_there() -> None:
+def test_a_request_that_hangs_fails_alone_while_the_server_answers() -> None:
     with Server(faults(Answer(b"{}", wait=5.0))) as server, pytest.raises(LLMError, match="no answer within 0.1 s"):
         run(say, server.url, timeout=0.1, retry=Retry(attempts=2, first=0.01))
 
@@ -212,7 +212,7 @@ def assert_hidden(error: BaseException | None) -> None:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def test_the_key_goes_only_where_nobody_listens_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent_only_over_a_private_connection_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert find_key("https://api.example.org/v1", "") == ("OPENAI_API_KEY", SECRET)
     assert find_key("http://127.0.0.1:8000/v1", "") == ("OPENAI_API_KEY", SECRET)

@@ -1,4 +1,4 @@
-"""Finding out how a server gives the probabilities of a prompt: by one question, whoever else asks meanwhile."""
+"""How a server returns prompt logprobs is found with one request, however many callers wait for it."""
 
 import asyncio
 from typing import Any

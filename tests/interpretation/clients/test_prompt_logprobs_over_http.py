@@ -156,7 +156,7 @@ def test_a_model_in_the_process_is_probed_alike(rng: np.random.Generator) -> Non
 
 
 def test_only_what_is_asked_about_is_looked_at_and_servers_may_sort() -> None:
-    """What no server should say is passed over where nobody reads it, and refused where it is read."""
+    """An invalid answer is ignored where it is not read, and refused where it is read."""
     prompt = Prompt(prefix="ab\t", rest="c\t0\n", at=(2,))
     text = prompt.prefix + prompt.rest
 

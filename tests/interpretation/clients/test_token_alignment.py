@@ -1,4 +1,4 @@
-"""Tokens laid along a text, in each of the ways in which servers spell them, against where they really are."""
+"""Tokens aligned with a text, in each spelling that servers use, against their true offsets."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -130,7 +130,7 @@ def test_spellings_of_servers(told: list[str], text: str, expected: list[tuple[i
     assert [place[:2] for place in found] == expected
 
 
-def test_a_first_token_that_was_not_told_and_others_of_which_several_are() -> None:
+def test_a_first_token_without_text_and_tokens_with_several_candidates() -> None:
     found = align([[], ["b", "bc"], ["d", "cd", ""]], "abcd")
     assert found is not None
     assert [tuple(place) for place in found] == [(0, 1, -1), (1, 2, 0), (2, 4, 1)]

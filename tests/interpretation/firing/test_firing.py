@@ -60,7 +60,9 @@ def test_what_nothing_is_predicted_for_or_never_fires_is_undefined() -> None:
     assert silent[:2].tolist() == [0, 0]
     assert np.isnan(silent[2:]).all()
     negative = counted(-a, -s - 1, whole)
-    assert np.isnan(negative.measures).all(), "negative activations are no firing, negative predictions not relevant"
+    assert np.isnan(negative.measures).all(), (
+        "negative activations do not count as firing, nor negative predictions as relevant"
+    )
 
 
 def test_counting_equals_loops_over_tokens(rng: np.random.Generator) -> None:

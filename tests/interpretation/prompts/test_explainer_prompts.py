@@ -128,7 +128,7 @@ def test_nothing_inside_a_token_breaks_its_line_or_hides(token: str, seen: str) 
     assert len(escaped(token).splitlines()) == 1
 
 
-def test_bytes_that_are_no_character_are_shown_as_such_and_raw_in_compat() -> None:
+def test_invalid_utf8_bytes_are_escaped_and_raw_in_compat() -> None:
     ids = make_tokenizer(257).encode("→").ids
     assert [prompt_strings(make_tokenizer(257))[i] for i in ids] == [r"\xe2", r"\x86", r"\x92"]
     assert [prompt_strings(make_tokenizer(257), "compat")[i] for i in ids] == ["\N{REPLACEMENT CHARACTER}"] * 3
@@ -180,7 +180,7 @@ def test_an_answer_that_was_cut_off_says_so() -> None:
     ("Unfortunately, there is not enough information.", "refused: "),
     ("I can’t assist with this request.", "refused: "),
 ])  # fmt: skip
-def test_what_is_no_answer_is_a_failure_with_its_text(text: str, said: str) -> None:
+def test_an_unusable_answer_is_a_failure_with_its_text(text: str, said: str) -> None:
     with pytest.raises(LLMError) as failure:
         explanation_of(reply(text))
     assert said in str(failure.value)

@@ -33,7 +33,7 @@ def questions(server: RuleServer) -> list[Body]:
 
 
 class Stopping(RuleServer):
-    """Refuses the key after so many questions about neurons: the work ends as by a kill."""
+    """Refuse the key after N questions about neurons: the work ends as by a kill."""
 
     most = 1 << 30
 
@@ -112,4 +112,4 @@ def test_tokens_are_measured_once_and_never_too_few() -> None:
     assert endpoint.transport.usage.prompt_tokens == len(solved_tables()) // 4
     endpoint.tokens_per_byte = 0.25
     assert endpoint.count("abcd" * 100) == 125
-    assert endpoint.count("é" * 100) == 200, "what is no ASCII may be a token a byte"
+    assert endpoint.count("é" * 100) == 200, "a character outside ASCII may take one token a byte"

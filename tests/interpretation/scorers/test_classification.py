@@ -155,7 +155,7 @@ def test_a_server_that_gives_up_is_a_failure_too(windows: Contrast, pieces: Sequ
 
 
 @pytest.mark.parametrize("index", [DEAD, CONSTANT])
-def test_a_neuron_without_enough_windows_is_counted_and_nobody_is_asked(
+def test_a_neuron_without_enough_windows_is_counted_without_a_call(
     index: int, tmp_path: Path, rng: np.random.Generator, pieces: Sequence[bytes]
 ) -> None:
     records = read_records(make_run(tmp_path / "run", rng, layers=1), 0)

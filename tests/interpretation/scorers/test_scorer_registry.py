@@ -94,7 +94,7 @@ def test_surprisal_counts_windows_whose_probabilities_are_missing() -> None:
         asyncio.run(surprisal("x", windows, pieces, Reader(lambda _: np.nan, candidates=lambda _: {}), QUESTIONS))
 
 
-def test_a_model_that_tells_no_probabilities_is_refused_with_what_to_use() -> None:
+def test_a_model_without_probabilities_is_refused_with_an_alternative() -> None:
     blind = Judge(lambda *_: "")
     with pytest.raises(CrateError, match=r"not return prompt logprobs.*ignores logprobs.*Use --scorer detection"):
         asyncio.run(check_llm(["surprisal"], blind, QUESTIONS))
@@ -159,7 +159,7 @@ def test_windows_that_are_alike_know_each_other_and_any_windows_do_not(rng: np.r
 
 
 def test_an_aggregate_counts_everyone_and_its_interval_covers(rng: np.random.Generator) -> None:
-    """Neurons with skills of their own, 40 items each: the interval of 30 of them covers the mean of all."""
+    """Neurons of different skill, 40 items each: the interval of 30 of them covers the mean of all."""
 
     def neuron(skill: float) -> Judged:
         truth = (1,) * 20 + (0,) * 20
@@ -188,7 +188,7 @@ def test_an_aggregate_counts_everyone_and_its_interval_covers(rng: np.random.Gen
 
 
 @pytest.mark.parametrize("name", ["detection", "intruder", "embedding"])
-def test_items_drawn_anew_spread_as_brute_force_does(name: str, rng: np.random.Generator) -> None:
+def test_resampled_items_spread_as_brute_force_does(name: str, rng: np.random.Generator) -> None:
     """One neuron alone: the interval is that of its items, drawn one by one."""
     truth = (1,) * 12 + (0,) * 9
     score = tuple(rng.normal(size=21) + np.array(truth))
@@ -213,7 +213,7 @@ def test_items_drawn_anew_spread_as_brute_force_does(name: str, rng: np.random.G
     assert found.mean == pytest.approx(100 * one.numbers()[number])
 
 
-def test_one_neuron_alone_is_drawn_anew_as_often_as_asked(rng: np.random.Generator) -> None:
+def test_one_neuron_alone_is_resampled_as_often_as_requested(rng: np.random.Generator) -> None:
     """Its interval would otherwise hang on the least number of sets, which is meant for many neurons together."""
     truth = (1,) * 40 + (0,) * 30
     one = Judged(truth=truth, score=tuple(rng.normal(size=70) + np.array(truth)))

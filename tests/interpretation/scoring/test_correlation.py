@@ -131,7 +131,7 @@ def layer_scores(layer: int, a: np.ndarray, s: np.ndarray, *, reasons: list[str]
 def population(
     rng: np.random.Generator, neurons: int, excerpts: int = 6, width: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Neurons that are predicted more or less well, each excerpt with a strength of its own."""
+    """Neurons that are predicted more or less well, each excerpt with a different strength."""
     skill = rng.uniform(-0.2, 0.9, size=(neurons, 1, 1))
     s = rng.normal(size=(neurons, excerpts, width)) * rng.uniform(0.3, 2, size=(neurons, excerpts, 1))
     return skill * s + np.sqrt(1 - skill**2) * rng.normal(size=s.shape), s
@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_interval(rng: np.random.Generator) -> None
     assert ends[0] == ends[1] != ends[2]
 
 
-def test_an_interval_does_not_change_with_the_layers_and_protocols_beside_it(rng: np.random.Generator) -> None:
+def test_an_interval_does_not_depend_on_other_layers_and_protocols(rng: np.random.Generator) -> None:
     layers = [layer_scores(layer, *population(rng, 8)) for layer in (0, 1, 4)]
     together = aggregate(layers, protocol="anthropic", resamples=100)
     for layer, line in zip(layers, together.layers, strict=True):

@@ -50,7 +50,7 @@ def test_it_is_a_weighted_mean_whatever_is_added_to_all(rng: np.random.Generator
 @pytest.mark.parametrize(
     "text", ["", " ", "11", "100", "07", "-1", "+3", "1.", "1e0", "³", "٣", "４", "one", "unknown", "\t3", "3\n"]
 )
-def test_what_is_no_number_of_the_scale_is_passed_over(text: str) -> None:
+def test_a_token_outside_the_scale_is_ignored(text: str) -> None:
     assert ReadOut().expected({text: 0.0}) is None
     assert ReadOut().expected({text: 5.0, "4": 0.0}) == 4
 

@@ -60,7 +60,7 @@ def test_a_model_that_cannot_simulate_is_refused_with_what_it_scored() -> None:
             return {str(len(text) % 7): 0.0, "unknown": -top}
 
     message = (
-        r"^all-at-once-0-9:ignorant cannot simulate: on 6 neurons that everybody knows its mean correlation is "
+        r"^all-at-once-0-9:ignorant cannot simulate: on 6 obvious neurons its mean correlation is "
         r"-?0\.\d\d, and 0\.5 is the least \(words for colours -?0\.\d\d, .*\)\. Use a larger model$"
     )
     simulator = asyncio.run(open_simulator("all-at-once", Ignorant(name="ignorant", ten=False)))
@@ -127,7 +127,7 @@ def test_without_anything_to_learn_from_the_calibration_is_a_constant(method: Ca
 
 @pytest.mark.parametrize("mode", ["fixed", "compat"])
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_calibration_has_excerpts_of_its_own(name: str, mode: Mode, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_calibration_has_separate_excerpts(name: str, mode: Mode, rng: np.random.Generator, tmp_path: Path) -> None:
     """None that is explained or scored; in `fixed` mode of no document that is."""
     records = read_records(make_run(tmp_path / "run", rng, mode=mode, layers=1, documents=300), 0, mode=mode)
     by = protocol(name, mode)

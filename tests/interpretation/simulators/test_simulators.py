@@ -82,7 +82,7 @@ def test_a_model_that_follows_rules_is_read_exactly(method: str, explanation: st
     assert simulator.counts["unread"] == 0
 
 
-def test_an_explanation_by_lookup_is_not_told_to_fire_twice() -> None:
+def test_an_explanation_by_lookup_names_firing_once_in_the_prompt() -> None:
     prefix = all_at_once_prefix('fires on " rain" (3.2); on nothing else', [], top=10, unknown="unknown")
     assert 'this neuron fires on " rain" (3.2); on nothing else\n' in prefix
 
@@ -125,7 +125,7 @@ def test_a_model_that_writes_10_as_two_tokens_is_asked_for_0_to_9() -> None:
     assert simulated(released, "brackets", ["(", "a"]) == [[1.0, 0.0]]  # 10 is read as the 1 it begins with
 
 
-def test_the_released_read_out_skips_what_is_no_character() -> None:
+def test_the_released_read_out_skips_invalid_characters() -> None:
     tokens = ["(", "\N{REPLACEMENT CHARACTER}", "[\N{REPLACEMENT CHARACTER}", "]"]
     simulator = opened("all-at-once", RuleFollower(), "compat")
     assert simulator.strings_mode == "compat"
@@ -194,7 +194,7 @@ def test_an_unknown_method_is_refused() -> None:
         opened("sideways", RuleFollower())
 
 
-def test_what_a_simulator_tells_of_itself_changes_with_all_that_matters() -> None:
+def test_a_simulators_settings_change_with_everything_that_matters() -> None:
     told = [opened(method, llm, mode).cache_settings() for method in METHODS for mode in ("fixed", "compat")
             for llm in (RuleFollower(), RuleFollower(name="other"))]  # fmt: skip
     assert len({json.dumps(one, sort_keys=True) for one in told}) == len(told)
@@ -254,7 +254,7 @@ def test_a_structured_answer_may_spell_a_token_without_its_escapes() -> None:
             structured_activations(json.dumps({"activations": [{"token": other, "activation": 0}]}), [r"\n"])
 
 
-def test_a_prompt_tells_of_escapes_where_there_are_any() -> None:
+def test_a_prompt_explains_escapes_where_it_has_any() -> None:
     few = few_shot_neurons()
     for escaped in (True, False):
         for text in (

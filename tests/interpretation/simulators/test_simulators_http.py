@@ -64,7 +64,7 @@ def test_a_server_that_ignores_what_it_is_asked_is_refused(rng: np.random.Genera
 
 
 class RuleModelServer(ModelServer):
-    """A server whose model follows the rule that the explanation in the prompt tells, wherever an activation stands."""
+    """A server whose model follows the rule that the prompt's explanation states, at every activation."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(None, make_tokenizer("ten"), shape)

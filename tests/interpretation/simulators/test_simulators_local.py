@@ -160,7 +160,5 @@ def test_a_randomly_initialised_model_is_refused(method: str, rng: np.random.Gen
     if method == "structured":  # an answer of thousands of tokens, which are drawn one by one, would say no more
         llm._ends = frozenset(range(100, 500))
     simulator = asyncio.run(open_simulator(method, llm))
-    with pytest.raises(
-        CrateError, match=rf"^{simulator.name} cannot simulate: on 6 neurons that everybody knows its mean"
-    ):
+    with pytest.raises(CrateError, match=rf"^{simulator.name} cannot simulate: on 6 obvious neurons its mean"):
         asyncio.run(require_self_test(simulator))

@@ -160,7 +160,7 @@ def test_intruders_need_no_explanation_and_are_asked_about_every_chosen_neuron(r
     assert not [text for text in explanations if text in said]
 
 
-def test_what_guessing_gives_is_known_where_nobody_could_be_judged(run: Path) -> None:
+def test_the_chance_level_is_known_where_no_neuron_was_judged(run: Path) -> None:
     """In the questions, because no neuron has an answer that would say it."""
     for options in (3, 5, 8):
         judge, many = Judge(lambda *_: json.dumps({"intruder": 2})), 10**6

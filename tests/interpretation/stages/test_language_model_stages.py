@@ -115,7 +115,7 @@ def test_what_goes_wrong_is_counted_with_its_text_and_never_scored(run: Path) ->
     assert failures(store, SIMULATED, "simulate") == {7: "unreadable: 3 numbers for 64 tokens"}
 
 
-def test_another_temperature_makes_explanations_and_what_follows_anew(run: Path) -> None:
+def test_another_temperature_makes_explanations_and_simulations_again(run: Path) -> None:
     llm = ScriptedLLM()
     interpret(run, llm)
     first = len(llm.asked)

@@ -100,7 +100,7 @@ def test_a_second_run_of_other_sets_is_paid_by_the_cache(tmp_path: Path, rng: np
 
 
 def test_kill_9_loses_at_most_the_calls_in_flight(tmp_path: Path, rng: np.random.Generator) -> None:
-    """A process killed three times at any moment: whoever comes after asks only for what it never got an answer to."""
+    """A process killed three times at any moment: the next process asks only what was not answered."""
     run, neurons, in_flight, kills = make_run(tmp_path / "run", rng), 50, 16, 3
     answer = Faulty(random.Random(0), 0.0, slow=0.01)
     with Server(answer) as server:

@@ -22,7 +22,7 @@ SHORT = Sampling(max_tokens=5)
 
 
 class Counted(InProcess):
-    """A model that answers everything with something of its own, and counts what it was asked."""
+    """A model that answers every prompt differently, and counts the prompts."""
 
     name, context = "counted", None
 

@@ -238,7 +238,7 @@ def test_a_store_from_before_the_rank_scores_is_given_them_and_scored_again(run:
 
 
 @pytest.mark.parametrize("content", [b"not a database, but long enough to be looked at" * 100, b""])
-def test_a_file_that_is_no_store_is_refused(run: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_store_is_refused(run: Path, content: bytes) -> None:
     (run / "interpretation.sqlite").write_bytes(content)
     with pytest.raises(CrateError, match="is not a store of interpretations"):
         Store.open(run)

@@ -89,7 +89,7 @@ def test_failures_can_be_asked_again(store: Store) -> None:
     assert (begin(store).missing(), store.is_done(KEY, "explain")) == ([7], False)
 
 
-def test_other_settings_or_records_make_a_set_anew(store: Store) -> None:
+def test_other_settings_or_records_make_a_set_again(store: Store) -> None:
     begin(store).add({1: "digits"})
     assert begin(store).missing() == [4, 7]
     assert begin(store, temperature=0.5).missing() == [1, 4, 7]

@@ -131,7 +131,7 @@ def test_a_part_of_other_settings_is_refused(run: Path) -> None:
         merge(run)
 
 
-def test_a_run_without_parts_is_told_how_to_make_some(run: Path) -> None:
+def test_a_run_without_parts_is_refused_with_the_command(run: Path) -> None:
     with pytest.raises(CrateError, match=r"no parts to merge. Run: cratelm interpret .* --part K/N"):
         merge(run)
 
@@ -163,7 +163,7 @@ def test_parts_are_written_at_the_same_time_and_merged_meanwhile(run: Path) -> N
     assert Store.open(run).is_done(KEY, "explain")
 
 
-def test_a_merge_keeps_nobody_from_writing_the_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_does_not_block_writing_the_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its answers are copied, a part can be written at once."""
     fill(run, 1, (1, 2, 4, 7))
     monkeypatch.setattr(parts, "COPIED", 2)

@@ -98,7 +98,7 @@ def test_interpret_with_a_server_finds_the_planted_rules(
     assert len(questions(server)) == asked
 
 
-def test_a_dry_run_says_what_will_be_asked_and_asks_and_writes_nothing(
+def test_a_dry_run_prints_the_calls_and_makes_none(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--price-in", "2", "--price-out", "8"]
@@ -133,7 +133,7 @@ def test_lookup_explanations_can_be_simulated_by_a_language_model(run: Path, ser
     assert [key.simulator for key in Store.open(run).sets("simulate")] == ["all-at-once:rules"]
 
 
-def test_several_explanations_of_each_neuron_are_sets_of_their_own(
+def test_several_explanations_of_each_neuron_are_separate_sets(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["interpret", str(run), "--llm", server.url, *TAR, "--samples", "2", "--neurons", "2"]) == 0
@@ -143,7 +143,7 @@ def test_several_explanations_of_each_neuron_are_sets_of_their_own(
     assert seeds == {0, 1}
 
 
-def test_without_probabilities_a_chat_simulates_and_the_reason_is_said(
+def test_without_probabilities_a_chat_simulates_and_the_reason_is_printed(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RuleServer(probabilities=False) as server:
@@ -243,7 +243,7 @@ NOT_THERE = [
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES)
-def test_a_mistake_is_told_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     options: list[str], message: str, run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = [server.url if option == "URL" else option for option in options]
@@ -286,12 +286,12 @@ def test_parts_are_merged_into_what_one_process_makes(
     assert "merged parts 1, 2: 8 new rows, 0 failures" in said
     assert len(questions(server)) == asked
     np.testing.assert_array_equal(Store.open(run).scores(KEY).correlation, Store.open(alone).scores(KEY).correlation)
-    assert set(Store.open(run).scored()) == set(Store.open(alone).scored()), "lookup stands beside it there too"
+    assert set(Store.open(run).scored()) == set(Store.open(alone).scored()), "lookup is scored there too"
     assert main(["interpret", str(run), "--merge"]) == 0
     assert "explained by rules" in capsys.readouterr().out
 
 
-def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(
+def test_a_budget_stops_cleanly_and_a_larger_budget_resumes(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3", "--in-flight", "1"]
@@ -318,7 +318,7 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     assert main(["explain", str(run), *TAR]) == 0
     assert main(["simulate", str(run), "--llm", str(folder), *lookup]) == 2
     said = capsys.readouterr().err
-    assert "error: all-at-once:random cannot simulate: on 6 neurons that everybody knows" in said
+    assert "error: all-at-once:random cannot simulate: on 6 obvious neurons" in said
     assert Store.open(run).sets("simulate") == []
     assert main(["interpret", str(run), "--llm", str(folder), *lookup, "--skip-self-test"]) == 0
     assert "its scores will mean nothing" in capsys.readouterr().err
@@ -327,7 +327,7 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     assert len(Store.open(run).scores(key).neuron) == 2
 
 
-def test_calibration_has_excerpts_of_its_own_that_the_plan_counts(
+def test_calibration_has_separate_excerpts_that_the_plan_counts(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "1", "--calibrate", "linear"]

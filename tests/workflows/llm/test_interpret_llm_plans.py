@@ -1,4 +1,4 @@
-"""Commands that ask a language model: their plans, lookup beside them, and models that are not as usual, end to end."""
+"""Commands that ask a language model: their plans, lookup next to them, and unusual models, end to end."""
 
 import asyncio
 import csv
@@ -233,7 +233,7 @@ def test_a_model_without_a_system_role_explains_and_simulates(run: Path) -> None
     assert all(messages[0]["content"].startswith("Each neuron of a language model") for messages in read)
 
 
-def test_the_rounding_of_prompts_is_switched_by_itself_and_kept_beside(
+def test_the_rounding_of_prompts_is_a_separate_switch_and_set(
     tmp_path: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for mode, own, other, name in (("compat", "down", "up", "rounded-up"), ("fixed", "up", "down", "rounded-down")):
@@ -261,7 +261,7 @@ def explained_with(server: RuleServer) -> list[str]:
     return [text for text in chats if text.endswith("this neuron fires on")]
 
 
-def test_lookup_and_its_control_stand_beside_the_model_on_the_same_neurons(
+def test_lookup_and_its_control_are_scored_on_the_same_neurons_as_the_model(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3"]

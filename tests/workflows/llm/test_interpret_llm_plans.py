@@ -261,6 +261,7 @@ def explained_with(server: RuleServer) -> list[str]:
     return [text for text in chats if text.endswith("this neuron fires on")]
 
 
+@pytest.mark.usefixtures("quick_report")
 def test_lookup_and_its_control_are_scored_on_the_same_neurons_as_the_model(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

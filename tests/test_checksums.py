@@ -101,7 +101,7 @@ def test_a_file_is_hashed_once_until_it_changes(
     assert hashed == [path]
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(b"some Bytes")
-    os.utime(path, ns=times)  # the same size and modification time: the change time tells
+    os.utime(path, ns=times)  # the same size and modification time: the change time differs
     with pytest.raises(CrateError, match="is damaged or was changed"):
         verify(path)
     own_memory.write_bytes(b"not a database")

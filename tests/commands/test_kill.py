@@ -92,9 +92,9 @@ def test_two_ranks_train_and_collect_what_one_process_does(
     for size, run in ((1, alone), (2, ranks)):
         assert forks.ask("run_ranks", size, train.format(run=run / "trained")) == size
         assert forks.ask("run_ranks", size, collect.format(run=run)) == size
-    losses = [[row["loss"] for row in rows(run / "trained")] for run in (ranks, alone)]
-    assert len(losses[0]) == 12
-    np.testing.assert_allclose(*losses, rtol=0, atol=2e-5)
+    expected, found = ([row["loss"] for row in rows(run / "trained")] for run in (alone, ranks))
+    assert len(expected) == 12
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
     assert files(ranks / "records") == files(alone / "records")
 
 

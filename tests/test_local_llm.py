@@ -36,7 +36,7 @@ def logprobs_of(llm: LocalLLM, prompts: Sequence[Prompt], *, top: int = 15) -> S
 def expected_at(llm: LocalLLM, prompt: Prompt) -> dict[int, tuple[float, dict[str, float]]]:
     """Offset in the rest -> log-probability of the token there and of 15 candidates, computed one token at a time."""
     encoding = llm.tokenizer.backend_tokenizer.encode(prompt.prefix + prompt.rest, add_special_tokens=False)
-    strings, ends, found = token_strings(llm.tokenizer.backend_tokenizer), [0], {}
+    strings, ends, expected = token_strings(llm.tokenizer.backend_tokenizer), [0], {}
     for i, token in enumerate(encoding.ids):
         if ends[-1] >= len(prompt.prefix) and i:
             with torch.no_grad():
@@ -45,9 +45,9 @@ def expected_at(llm: LocalLLM, prompt: Prompt) -> dict[int, tuple[float, dict[st
             texts: dict[str, float] = {}
             for index in logprobs.argsort(descending=True)[:15].tolist():
                 texts[strings[index]] = float(np.logaddexp(texts.get(strings[index], -np.inf), float(logprobs[index])))
-            found[ends[-1] - len(prompt.prefix)] = (float(logprobs[token]), texts)
+            expected[ends[-1] - len(prompt.prefix)] = (float(logprobs[token]), texts)
         ends.append(encoding.offsets[i][1])
-    return found
+    return expected
 
 
 def check(llm: LocalLLM, prompts: Sequence[Prompt], tolerance: float) -> None:
@@ -182,7 +182,7 @@ def test_prompts_of_a_model_without_a_shareable_cache_are_computed_whole(
 
 def chat(llm: LocalLLM, chats: Sequence[Sequence[Message]], sampling: Sequence[Sampling]) -> list[Any]:
     async def ask() -> list[Any]:
-        return await asyncio.gather(*(llm.chat(one, how) for one, how in zip(chats, sampling, strict=True)))
+        return await asyncio.gather(*(llm.chat(messages, how) for messages, how in zip(chats, sampling, strict=True)))
 
     return asyncio.run(ask())
 
@@ -198,9 +198,9 @@ def test_answers_generated_together_equal_answers_generated_alone(rng: np.random
     replies = chat(llm, chats_of(5), [Sampling(max_tokens=n) for n in (9, 4, 12, 1, 7)])
     # The end-of-text token of the model ends an answer, and so does that of the tokenizer; here they differ.
     ends = sorted({llm.tokenizer.eos_token_id, llm.reader.model.generation_config.eos_token_id} - {None})
-    for one, reply, budget in zip(chats_of(5), replies, (9, 4, 12, 1, 7), strict=True):
+    for messages, reply, budget in zip(chats_of(5), replies, (9, 4, 12, 1, 7), strict=True):
         text = llm.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.text} for m in one], tokenize=False, add_generation_prompt=True
+            [{"role": m.role, "content": m.text} for m in messages], tokenize=False, add_generation_prompt=True
         )
         tokens = torch.tensor([llm.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids])
         written = llm.reader.model.generate(
@@ -294,7 +294,7 @@ def test_an_error_in_a_batch_reaches_every_request_in_it_and_no_other(
         return [*failed, await llm.prompt_logprobs([Prompt(prefix="a", rest="b")])]
 
     *failed, worked = asyncio.run(ask())
-    assert [type(one) for one in failed] == [ZeroDivisionError] * 3
+    assert [type(error) for error in failed] == [ZeroDivisionError] * 3
     assert worked[0].tokens == ("b",)
 
 
@@ -303,15 +303,15 @@ def test_the_identity_of_a_directory_follows_its_weights(rng: np.random.Generato
     for name in ("one", "two"):
         save(llm.reader.model, tmp_path / name)
         llm.tokenizer.save_pretrained(tmp_path / name)
-    one, two = (LocalLLM.open(tmp_path / name, device="cpu") for name in ("one", "two"))
+    first, second = (LocalLLM.open(tmp_path / name, device="cpu") for name in ("one", "two"))
     assert [name_of(path) for path in ("a/b/", "runs/crate/model", "model", "owner/name")] == [
         "b",
         "crate",
         "model",
         "name",
     ]
-    assert (one.name, one.context, one.identity) == ("one", 4096, two.identity)
+    assert (first.name, first.context, first.identity) == ("one", 4096, second.identity)
     with torch.no_grad():
-        two.reader.model.lm_head.weight[3, 4] += 1e-3
-    del two.identity
-    assert one.identity != two.identity
+        second.reader.model.lm_head.weight[3, 4] += 1e-3
+    del second.identity
+    assert first.identity != second.identity

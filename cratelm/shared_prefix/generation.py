@@ -86,7 +86,7 @@ def _answer(generated: list[int], request: CompletionRequest) -> Completion:
 
 
 class Sampler:
-    """Draws the tokens of one answer from a random generator of its own."""
+    """Draws the tokens of one answer, with a separate random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

@@ -28,7 +28,7 @@ Layers = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, of shape (rows, heads, tokens, dim)."""
 
 SHORTEST = 32
-"""Fewer additional common tokens are not worth a forward pass of their own."""
+"""Minimum of additional common tokens for a separate forward pass that caches them."""
 CACHE_BYTES = 1 << 31
 """Limit of the keys and values that are kept between batches."""
 MAX_LOGITS = 1 << 27

@@ -62,7 +62,7 @@ def test_latents_are_collected_interpreted_and_listed_like_neurons(
     assert cli.main(["neurons", str(run), "--tap", "sae-a", "--neuron", "5"]) == 0
 
 
-def test_an_autoencoder_that_was_trained_anew_is_collected_anew(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_retrained_autoencoder_is_collected_again(tmp_path: Path, rng: np.random.Generator) -> None:
     run, data = make_run(tmp_path, rng, "crate")
     write_run_sae(run, "a", "standard", rng)
     collect = ["collect", str(run), "--data", str(data), "--sae", "a"]

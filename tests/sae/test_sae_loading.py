@@ -109,7 +109,7 @@ def test_the_hook_name_of_sae_lens_says_where_it_belongs(
     assert (sae.tap, sae.layer) == place
 
 
-def test_a_place_that_nobody_names_is_asked_for(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_without_tap_and_layer_in_the_files_the_error_asks_for_them(tmp_path: Path, rng: np.random.Generator) -> None:
     for hook in ("blocks.0.hook_resid_pre", "blocks.2.hook_mlp_out", "somewhere"):
         write_sae(tmp_path / hook, "standard", rng, fields={"metadata": {"hook_name": hook}})
         with pytest.raises(CrateError, match=rf"{hook}.*--tap"):

@@ -140,7 +140,7 @@ def test_draws_follow_the_weights(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 25])
-def test_latents_start_anew_where_the_reconstruction_costs_most(count: int, rng: np.random.Generator) -> None:
+def test_latents_restart_where_the_reconstruction_costs_most(count: int, rng: np.random.Generator) -> None:
     model = random_model(tiny_config(), rng)
     corpus, tap = rng.integers(0, 272, 400).astype(np.uint16), model.neuron_taps[0]
 

@@ -75,9 +75,11 @@ def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def test_our_gpt2_is_a_stock_gpt2(activation: str, bias: bool, tmp_path: Path, seed: int, tokens: torch.Tensor) -> None:
     model = make_model("gpt2", seed, activation=activation, bias=bias)
     save_model(model, tmp_path / "gpt2")
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
+    theirs, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gpt2", output_loading_info=True
+    )
     assert type(theirs) is transformers.GPT2LMHeadModel
-    assert not any(told.values())
+    assert not any(loading_info.values())
     torch.testing.assert_close(logits_of(theirs, tokens), logits_of(model, tokens), atol=1e-5, rtol=1e-5)
     assert not (tmp_path / "gpt2" / "modeling_crate.py").exists()
 
@@ -106,7 +108,7 @@ def test_a_stock_gpt2_is_ours_without_its_zero_biases(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"activation_function": "silu"}, "activation_function 'silu', readable are relu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
@@ -118,13 +120,13 @@ def test_a_stock_gpt2_is_ours_without_its_zero_biases(
     ],
 )
 def test_a_gpt2_that_computes_something_else_is_refused_in_one_line(
-    change: dict[str, Any], said: str, tmp_path: Path, seed: int
+    change: dict[str, Any], message: str, tmp_path: Path, seed: int
 ) -> None:
     save_model(make_model("gpt2", seed), tmp_path / "gpt2")
     path = tmp_path / "gpt2" / "config.json"
     fields = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
-    with pytest.raises(CrateError, match=said) as refusal:
+    with pytest.raises(CrateError, match=message) as refusal:
         load_model(tmp_path / "gpt2")
     assert "\n" not in str(refusal.value)
 
@@ -153,9 +155,9 @@ def test_auto_classes_open_a_crate_directory(crate: tuple[LanguageModel, Path], 
     assert isinstance(config, CrateConfig)
     assert config.model_config() == model.config
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (32, 2, 128)
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    theirs, loading_info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(theirs) is CrateForCausalLM
-    assert not any(told.values())
+    assert not any(loading_info.values())
     assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     torch.testing.assert_close(logits_of(theirs, tokens), logits_of(model, tokens), atol=1e-5, rtol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

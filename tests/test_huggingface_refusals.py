@@ -82,17 +82,17 @@ def test_position_ids_are_taken_where_they_are_the_own_ones_and_refused_elsewher
 def test_the_automatic_class_without_a_head_reads_what_the_head_reads(
     theirs: CrateForCausalLM, folder: Path, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    bare, told = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    bare, loading_info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(bare) is CrateModel
-    assert not any(told.values())
+    assert not any(loading_info.values())
     mask = torch.ones_like(tokens)
     mask[2, :7] = 0
     with torch.no_grad():
-        found = bare.eval()(tokens, attention_mask=mask, output_hidden_states=True)
+        result = bare.eval()(tokens, attention_mask=mask, output_hidden_states=True)
         expected = theirs(tokens, attention_mask=mask, output_hidden_states=True)
-    for ours, state in zip(found.hidden_states, expected.hidden_states, strict=True):
+    for ours, state in zip(result.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours, state)
-    torch.testing.assert_close(theirs.lm_head(found.last_hidden_state), expected.logits)
+    torch.testing.assert_close(theirs.lm_head(result.last_hidden_state), expected.logits)
     bare.save_pretrained(tmp_path / "again")
     again = transformers.AutoModel.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():

@@ -99,8 +99,8 @@ print(logits.double().sum().item(), cache["blocks.1.mlp.hook_post"].double().sum
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     with cratelm.capture(model, model.neuron_taps) as codes, torch.no_grad():
         expected = model(torch.arange(20)[None]).double().sum().item()
-    found = [float(number) for number in result.stdout.split()[-2:]]
-    assert found == pytest.approx([expected, codes[model.neuron_taps[1]].double().sum().item()], abs=1e-2)
+    measured = [float(number) for number in result.stdout.split()[-2:]]
+    assert measured == pytest.approx([expected, codes[model.neuron_taps[1]].double().sum().item()], abs=1e-2)
 
 
 def test_sae_lens_boots_the_same_way(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -113,8 +113,8 @@ def test_sae_lens_boots_the_same_way(tmp_path: Path, rng: np.random.Generator) -
     _, cache = bridge.run_with_cache(tokens, names_filter=["blocks.1.mlp.neurons.hook_out"])
     with cratelm.capture(model, model.neuron_taps) as codes, torch.no_grad():
         model(tokens)
-    found = cache["blocks.1.mlp.neurons.hook_out"]
-    torch.testing.assert_close(found, codes[model.neuron_taps[1]], atol=1e-5, rtol=1e-5)
+    result = cache["blocks.1.mlp.neurons.hook_out"]
+    torch.testing.assert_close(result, codes[model.neuron_taps[1]], atol=1e-5, rtol=1e-5)
 
 
 def test_the_documented_code_runs(tmp_path: Path, rng: np.random.Generator) -> None:

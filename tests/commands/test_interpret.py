@@ -227,9 +227,9 @@ def test_a_mistake_is_reported_in_one_line(
 ) -> None:
     named = {"RUN": str(run), "NOWHERE": str(run / "nowhere")}
     assert main([named.get(argument, argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1
     assert not (run / "nowhere").exists()
 
 

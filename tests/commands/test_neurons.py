@@ -129,9 +129,9 @@ def test_sorting_puts_neurons_without_a_value_last(run: Path) -> None:
 )
 def test_a_filter_keeps_what_a_loop_keeps(text: str, run: Path) -> None:
     table = open_table(run, 1)
-    found = re.fullmatch(r"(\w+)\s*([<>=]+)\s*(.+)", text)
-    assert found
-    name, comparison, limit = found.groups()
+    match = re.fullmatch(r"(\w+)\s*([<>=]+)\s*(.+)", text)
+    assert match
+    name, comparison, limit = match.groups()
     holds = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le, "=": operator.eq}[comparison]
     expected = [index for index, value in enumerate(table.column(name).tolist()) if holds(value, float(limit))]
     assert table.choose((text,), "neuron").tolist() == expected
@@ -144,9 +144,9 @@ def test_filters_by_text_and_together(run: Path) -> None:
     with_token = table.choose((f"token={token}",), "neuron").tolist() if token.strip() else [7]
     assert 7 in with_token
     assert all(token.strip() in " ".join(table.strongest(np.array([i]))[0]) for i in with_token)
-    said = [i for i, explanation in table.explanations.items() if "FIRES ON" in explanation.upper()]
+    matching = [i for i, explanation in table.explanations.items() if "FIRES ON" in explanation.upper()]
     assert table.choose(("explanation=FIRES on", "score>20"), "neuron").tolist() == [
-        i for i in said if table.column("score")[i] > 20
+        i for i in matching if table.column("score")[i] > 20
     ]
 
 

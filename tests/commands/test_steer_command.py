@@ -80,7 +80,7 @@ def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_pat
         "steer", run, "--neuron", "1/9=set:20x", "--prompt", PROMPT, "--tokens", 8, "--out", tmp_path, "--excerpts", 3,
     )  # fmt: skip
     out, _ = command(*words)
-    found = written(tmp_path)
+    result = written(tmp_path)
     model, tokenizer = load(run)
     assert tokenizer is not None
     prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
@@ -89,13 +89,13 @@ def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_pat
     for key, changes in (("without", []), ("with", [Change(layer=1, index=9, how="set", value=value)])):
         tokens = generate(model, prompt, 8, Intervention(changes=changes), decoding=decoding)
         text = tokenizer.decode(tokens[0].tolist())
-        assert PROMPT + found["texts"][0][key] == text
-    assert found["changes"] == [f"1/9=set:{value:.4g}"]
-    assert found["strength_0_is_exact"] is True
+        assert PROMPT + result["texts"][0][key] == text
+    assert result["changes"] == [f"1/9=set:{value:.4g}"]
+    assert result["strength_0_is_exact"] is True
     assert "strength 0: the logits are identical" in out
-    assert [row["name"] for row in found["prompts"]["rows"]][2:] == ["opposite sign", "random direction"]
-    assert found["prompts"]["rows"][1]["name"].startswith("matched neuron 1/")
-    assert (found["prompts"]["texts"], found["excerpts"]["texts"]) == (1, 3)
+    assert [row["name"] for row in result["prompts"]["rows"]][2:] == ["opposite sign", "random direction"]
+    assert result["prompts"]["rows"][1]["name"].startswith("matched neuron 1/")
+    assert (result["prompts"]["texts"], result["excerpts"]["texts"]) == (1, 3)
     (name,) = {path.stem for path in tmp_path.iterdir()}
     assert name.startswith("steer-7-a-crate-holds-rain-")
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
@@ -115,10 +115,10 @@ def test_several_changes_and_prompts_at_chosen_positions(runs: Path, tmp_path: P
         "steer", runs / "bare", "--neuron", "1/9=add:3", "0/5=clamp:0..0.1", "0/6=silence", "--prompts", prompts,
         "--positions", "generated", "--tokens", 5, "--temperature", 0, "--out", tmp_path,
     )  # fmt: skip
-    found = written(tmp_path)
-    assert [text["prompt"] for text in found["texts"]] == ["the neuron sees light.", "one code keeps sand."]
-    assert found["prompts"]["rows"][0]["moved"] == 0  # nothing is generated before the next token
-    assert "excerpts" not in found
+    result = written(tmp_path)
+    assert [text["prompt"] for text in result["texts"]] == ["the neuron sees light.", "one code keeps sand."]
+    assert result["prompts"]["rows"][0]["moved"] == 0  # nothing is generated before the next token
+    assert "excerpts" not in result
     assert "after 2 prompts" in out
 
 
@@ -127,11 +127,11 @@ def test_a_sweep_tries_every_strength(runs: Path, tmp_path: Path, command: Run) 
         "steer", runs / "crate", "--neuron", "1/9=add", "--sweep", "0x,10x,40x", "--prompt", PROMPT, "--tokens", 6,
         "--out", tmp_path,
     )  # fmt: skip
-    found = written(tmp_path, "sweep")
-    assert [point["strength"] for point in found["points"]] == ["0x", "10x", "40x"]
-    moved = [point["rows"][0]["moved"] for point in found["points"]]
+    result = written(tmp_path, "sweep")
+    assert [point["strength"] for point in result["points"]] == ["0x", "10x", "40x"]
+    moved = [point["rows"][0]["moved"] for point in result["points"]]
     assert moved[0] == 0 < moved[1] < moved[2]
-    assert all(point["nats_per_token"] > 0 for point in found["points"])
+    assert all(point["nats_per_token"] > 0 for point in result["points"])
     assert len({path.stem for path in tmp_path.iterdir()}) == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
     assert "40x" in out
@@ -175,31 +175,31 @@ def test_the_reference_is_the_maximum_or_the_99_9th_percentile(rng: np.random.Ge
     assert reference(records, 1, "p99.9") == pytest.approx(np.quantile(active, 0.999), rel=0.1)
 
 
-def _records(found: dict[str, Any]) -> Any:
+def _records(result: dict[str, Any]) -> Any:
     from cratelm.activations.records import LayerRecords, Windows
 
     nothing = np.zeros(0, dtype=np.int64)
     windows = Windows(
         tokens=nothing, span_position=nothing, span_offset=nothing, document_position=nothing, document_split=nothing
     )
-    tables = {"histogram": found.pop("histogram")}
+    tables = {"histogram": result.pop("histogram")}
     return LayerRecords(
-        tap="neurons", layer=0, mode="fixed", statistics=found, tables=tables, arrays={}, windows=windows
+        tap="neurons", layer=0, mode="fixed", statistics=result, tables=tables, arrays={}, windows=windows
     )
 
 
 def test_ledger_prints_and_writes_what_adds_up(runs: Path, tmp_path: Path, command: Run) -> None:
     out, _ = command("ledger", runs / "crate", "--prompt", PROMPT, "--show", 3, "--out", tmp_path)
-    found = written(tmp_path, "ledger")
-    assert abs(found["remainder"]) < 1e-4
-    assert f"sum {found['total']:.6f}" in out
+    result = written(tmp_path, "ledger")
+    assert abs(result["remainder"]) < 1e-4
+    assert f"sum {result['total']:.6f}" in out
     (table,) = tmp_path.glob("ledger-7-a-crate-holds-rain-*.csv")
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     total = sum(float(row["contribution"]) for row in rows if row["name"] != "logit")
-    assert total == pytest.approx(float(rows[-1]["contribution"]), abs=1e-9) == found["logit"]
+    assert total == pytest.approx(float(rows[-1]["contribution"]), abs=1e-9) == result["logit"]
     assert any(row["explanation"] for row in rows)
-    best = max(found["neurons"], key=lambda row: row["contribution"])
+    best = max(result["neurons"], key=lambda row: row["contribution"])
     assert f"neuron 1/{best['neuron']} " in out
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".svg", ".png"}
     out, _ = command("ledger", runs / "bare", "--prompt", PROMPT, "--token", "#5", "--versus", "#6", "--out", tmp_path)
@@ -289,8 +289,8 @@ def test_a_hugging_face_model_is_steered_ablated_and_decomposed(
     model = build("gpt2", rng, vocab=data.vocab_size)
     folder = save(model, tmp_path / "gpt2", data.path / "tokenizer.json")
     command("steer", folder, "--neuron", "1/9=set:3", "--prompt", PROMPT, "--tokens", 4, "--out", tmp_path / "out")
-    found = written(tmp_path / "out")
-    assert found["prompts"]["rows"][0]["moved"] > 0
+    result = written(tmp_path / "out")
+    assert result["prompts"]["rows"][0]["moved"] > 0
     out, _ = command("ledger", folder, "--prompt", PROMPT, "--out", tmp_path / "out")
     assert "residual stream" in out
     command("ablate", folder, "--data", data.path, "--tokens", 200, "--neuron", "1/9", "0/9", "--out", tmp_path / "out")

@@ -56,9 +56,9 @@ def test_the_numbers_of_a_reconstruction_are_their_formulas(rng: np.random.Gener
 def test_activations_that_never_change_have_no_variance_to_explain() -> None:
     seen = Reconstruction(2, 3, torch.device("cpu"))
     seen.update(torch.zeros(4, 2), torch.zeros(4, 3), torch.zeros(4, 2))
-    found = seen.result()
-    assert [found[name] for name in ("fvu", "explained_variance", "cosine", "norm_ratio")] == [None] * 4
-    assert (found["l0"], found["dead_share"]) == (0.0, 1.0)
+    measured = seen.result()
+    assert [measured[name] for name in ("fvu", "explained_variance", "cosine", "norm_ratio")] == [None] * 4
+    assert (measured["l0"], measured["dead_share"]) == (0.0, 1.0)
 
 
 def test_costs_and_shares_recovered_of_a_case_worked_by_hand() -> None:
@@ -66,11 +66,11 @@ def test_costs_and_shares_recovered_of_a_case_worked_by_hand() -> None:
         "clean": np.array([2.0, 3.0, 4.0, 3.0]), "sae": np.array([2.5, 3.5, 4.5, 3.5]),
         "zero": np.array([7.0, 8.0, 9.0, 8.0]), "mean": np.array([5.0, 5.0, 6.0, 4.0]),
     }  # fmt: skip
-    found = costs(losses, np.array([0, 0, 1, 1]), unigram=6.0)
-    assert (found["ce"], found["ce_sae"], found["ce_zero"], found["ce_mean"]) == (3.0, 3.5, 8.0, 5.0)
-    assert (found["ce_added"], found["ce_added_error"]) == (0.5, 0.0)
-    assert (found["recovered_zero"], found["recovered_mean"]) == (0.9, 0.75)
-    assert found["kept_model"] == pytest.approx(2.5 / 3)
+    result = costs(losses, np.array([0, 0, 1, 1]), unigram=6.0)
+    assert (result["ce"], result["ce_sae"], result["ce_zero"], result["ce_mean"]) == (3.0, 3.5, 8.0, 5.0)
+    assert (result["ce_added"], result["ce_added_error"]) == (0.5, 0.0)
+    assert (result["recovered_zero"], result["recovered_mean"]) == (0.9, 0.75)
+    assert result["kept_model"] == pytest.approx(2.5 / 3)
     assert costs(losses, np.array([0, 0, 0, 0]), unigram=2.9)["kept_model"] is None
 
 
@@ -78,11 +78,11 @@ def test_the_standard_error_is_that_of_a_ratio_over_documents(rng: np.random.Gen
     sizes = rng.integers(5, 40, 300)
     owner = np.repeat(np.arange(300) * 2, sizes)
     values = rng.normal(size=300)[owner // 2] + rng.normal(size=len(owner))
-    found = standard_error(values, owner)
+    result = standard_error(values, owner)
     picks = rng.integers(300, size=(1500, 300))
     sums = np.bincount(owner // 2, values)
     bootstrap = (sums[picks].sum(1) / sizes[picks].sum(1)).std()
-    assert found == pytest.approx(bootstrap, rel=0.15)
+    assert result == pytest.approx(bootstrap, rel=0.15)
     assert standard_error(values, np.zeros(len(values), dtype=int)) is None
 
 
@@ -90,9 +90,9 @@ def test_unigram_histogram_and_cosine(rng: np.random.Generator) -> None:
     counts = np.array([3, 0, 5])
     by_hand = -np.mean([np.log(4 / 11), np.log(1 / 11), np.log(6 / 11), np.log(6 / 11)])
     assert unigram_loss(counts, np.array([0, 1, 2, 2], dtype=np.uint16)) == pytest.approx(by_hand)
-    found = histogram(np.array([0.0, 1e-9, 1e-3, 0.0011, 1.0]))
-    assert (found["dead"], sum(found["counts"])) == (1, 4)
-    assert (found["counts"][0], found["counts"][-1]) == (1, 1)
+    result = histogram(np.array([0.0, 1e-9, 1e-3, 0.0011, 1.0]))
+    assert (result["dead"], sum(result["counts"])) == (1, 4)
+    assert (result["counts"][0], result["counts"][-1]) == (1, 1)
     directions = rng.normal(size=(1500, 7))
     unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     cosines = unit @ unit.T
@@ -127,7 +127,7 @@ def test_an_evaluation_is_what_a_plain_loop_over_the_text_finds(
     write_run_sae(run, "a", "standard", rng, layer=1, kind="paper")
     command = ["sae", "evaluate", str(run), "--data", str(data.path), "--tokens", "600", "--batch-rows", "5"]
     assert cli.main(command) == 0
-    found = json.loads((run / "saes" / "a" / "evaluation.json").read_text())
+    result = json.loads((run / "saes" / "a" / "evaluation.json").read_text())
     sae, place = load_sae(run, "a"), model.neuron_taps[1]
     tokens = torch.from_numpy(data.tokens("val")[:593].astype(np.int64))
     x, losses = [], {}
@@ -151,17 +151,17 @@ def test_an_evaluation_is_what_a_plain_loop_over_the_text_finds(
                 logits = model(piece[None, :-1])[0].double()
             total -= float(torch.log_softmax(logits, -1).gather(1, piece[1:, None]).sum())
         losses[name] = total / (37 * 16)
-    assert {name: found[name] for name in losses} == pytest.approx(losses, rel=1e-4)
-    assert found["ce_added"] == pytest.approx(losses["ce_sae"] - losses["ce"], abs=1e-4)
-    assert found["l0"] == pytest.approx(float((sae.encode(torch.cat(x)) > 0).sum()) / 592)
-    assert (found["tokens"], found["model_hash"], found["kind"]) == (592, weights_hash(model), "paper")
+    assert {name: result[name] for name in losses} == pytest.approx(losses, rel=1e-4)
+    assert result["ce_added"] == pytest.approx(losses["ce_sae"] - losses["ce"], abs=1e-4)
+    assert result["l0"] == pytest.approx(float((sae.encode(torch.cat(x)) > 0).sum()) / 592)
+    assert (result["tokens"], result["model_hash"], result["kind"]) == (592, weights_hash(model), "paper")
     counts = np.bincount(data.tokens("train"), minlength=data.vocab_size)
-    assert found["ce_unigram"] == pytest.approx(unigram_loss(counts, data.tokens("val")[1:593]))
+    assert result["ce_unigram"] == pytest.approx(unigram_loss(counts, data.tokens("val")[1:593]))
     assert all((run / "saes" / "a" / f"density.{kind}").stat().st_size > 1000 for kind in ("svg", "png"))
-    said = capsys.readouterr().out
-    assert "592 tokens of" in said
-    assert f"{found['ce_added']:.4f}" in said
-    assert max(map(len, said.splitlines())) < 100
+    output = capsys.readouterr().out
+    assert "592 tokens of" in output
+    assert f"{result['ce_added']:.4f}" in output
+    assert max(map(len, output.splitlines())) < 100
 
 
 def test_an_autoencoder_that_loses_nothing_costs_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -173,12 +173,12 @@ def test_an_autoencoder_that_loses_nothing_costs_nothing(tmp_path: Path, rng: np
     assert identity.keys() == state.keys()
     save_file(identity, run / "saes" / "a" / "sae_weights.safetensors")
     assert cli.main(["sae", "evaluate", str(run), "--data", str(data.path), "--tokens", "400"]) == 0
-    found = json.loads((run / "saes" / "a" / "evaluation.json").read_text())
-    assert found["fvu"] < 1e-12
-    assert abs(found["ce_added"]) < 1e-6
+    result = json.loads((run / "saes" / "a" / "evaluation.json").read_text())
+    assert result["fvu"] < 1e-12
+    assert abs(result["ce_added"]) < 1e-6
     for ablated in ("zero", "mean"):  # zeros may help a model with random weights; then there is nothing to recover
-        helps = found[f"ce_{ablated}"] <= found["ce"]
-        assert found[f"recovered_{ablated}"] == (None if helps else pytest.approx(1, abs=1e-4))
+        helps = result[f"ce_{ablated}"] <= result["ce"]
+        assert result[f"recovered_{ablated}"] == (None if helps else pytest.approx(1, abs=1e-4))
 
 
 def test_the_table_says_where_shares_are_inflated() -> None:

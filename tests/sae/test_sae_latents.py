@@ -84,11 +84,11 @@ def test_a_latent_writes_through_what_it_decodes_to(tmp_path: Path, rng: np.rand
     write_run_sae(tmp_path, "code", "standard", rng, layer=1)
     write_run_sae(tmp_path, "stream", "standard", rng, layer=0, tap="residual", d_in=16)
     code, stream = load_sae(tmp_path, "code"), load_sae(tmp_path, "stream")
-    found = observe_latents(observe(model, model_hash="m", layers=(1,)), code)
+    result = observe_latents(observe(model, model_hash="m", layers=(1,)), code)
     block: Any = model.get_submodule("blocks.1.ista")
-    assert found.decoders is not None
-    torch.testing.assert_close(found.decoders[1], code.W_dec @ block.atoms.detach())
-    assert (found.tap, dict(found.layers)) == ("sae-code", {1: 24})
+    assert result.decoders is not None
+    torch.testing.assert_close(result.decoders[1], code.W_dec @ block.atoms.detach())
+    assert (result.tap, dict(result.layers)) == ("sae-code", {1: 24})
     residual = observe(model, model_hash="m", tap="residual", layers=(0,))
     through = observe_latents(residual, stream)
     assert through.decoders is not None
@@ -105,12 +105,12 @@ def test_wrong_input_is_one_line(
     run, data = make_run(tmp_path, rng, "gpt2")
     write_run_sae(run, "a", "standard", rng)
     write_run_sae(run, "old", "standard", rng, settings={"model_hash": "0123456789abcdef"})
-    for more, said in (
+    for more, output in (
         (["--sae", "b"], "got b. Hint: use one of them (a, old)"),
         (["--sae", "a", "--tap", "residual"], "Use --sae without --tap"),
         (["--sae", "a", "--layer", "0"], "Use --sae without --tap"),
         (["--sae", "old"], "got 0123456789ab"),
     ):
         assert cli.main(["collect", str(run), "--data", str(data), *more]) == 2
-        assert said in capsys.readouterr().err.splitlines()[-1]
+        assert output in capsys.readouterr().err.splitlines()[-1]
     assert not (run / "records").exists()

@@ -150,9 +150,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, rng: np.random.Generato
         ({"d_sae": 11}, r"W_enc of .* must have the shape \(6, 11\) of its cfg.json, got \(6, 10\)"),
         ({"d_in": None}, r"has a missing or invalid field"),
     ]
-    for number, (fields, said) in enumerate(broken):
+    for number, (fields, output) in enumerate(broken):
         write_sae(tmp_path / f"b{number}", "standard", rng, fields=fields)
-        with pytest.raises(CrateError, match=said):
+        with pytest.raises(CrateError, match=output):
             load_sae(tmp_path, tmp_path / f"b{number}", tap="residual", layer=0)
     (tmp_path / "saes" / "good" / "cfg.json").write_text("{")
     with pytest.raises(CrateError, match="must be a JSON file"):

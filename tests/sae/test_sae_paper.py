@@ -54,21 +54,21 @@ def by_hand(sae: Any, x: np.ndarray, l1: float) -> tuple[float, np.ndarray]:
 
 def test_the_loss_is_the_released_codes(rng: np.random.Generator) -> None:
     sae, x = make(rng), rng.normal(size=(BATCH, D_IN)) * 3
-    found = forward(sae, torch.from_numpy(x), 0.01)
+    result = forward(sae, torch.from_numpy(x), 0.01)
     loss, latents = by_hand(sae, x, 0.01)
-    assert float(found.loss) == pytest.approx(loss, rel=1e-12)
-    np.testing.assert_allclose(found.feature_acts.detach().numpy(), latents, atol=1e-12)
-    assert float(found.metrics["zero_inputs"]) == 0
-    assert float(found.losses["relative_error"] + found.losses["l1_loss"]) == pytest.approx(loss, rel=1e-12)
+    assert float(result.loss) == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_allclose(result.feature_acts.detach().numpy(), latents, atol=1e-12)
+    assert float(result.metrics["zero_inputs"]) == 0
+    assert float(result.losses["relative_error"] + result.losses["l1_loss"]) == pytest.approx(loss, rel=1e-12)
 
 
 def test_an_input_that_is_all_zero_divides_nothing_by_zero(rng: np.random.Generator) -> None:
     sae, x = make(rng), rng.normal(size=(BATCH, D_IN))
     x[[3, 8]] = 0
-    found = forward(sae, torch.from_numpy(x), 0.01)
-    assert float(found.loss) == pytest.approx(by_hand(sae, x, 0.01)[0], rel=1e-12)
-    assert float(found.metrics["zero_inputs"]) == 2
-    found.loss.backward()
+    result = forward(sae, torch.from_numpy(x), 0.01)
+    assert float(result.loss) == pytest.approx(by_hand(sae, x, 0.01)[0], rel=1e-12)
+    assert float(result.metrics["zero_inputs"]) == 2
+    result.loss.backward()
     assert all(bool(weight.grad.isfinite().all()) for weight in sae.parameters())
 
 

@@ -151,15 +151,15 @@ def test_latents_restart_where_the_reconstruction_costs_most(count: int, rng: np
     def last_is_lost(x: Tensor) -> Tensor:
         return torch.cat([x[:, :-1], torch.zeros_like(x[:, -1:])], dim=1)
 
-    found = costly_inputs(model, tap, last_is_lost, corpus, **settings())
+    result = costly_inputs(model, tap, last_is_lost, corpus, **settings())
     again = costly_inputs(model, tap, last_is_lost, corpus, **settings())
     other = costly_inputs(model, tap, last_is_lost, corpus, **settings(step=71))
-    assert found.shape == (count, 64)
-    assert torch.equal(found, again)
-    assert not torch.equal(found, other)
+    assert result.shape == (count, 64)
+    assert torch.equal(result, again)
+    assert not torch.equal(result, other)
     if count == 3:  # only the last tokens of rows cost anything, and a token's code there is one of 400 windows' ends
         with torch.no_grad(), cratelm.capture(model, [tap]) as codes:
             windows = np.lib.stride_tricks.sliding_window_view(corpus.astype(np.int64), 16)
             model(torch.from_numpy(windows.copy()))
-        distance = torch.cdist(found, codes[tap][:, -1]).min(dim=1).values
+        distance = torch.cdist(result, codes[tap][:, -1]).min(dim=1).values
         assert float(distance.max()) < 1e-3

@@ -133,8 +133,8 @@ def test_a_hugging_face_model_gets_an_autoencoder(
     assert "--out runs/llama" in capsys.readouterr().err
     assert cli.main([*command, "--out", str(out), "--name", "mine"]) == 0
     assert cli.main(["sae", "evaluate", str(out), "--data", str(data.path), "--tokens", "200"]) == 0
-    found = json.loads((out / "saes" / "mine" / "evaluation.json").read_text())
-    assert (found["d_in"], found["layer"], found["context"]) == (24, 1, 32)
+    result = json.loads((out / "saes" / "mine" / "evaluation.json").read_text())
+    assert (result["d_in"], result["layer"], result["context"]) == (24, 1, 32)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -65,29 +65,29 @@ def by_hand(model: Any, text: Any, layer: int, neurons: list[int], kind: str) ->
 def test_the_fast_methods_equal_the_direct_one(variant: dict[str, Any], kind: Any, rng: np.random.Generator) -> None:
     model = random_model(tiny_config(**variant), rng).double()
     text = text_of(rng, model)
-    found = Ablation(model, text, [0, 1])
-    neurons = rng.choice(found.places[0].neurons, 4, replace=False).tolist()
+    result = Ablation(model, text, [0, 1])
+    neurons = rng.choice(result.places[0].neurons, 4, replace=False).tolist()
     for layer in (0, 1):
-        fast, direct = (found.each(layer, neurons, kind, method=method) for method in ("auto", "direct"))
+        fast, direct = (result.each(layer, neurons, kind, method=method) for method in ("auto", "direct"))
         np.testing.assert_allclose(fast, direct, rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(fast[2], by_hand(model, text, layer, neurons[2:3], kind), rtol=1e-7, atol=1e-9)
         assert abs(fast).max() > 1e-4
-    group = found.together([(1, neuron) for neuron in neurons], kind)
+    group = result.together([(1, neuron) for neuron in neurons], kind)
     np.testing.assert_allclose(group, by_hand(model, text, 1, neurons, kind), rtol=1e-7, atol=1e-9)
-    loud = int(np.abs(found.each(1, range(found.places[1].neurons), kind)).sum(1).argmax())
-    both = found.together([(0, neurons[0]), (1, loud)], kind)
-    assert not np.allclose(both, found.each(0, neurons[:1], kind)[0])
+    loud = int(np.abs(result.each(1, range(result.places[1].neurons), kind)).sum(1).argmax())
+    both = result.together([(0, neurons[0]), (1, loud)], kind)
+    assert not np.allclose(both, result.each(0, neurons[:1], kind)[0])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_ablating_hugging_face_models_equals_edited_forward_passes(family: str, rng: np.random.Generator) -> None:
     model = build(family, rng)
     text = text_of(rng, model, vocab=60)
-    found = Ablation(model, text, [0, 1])
+    result = Ablation(model, text, [0, 1])
     for layer, kind in ((0, "zero"), (1, "zero"), (1, "mean")):
-        change = found.each(layer, [3, 8], kind)  # type: ignore[arg-type]
+        change = result.each(layer, [3, 8], kind)  # type: ignore[arg-type]
         np.testing.assert_allclose(change[1], by_hand(model, text, layer, [8], kind), rtol=1e-3, atol=1e-4)
-    assert (found.readout is None) == (family == "opt")
+    assert (result.readout is None) == (family == "opt")
 
 
 def test_the_losses_of_the_intact_model_equal_those_of_evaluate(rng: np.random.Generator) -> None:
@@ -97,10 +97,10 @@ def test_the_losses_of_the_intact_model_equal_those_of_evaluate(rng: np.random.G
 
     model = random_model(tiny_config(), rng)
     text = text_of(rng, model)
-    found = Ablation(model, text, [0])
+    result = Ablation(model, text, [0])
     wanted = document_losses(model, text.tokens, text.documents, batch=2, bar=hidden_bar())
-    owner = text.owner(1, len(found.plain))
-    np.testing.assert_allclose(np.bincount(owner, found.plain), wanted.nats, rtol=1e-5)
+    owner = text.owner(1, len(result.plain))
+    np.testing.assert_allclose(np.bincount(owner, result.plain), wanted.nats, rtol=1e-5)
     assert text.sizes.tolist() == wanted.tokens.tolist()
 
 
@@ -108,10 +108,10 @@ def test_ablating_a_silent_neuron_changes_nothing(rng: np.random.Generator) -> N
     model: Any = random_model(tiny_config(), rng)
     for layer in (0, 1):
         model.blocks[layer].ista.atoms.data[5] = 0
-    found = Ablation(model, text_of(rng, model), [0, 1])
-    assert not found.each(0, [5], "zero").any()
-    assert not found.each(1, [5], "zero").any()
-    assert found.densities[1][5] == 0
+    result = Ablation(model, text_of(rng, model), [0, 1])
+    assert not result.each(0, [5], "zero").any()
+    assert not result.each(1, [5], "zero").any()
+    assert result.densities[1][5] == 0
 
 
 def test_a_limit_reads_the_beginnings_of_the_first_documents(rng: np.random.Generator) -> None:
@@ -138,10 +138,10 @@ def test_the_end_token_of_a_truncated_document_is_not_scored(kind: Any, rng: np.
     tokens[bounds[1:] - 1] = 0
     text = held_out(tokens, bounds, model, 1000)
     scored = [*range(1, 24), *range(25, 39), *range(39, 54)]  # all but the first token and the two inserted ends
-    found = Ablation(model, text, [0, 1])
-    plain, _ = mean_over_documents(text.by_document(1, found.plain), text.sizes)
+    result = Ablation(model, text, [0, 1])
+    plain, _ = mean_over_documents(text.by_document(1, result.plain), text.sizes)
     assert text.sizes.sum() == len(scored)
-    assert float(plain) == pytest.approx(found.plain[np.array(scored) - 1].mean(), rel=1e-9)
+    assert float(plain) == pytest.approx(result.plain[np.array(scored) - 1].mean(), rel=1e-9)
     with torch.no_grad():
         losses = []
         for _, inputs, targets in text.batches(1):
@@ -156,7 +156,7 @@ def test_the_end_token_of_a_truncated_document_is_not_scored(kind: Any, rng: np.
                 one.each(layer, neurons, kind)[0] if alone else one.together([(layer, neurons[0])], kind)
                 for one in both
             )
-            single = per_token(model, text, layer, neurons[0], kind, found.means[layer])
+            single = per_token(model, text, layer, neurons[0], kind, result.means[layer])
             assert ours.sum() == pytest.approx(single[np.array(scored) - 1].sum(), rel=1e-3, abs=1e-4)
             assert every.sum() == pytest.approx(single.sum(), rel=1e-3, abs=1e-4)
 
@@ -194,7 +194,7 @@ def test_ablating_a_latent_moves_its_tap_by_its_direction(
         tap=sae.place(model), layer=layer, directions=sae.W_dec, encode=sae.encode, decode=sae.decode
     )  # fmt: skip
     text = text_of(rng, model)
-    found = Ablation(model, text, [layer], coders={layer: coder})
+    result = Ablation(model, text, [layer], coders={layer: coder})
     windows, seen = list(text.batches(1)), []
     with torch.no_grad():
         for _, inputs, _ in windows:
@@ -219,12 +219,12 @@ def test_ablating_a_latent_moves_its_tap_by_its_direction(
 
     wanted = np.stack([by_definition([one]) for one in loud])
     assert abs(wanted).max() > 1e-3
-    for alone in (found.each(layer, loud, kind), found.each(layer, loud, kind, method="direct")):
+    for alone in (result.each(layer, loud, kind), result.each(layer, loud, kind, method="direct")):
         np.testing.assert_allclose(alone, wanted, rtol=1e-3, atol=1e-4)
-    together = found.together([(layer, one) for one in loud], kind)
+    together = result.together([(layer, one) for one in loud], kind)
     np.testing.assert_allclose(together, by_definition(loud), rtol=1e-3, atol=1e-4)
     densities = (torch.cat(seen) > 0).double().mean(0).numpy()
-    np.testing.assert_allclose(found.densities[layer], densities)
+    np.testing.assert_allclose(result.densities[layer], densities)
 
 
 def test_rows_of_an_earlier_version_are_read_and_resumed(tmp_path: Path) -> None:

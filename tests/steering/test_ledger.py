@@ -47,12 +47,12 @@ def test_ledgers_of_language_models_add_up(
     narrow = ledger(model, tokens, token=token, position=position)
     assert abs(narrow.remainder) < 1e-5
     model.double()
-    found = ledger(model, tokens, token=token, versus=versus, position=position)
+    result = ledger(model, tokens, token=token, versus=versus, position=position)
     logits = all_logits(model, tokens)[0, position].detach()
-    assert found.logit == pytest.approx(float(logits[token] - logits[versus]), abs=1e-12)
-    assert abs(found.remainder) < 1e-9
-    assert abs(found.contributions).sum() > 0.01
-    kinds = tuple(dict.fromkeys(name.split(":")[0].replace("residual stream", "residual") for name in found.terms))
+    assert result.logit == pytest.approx(float(logits[token] - logits[versus]), abs=1e-12)
+    assert abs(result.remainder) < 1e-9
+    assert abs(result.contributions).sum() > 0.01
+    kinds = tuple(dict.fromkeys(name.split(":")[0].replace("residual stream", "residual") for name in result.terms))
     assert kinds == named
     best = ledger(model, tokens)
     assert best.token == int(all_logits(model, tokens)[0, -1].argmax())
@@ -66,16 +66,16 @@ def test_ledgers_of_hugging_face_models_add_up(family: str, rng: np.random.Gener
     narrow = ledger(model, tokens, token=7)
     assert abs(narrow.remainder) < 1e-5
     model.double()
-    found = ledger(model, tokens, token=7, versus=8, position=4)
-    assert abs(found.remainder) < (1e-6 if family in FLOAT32_INSIDE else 1e-9)
-    assert found.terms["residual stream"] != 0
-    assert ("bias of the head" in found.terms) == (family in HEAD_BIAS)
+    result = ledger(model, tokens, token=7, versus=8, position=4)
+    assert abs(result.remainder) < (1e-6 if family in FLOAT32_INSIDE else 1e-9)
+    assert result.terms["residual stream"] != 0
+    assert ("bias of the head" in result.terms) == (family in HEAD_BIAS)
 
 
 def test_a_ledger_equals_a_computation_by_hand(rng: np.random.Generator) -> None:
     model: Any = random_model(tiny_config("crate"), rng).double()
     tokens = torch.from_numpy(rng.integers(272, size=(1, 5)))
-    found = ledger(model, tokens, token=3)
+    result = ledger(model, tokens, token=3)
     x = model.blocks[0](model.embedding(tokens) + model.positions.weight[:5])
     z = x + model.blocks[1].mssa(model.blocks[1].norm_1(x))
     ista = model.blocks[1].ista
@@ -86,10 +86,10 @@ def test_a_ledger_equals_a_computation_by_hand(rng: np.random.Generator) -> None
     sigma = ((out - out.mean()).square().mean() + 1e-5).sqrt()
     centred = ista.atoms - ista.atoms.mean(1, keepdim=True)
     wanted = code * ((centred * model.norm.weight) @ model.embedding.weight[3]) / sigma
-    np.testing.assert_allclose(found.contributions, wanted.detach().numpy(), rtol=1e-9, atol=1e-12)
-    assert found.sigma == pytest.approx(float(sigma.detach()))
-    rows = found.as_dict()["neurons"]
-    assert sum(row["contribution"] for row in rows) + sum(found.terms.values()) == pytest.approx(found.total)
+    np.testing.assert_allclose(result.contributions, wanted.detach().numpy(), rtol=1e-9, atol=1e-12)
+    assert result.sigma == pytest.approx(float(sigma.detach()))
+    rows = result.as_dict()["neurons"]
+    assert sum(row["contribution"] for row in rows) + sum(result.terms.values()) == pytest.approx(result.total)
     assert all(row["activation"] != 0 for row in rows)
 
 
@@ -97,18 +97,18 @@ def test_a_ledger_equals_a_computation_by_hand(rng: np.random.Generator) -> None
 def test_a_ledger_predicts_the_effect_of_silencing_at_the_same_sigma(arch: Any, rng: np.random.Generator) -> None:
     model: Any = random_model(tiny_config(arch), rng).double()
     tokens = torch.from_numpy(rng.integers(272, size=(1, 5)))
-    found = ledger(model, tokens, token=3)
-    neuron = int(np.abs(found.contributions).argmax())
+    result = ledger(model, tokens, token=3)
+    neuron = int(np.abs(result.contributions).argmax())
     silence = Intervention(changes=[Change(layer=1, index=neuron, how="silence")])
     with steer(model, silence):
         silenced = ledger(model, tokens, token=3)
-    linear = found.total - bias(found) - found.contributions[neuron]
-    assert silenced.logit == pytest.approx(linear * found.sigma / silenced.sigma + bias(found), abs=1e-9)
+    linear = result.total - bias(result) - result.contributions[neuron]
+    assert silenced.logit == pytest.approx(linear * result.sigma / silenced.sigma + bias(result), abs=1e-9)
     assert find_readout(model).place.layer == 1
 
 
-def bias(found: Any) -> float:
-    return found.terms.get("bias of the final norm", 0.0)
+def bias(result: Any) -> float:
+    return result.terms.get("bias of the final norm", 0.0)
 
 
 def test_a_model_whose_logits_are_not_sums_over_neurons_is_refused(rng: np.random.Generator) -> None:

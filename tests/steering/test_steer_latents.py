@@ -77,17 +77,17 @@ def test_strength_0_of_a_latent_changes_nothing_and_the_reconstruction_has_a_sep
     options = ("--prompt", PROMPT, "--tokens", 4, "--out", tmp_path / "out", "--sae", f"zero-{kind}")
     words = ("steer", runs / "bare", *options)
     out, _ = command(*words, "--neuron", "sae:1/5=add:0", "--drop-error")
-    found = written(tmp_path / "out")
-    *rows, alone = found["prompts"]["rows"]
+    result = written(tmp_path / "out")
+    *rows, alone = result["prompts"]["rows"]
     assert [row["name"] for row in rows][::2] == ["steered", "opposite sign"]
     assert len(rows) == 4
     assert all(row["moved"] == row["on_tokens"] == row["divergence"] == 0 for row in rows)
     assert alone["name"] == "reconstruction alone"
     assert alone["moved"] > 0 < alone["divergence"]
-    assert found["strength_0_is_exact"] is True
-    assert found["strength_0_logit_change"] == 0 < found["reconstruction_logit_change"]
-    assert f"logit {found['reconstruction_logit_change']:.2g}" in out
-    assert found["texts"][0]["without"] == found["texts"][0]["with"]
+    assert result["strength_0_is_exact"] is True
+    assert result["strength_0_logit_change"] == 0 < result["reconstruction_logit_change"]
+    assert f"logit {result['reconstruction_logit_change']:.2g}" in out
+    assert result["texts"][0]["without"] == result["texts"][0]["with"]
     command(*words, "--neuron", "sae:1/5=set:3", "--drop-error")
     steered = written(tmp_path / "out")
     assert steered["strength_0_logit_change"] == 0  # at any requested strength

@@ -93,8 +93,8 @@ def test_a_change_by_nothing_leaves_every_bit_of_the_logits(
     changes = [Change(layer=layer, index=7, how=how[0], value=how[1]) for layer in (0, 1)]
     with torch.no_grad():
         bare = model(tokens)
-    found = steered_logits(model, tokens, changes)
-    assert torch.equal(bare.view(torch.int32), found.view(torch.int32))
+    result = steered_logits(model, tokens, changes)
+    assert torch.equal(bare.view(torch.int32), result.view(torch.int32))
     coders = (planted_coder(model, rng),)
     latents = [Change(layer=1, index=2, how=how[0], value=how[1], latent=True)]
     assert torch.equal(bare, steered_logits(model, tokens, latents, coders=coders))
@@ -177,9 +177,9 @@ def test_positions_count_in_the_whole_text_even_if_a_pass_reads_only_its_end(rng
     assert selected(Positions(after=8, part="generated")) == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]]
     model = random_model(tiny_config(), rng)
     tokens = random_tokens(rng, 1, 8)
-    bare, found = (steered_logits(model, tokens, one, positions=Positions(spans=((5, 5),))) for one in ([], CHANGES))
-    torch.testing.assert_close(bare[:, :5], found[:, :5], rtol=0, atol=1e-6)
-    assert ((bare - found)[:, 5:].abs().amax(2) > 1e-3).all()
+    bare, steered = (steered_logits(model, tokens, x, positions=Positions(spans=((5, 5),))) for x in ([], CHANGES))
+    torch.testing.assert_close(bare[:, :5], steered[:, :5], rtol=0, atol=1e-6)
+    assert ((bare - steered)[:, 5:].abs().amax(2) > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -244,11 +244,11 @@ def test_a_matched_neuron_is_among_the_ten_nearest_in_length_and_density(rng: np
     lengths = rng.normal(size=200)
     density = np.exp(rng.normal(size=200)).astype(np.float32)
     density[50:] = 0  # never fire
-    found = {draw_matched_neuron(np.exp(lengths), 7, density, seed=seed, avoid=[3]) for seed in range(40)}
+    result = {draw_matched_neuron(np.exp(lengths), 7, density, seed=seed, avoid=[3]) for seed in range(40)}
     distance = np.abs(lengths - lengths[7]) + np.abs(np.log(np.maximum(density, 1e-30)) - np.log(density[7]))
     distance[[7, 3]] = np.inf
-    assert found <= set(np.argsort(distance)[:10].tolist())
-    assert len(found) > 3
+    assert result <= set(np.argsort(distance)[:10].tolist())
+    assert len(result) > 3
 
 
 def test_an_effect_is_the_mean_change_of_probability(rng: np.random.Generator) -> None:

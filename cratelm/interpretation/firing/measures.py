@@ -149,13 +149,6 @@ def write_firing(store: Store, key: SetKey, found: LayerFiring) -> None:
     store.write(key, "firing", f"neuron, excerpts, {', '.join(MEASURES)}, firing, relevant, tokens", rows)
 
 
-def measure_firing(store: Store, key: SetKey, records: LayerRecords, by: Protocol) -> LayerFiring:
-    """Measure a set of simulations and keep the numbers."""
-    found = firing_layer(records, by, store.simulations(key))
-    write_firing(store, key, found)
-    return found
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Firing:
     """One neuron on excerpts of one kind, at the stated threshold. Shares, in [0, 1]; None where undefined."""

@@ -8,8 +8,6 @@ documents that were kept for explaining and that the explainer was not shown, so
 knows them.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
@@ -18,42 +16,25 @@ from cratelm.interpretation.protocols import Draw, Part, Protocol, draw
 from cratelm.interpretation.store.identities import CalibrationMethod
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """A way from simulated activations to the neuron's own units, straight between the points given."""
+def calibrated(
+    method: CalibrationMethod, simulated: Float[np.ndarray, " tokens"], *, fit_on: Float[np.ndarray, " fitted"],
+    activations: Float[np.ndarray, " fitted"],
+) -> Float64[np.ndarray, " tokens"]:  # fmt: skip
+    """Simulated activations in the neuron's own units, fitted on tokens of which both activations are known.
 
-    method: CalibrationMethod
-    simulated: Float64[np.ndarray, " points"]
-    """Ascending, all different."""
-    activations: Float64[np.ndarray, " points"]
-    """What is made of them. Beyond the first and the last point `linear` goes on and `percentile` stays level."""
-
-    def apply(self, simulated: Float[np.ndarray, " tokens"]) -> Float64[np.ndarray, " tokens"]:
-        """Simulated activations in the neuron's own units."""
-        if self.method == "percentile" or len(self.simulated) < 2:
-            return np.interp(simulated, self.simulated, self.activations).astype(np.float64)
-        slope = np.diff(self.activations)[0] / np.diff(self.simulated)[0]
-        return self.activations[0] + slope * (simulated.astype(np.float64) - self.simulated[0])
-
-
-def fit(
-    method: CalibrationMethod, simulated: Float[np.ndarray, " tokens"], activations: Float[np.ndarray, " tokens"]
-) -> Calibration:  # fmt: skip
-    """Learn a calibration from tokens of which both are known; without any, or from one value, it is a constant."""
-    assert len(simulated) == len(activations), f"{len(simulated)} simulated activations of {len(activations)} tokens"
-    s, a = simulated.astype(np.float64), activations.astype(np.float64)
+    Constant if there are none of them, or if all are simulated alike. Outside the fitted range `percentile` is level.
+    """
+    s, a = fit_on.astype(np.float64), activations.astype(np.float64)
+    assert len(s) == len(a), f"{len(s)} simulated activations of {len(a)} tokens"
     if len(s) == 0 or np.ptp(s) == 0:
-        value = float(a.mean()) if len(a) else 0.0
-        return Calibration(method=method, simulated=np.zeros(1), activations=np.full(1, value))
+        return np.full(len(simulated), a.mean() if len(a) else 0.0)
     if method == "linear":
         centred = s - s.mean()
         slope = max(float(centred @ (a - a.mean()) / (centred @ centred)), 0.0)
-        points = np.array([s.min(), s.max()])
-        return Calibration(method=method, simulated=points, activations=a.mean() + slope * (points - s.mean()))
+        return a.mean() + slope * (simulated.astype(np.float64) - s.mean())
     points, places, times = np.unique(np.sort(s), return_inverse=True, return_counts=True)
     # Tokens simulated alike share the activations of their ranks.
-    shared = np.bincount(places, weights=np.sort(a)) / times
-    return Calibration(method=method, simulated=points, activations=shared)
+    return np.interp(simulated, points, np.bincount(places, weights=np.sort(a)) / times).astype(np.float64)
 
 
 def calibration_excerpts(records: LayerRecords, protocol: Protocol) -> Excerpts:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cratelm.interpretation.protocols import draw
-from cratelm.interpretation.simulators.calibration import calibration_excerpts, fit
+from cratelm.interpretation.simulators.calibration import calibrated, calibration_excerpts
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.stages.concurrency import Tally
 from cratelm.interpretation.stages.set_task import SetTask, explanation_from
@@ -86,8 +86,9 @@ async def simulate_set(
         predicted = await simulate(explanation_from(texts, sources[neuron]), tokens)
         values = np.concatenate(predicted[: len(excerpts)])
         if calibrate:
-            actual = _concatenated([excerpt.activations for excerpt in extra])
-            values = fit(calibrate, _concatenated(predicted[len(excerpts) :]), actual).apply(values)
+            activations = _concatenated([excerpt.activations for excerpt in extra])
+            fit_on = _concatenated(predicted[len(excerpts) :])
+            values = calibrated(calibrate, values, fit_on=fit_on, activations=activations)
         return Simulated(source=sources[neuron], activations=values.astype(np.float32))
 
     tally = await task.fill(growing, simulate_neuron, set(sources) & task.share if task.part != (1, 1) else sources)

@@ -23,7 +23,7 @@ from cratelm import rundir
 from cratelm.activations.records import Mode, NeuronId, read_collection, records_folder
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainers.explanation import Explanation, LayerExplanations
-from cratelm.interpretation.lookup.tables import EXPLAINER, tables_of
+from cratelm.interpretation.lookup.tables import tables_of
 from cratelm.interpretation.scoring.correlation import LayerScores, Score
 from cratelm.interpretation.simulators.simulation import LayerSimulations, Simulation
 from cratelm.interpretation.store.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage, packed, unpacked, upgrade
@@ -137,7 +137,7 @@ class Store:
                 "ORDER BY mode, tap, explainer, simulator, control, sample, protocol, layer",
                 [stage],
             ).fetchall()
-        return [SetKey(**dict(zip(SetKey.__slots__, row, strict=True))) for row in rows]
+        return [SetKey.of_row(row) for row in rows]
 
     def is_done(self, key: SetKey, stage: Stage) -> bool:
         """Whether the set is there, made from the records that are there now."""
@@ -147,15 +147,15 @@ class Store:
     def check(self, key: SetKey, stage: Stage, *, verb: str = "") -> None:
         """Refuse a set that is missing or was made from other records. `verb` is the command to run then."""
         with self.transaction() as connection:
-            found = records_of(connection, key, stage)
-            layers = _layers(connection, key, stage)
+            records = records_of(connection, key, stage)
         remedy = f"Run: {key.command(verb or stage, self.run)}"
-        if found is None:
-            what = f"{key.mode} {key.what} {MADE[stage]}"
-            place = f"layer {key.layer}{key.of_tap}"
-            raise CrateError(f"no {what} of {place} in {self.run} (found layers: {layers}). {remedy}")
+        if records is None:
+            what = f"{key.mode} {key.what} {MADE[stage]} of layer {key.layer}{key.of_tap}"
+            layers = sorted(other.layer for other in self.sets(stage) if replace(other, layer=key.layer) == key)
+            listed = ", ".join(map(str, layers)) or "none"
+            raise CrateError(f"no {what} in {self.run} (found layers: {listed}). {remedy}")
         now = identity(self.run, key.mode)
-        if now and found != now:
+        if now and records != now:
             raise CrateError(
                 f"the {key.what} {MADE[stage]} of layer {key.layer}{key.of_tap} in {self.path} come from other records "
                 f"than {records_folder(self.run, key.mode)} holds now. {remedy}"
@@ -214,26 +214,13 @@ class Store:
         sums = np.stack([unpacked(blob, "<f8").reshape(-1, 6) for blob in blobs])
         return LayerScores(layer=key.layer, reason=reason, sums=sums, **numbers)
 
-    def read_scores(
-        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = "",
-        tap: str = "neurons", simulator: str = "",
-    ) -> LayerScores:  # fmt: skip
-        """The scores of one layer by one protocol."""
-        return self.scores(SetKey(
-            layer=layer, protocol=protocol, mode=mode, tap=tap, explainer=explainer, simulator=simulator,
-            control=control,
-        ))  # fmt: skip
+    def read_scores(self, layer: int, protocol: str, **others: Any) -> LayerScores:
+        """The scores of one layer by one protocol; `others` are further fields of `SetKey`."""
+        return self.scores(SetKey(layer=layer, protocol=protocol, **others))
 
-    def read_explanations(
-        self, layer: int, protocol: str, *, mode: Mode = "fixed", explainer: str = EXPLAINER, control: str = "",
-        tap: str = "neurons", simulator: str = "",
-    ) -> dict[int, str]:  # fmt: skip
-        """The explanations of one layer in words, by neuron index; for a control, those that were simulated instead."""
-        key = SetKey(
-            layer=layer, protocol=protocol, mode=mode, tap=tap, explainer=explainer, simulator=simulator,
-            control=control,
-        )  # fmt: skip
-        return self.texts(key)
+    def read_explanations(self, layer: int, protocol: str, **others: Any) -> dict[int, str]:
+        """The explanations of one layer in words, by neuron; `others` are further fields of `SetKey`."""
+        return self.texts(SetKey(layer=layer, protocol=protocol, **others))
 
     def texts(self, key: SetKey) -> dict[int, str]:
         """The explanations of a set in words, by neuron index; for a control, those that were simulated instead."""
@@ -247,19 +234,21 @@ class Store:
 
     def read_neuron(self, key: SetKey, index: int) -> tuple[Explanation | None, Simulation | None, Score | None]:
         """What there is of one neuron, without reading its layer."""
-        here: dict[str, Any] = {"mode": key.mode, "protocol": key.protocol, "explainer": key.explainer}
-        own = here | {"neuron": NeuronId(tap=key.tap, layer=key.layer, index=index), "control": key.control}
+        key_fields: dict[str, Any] = {"mode": key.mode, "protocol": key.protocol, "explainer": key.explainer}
+        fields = key_fields | {"neuron": NeuronId(tap=key.tap, layer=key.layer, index=index), "control": key.control}
         explanation = simulation = score = None
         for source, blob in self.rows(key, "SELECT source, activations FROM simulations" + _ONE, index):
-            simulation = Simulation(source=source, activations=unpacked(blob, "<f4"), **own)
+            simulation = Simulation(source=source, activations=unpacked(blob, "<f4"), **fields)
         used = simulation.source if simulation else index
         for text, *blobs in self.rows(key.explained, "SELECT text, tokens, means FROM explanations" + _ONE, used):
             tokens, means = (unpacked(blob, dtype).tolist() for blob, dtype in zip(blobs, ("<i4", "<f4"), strict=True))
             neuron = NeuronId(tap=key.tap, layer=key.layer, index=used)
-            explanation = Explanation(neuron=neuron, text=text, table=dict(zip(tokens, means, strict=True)), **here)
+            explanation = Explanation(
+                neuron=neuron, text=text, table=dict(zip(tokens, means, strict=True)), **key_fields
+            )
         names = ("reason", *(name for name in _NUMBERS if name != "neuron"))
         for row in self.rows(key, f"SELECT {', '.join(names)} FROM scores" + _ONE, index):
-            score = Score(**own, **dict(zip(names, row, strict=True)))
+            score = Score(**fields, **dict(zip(names, row, strict=True)))
         return explanation, simulation, score
 
     def search(self, words: str, *, mode: Mode = "fixed", limit: int = 50) -> list[tuple[SetKey, int, str]]:
@@ -272,7 +261,7 @@ class Store:
         )
         with self.transaction() as connection:
             rows = connection.execute(query, [quoted, mode, limit]).fetchall() if quoted else []
-        return [(SetKey(**dict(zip(SetKey.__slots__, own, strict=True))), neuron, text) for *own, neuron, text in rows]
+        return [(SetKey.of_row(key), neuron, text) for *key, neuron, text in rows]
 
     def rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
         """What a query finds whose first parameter is the set."""
@@ -318,10 +307,3 @@ def records_of(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str
     query = "SELECT records FROM stages WHERE set_id = ? AND stage = ?"
     row = connection.execute(query, [set_id(connection, key), stage]).fetchone()
     return row and row[0]
-
-
-def _layers(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str:
-    """The layers that have this set."""
-    everywhere = [replace(key, layer=layer) for (layer,) in connection.execute("SELECT DISTINCT layer FROM sets")]
-    found = sorted(one.layer for one in everywhere if records_of(connection, one, stage) is not None)
-    return ", ".join(map(str, found)) or "none"

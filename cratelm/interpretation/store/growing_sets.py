@@ -1,7 +1,7 @@
 """The one way to write sets of explanations, simulations and answers: begin, add rows, finish.
 
 A set is begun with its neurons, the records they come from and the settings that its rows depend on. Rows are added as
-they are ready: neuron by neuron by a language model, all at once by lookup (`complete`). A set that is begun again
+they are ready: neuron by neuron by a language model, all at once by lookup. A set that is begun again
 keeps its rows, unless the records or the settings have changed: then it is made again, with answers from the cache. It
 is whole when every neuron has its row or its failure.
 """
@@ -106,20 +106,17 @@ class GrowingSet:
         with self.store.transaction() as connection:
             return read_failures(connection, set_id(connection, self.key), self.stage)
 
-    def add(self, rows: Mapping[int, Row]) -> None:
-        """Write rows in one transaction; they replace earlier rows and failures of the same neurons."""
-        with self.store.transaction() as connection:
-            own = add_set(connection, self.key)
-            remove_rows(connection, own, self.stage, rows)
-            add_rows(connection, own, self.stage, rows)
+    def add(self, rows: Mapping[int, Row], *, whole: bool = False) -> None:
+        """Write rows in one transaction; they replace earlier rows and failures of the same neurons.
 
-    def complete(self, rows: Mapping[int, Row]) -> None:
-        """Write the rows of all neurons and mark the set as whole, in one transaction."""
+        `whole`: these are the rows of all neurons, so the set is marked as whole.
+        """
         with self.store.transaction() as connection:
-            own = add_set(connection, self.key)
-            remove_rows(connection, own, self.stage, rows)
-            add_rows(connection, own, self.stage, rows)
-            mark_whole(connection, own, self.stage, identity(self.store.run, self.key.mode))
+            number = add_set(connection, self.key)
+            remove_rows(connection, number, self.stage, rows)
+            add_rows(connection, number, self.stage, rows)
+            if whole:
+                mark_whole(connection, number, self.stage, identity(self.store.run, self.key.mode))
 
     def add_failures(self, messages: Mapping[int, str]) -> None:
         """Write that some neurons got no usable answer, with the reason or the answer."""
@@ -127,13 +124,6 @@ class GrowingSet:
         with self.store.transaction() as connection:
             own = add_set(connection, self.key)
             connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", ((own, *row) for row in rows))
-
-    def forget_failures(self) -> None:
-        """Remove the failures, so that these neurons are missing and are tried again."""
-        with self.store.transaction() as connection:
-            own = add_set(connection, self.key)
-            for table in ("failures", "stages"):
-                connection.execute(f"DELETE FROM {table} WHERE set_id = ? AND stage = ?", [own, self.stage])
 
     def finish(self) -> bool:
         """Mark the set as whole if nothing is missing; a part never is. Returns whether it is whole."""
@@ -257,7 +247,7 @@ def write_explanations(store: Store, key: SetKey, made: LayerExplanations) -> No
         neuron: TableExplained(text=text, tokens=tokens, means=means)
         for neuron, text, (tokens, means) in zip(made.neuron.tolist(), made.texts, tables, strict=True)
     }
-    GrowingSet.begin(store, key, "explain", rows, settings={}).complete(rows)
+    GrowingSet.begin(store, key, "explain", rows, settings={}).add(rows, whole=True)
 
 
 def write_simulations(store: Store, key: SetKey, made: LayerSimulations) -> None:
@@ -266,7 +256,7 @@ def write_simulations(store: Store, key: SetKey, made: LayerSimulations) -> None
         neuron: Simulated(source=source, activations=made.of(row))
         for row, (neuron, source) in enumerate(zip(made.neuron.tolist(), made.source.tolist(), strict=True))
     }
-    GrowingSet.begin(store, key, "simulate", rows, settings={}).complete(rows)
+    GrowingSet.begin(store, key, "simulate", rows, settings={}).add(rows, whole=True)
 
 
 def _without(settings: str, names: tuple[str, ...]) -> dict[str, Any]:

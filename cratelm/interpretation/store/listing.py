@@ -1,39 +1,21 @@
-"""Which sets a store holds of one layer, for whoever shows them all."""
+"""The sets that a store has of a layer, for pages that show all of them."""
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.schema import KEY_COLUMNS, SetKey, Stage
 
-_FIELDS = tuple(SetKey.__slots__)
-
 
 def sets_of(store: Store, stage: Stage, *, mode: Mode, tap: str, layer: int) -> list[SetKey]:
-    """The whole sets that a stage made of one layer from the records that are there now, controls included."""
-    query = (
-        f"SELECT {KEY_COLUMNS}, records FROM sets JOIN stages ON set_id = id "
-        "WHERE (stage, mode, tap, layer) = (?, ?, ?, ?) ORDER BY id"
-    )
-    with store.transaction() as connection:
-        rows = connection.execute(query, [stage, mode, tap, layer]).fetchall()
-    now = identity(store.run, mode)
-    return [SetKey(**dict(zip(_FIELDS, own, strict=True))) for *own, records in rows if records == now]
+    """The whole sets that a stage made of one layer from the current records, controls included."""
+    stamps, now = stamps_of(store, mode=mode, tap=tap, layer=layer), identity(store.run, mode)
+    return [SetKey.of_row(key) for *key, name, records, _ in stamps if (name, records) == (stage, now)]
 
 
-def stamps_of(store: Store, *, mode: Mode, tap: str, layer: int) -> list[list]:
-    """Of every set of one layer what tells whether it was made anew: its key, its stages and their origins."""
+def stamps_of(store: Store, *, mode: Mode, tap: str | None = None, layer: int | None = None) -> list[list]:
+    """Key, stage, records and origin of each whole set of a layer, or of all layers: they change if it is remade."""
     query = (
-        f"SELECT {KEY_COLUMNS}, stage, records, origin FROM sets JOIN stages ON set_id = id "
-        "WHERE (mode, tap, layer) = (?, ?, ?) ORDER BY id, stage"
+        f"SELECT {KEY_COLUMNS}, stage, records, origin FROM sets JOIN stages ON set_id = id WHERE mode = ? "
+        "AND tap = ifnull(?, tap) AND layer = ifnull(?, layer) ORDER BY id, stage"
     )
     with store.transaction() as connection:
         return [list(row) for row in connection.execute(query, [mode, tap, layer])]
-
-
-def stamps_of_all(store: Store, mode: Mode) -> list[list]:
-    """The same of all layers and taps."""
-    query = (
-        f"SELECT {KEY_COLUMNS}, stage, records, origin FROM sets JOIN stages ON set_id = id "
-        "WHERE mode = ? ORDER BY id, stage"
-    )
-    with store.transaction() as connection:
-        return [list(row) for row in connection.execute(query, [mode])]

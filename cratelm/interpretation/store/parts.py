@@ -85,24 +85,20 @@ def merge(run: Path) -> Merged:
                 _copy_chosen(ours, theirs)
                 notes = theirs.execute("SELECT * FROM meta WHERE key != 'format_version'").fetchall()
                 ours.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", notes)
-        missing = {(key, stage): _finish(ours, run, key, stage) for key, stage in sorted(touched, key=_explained_first)}
+        explanations_first = sorted(touched, key=lambda pair: pair[1] != "explain")
+        missing = [_finish(ours, run, key, stage) for key, stage in explanations_first]
     for part in parts:
         counts["calls"] += _copy_calls(main, part)
     return Merged(
-        parts=tuple(part.part for part in parts), whole=sum(not count for count in missing.values()),
-        missing=sum(missing.values()), **counts,
+        parts=tuple(part.part for part in parts), whole=missing.count(0), missing=sum(missing), **counts,
     )  # fmt: skip
 
 
 def _sets(connection: sqlite3.Connection) -> Iterator[tuple[SetKey, Stage]]:
     """The sets that grow in a store, with their stage."""
     rows = connection.execute(f"SELECT stage, {KEY_COLUMNS} FROM begun JOIN sets ON sets.id = begun.set_id").fetchall()
-    for stage, *own in rows:
-        yield SetKey(**dict(zip(SetKey.__slots__, own, strict=True))), stage
-
-
-def _explained_first(one: tuple[SetKey, Stage]) -> bool:
-    return one[1] != "explain"
+    for stage, *key in rows:
+        yield SetKey.of_row(key), stage
 
 
 def _begun(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> Begun:
@@ -194,7 +190,7 @@ def _copy_chosen(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> None:
     """Which neurons the sets are about: those of all parts together."""
     rows = theirs.execute(f"SELECT neurons, {KEY_COLUMNS} FROM chosen JOIN sets ON sets.id = set_id").fetchall()
     for blob, *columns in rows:
-        own = add_set(ours, SetKey(**dict(zip(SetKey.__slots__, columns, strict=True))))
+        own = add_set(ours, SetKey.of_row(columns))
         had = ours.execute("SELECT neurons FROM chosen WHERE set_id = ?", [own]).fetchone()
         both = np.union1d(unpacked(blob, "<i4"), unpacked(had and had[0], "<i4"))
         ours.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", [own, packed(both, "<i4")])

@@ -5,16 +5,16 @@ A *set* is what one stage makes of one layer by one protocol, with one explainer
 
 import sqlite3
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.store.identities import (
-    ExplainerName,
     JudgeName,
     SimulatorName,
     parse_explainer,
@@ -129,15 +129,15 @@ class SetKey:
     sample: int = 0
     """Number of the explanation where an explainer that uses chance made several of each neuron."""
 
+    @classmethod
+    def of_row(cls, columns: Sequence[Any]) -> "SetKey":
+        """Read the columns `KEY_COLUMNS`."""
+        return cls(**dict(zip(cls.__slots__, columns, strict=True)))
+
     @property
     def explained(self) -> "SetKey":
         """The set that holds the explanations this one uses."""
         return replace(self, control="", simulator="")
-
-    @property
-    def explained_by(self) -> ExplainerName:
-        """Who explained."""
-        return parse_explainer(self.explainer)
 
     @property
     def simulated_by(self) -> SimulatorName | JudgeName | None:

@@ -20,7 +20,7 @@ from typing import Any
 from cratelm.activations.records import Mode, records_folder
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store, identity
-from cratelm.interpretation.store.listing import stamps_of_all
+from cratelm.interpretation.store.listing import stamps_of
 from cratelm.report.browser.catalogue import Model
 from cratelm.report.browser.chunks import encoded
 from cratelm.report.browser.overview import overview, public
@@ -161,7 +161,7 @@ def _sources(model: Model, mode: Mode) -> list[Any]:
     return [
         str(model.run), model.slug, model.title, (model.run / "model").exists(), identity(model.run, mode),
         [(file.relative_to(model.run).as_posix(), *_state(file)) for file in files],
-        stamps_of_all(store, mode) if store.path.exists() else [],
+        stamps_of(store, mode=mode) if store.path.exists() else [],
     ]  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from cratelm.interpretation.firing.measures import (
     count,
     count_sets,
     firing_layer,
-    measure_firing,
     read_firing,
     relevant_tokens,
+    write_firing,
 )
 from cratelm.interpretation.lookup.explain import explain_layer
 from cratelm.interpretation.lookup.simulate import simulate_layer
@@ -145,7 +145,8 @@ def test_excerpts_are_told_apart_by_kind(run: Path) -> None:
 
 def test_what_is_kept_comes_back(run: Path) -> None:
     records, store = read_records(run, 0), Store.open(run)
-    made = measure_firing(store, KEY, records, protocol(KEY.protocol))
+    made = firing_layer(records, protocol(KEY.protocol), store.simulations(KEY))
+    write_firing(store, KEY, made)
     assert store.is_done(KEY, "firing")
     found = read_firing(Store.open(run), KEY)
     assert sorted(found) == made.neuron.tolist()
@@ -159,7 +160,7 @@ def test_what_is_kept_comes_back(run: Path) -> None:
             assert one.tokens == counts.base[row, :, 0].sum()
             assert one.firing == pytest.approx(counts.firing[row])
             assert isinstance(one, Firing)
-    measure_firing(store, KEY, records, protocol(KEY.protocol))
+    write_firing(store, KEY, firing_layer(records, protocol(KEY.protocol), store.simulations(KEY)))
     assert read_firing(store, KEY) == found, "written again, it takes the place of what was there"
 
 

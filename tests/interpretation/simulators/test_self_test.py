@@ -18,7 +18,7 @@ from cratelm.interpretation.prompts.explainer import PromptTooLong
 from cratelm.interpretation.protocols import PROTOCOLS, draw, protocol
 from cratelm.interpretation.scoring.correlation import compare
 from cratelm.interpretation.simulators import self_test
-from cratelm.interpretation.simulators.calibration import calibration_excerpts, fit
+from cratelm.interpretation.simulators.calibration import calibrated, calibration_excerpts
 from cratelm.interpretation.simulators.opening import METHODS, open_simulator
 from cratelm.interpretation.simulators.self_test import THRESHOLD, puzzles, require_self_test
 from cratelm.interpretation.simulators.structured import Structured
@@ -101,28 +101,36 @@ def test_linear_calibration_is_least_squares(rng: np.random.Generator) -> None:
     activations = 0.3 * simulated + rng.normal(0, 1, 200)
     slope, intercept = np.polyfit(simulated, activations, 1)
     new = rng.uniform(-5, 15, 50)
-    found = fit("linear", simulated, activations)
-    assert found.apply(new) == pytest.approx(slope * new + intercept, abs=1e-9)
-    falling = fit("linear", simulated, -activations)
-    assert falling.apply(new) == pytest.approx(np.full(50, -activations.mean()), abs=1e-9)
+    rising = calibrated("linear", new, fit_on=simulated, activations=activations)
+    assert rising == pytest.approx(slope * new + intercept, abs=1e-9)
+    falling = calibrated("linear", new, fit_on=simulated, activations=-activations)
+    assert falling == pytest.approx(np.full(50, -activations.mean()), abs=1e-9)
 
 
 def test_percentile_calibration_goes_between_sorted_vectors(rng: np.random.Generator) -> None:
     simulated, activations = rng.uniform(0, 10, 100), rng.exponential(1, 100)
     new = rng.uniform(-1, 11, 50)
     expected = np.interp(new, np.sort(simulated), np.sort(activations))
-    assert fit("percentile", simulated, activations).apply(new) == pytest.approx(expected, abs=1e-12)
+    assert calibrated("percentile", new, fit_on=simulated, activations=activations) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_tokens_simulated_alike_share_the_activations_of_their_ranks() -> None:
-    found = fit("percentile", np.array([0.0, 0, 0, 5, 5, 9]), np.array([0.0, 7, 1, 0, 2, 3]))
-    assert found.apply(np.array([0.0, 5, 9, 7])) == pytest.approx([1 / 3, 2.5, 7, 4.75])
+    simulated, activations = np.array([0.0, 0, 0, 5, 5, 9]), np.array([0.0, 7, 1, 0, 2, 3])
+    new = np.array([0.0, 5, 9, 7])
+    assert calibrated("percentile", new, fit_on=simulated, activations=activations) == pytest.approx(
+        [1 / 3, 2.5, 7, 4.75]
+    )
 
 
 @pytest.mark.parametrize("method", ["linear", "percentile"])
 def test_without_anything_to_learn_from_the_calibration_is_a_constant(method: CalibrationMethod) -> None:
-    assert fit(method, np.empty(0), np.empty(0)).apply(np.array([1.0, 2])).tolist() == [0, 0]
-    assert fit(method, np.full(4, 3.0), np.arange(4.0)).apply(np.array([1.0, 2])).tolist() == [1.5, 1.5]
+    assert calibrated(method, np.array([1.0, 2]), fit_on=np.empty(0), activations=np.empty(0)).tolist() == [0, 0]
+    assert calibrated(method, np.array([1.0, 2]), fit_on=np.full(4, 3.0), activations=np.arange(4.0)).tolist() == [
+        1.5,
+        1.5,
+    ]
 
 
 @pytest.mark.parametrize("mode", ["fixed", "compat"])
@@ -172,7 +180,8 @@ def test_calibration_leaves_the_correlation_and_makes_r_squared_mean_something(
         one = scored.rows(np.array([neuron]))
         laid = np.zeros((2, *one.tokens.shape[1:]), dtype=np.float32)
         laid[0][one.valid[0]] = raw
-        laid[1][one.valid[0]] = fit(method, *predict(own, neuron)).apply(raw)
+        fit_on, activations = predict(own, neuron)
+        laid[1][one.valid[0]] = calibrated(method, raw, fit_on=fit_on, activations=activations)
         both = compare(scored.rows(np.array([neuron, neuron])), laid)
         assert both.r_squared[1] > 0.9
         if method == "linear":

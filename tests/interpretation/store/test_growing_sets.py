@@ -80,15 +80,6 @@ def test_a_row_takes_the_place_of_a_failure_and_of_an_older_row(store: Store) ->
     assert (growing.rows(), growing.failures(), store.search("zebra")) == ({1: "horse", 4: "yes"}, {}, [])
 
 
-def test_failures_can_be_asked_again(store: Store) -> None:
-    growing = begin(store)
-    growing.add({1: "digits", 4: "words"})
-    growing.add_failures({7: "no"})
-    assert growing.finish()
-    growing.forget_failures()
-    assert (begin(store).missing(), store.is_done(KEY, "explain")) == ([7], False)
-
-
 def test_other_settings_or_records_make_a_set_again(store: Store) -> None:
     begin(store).add({1: "digits"})
     assert begin(store).missing() == [4, 7]
@@ -134,9 +125,9 @@ def test_a_whole_set_keeps_its_rows_if_only_a_setting_that_is_not_compared_diffe
         settings = {"sources": pairs, "temperature": temperature}
         return GrowingSet.begin(store, key, "explain", neurons, settings=settings, not_compared=("sources",))
 
-    begin("old", range(3)).complete({neuron: "text" for neuron in range(3)})
+    begin("old", range(3)).add({neuron: "text" for neuron in range(3)}, whole=True)
     assert begin("new", range(2)).missing() == []
     assert store.is_done(key, "explain")
     assert begin("new", range(4)).missing() == [0, 1, 2, 3]
-    begin("new", range(3)).complete({neuron: "text" for neuron in range(3)})
+    begin("new", range(3)).add({neuron: "text" for neuron in range(3)}, whole=True)
     assert begin("new", range(3), temperature=1).missing() == [0, 1, 2]

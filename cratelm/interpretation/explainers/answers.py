@@ -1,6 +1,6 @@
-"""What an explainer answered, as an explanation: the first sentence without what stands around it. Or no explanation.
+"""Parse the answer of an explainer: its first sentence, without labels, quotes and reasoning.
 
-An answer that is empty or refuses is a failure with its text, never an explanation.
+An empty answer or a refusal raises `LLMError` with its text; it is never an explanation.
 """
 
 import re
@@ -12,9 +12,9 @@ from cratelm.interpretation.reasoning import without_reasoning
 from cratelm.runtime import printable
 
 CUT_OFF = " …"
-"""Behind an explanation that ended because the answer might not be longer."""
+"""Appended to an explanation that was cut off at `max_tokens`."""
 SHOWN = 200
-"""Letters of a failed answer that its failure quotes."""
+"""Characters of an unusable answer that an error quotes."""
 
 _REFUSALS = re.compile(
     r"(well,? |unfortunately,? |sorry,? (but )?)?"
@@ -28,7 +28,7 @@ _REFUSALS = re.compile(
     r"|(insufficient|not enough) (information|data|evidence|context)|no (clear|discernible|obvious) pattern)",
     re.IGNORECASE,
 )
-"""How an answer begins that gives none. Only at its beginning: elsewhere an explanation may speak of such words."""
+"""How a refusal begins. Matched only at the beginning: an explanation may be about such words."""
 _LABEL = re.compile(r"^(answer|explanation)( of( the behaviou?r of)? neuron \d+)?\s*:\s*", re.IGNORECASE)
 _OPENING = re.compile(
     r"^((this|the|that) neuron|neuron \d+|it)( seems to| appears to| mainly| mostly| primarily)?"
@@ -40,7 +40,7 @@ _AROUND = ' \t\r\n*_`"“”‘’'
 
 
 def explanation_of(reply: Reply, mode: Mode = "fixed") -> str:
-    """The explanation in an answer. Raises `LLMError` with its text where there is none.
+    """The explanation in an answer. Raises `LLMError` with the text of an unusable answer.
 
     In `compat` mode an answer without its reasoning is taken as it is, as in the released code; an empty one fails.
     """
@@ -50,39 +50,39 @@ def explanation_of(reply: Reply, mode: Mode = "fixed") -> str:
             raise LLMError("empty answer: the model said nothing")
         return text
     if not text:
-        said = f"only reasoning: {quoted(reply.text)}" if reply.text.strip() else "the model said nothing"
-        raise LLMError(f"empty answer: {said}")
+        reason = f"only reasoning: {quoted(reply.text)}" if reply.text.strip() else "the model said nothing"
+        raise LLMError(f"empty answer: {reason}")
     bare = _bare(text)
     if _REFUSALS.match(text) or _REFUSALS.match(bare):
         raise LLMError(f"refused: {quoted(text)}")
-    found, ended = _first_sentence(bare)
-    if not re.search(r"\w", found):
+    sentence, ended = _first_sentence(bare)
+    if not re.search(r"\w", sentence):
         raise LLMError(f"empty answer: {quoted(text)}")
-    return found + ("" if ended or reply.finish != "length" else CUT_OFF)
+    return sentence + ("" if ended or reply.finish != "length" else CUT_OFF)
 
 
-def _bare(said: str) -> str:
-    """An answer without a label, a bullet, quotes, and the repeated beginning of the sentence it was to go on with."""
+def _bare(answer: str) -> str:
+    """The answer without a label, a bullet, quotes, and a repetition of the prompt's `this neuron fires on`."""
     before = None
-    while said != before:
-        before = said
-        said = re.sub(r"^([-•]|\d+[.)])\s+", "", said.strip(_AROUND))
-        said = _LABEL.sub("", said)
-        if said.lower().startswith(explanation_prefix()):
-            said = said[len(explanation_prefix()) :].lstrip(" :")
-        said = _OPENING.sub("", said)
-    return said
+    while answer != before:
+        before = answer
+        answer = re.sub(r"^([-•]|\d+[.)])\s+", "", answer.strip(_AROUND))
+        answer = _LABEL.sub("", answer)
+        if answer.lower().startswith(explanation_prefix()):
+            answer = answer[len(explanation_prefix()) :].lstrip(" :")
+        answer = _OPENING.sub("", answer)
+    return answer
 
 
-def _first_sentence(said: str) -> tuple[str, bool]:
-    """The first sentence without its full stop, and whether it has an end."""
-    line, _, more = said.partition("\n")
+def _first_sentence(answer: str) -> tuple[str, bool]:
+    """The first sentence without its full stop, and whether it is complete."""
+    line, _, more = answer.partition("\n")
     end = _SENTENCE_END.search(line)
     sentence = line[: end.start()] if end else line
     return sentence.strip(_AROUND + ",;"), bool(end or more.strip())
 
 
 def quoted(text: str) -> str:
-    """A failed answer on one line, cut where it is long."""
+    """An unusable answer on one line, truncated to `SHOWN` characters."""
     flat = printable(" ".join(text.split()))
     return f'"{flat[:SHOWN]}{"…" if len(flat) > SHOWN else ""}"'

@@ -10,11 +10,11 @@ from cratelm.interpretation.firing.measures import KINDS, MEASURES, STATED, Coun
 from cratelm.interpretation.scoring.statistics import generator, interval, sets_each, shown_layers
 
 EXCERPT_RESAMPLES = 64
-"""Resampled sets of excerpts per neuron at least (`sets_each`); every drawing of a neuron takes one."""
+"""Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
 RESAMPLES = 500
-"""Drawings of the neurons."""
+"""Bootstrap draws of the neurons."""
 CHUNK = 32
-"""Neurons, and drawings, at a time."""
+"""Neurons, and bootstrap draws, at a time."""
 ALL = (*MEASURES, "firing", "relevant")
 """The numbers that are averaged, in the order of the arrays' last axis."""
 
@@ -26,35 +26,35 @@ class Mean:
     values: Float64[np.ndarray, "thresholds 6"]
     """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
     samples: Float32[np.ndarray, "resamples 6"] = field(repr=False)
-    """The same at the stated threshold, of resampled neurons and excerpts, moved to have the observed mean."""
+    """Bootstrap means at the stated threshold (neurons and excerpts resampled), shifted to the observed mean."""
     neurons: int
     """Neurons counted."""
     unpredicted: int
-    """Neurons on whose excerpts no token is relevant at the stated threshold: they have no consistency."""
+    """Neurons without a relevant token at the stated threshold: their consistency is undefined."""
     silent: int
-    """Neurons that fire on no token of their excerpts: they have no distinctiveness."""
+    """Neurons that fire on no token of their excerpts: their distinctiveness is undefined."""
 
     def of(self, name: str, threshold: int = STATED) -> float | None:
-        """One mean."""
+        """The mean of a measure, in per cent; None if it is undefined for all neurons."""
         value = float(self.values[threshold, ALL.index(name)])
         return None if np.isnan(value) else value
 
     def column(self, name: str) -> Float64[np.ndarray, " resamples"]:
-        """Its resampled values, at the stated threshold."""
+        """Bootstrap means of a measure, at the stated threshold."""
         return self.samples[:, ALL.index(name)].astype(np.float64)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """Its 95 % interval, at the stated threshold."""
+        """95 % interval of a measure, at the stated threshold."""
         return None if self.of(name) is None else interval(self.column(name))
 
     def curve(self, name: str) -> Float64[np.ndarray, " thresholds"]:
-        """The means at every threshold."""
+        """The means of a measure at every threshold."""
         return self.values[:, ALL.index(name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFiring:
-    """One model, from one set of explanations."""
+    """Firing of one model, from one set of explanations."""
 
     layers: tuple[int, ...]
     """Zero-based."""
@@ -67,19 +67,20 @@ class ModelFiring:
 def mean_firing(
     layers: Sequence[LayerFiring], *, seed: int = 0, resamples: int = RESAMPLES, model: str = ""
 ) -> ModelFiring:
-    """Summarise a model. A layer's interval does not depend on which others there are.
+    """Average over the neurons of each layer and over layers. A layer's interval does not depend on the other layers.
 
-    `model` says which it is, so that models whose samples are subtracted are drawn apart.
+    `model` seeds the bootstrap: models whose samples are subtracted need independent draws.
     """
     by_layer: dict[str, tuple[Mean, ...]] = {}
     for kind in KINDS:
-        if all(kind in one.kinds for one in layers):
+        if all(kind in layer.kinds for layer in layers):
             by_layer[kind] = tuple(
-                _mean(one.kinds[kind], generator(seed, f"firing {kind}", one.layer, model), resamples) for one in layers
+                _mean(layer.kinds[kind], generator(seed, f"firing {kind}", layer.layer, model), resamples)
+                for layer in layers
             )
     shown = shown_layers(len(layers))
     return ModelFiring(
-        layers=tuple(one.layer for one in layers), by_layer=by_layer,
+        layers=tuple(layer.layer for layer in layers), by_layer=by_layer,
         overall={kind: _over_layers(means[:shown]) for kind, means in by_layer.items()},
     )  # fmt: skip
 
@@ -97,10 +98,10 @@ def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
 
 def _over_layers(means: Sequence[Mean]) -> Mean:
     return Mean(
-        values=_nanmean(np.stack([one.values for one in means])),
-        samples=_nanmean(np.stack([one.samples for one in means])).astype(np.float32),
-        neurons=sum(one.neurons for one in means), unpredicted=sum(one.unpredicted for one in means),
-        silent=sum(one.silent for one in means),
+        values=_nanmean(np.stack([mean.values for mean in means])),
+        samples=_nanmean(np.stack([mean.samples for mean in means])).astype(np.float32),
+        neurons=sum(mean.neurons for mean in means), unpredicted=sum(mean.unpredicted for mean in means),
+        silent=sum(mean.silent for mean in means),
     )  # fmt: skip
 
 
@@ -117,32 +118,32 @@ def _all_measures(
 
 
 def _resampled(counts: Counts, rng: np.random.Generator, resamples: int) -> Float64[np.ndarray, "resamples 6"]:
-    """Means over neurons drawn anew, and for each one of its resampled sets of excerpts, at the stated threshold.
+    """Two-level bootstrap at the stated threshold: draw neurons, and for each one of its resampled sets of excerpts.
 
-    Nothing shows an interval at another one, and all ten would take ten times as long.
+    Only this threshold: no table shows an interval at another one, and all ten would take ten times as long.
     """
     sets = sets_each(len(counts.base), resamples, EXCERPT_RESAMPLES)
-    table = np.concatenate(list(_excerpts_drawn_anew(counts, rng, sets)))
+    table = np.concatenate(list(_resampled_excerpts(counts, rng, sets)))
     neurons = len(table)
     flat = table.reshape(neurons * sets, len(ALL))
     known = ~np.isnan(flat)
     flat = np.where(known, flat, 0)
-    found = np.empty((resamples, flat.shape[1]))
+    resampled = np.empty((resamples, flat.shape[1]))
     for start in range(0, resamples, CHUNK):
         drawn = rng.integers(len(flat), size=(min(CHUNK, resamples - start), neurons))
-        found[start : start + CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
-    return found
+        resampled[start : start + CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
+    return resampled
 
 
-def _excerpts_drawn_anew(
+def _resampled_excerpts(
     counts: Counts, rng: np.random.Generator, sets: int
 ) -> Iterator[Float32[np.ndarray, "chunk times 6"]]:
     """`ALL` of every neuron over excerpts drawn with replacement from its own, `sets` times."""
     for start in range(0, len(counts.base), CHUNK):
         rows = slice(start, start + CHUNK)
-        there = _there(counts.base[rows])
-        number = np.maximum(there.sum(axis=1), 1)
-        chances = np.where(there.any(axis=1, keepdims=True), there, np.eye(1, there.shape[1])) / number[:, None]
+        present = _there(counts.base[rows])
+        number = np.maximum(present.sum(axis=1), 1)
+        chances = np.where(present.any(axis=1, keepdims=True), present, np.eye(1, present.shape[1])) / number[:, None]
         drawn = rng.multinomial(
             number[:, None], chances[:, None], size=(len(number), sets)
         ).astype(np.float64)  # fmt: skip
@@ -157,7 +158,7 @@ def _there(base: Float64[np.ndarray, "chunk excerpts 3"]) -> Bool[np.ndarray, "c
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is known; NaN where nothing is."""
+    """Mean over the first axis without NaN; NaN where all values are."""
     known = ~np.isnan(values)
     return _share(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))
 

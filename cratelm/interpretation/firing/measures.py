@@ -9,9 +9,9 @@ The paper attributes CRATE's scores to neurons that fire consistently and distin
     distinctiveness(t)      share of the tokens on which the neuron fires that are relevant
     distinctiveness mass(t) share of its activation, summed over tokens, that falls on relevant ones
 
-Under the explanation of a stranger consistency comes near the share of all tokens on which the neuron fires, and
-distinctiveness near the share of tokens that are relevant: these two stand beside them as what nothing gives. Excerpts
-that were chosen because the neuron fires in them (top) and excerpts of any text (random) are taken apart.
+Chance levels: with the explanation of another neuron, consistency is close to the share of all tokens on which the
+neuron fires, and distinctiveness close to the share of tokens that are relevant. Top excerpts, in which the neuron fires
+by choice, and random excerpts are measured separately.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,25 +31,25 @@ from cratelm.interpretation.store.schema import SetKey
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of a simulation's maximum from which on a token is relevant."""
 STATED = THRESHOLDS.index(0.3)
-"""The one whose numbers stand in tables: the same share from which on tokens are marked elsewhere."""
+"""Index of the threshold in tables: the share from which on scorers mark tokens, too."""
 MEASURES = ("consistency", "strength", "distinctiveness", "distinctiveness_mass")
-"""What depends on the threshold."""
+"""Measures that depend on the threshold."""
 KINDS = ("top", "random")
-"""Kinds of excerpts, taken apart."""
+"""Kinds of excerpts, measured separately."""
 CHUNK = 32
 """Neurons at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What was counted in the excerpts of one kind."""
+    """Counts over the excerpts of one kind."""
 
     base: Float64[np.ndarray, "neurons excerpts 3"]
     """Tokens, tokens on which the neuron fires, sum of its activation."""
     relevant: Float64[np.ndarray, "neurons excerpts thresholds 3"] = field(repr=False)
-    """Relevant tokens, those of them on which it fires, sum of its activation on them."""
+    """Relevant tokens, relevant tokens on which the neuron fires, sum of its activation on relevant tokens."""
     maximum: Float64[np.ndarray, " neurons"]
-    """Each neuron's largest activation in all text that was collected."""
+    """Each neuron's largest activation in the whole collection."""
 
     @cached_property
     def measures(self) -> Float64[np.ndarray, "neurons thresholds 4"]:
@@ -58,31 +58,31 @@ class Counts:
 
     @property
     def firing(self) -> Float64[np.ndarray, " neurons"]:
-        """Share of all tokens on which the neuron fires: what consistency is worth by chance."""
+        """Share of all tokens on which the neuron fires: the chance level of consistency."""
         return _ratio(self.base[:, :, 1].sum(axis=1), self.base[:, :, 0].sum(axis=1))
 
     @property
     def relevance(self) -> Float64[np.ndarray, "neurons thresholds"]:
-        """Share of all tokens that are relevant: what distinctiveness is worth by chance."""
+        """Share of all tokens that are relevant: the chance level of distinctiveness."""
         return _ratio(self.relevant[..., 0].sum(axis=1), self.base[:, :, 0].sum(axis=1)[:, None])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerFiring:
-    """How the neurons of one layer fire on what is predicted of them."""
+    """Firing of the neurons of one layer on relevant and other tokens."""
 
     layer: int
     neuron: Int64[np.ndarray, " neurons"]
     """Index of each simulated neuron in the layer, ascending."""
     kinds: Mapping[str, Counts]
-    """By kind of excerpts: `top`, `random`; a kind that the protocol does not score on is not there."""
+    """Kind of excerpts (`top`, `random`) -> counts, for the kinds that the protocol scores on."""
 
 
 def firing_layer(records: LayerRecords, by: Protocol, simulations: LayerSimulations) -> LayerFiring:
-    """Count for every simulated neuron on the scored excerpts of each kind, but for those out of their context."""
+    """Count for every simulated neuron on the scored excerpts of each kind, without the cropped ones."""
     excerpts = draw(records, by.score, "score").rows(simulations.neuron)
     simulated = simulations.laid_out(excerpts.valid)
-    kind_of = np.array([one.kind if one.crop is None else "" for one in by.score for _ in one.picks])
+    kind_of = np.array([scored.kind if scored.crop is None else "" for scored in by.score for _ in scored.picks])
     maximum = records.statistics["maximum"][simulations.neuron].astype(np.float64)
     base, relevant = count(excerpts, simulated)
     return LayerFiring(
@@ -135,13 +135,13 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.where(whole > 0, part / whole, np.nan)
 
 
-def write_firing(store: Store, key: SetKey, found: LayerFiring) -> None:
-    """Keep the numbers at the stated threshold, for every neuron and kind of excerpts."""
+def write_firing(store: Store, key: SetKey, firing: LayerFiring) -> None:
+    """Store the numbers at the stated threshold, for every neuron and kind of excerpts."""
     rows = (
         (int(neuron), kind, *(None if np.isnan(value) else float(value) for value in values), int(tokens))
-        for kind, counts in found.kinds.items()
+        for kind, counts in firing.kinds.items()
         for neuron, values, tokens in zip(
-            found.neuron,
+            firing.neuron,
             np.column_stack([counts.measures[:, STATED], counts.firing, counts.relevance[:, STATED]]),
             counts.base[:, :, 0].sum(axis=1), strict=True,
         )
@@ -164,27 +164,27 @@ class Firing:
     distinctiveness_mass: float | None
     """Share of its activation that falls on relevant tokens."""
     firing: float | None
-    """Share of all tokens on which it fires: what consistency is worth by chance."""
+    """Share of all tokens on which it fires: the chance level of consistency."""
     relevant: float | None
-    """Share of all tokens that are relevant: what distinctiveness is worth by chance."""
+    """Share of all tokens that are relevant: the chance level of distinctiveness."""
     tokens: int
     """Tokens counted."""
 
 
 def read_firing(store: Store, key: SetKey, index: int | None = None) -> dict[int, dict[str, Firing]]:
-    """Neuron -> kind of excerpts -> numbers, of one neuron or of all of a set that have them."""
+    """Neuron -> kind of excerpts -> stored numbers, of one neuron or of all neurons of a set."""
     names = ("excerpts", *MEASURES, "firing", "relevant", "tokens")
     query = f"SELECT neuron, {', '.join(names)} FROM firing WHERE set_id = ?"
     rows = store.rows(key, query) if index is None else store.rows(key, f"{query} AND neuron = ?", index)
-    found: dict[int, dict[str, Firing]] = {}
+    by_neuron: dict[int, dict[str, Firing]] = {}
     for neuron, *values in rows:
-        one = Firing(**dict(zip(names, values, strict=True)))
-        found.setdefault(neuron, {})[one.excerpts] = one
-    return found
+        firing = Firing(**dict(zip(names, values, strict=True)))
+        by_neuron.setdefault(neuron, {})[firing.excerpts] = firing
+    return by_neuron
 
 
 def count_sets(run: Path, keys: Sequence[SetKey]) -> list[LayerFiring]:
-    """Count anew, at every threshold, for sets that have simulations."""
+    """Count again from the simulations of these sets, at every threshold."""
     store = Store.open(run)
     return [
         firing_layer(
@@ -198,5 +198,5 @@ def count_sets(run: Path, keys: Sequence[SetKey]) -> list[LayerFiring]:
 def relevant_tokens(
     simulated: Float32[np.ndarray, " tokens"], largest: float, threshold: float = THRESHOLDS[STATED]
 ) -> Bool[np.ndarray, " tokens"]:
-    """Which tokens of one excerpt are relevant, where the neuron's largest prediction is known."""
+    """Which tokens of one excerpt are relevant; `largest` is the neuron's largest simulated activation."""
     return (simulated > 0) & (simulated >= np.float32(threshold) * np.float32(largest))

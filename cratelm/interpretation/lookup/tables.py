@@ -1,7 +1,7 @@
 """Explaining without an LLM: an explanation is a table from tokens to activations, a simulation looks them up.
 
-A neuron that is a function of the current token alone is explained fully by such a table; what the table misses is
-context. So this is both the explainer that needs no other model and the reference against which others are read.
+A neuron that is a function of the current token alone is explained fully by such a table; the table misses context. So
+lookup is both an explainer that needs no other model and the baseline for other explainers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from cratelm.activations.records import Excerpts
 
 EXPLAINER = "lookup"
 NAMED = 8
-"""Most tokens that a sentence names."""
+"""Most tokens in a sentence."""
 FAINT = 0.1
-"""A token below this share of the strongest one is counted in the sentence, not named."""
+"""A sentence only counts tokens below this share of the strongest token's mean."""
 CHUNK = 16
-"""Neurons at a time: the working arrays of so many stay in the processor's cache."""
+"""Neurons at a time: their working arrays stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +37,8 @@ class Tables:
 
     def of(self, row: int) -> tuple[Int32[np.ndarray, " entries"], Float32[np.ndarray, " entries"]]:
         """Tokens and means of one neuron."""
-        own = slice(self.first[row], self.first[row + 1])
-        return self.tokens[own], self.means[own]
+        span = slice(self.first[row], self.first[row + 1])
+        return self.tokens[span], self.means[span]
 
     def take(self, rows: Int[np.ndarray, " chosen"]) -> "Tables":
         """The tables of some neurons, in the order given, repeats allowed."""
@@ -77,9 +77,9 @@ def _means(
     np.not_equal(tokens[:, 1:], tokens[:, :-1], out=is_first[:, 1:])
     starts = np.flatnonzero(is_first)
     means = np.add.reduceat(activations.ravel(), starts) / np.diff(starts, append=tokens.size)
-    kept = (tokens.ravel()[starts] >= 0) & (means != 0)
-    counts = np.bincount(starts[kept] // size, minlength=neurons)
-    return counts, tokens.ravel()[starts[kept]].astype(np.int32), means[kept].astype(np.float32)
+    nonzero = (tokens.ravel()[starts] >= 0) & (means != 0)
+    counts = np.bincount(starts[nonzero] // size, minlength=neurons)
+    return counts, tokens.ravel()[starts[nonzero]].astype(np.int32), means[nonzero].astype(np.float32)
 
 
 def simulate(

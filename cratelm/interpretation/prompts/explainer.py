@@ -1,13 +1,13 @@
-"""The text that an explainer is sent. Its words are data (`explainer.json`, `few_shot.json`) put together here.
+"""The prompt of an explainer, assembled from the texts in `explainer.json` and `few_shot.json`.
 
     system      the task and the format
     user        Neuron 1, its activations, `Explanation of neuron 1: this neuron fires on`
     assistant   ` words for rain ... .`
-    ...         two more solved neurons
-    user        Neuron 4: the one that is asked about
+    ...         two more few-shot examples
+    user        Neuron 4: the neuron to explain
 
 Activations are whole numbers from 0 to 10, scaled by the strongest one that the prompt shows of that neuron
-(`normalise.py`). Where fewer than a fifth of them are above 0, the block is repeated without the zeros.
+(`normalisation.py`). Where fewer than a fifth of them are above 0, the block is repeated without the zeros.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ from cratelm.rundir import read_json
 SPARSE = 0.2
 """Share of activations above 0 below which a block is repeated without its zeros."""
 TURN = 8
-"""Tokens that a chat template adds to a turn, at most: its marks and the role's name."""
+"""Most tokens that a chat template adds to a turn: its delimiters and the role's name."""
 RELEASED_CONTEXT = 4097
-"""Longest prompt and answer of the released procedure, whatever the model could take."""
+"""Context length of the released procedure, for every model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,19 +36,19 @@ class ExplainerPrompt:
 
     messages: tuple[Message, ...]
     tokens: int
-    """Its length as the model counts it, with the marks of the turns at their most."""
+    """Number of tokens as the model counts them, with `TURN` for each turn."""
     dropped: int
-    """Records of solved neurons that had to be left out for it to fit."""
+    """Few-shot excerpts that were left out to fit the context."""
 
 
 class PromptTooLong(LLMError):
-    """What is asked does not fit the model's context, whatever is left out."""
+    """A prompt does not fit the model's context even without few-shot examples."""
 
 
 @cache
 def _words() -> dict[str, str]:
-    found = read_json(Path(__file__).with_name("explainer.json"), made_by="pip install --force-reinstall cratelm")
-    return {name: "\n\n".join(text) if isinstance(text, list) else text for name, text in found["explainer"].items()}
+    texts = read_json(Path(__file__).with_name("explainer.json"), made_by="pip install --force-reinstall cratelm")
+    return {name: "\n\n".join(text) if isinstance(text, list) else text for name, text in texts["explainer"].items()}
 
 
 def explanation_prefix() -> str:
@@ -74,10 +74,10 @@ def explainer_prompt(
     records: Sequence[FewShotRecord], *, count: Callable[[str], int], context: int | None, max_tokens: int,
     mode: Mode = "fixed", left_out: int = 0,
 ) -> ExplainerPrompt:  # fmt: skip
-    """The chat that asks what a neuron with these records fires on.
+    """The chat that asks what a neuron with these excerpts fires on.
 
-    Records of the solved neurons are left out one at a time, from `left_out` of them on, until prompt and answer fit
-    the context. Raises `PromptTooLong` where they do not fit even without any.
+    Few-shot excerpts are left out one at a time, at least `left_out` of them, until prompt and answer fit the context.
+    Raises `PromptTooLong` if they do not fit even without few-shot examples.
     """
     if mode == "compat":
         context = min(context or RELEASED_CONTEXT, RELEASED_CONTEXT)
@@ -97,9 +97,9 @@ def explainer_prompt(
 
 
 def _fewer_and_fewer(neurons: Sequence[FewShotNeuron]) -> Iterator[tuple[FewShotNeuron, ...]]:
-    """The solved neurons with all their records, then with one less each time.
+    """The few-shot neurons with all their excerpts, then with one excerpt less each time.
 
-    The longest lists are shortened first; a neuron whose last record goes goes with it.
+    The longest lists are shortened first; a neuron without excerpts is left out.
     """
     left = list(neurons)
     yield tuple(left)
@@ -142,7 +142,7 @@ def _blocks(records: Sequence[FewShotRecord], *, zeros: bool) -> Iterator[str]:
 
 
 def without_system(messages: Sequence[Message], *, between: str = "\n\n") -> tuple[Message, ...]:
-    """The same chat for a model that knows no system role: its text opens the first turn of the user."""
+    """The chat for a model without a system role: the system text begins the first user turn."""
     if len(messages) < 2 or messages[0].role != "system":
         return tuple(messages)
     system, first, *rest = messages

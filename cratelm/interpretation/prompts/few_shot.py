@@ -1,7 +1,6 @@
-"""Neurons that prompts show solved before the one that is asked about; `few_shot.json` holds them as data.
+"""The few-shot examples of prompts: invented neurons with activations and explanations (`few_shot.json`).
 
-They are of our own invention. The same three begin the explainer's prompt, which shows their activations and then
-their explanations, and the simulators' prompts, which show their explanations and then their activations.
+The explainer's prompt shows their activations and then their explanations, the simulators' prompts the reverse.
 """
 
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ FILE = Path(__file__).with_name("few_shot.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FewShotRecord:
-    """One excerpt of a solved neuron."""
+    """One excerpt of a few-shot neuron."""
 
     tokens: tuple[str, ...]
     """The text of each token."""
     activations: tuple[int, ...]
-    """What the neuron did on each, normalised to 0-10."""
+    """The neuron's activation on each token, normalised to 0-10."""
     unknown: int
-    """How many activations at the beginning an all-at-once simulator is shown as unknown."""
+    """Number of leading activations that the all-at-once prompt shows as `unknown`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +35,19 @@ class FewShotNeuron:
 
 @cache
 def solved_tables() -> str:
-    """The tokens of all solved neurons with their activations, in ASCII: a text like those that prompts are made of."""
+    """Tokens and activations of all few-shot neurons, in ASCII: a text that resembles a prompt, to count its tokens."""
     records = (record for neuron in few_shot_neurons() for record in neuron.records)
-    rows = (f"{token}\t{value}" for one in records for token, value in zip(one.tokens, one.activations, strict=True))
+    rows = (
+        f"{token}\t{value}"
+        for record in records
+        for token, value in zip(record.tokens, record.activations, strict=True)
+    )
     return "\n".join(rows).encode("ascii", "ignore").decode()
 
 
 @cache
 def few_shot_neurons() -> tuple[FewShotNeuron, ...]:
-    """The solved neurons, in the order in which prompts show them."""
+    """The few-shot neurons, in the order of the prompts."""
     return tuple(
         FewShotNeuron(
             explanation=neuron["explanation"],

@@ -5,10 +5,10 @@ Two rules are in use, and m is the maximum that counts as 10:
     floor   n(a) = min(10, floor(10 max(a, 0) / m))
     ceil    n(a) = min(10, ceil(10 max(a, 0) / m))
 
-m is taken over the excerpts that are shown together in one prompt. `floor` is OpenAI's and the released code's, and
-`compat` has it. It gives 10 to the strongest token alone and 0 to all below a tenth of it, so one outlier among the
-excerpts shown hides the rest, and a 0 does not mean silence as the prompt says. `ceil` is Delphi's (with m over all
-that is known of the neuron): whatever fires is at least 1. `fixed` has it.
+m is taken over the excerpts of one prompt. `floor` is the rule of OpenAI and of the released code, and of `compat`. It
+gives 10 to the strongest token alone and 0 to all tokens below a tenth of it, so one outlier hides the rest, and a 0
+does not mean silence as the prompt says. `ceil` is Delphi's rule (with m over all records of the neuron), and that of
+`fixed`: every token on which the neuron fires gets at least 1.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from cratelm.activations.records import Mode
 
 Rounding = Literal["floor", "ceil"]
 OWN: dict[Mode, Rounding] = {"fixed": "ceil", "compat": "floor"}
-"""What each mode does where nothing else is asked for."""
+"""The default of each mode."""
 TOP = 10
-"""What the maximum is shown as."""
+"""The number that stands for the maximum."""
 
 
 def normalised(
@@ -42,4 +42,4 @@ def normalised(
 
 def shown_maximum(excerpts: Sequence[Float[np.ndarray, " _"]]) -> float:
     """The largest activation of the excerpts that one prompt shows; 0 where there are none."""
-    return max((float(one.max()) for one in excerpts if len(one)), default=0.0)
+    return max((float(activations.max()) for activations in excerpts if len(activations)), default=0.0)

@@ -1,6 +1,6 @@
-"""The texts that simulators are sent. Their words are data (`simulator.json`, `few_shot.json`).
+"""The prompts of simulators, assembled from the texts in `simulator.json` and `few_shot.json`.
 
-All at once, and the solved neurons before it look the same but for the numbers:
+The end of an all-at-once prompt; the few-shot examples before it look the same, with numbers:
 
     Neuron 4
     Explanation of neuron 4: this neuron fires on ...
@@ -25,9 +25,9 @@ from cratelm.rundir import read_json
 
 FILE = Path(__file__).with_name("simulator.json")
 STRUCTURED_EXAMPLES = 2
-"""Solved neurons that a structured prompt shows, each with its shortest record: an answer is long."""
+"""Few-shot neurons in a structured prompt, each with its shortest excerpt: an answer is long."""
 ASKED_OF_EACH = 3
-"""Tokens that a token-by-token prompt asks about in each record of a solved neuron."""
+"""Tokens that a token-by-token prompt asks about in each few-shot excerpt."""
 
 
 @cache
@@ -37,12 +37,12 @@ def _all_words() -> dict[str, Any]:
 
 @cache
 def _words(method: str) -> dict[str, str]:
-    found = _all_words()[method]
-    return {name: "\n\n".join(text) if isinstance(text, list) else text for name, text in found.items()}
+    texts = _all_words()[method]
+    return {name: "\n\n".join(text) if isinstance(text, list) else text for name, text in texts.items()}
 
 
 def _filled(text: str, **values: object) -> str:
-    """Put values in their places; not with `format`, because the texts have braces of their own."""
+    """Fill in `{names}`; not with `format`, because the texts contain other braces."""
     for name, value in values.items():
         text = text.replace("{" + name + "}", str(value))
     return text
@@ -53,15 +53,15 @@ def _task(method: str, escaped: bool, **values: object) -> str:
 
 
 def _explained(method: str, explanation: str, number: int = 0) -> str:
-    """The line that gives an explanation. One made by lookup begins with the verb, which stands there already."""
-    said = explanation.strip().removeprefix("fires on ")
-    return _filled(_words(method)["explanation"], number=number, prefix=explanation_prefix(), explanation=said)
+    """The line with an explanation, without the leading `fires on` of explanations by lookup: the prefix has it."""
+    sentence = explanation.strip().removeprefix("fires on ")
+    return _filled(_words(method)["explanation"], number=number, prefix=explanation_prefix(), explanation=sentence)
 
 
 def all_at_once_prefix(
     explanation: str, examples: Sequence[FewShotNeuron], *, top: int, unknown: str, escaped: bool = True
 ) -> str:  # fmt: skip
-    """All that comes before the first token of a neuron's excerpt; `escaped` where tokens are shown so."""
+    """The prompt before the first token of an excerpt; `escaped` if tokens are shown with escapes."""
     parts = [_task("all-at-once", escaped, top=top, unknown=unknown), ""]
     for number, neuron in enumerate(examples, 1):
         parts += [*_heading(number, neuron.explanation), *_tables(neuron, top=top, unknown=unknown), ""]

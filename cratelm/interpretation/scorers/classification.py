@@ -134,15 +134,15 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
         shown.insert(seat, (negative, drawn_marks(everywhere, count, rng)))
         signs = signs_for(plain(window, pieces) for window, _ in shown)
         texts = [marked(window, marks, pieces, signs) for window, marks in shown]
-        said = await _ask(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
-        found = _read(said.text, "intruder", questions.options) if isinstance(said, _Answer) else None
+        response = await _ask(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
+        numbers = _read(response.text, "intruder", questions.options) if isinstance(response, _Answer) else None
         truth.append(seat + 1)
-        answer.append(found[0] if found else None)
-        if not found:
-            failures.append(Unreadable(items=(place,), said=said.text))
+        answer.append(numbers[0] if numbers else None)
+        if not numbers:
+            failures.append(Unreadable(items=(place,), said=response.text))
     _check_any_answer(failures, len(truth))
     return Judged(
-        reason="" if sum(one is not None for one in answer) >= questions.least else UNREADABLE,
+        reason="" if sum(number is not None for number in answer) >= questions.least else UNREADABLE,
         active=contrast.active, silent=contrast.silent, truth=tuple(truth), answer=tuple(answer),
         position=tuple(window.position for window in contrast.negatives), options=questions.options,
         failures=tuple(failures),
@@ -173,19 +173,19 @@ async def _classify(
     score: list[float | None] = []
     failures: list[Unreadable] = []
     if questions.answers == "probabilities":
-        for place, found in enumerate(await _probabilities(kind, explanation, asked, signs, llm)):
-            score.append(found if isinstance(found, float) else None)
-            if isinstance(found, float):
-                answer[place] = int(found > 0.5)
+        for place, probability in enumerate(await _probabilities(kind, explanation, asked, signs, llm)):
+            score.append(probability if isinstance(probability, float) else None)
+            if isinstance(probability, float):
+                answer[place] = int(probability > 0.5)
             else:
-                failures.append(Unreadable(items=(place,), said=found))
+                failures.append(Unreadable(items=(place,), said=probability))
     else:
         for part in _parts(len(asked), questions.per_prompt):
             chat = _chat(kind, signs, [asked[i].text for i in part], explanation)
-            said = await _ask(llm, chat, _schema(kind, len(part)), questions)
-            numbers = _read(said.text, kind, len(part)) if isinstance(said, _Answer) else None
+            response = await _ask(llm, chat, _schema(kind, len(part)), questions)
+            numbers = _read(response.text, kind, len(part)) if isinstance(response, _Answer) else None
             if numbers is None:
-                failures.append(Unreadable(items=tuple(part), said=said.text))
+                failures.append(Unreadable(items=tuple(part), said=response.text))
             else:
                 answer[part.start : part.stop] = numbers
     _check_any_answer(failures, len(asked))
@@ -206,7 +206,7 @@ def _parts(count: int, size: int) -> Iterator[range]:
 
 def _check_any_answer(failures: Sequence[Unreadable], items: int) -> None:
     """Raise if no answer about a neuron could be parsed, with the first answer."""
-    if failures and sum(len(one.items) for one in failures) == items:
+    if failures and sum(len(failure.items) for failure in failures) == items:
         raise LLMError(f"none of {len(failures)} answers could be parsed; the first is {failures[0].said!r}")
 
 
@@ -261,30 +261,30 @@ def filled(template: str, **values: str) -> str:
 
 def _schema(kind: str, count: int) -> dict[str, Any]:
     """The JSON schema of an answer."""
-    one: dict[str, Any] = {"type": "integer", "enum": [0, 1]}
+    label: dict[str, Any] = {"type": "integer", "enum": [0, 1]}
     number = {"type": "integer", "minimum": 1, "maximum": count}
     name = "intruder" if kind == "intruder" else "answers"
-    value = number if kind == "intruder" else {"type": "array", "items": one, "minItems": count, "maxItems": count}
+    value = number if kind == "intruder" else {"type": "array", "items": label, "minItems": count, "maxItems": count}
     return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
 
 
-def _read(said: str, kind: str, count: int) -> list[int] | None:
+def _read(text: str, kind: str, count: int) -> list[int] | None:
     """The numbers of an answer; None if it does not have exactly the requested form.
 
     Text around the single JSON object is ignored, and so is the reasoning of a reasoning model. Nothing else is
     repaired: in a list of the wrong length the model lost count, and its numbers cannot be assigned to items.
     """
-    objects = _OBJECT.findall(without_reasoning(said))
+    objects = _OBJECT.findall(without_reasoning(text))
     if len(objects) != 1:
         return None
     try:
-        found = json.loads(objects[0])
+        parsed = json.loads(objects[0])
     except (ValueError, RecursionError):
         return None
     name = "intruder" if kind == "intruder" else "answers"
-    if set(found) != {name}:
+    if set(parsed) != {name}:
         return None
-    numbers = [found[name]] if kind == "intruder" else found[name]
+    numbers = [parsed[name]] if kind == "intruder" else parsed[name]
     allowed, wanted = (range(1, count + 1), 1) if kind == "intruder" else (range(2), count)
     if not isinstance(numbers, list) or len(numbers) != wanted:
         return None
@@ -302,20 +302,20 @@ async def _probabilities(
     form = words()["single"][kind]
     before, after = form.split("{piece}")
     examples = "".join(
-        filled(form, explanation=one["explanation"], piece=filled(piece, open=signs[0], close=signs[1]))
+        filled(form, explanation=example["explanation"], piece=filled(piece, open=signs[0], close=signs[1]))
         + f"{number}\n\n"
-        for one in words()[kind]["examples"]
-        for piece, number in zip(one["pieces"], one["answers"], strict=True)
+        for example in words()[kind]["examples"]
+        for piece, number in zip(example["pieces"], example["answers"], strict=True)
     )
     prefix = words()["single"]["head"] + examples + filled(before, explanation=explanation)
     prompts = []
     for item in items:
         rest = item.text + after
         prompts.append(Prompt(prefix=prefix, rest=f"{rest}0", at=(len(rest),)))
-    found: list[float | str] = []
+    probabilities: list[float | str] = []
     for prompt, answer in zip(prompts, await llm.prompt_logprobs(prompts), strict=True):
         next_tokens = answer.candidates.get(prompt.at[0] if prompt.at else 0, {})
         no, yes = (math.exp(next_tokens[text]) if text in next_tokens else 0.0 for text in ("0", "1"))
         likely = ", ".join(sorted(next_tokens, key=lambda token: -next_tokens[token])[:5])
-        found.append(yes / (no + yes) if no + yes > 0 else f"neither 0 nor 1 is among the candidates: {likely}")
-    return found
+        probabilities.append(yes / (no + yes) if no + yes > 0 else f"neither 0 nor 1 is among the candidates: {likely}")
+    return probabilities

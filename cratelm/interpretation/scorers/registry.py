@@ -144,7 +144,7 @@ class ScorerAggregate:
 
 
 def aggregate_scorer(
-    name: str, found: Mapping[int, Judged], *, failed: int = 0, options: int | None = None, rng: np.random.Generator,
+    name: str, results: Mapping[int, Judged], *, failed: int = 0, options: int | None = None, rng: np.random.Generator,
     resamples: int = 2000,
 ) -> ScorerAggregate:  # fmt: skip
     """Summarise a scorer's results on the neurons of a layer.
@@ -153,26 +153,31 @@ def aggregate_scorer(
     number in the results, or the default of `Questions`.
     """
     scorer = SCORERS[name]
-    numbers = [one.numbers() for one in found.values()]
-    defined = [(one, own) for one, own in zip(found.values(), numbers, strict=True) if scorer.number in own]
-    values = np.array([own[scorer.number] for _, own in defined])
-    undefined = Counter(one.reason or "undefined" for one, own in zip(found.values(), numbers, strict=True)
-                        if scorer.number not in own)  # fmt: skip
+    numbers = [result.numbers() for result in results.values()]
+    defined = [
+        (result, measures)
+        for result, measures in zip(results.values(), numbers, strict=True)
+        if scorer.number in measures
+    ]
+    values = np.array([measures[scorer.number] for _, measures in defined])
+    undefined = Counter(result.reason or "undefined" for result, measures in zip(results.values(), numbers, strict=True)
+                        if scorer.number not in measures)  # fmt: skip
     others = {
-        other: 100 * float(np.mean([own[other] for _, own in defined if other in own]))
-        for other in dict.fromkeys(other for _, own in defined for other in own)
+        other: 100 * float(np.mean([measures[other] for _, measures in defined if other in measures]))
+        for other in dict.fromkeys(other for _, measures in defined for other in measures)
         if other not in (scorer.number, "low", "high", "chance")
     }
     low, high = (
-        interval(100 * _resampled([one for one, _ in defined], scorer.number, values, rng, resamples))
+        interval(100 * _resampled([result for result, _ in defined], scorer.number, values, rng, resamples))
         if defined else (None, None)
     )  # fmt: skip
-    asked = max((one.options for one in found.values()), default=0)  # none where no neuron could be judged
+    asked = max((result.options for result in results.values()), default=0)  # none where no neuron could be judged
     return ScorerAggregate(
         scorer=name, mean=100 * float(values.mean()) if defined else None, low=low, high=high, others=others,
-        chance=100 * chance(name, asked or options), judged=len(defined), total=len(found) + failed,
+        chance=100 * chance(name, asked or options), judged=len(defined), total=len(results) + failed,
         undefined=dict((undefined + Counter({"failed": failed})).most_common()),
-        items=sum(len(one.truth) for one in found.values()), failed=sum(one.failed for one in found.values()),
+        items=sum(len(result.truth) for result in results.values()),
+        failed=sum(result.failed for result in results.values()),
     )  # fmt: skip
 
 
@@ -182,37 +187,39 @@ def chance(name: str, options: int | None = None) -> float:
 
 
 def _resampled(
-    found: Sequence[Judged], number: str, values: np.ndarray, rng: np.random.Generator, resamples: int
+    results: Sequence[Judged], number: str, values: np.ndarray, rng: np.random.Generator, resamples: int
 ) -> np.ndarray:
     """Bootstrap means over neurons, each with resampled items, positives and negatives separately.
 
     Shifted to the observed mean, as the bootstrap of correlations is (`statistics.bootstrap_means`).
     """
-    sets = sets_each(len(found), resamples, ITEM_RESAMPLES)
-    table = np.stack([_resample_items(one, number, rng, sets) for one in found])
+    sets = sets_each(len(results), resamples, ITEM_RESAMPLES)
+    table = np.stack([_resample_items(result, number, rng, sets) for result in results])
     table = np.where(np.isnan(table), values[:, None], table)
     table += (values - table.mean(axis=1))[:, None]
-    drawn = rng.integers(len(found), size=(resamples, len(found)))
+    drawn = rng.integers(len(results), size=(resamples, len(results)))
     return table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1)
 
 
-def _resample_items(one: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:
+def _resample_items(result: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:
     """The number of one neuron on items drawn with replacement, `sets` times; NaN if undefined."""
-    truth = np.array(one.truth)
+    truth = np.array(result.truth)
 
     def times(count: int) -> np.ndarray:
         return rng.multinomial(count, np.full(count, 1 / count), size=sets).astype(np.float64)
 
     if number == "auc":
-        score = np.array([np.nan if value is None else value for value in one.score])
+        score = np.array([np.nan if value is None else value for value in result.score])
         positives, negatives = score[(truth == 1) & ~np.isnan(score)], score[(truth == 0) & ~np.isnan(score)]
         difference = positives[:, None] - negatives
         wins = (difference > 0) + 0.5 * (difference == 0)
         together = np.einsum("ri,ij,rj->r", times(len(positives)), wins, times(len(negatives)))
         return together / (len(positives) * len(negatives))
-    answered = np.array([answer is not None for answer in one.answer], dtype=np.float64)
-    right = np.array([answer == true for answer, true in zip(one.answer, one.truth, strict=True)], dtype=np.float64)
-    kinds = [np.arange(len(truth))] if one.options else [np.flatnonzero(truth == kind) for kind in (1, 0)]
+    answered = np.array([answer is not None for answer in result.answer], dtype=np.float64)
+    right = np.array(
+        [answer == true for answer, true in zip(result.answer, result.truth, strict=True)], dtype=np.float64
+    )
+    kinds = [np.arange(len(truth))] if result.options else [np.flatnonzero(truth == kind) for kind in (1, 0)]
     shares = []
     for kind in kinds:
         drawn = times(len(kind))

@@ -54,7 +54,7 @@ class Judged:
     @property
     def failed(self) -> int:
         """Number of items without a usable answer."""
-        return sum(len(one.items) for one in self.failures)
+        return sum(len(failure.items) for failure in self.failures)
 
     def row(self) -> dict[str, Any]:
         """As JSON for the store, without empty fields."""
@@ -68,7 +68,7 @@ class Judged:
             name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
         }
         values["failures"] = tuple(
-            Unreadable(items=tuple(one["items"]), said=one["said"]) for one in row.get("failures", ())
+            Unreadable(items=tuple(failure["items"]), said=failure["said"]) for failure in row.get("failures", ())
         )
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -76,29 +76,29 @@ class Judged:
         """All measures that are defined for the items."""
         if self.reason:
             return {}
-        found: dict[str, float] = {}
+        measures: dict[str, float] = {}
         truth = np.array(self.truth)
         if self.options:
             answered = np.array([answer is not None for answer in self.answer])
             hits = sum(answer == true for answer, true in zip(self.answer, self.truth, strict=True))
             count = int(answered.sum())
             low, high = binomial_interval(hits, count)
-            found = {"accuracy": hits / count, "low": low, "high": high, "chance": 1 / self.options}
+            measures = {"accuracy": hits / count, "low": low, "high": high, "chance": 1 / self.options}
         elif self.answer:
-            there = np.array([answer is not None for answer in self.answer])
-            said = np.array([answer for answer in self.answer if answer is not None])
-            found = classification(truth[there] == 1, said == 1)
+            known = np.array([answer is not None for answer in self.answer])
+            called = np.array([answer for answer in self.answer if answer is not None])
+            measures = classification(truth[known] == 1, called == 1)
         if self.score:
-            there = np.array([score is not None for score in self.score])
+            known = np.array([score is not None for score in self.score])
             values = np.array([score for score in self.score if score is not None], dtype=np.float64)
-            found["auc"] = auc(truth[there] == 1, values)
-        return {name: value for name, value in found.items() if not np.isnan(value)}
+            measures["auc"] = auc(truth[known] == 1, values)
+        return {name: value for name, value in measures.items() if not np.isnan(value)}
 
 
-def classification(truth: Bool[np.ndarray, " items"], said: Bool[np.ndarray, " items"]) -> dict[str, float]:
+def classification(truth: Bool[np.ndarray, " items"], called: Bool[np.ndarray, " items"]) -> dict[str, float]:
     """The measures of answers; NaN if the denominator is 0."""
-    hits, alarms = int((truth & said).sum()), int((~truth & said).sum())
-    misses, rejections = int((truth & ~said).sum()), int((~truth & ~said).sum())
+    hits, alarms = int((truth & called).sum()), int((~truth & called).sum())
+    misses, rejections = int((truth & ~called).sum()), int((~truth & ~called).sum())
     recall, precision = _share(hits, hits + misses), _share(hits, hits + alarms)
     return {
         "balanced_accuracy": (recall + _share(rejections, rejections + alarms)) / 2,
@@ -131,5 +131,5 @@ def binomial_interval(hits: int, trials: int) -> tuple[float, float]:
 
 def enough(truth: Sequence[int], answer: Sequence[int | None], least: int) -> bool:
     """Whether at least `least` positives and negatives have an answer."""
-    answered = [true for true, one in zip(truth, answer, strict=True) if one is not None]
+    answered = [true for true, given in zip(truth, answer, strict=True) if given is not None]
     return min(sum(true == 1 for true in answered), sum(true == 0 for true in answered)) >= least

@@ -53,7 +53,8 @@ def _before(description: str) -> str:
     """Few-shot examples, and the description before a window."""
     text = words()["surprisal"]
     examples = "".join(
-        f"{filled(text['entry'], description=one['description'])}{one['piece']}\n\n" for one in text["examples"]
+        f"{filled(text['entry'], description=example['description'])}{example['piece']}\n\n"
+        for example in text["examples"]
     )
     return f"{text['head']}{examples}{filled(text['entry'], description=description)}"
 

@@ -90,13 +90,13 @@ def contrast(record: NeuronRecord, windows: Windows) -> Contrast:
     positives = tuple(_evenly(active, windows.positives, windows.strengths, rng))
     silent = list(_silent(_of(scored, SILENT_KINDS), windows.width))
     silent = _apart([*positives, *(silent[i] for i in rng.permutation(len(silent)))])[len(positives) :]
-    found = Contrast(
+    drawn = Contrast(
         neuron=record.neuron, active=len(active), silent=len(silent), positives=positives,
         negatives=tuple(silent[: windows.negatives]),
     )  # fmt: skip
-    used = {window.document for window in (*found.positives, *found.negatives)}
+    used = {window.document for window in (*drawn.positives, *drawn.negatives)}
     assert used.isdisjoint(explained), f"{record.neuron} would be scored on documents it was explained from"
-    return found
+    return drawn
 
 
 def _recorded(record: NeuronRecord, part: str) -> list[tuple[str, tuple[Excerpt, ...]]]:
@@ -116,13 +116,13 @@ def _around_peaks(excerpts: Iterable[Excerpt], width: int, rng: np.random.Genera
 
     A fixed position would reveal which windows are positives.
     """
-    found = []
+    peaks = []
     for excerpt in excerpts:
         if len(excerpt.tokens) >= width and excerpt.activations.max() > 0:
             peak = int(excerpt.activations.argmax())
             first = peak - int(rng.integers(width))
-            found.append(_cut(excerpt, min(max(first, 0), len(excerpt.tokens) - width), width))
-    return sorted(found, key=lambda window: -float(window.activations.max()))
+            peaks.append(_cut(excerpt, min(max(first, 0), len(excerpt.tokens) - width), width))
+    return sorted(peaks, key=lambda window: -float(window.activations.max()))
 
 
 def _silent(excerpts: Iterable[Excerpt], width: int) -> Iterator[Excerpt]:
@@ -135,9 +135,9 @@ def _silent(excerpts: Iterable[Excerpt], width: int) -> Iterator[Excerpt]:
 
 
 def _cut(excerpt: Excerpt, first: int, width: int) -> Excerpt:
-    own = slice(first, first + width)
+    span = slice(first, first + width)
     return Excerpt(
-        tokens=excerpt.tokens[own], activations=excerpt.activations[own], position=excerpt.position + first,
+        tokens=excerpt.tokens[span], activations=excerpt.activations[span], position=excerpt.position + first,
         document=excerpt.document,
     )  # fmt: skip
 
@@ -145,13 +145,13 @@ def _cut(excerpt: Excerpt, first: int, width: int) -> Excerpt:
 def _apart(windows: Sequence[Excerpt]) -> list[Excerpt]:
     """The windows that overlap no earlier one."""
     taken: set[int] = set()
-    found = []
+    separate = []
     for window in windows:
-        own = range(window.position, window.position + len(window.tokens))
-        if taken.isdisjoint(own):
-            taken.update(own)
-            found.append(window)
-    return found
+        positions = range(window.position, window.position + len(window.tokens))
+        if taken.isdisjoint(positions):
+            taken.update(positions)
+            separate.append(window)
+    return separate
 
 
 def _evenly(ordered: Sequence[Excerpt], count: int, groups: int, rng: np.random.Generator) -> Iterator[Excerpt]:
@@ -200,7 +200,7 @@ def raw(window: Excerpt, pieces: Sequence[bytes]) -> str:
 
 def plain(window: Excerpt, pieces: Sequence[bytes]) -> str:
     """The text of a window on one line, as a list of windows shows it."""
-    return "".join(shown_letter(one.text) for one in _characters(window, pieces))
+    return "".join(shown_letter(character.text) for character in _characters(window, pieces))
 
 
 def marked(window: Excerpt, marks: Bool[np.ndarray, " width"], pieces: Sequence[bytes], signs: tuple[str, str]) -> str:

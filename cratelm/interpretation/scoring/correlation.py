@@ -6,7 +6,7 @@ All excerpts of a neuron are taken together: with a the activations and s the si
     R squared            1 - mean (a - s)^2 / mean a^2
     absolute deviation   1 - mean |a - s| / mean |a|
 
-and, of their order alone, Spearman's correlation and the AUROC of active tokens (`ranks.py`).
+and, from ranks alone, Spearman's correlation and the AUROC of active tokens (`ranks.py`).
 """
 
 from collections import Counter
@@ -37,20 +37,20 @@ CONSTANT_ACTIVATIONS = "constant activations"
 CONSTANT_SIMULATION = "constant simulation"
 """Reason: the explanation predicts one value on all tokens scored, most often 0."""
 NO_EXPLANATION, NO_SIMULATION = "explanation failed", "simulation failed"
-"""Reasons: the language model gave no usable answer; the table `failures` has what it said."""
+"""Reasons: the language model gave no usable answer; the table `failures` has the answer."""
 NOT_CHOSEN = "not sampled"
-"""Of a neuron that was not among those to be scored."""
+"""Reason: the neuron was not chosen."""
 MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
 """Fields of `LayerScores` that are undefined for a neuron without a score."""
 COUNTS = ("tokens", "excerpts", "sums")
-"""Fields that are 0 for it."""
+"""Fields of `LayerScores` that are 0 for a neuron without a score."""
 CHUNK = 32
-"""Neurons at a time: the working arrays of so many stay in the processor's cache."""
+"""Neurons at a time: their working arrays stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How well an explanation predicts one neuron on excerpts it was not made from."""
+    """How well an explanation predicts one neuron on held-out excerpts."""
 
     neuron: NeuronId
     """The neuron predicted."""
@@ -59,9 +59,9 @@ class Score:
     mode: Mode
     """Which records these come from."""
     explainer: str
-    """Who made the explanation and the prediction: `lookup`."""
+    """Who explained: `lookup`, or the name of a language model."""
     control: str
-    """Empty, or how the explanation was falsified on purpose: `shuffled`."""
+    """Empty, or the control: `shuffled` or `constant`."""
     correlation: float | None
     """Pearson correlation over the tokens of all excerpts together, in [-1, 1]; None where it is undefined."""
     reason: str
@@ -105,7 +105,7 @@ class LayerScores:
     excerpts: Int64[np.ndarray, " neurons"]
     """Excerpts compared."""
     sums: Float64[np.ndarray, "neurons excerpts 6"] = field(repr=False)
-    """Per excerpt: n, sum a, sum s, sum a^2, sum s^2, sum a s. What a bootstrap over excerpts needs."""
+    """Per excerpt: n, sum a, sum s, sum a^2, sum s^2, sum a s, for the bootstrap over excerpts."""
 
     def take(self, rows: Int64[np.ndarray, " chosen"]) -> "LayerScores":
         """Some of the rows."""
@@ -114,7 +114,7 @@ class LayerScores:
         return LayerScores(layer=self.layer, reason=reason, **{name: array[rows] for name, array in values.items()})
 
     def of_layer(self, num_neurons: int) -> "LayerScores":
-        """A row for every neuron of the layer; those that have none here were not chosen to be scored."""
+        """A row for every neuron of the layer; a neuron without a row gets the reason `NOT_CHOSEN`."""
 
         def spread(name: str, missing: float) -> np.ndarray:
             values = getattr(self, name)
@@ -134,18 +134,19 @@ def score_layer(
     records: LayerRecords, protocol: Protocol, simulations: LayerSimulations,
     *, chosen: Int64[np.ndarray, " chosen"] | None = None, failed: Mapping[int, str] | None = None,
 ) -> LayerScores:  # fmt: skip
-    """Compare a layer's simulations with what its neurons did; a neuron without a score gets the reason.
+    """Compare a layer's simulations with its activations; a neuron without a score gets the reason.
 
-    `chosen` are the neurons that were to be scored, all if left out. `failed` says of those among them for which a
-    language model gave no usable answer at what.
+    `chosen`: the neurons to score, by default all. `failed`: neuron -> reason, for neurons without a usable answer of a
+    language model.
     """
     excerpts = draw(records, protocol.score, "score").rows(simulations.neuron)
-    found = compare(excerpts, simulations.laid_out(excerpts.valid))
+    comparison = compare(excerpts, simulations.laid_out(excerpts.valid))
     simulated = LayerScores(
-        layer=records.layer, neuron=simulations.neuron, reason=tuple(found.reasons), correlation=found.correlation,
-        r_squared=found.r_squared, absolute_deviation=found.absolute_deviation, spearman=found.spearman,
-        auroc=found.auroc, tokens=excerpts.valid.sum(axis=(1, 2)), excerpts=excerpts.present.sum(axis=1),
-        sums=found.sums,
+        layer=records.layer, neuron=simulations.neuron, reason=tuple(comparison.reasons),
+        correlation=comparison.correlation, r_squared=comparison.r_squared,
+        absolute_deviation=comparison.absolute_deviation, spearman=comparison.spearman,
+        auroc=comparison.auroc, tokens=excerpts.valid.sum(axis=(1, 2)), excerpts=excerpts.present.sum(axis=1),
+        sums=comparison.sums,
     )  # fmt: skip
     without = dict(enumerate(reason or NOT_SIMULATED for reason in unexplained(records, protocol))) | dict(failed or {})
     scores = simulated.of_layer(records.num_neurons)
@@ -190,17 +191,17 @@ def _compare(
     products = (np.einsum("new,new->ne", x, y) for x, y in ((a, a), (s, s), (a, s)))
     sums = np.stack([valid.sum(axis=2), a.sum(axis=2), s.sum(axis=2), *products], axis=2).astype(np.float64)
     count, sum_a, sum_s, square_a, _, _ = sums.sum(axis=1).T
-    a, s, there = a.reshape(shape), s.reshape(shape), valid.reshape(shape)
+    a, s, flat_valid = a.reshape(shape), s.reshape(shape), valid.reshape(shape)
     error = a - s
     with np.errstate(divide="ignore", invalid="ignore"):
         r_squared = 1 - _dot(error, error) / square_a
         absolute_deviation = 1 - np.abs(error).sum(axis=1) / np.abs(a).sum(axis=1)
         # Centred first and then multiplied: sums of squares would lose digits where the mean is large.
-        a, s = (a - (sum_a / count)[:, None]) * there, (s - (sum_s / count)[:, None]) * there
+        a, s = (a - (sum_a / count)[:, None]) * flat_valid, (s - (sum_s / count)[:, None]) * flat_valid
         correlation = _dot(a, s) / np.sqrt(_dot(a, a) * _dot(s, s))
     flat = activations.reshape(shape), simulated.reshape(shape)
-    spearman, auroc = rank_scores(*flat, there)
-    constant_a, constant_s = (_constant(side, there) for side in flat)
+    spearman, auroc = rank_scores(*flat, flat_valid)
+    constant_a, constant_s = (_constant(side, flat_valid) for side in flat)
     undefined = constant_a | constant_s
     return {
         "correlation": np.where(undefined, np.nan, np.clip(correlation, -1, 1)), "sums": sums,
@@ -259,10 +260,10 @@ class LayerAggregate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelAggregate:
-    """The scores of one model by one protocol, as a row of the paper's table and with what the paper leaves out.
+    """The scores of one model by one protocol: a row of the paper's table, and more statistics.
 
-    From 6 layers on the paper leaves the last layer out: `mean`, `variance`, `mean_undefined_zero`, `low` and `high`
-    follow that. None where no layer has a score.
+    For models of 6 layers and more the paper leaves the last layer out of `mean`, `variance`, `mean_undefined_zero`,
+    `low` and `high`. None if no layer has a score.
     """
 
     protocol: str
@@ -304,14 +305,14 @@ def aggregate(
 ) -> ModelAggregate:  # fmt: skip
     """Summarise a model's scores, layer by layer and over its layers.
 
-    `seed` is of the bootstrap. A layer's interval does not depend on which other layers and protocols there are.
+    `seed`: seed of the bootstrap. A layer's interval does not depend on other layers and protocols.
     """
-    found = [_aggregate_layer(one, generator(seed, protocol, one.layer), resamples) for one in layers]
-    lines, samples = zip(*found, strict=True)
+    aggregated = [_aggregate_layer(layer, generator(seed, protocol, layer.layer), resamples) for layer in layers]
+    lines, samples = zip(*aggregated, strict=True)
     shown = shown_layers(len(lines))
     mean, variance = paper_table([line.points for line in lines])
     mean_all_layers, variance_all_layers = mean_and_variance([line.points for line in lines])
-    means = [one for one in samples[:shown] if one is not None]
+    means = [sample for sample in samples[:shown] if sample is not None]
     low, high = interval(np.mean(means, axis=0)) if means else (None, None)
     return ModelAggregate(
         protocol=protocol, layers=tuple(lines), mean=mean, variance=variance, low=low, high=high,
@@ -323,7 +324,7 @@ def aggregate(
 
 
 def layer_points(correlation: Float64[np.ndarray, " neurons"]) -> float | None:
-    """Mean over the scored neurons of a layer in points, rounded to 0.1 as in the paper; None without a scored one."""
+    """Mean over the scored neurons of a layer in points, rounded to 0.1 as in the paper; None without a score."""
     defined = correlation[~np.isnan(correlation)]
     return round(float((100 * defined).mean()), 1) + 0.0 if len(defined) else None
 

@@ -1,4 +1,4 @@
-"""Scores that ask for an order alone: Spearman's correlation, and the AUROC of the tokens on which a neuron fires.
+"""Scores from ranks alone: Spearman's correlation, and the AUROC of the tokens on which a neuron fires.
 
 Pearson's correlation, the paper's score, follows the few largest activations and the simulation's scale. These two do
 not: with r(x) the rank of each value among its neuron's tokens, equal values sharing the mean of their ranks,
@@ -16,8 +16,8 @@ def ranks(
 ) -> Float64[np.ndarray, "neurons tokens"]:
     """Rank of each valid value among those of its row, from 1, ties averaged; 0 where not valid.
 
-    One sort of whole numbers that hold the value above and its place below, as in `lookup.explain`: the bits of a
-    float read as a whole number are in the order of the floats once those of negative ones are turned round.
+    One sort of integers with the value in the upper bits and its position in the lower bits, as in `lookup.tables`:
+    read as integers, the bits of floats have the order of the floats once those of negative floats are inverted.
     """
     rows, size = values.shape
     bits = (values + np.float32(0)).view(np.int32)  # adding 0 makes -0 and 0 one value
@@ -34,10 +34,10 @@ def ranks(
     width = np.diff(last, prepend=-1)
     # A run of equal values ends at `last`, counted over all rows; the mean rank of its members lies half a run before.
     mean = last % size + 1 - (width - 1) / 2
-    found = np.empty((rows, size))
-    found.put(order, np.repeat(mean, width))
-    found[~valid] = 0
-    return found
+    result = np.empty((rows, size))
+    result.put(order, np.repeat(mean, width))
+    result[~valid] = 0
+    return result
 
 
 def rank_scores(

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 EXCERPT_RESAMPLES = 256
-"""Resampled sets of excerpts per neuron at least (`sets_each`); every drawing of a neuron takes one."""
+"""Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
 CHUNK = 32
 """Neurons at a time."""
 
@@ -22,13 +22,13 @@ def paper_table(points: Sequence[float | None]) -> tuple[float | None, float | N
 
 
 def mean_and_variance(points: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and population variance of the numbers that are there; None for both if there are none."""
-    there = np.array([one for one in points if one is not None], dtype=np.float64)
-    return (float(there.mean()), float(there.var())) if len(there) else (None, None)
+    """Mean and population variance without None values; None for both if no value is left."""
+    known = np.array([value for value in points if value is not None], dtype=np.float64)
+    return (float(known.mean()), float(known.var())) if len(known) else (None, None)
 
 
 def shown_layers(layers: int) -> int:
-    """How many of a model's layers are in the paper's table."""
+    """Number of a model's layers in the paper's table."""
     return layers - 1 if layers >= 6 else layers
 
 
@@ -36,7 +36,7 @@ def correlation_of_sums(sums: Float64[np.ndarray, "*any 6"]) -> Float64[np.ndarr
     """Pearson correlation from (n, sum a, sum s, sum a^2, sum s^2, sum a s); NaN where a side is constant."""
     n, a, s, aa, ss, cross = np.moveaxis(sums, -1, 0)
     variance_a, variance_s = n * aa - a * a, n * ss - s * s
-    # Subtracting nearly equal numbers leaves about 1e-16 of them: less than this is no variance.
+    # Rounding errors are about 1e-16 of the numbers subtracted: a smaller variance counts as 0.
     defined = (variance_a > 1e-12 * n * aa) & (variance_s > 1e-12 * n * ss)
     scale = np.sqrt(np.where(defined, variance_a * variance_s, 1))
     return np.where(defined, np.clip((n * cross - a * s) / scale, -1, 1), np.nan)
@@ -47,11 +47,11 @@ def bootstrap_means(
 ) -> Float64[np.ndarray, " resamples"]:
     """Resampled means over neurons of the correlation: draw neurons, then excerpts within each drawn neuron.
 
-    Every neuron gets the same number of resampled correlations, so that drawing a neuron and then one of its
-    correlations is drawing once from all of them. An undefined resampled correlation is left out, as in the mean
-    itself. Of five excerpts a resample holds three or four, which lowers a correlation on the whole: the resampled
-    means are moved back to have the observed mean as theirs. Their spread counts the excerpts' noise twice, as it is
-    in the differences between neurons too: the interval errs on the wide side.
+    Every neuron has the same number of resampled correlations, so drawing a neuron and then one of its correlations is
+    one draw from all of them. An undefined resampled correlation is left out, as in the mean itself. A resample of
+    five excerpts has three or four distinct ones, which lowers correlations on average, so the resampled means are
+    shifted to the observed mean. Their spread counts the excerpts' noise twice, because the differences between neurons contain it
+    too: the interval is rather too wide.
     """
     correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
     known = ~np.isnan(correlations)
@@ -65,10 +65,10 @@ def bootstrap_means(
 
 
 def sets_each(neurons: int, resamples: int, least: int) -> int:
-    """Resampled sets that each neuron needs, so that all of them together are no fewer than the drawings from them.
+    """Resampled sets for each neuron, so that together there are at least as many sets as draws.
 
-    Of one neuron's 64 sets the 2.5 % point is the second lowest or third, and two bootstraps of it would differ by a
-    third of their width.
+    With one neuron and 64 sets, the 2.5 % point would be the second or third lowest, and two bootstraps would differ by
+    a third of the interval's width.
     """
     return max(least, -(-resamples // max(neurons, 1)))
 
@@ -90,10 +90,10 @@ def resampled_correlations(
 def _alike(
     sums: Float64[np.ndarray, "neurons excerpts 6"],
 ) -> Iterator[tuple[Int64[np.ndarray, " chunk"], Float64[np.ndarray, "chunk present 6"]]]:
-    """Neurons with the same number of excerpts, some at a time, and the sums of the excerpts that are there."""
-    there = sums[:, :, 0] > 0
-    counts = there.sum(axis=1)
-    order = np.argsort(~there, axis=1, kind="stable")
+    """Chunks of neurons with the same number of excerpts, and the sums of these excerpts."""
+    present = sums[:, :, 0] > 0
+    counts = present.sum(axis=1)
+    order = np.argsort(~present, axis=1, kind="stable")
     for count in np.unique(counts):
         rows = np.flatnonzero(counts == count)
         for start in range(0, len(rows), CHUNK):
@@ -102,10 +102,10 @@ def _alike(
 
 
 def generator(seed: int, protocol: str, layer: int, model: str = "") -> np.random.Generator:
-    """The random numbers of one layer's bootstrap by one protocol, whatever else is scored beside it.
+    """The random numbers of one layer's bootstrap by one protocol, independent of other layers and protocols.
 
-    `model` says whose layer it is, wherever resampled means of models are subtracted: from one seed two models would
-    draw the same places of their neurons, and what chance does to both would cancel or add up.
+    `model` is needed where resampled means of two models are subtracted: from one seed both would draw the same neuron
+    indices, and their random errors would be correlated.
     """
     words = [
         zlib.crc32(protocol.encode()),
@@ -122,7 +122,7 @@ def interval(samples: Float[np.ndarray, " samples"]) -> tuple[float, float]:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """P-values of several tests, each multiplied by how many are at least as large, and never below a smaller one's."""
+    """Holm's correction: each p-value times the number of p-values at least as large, made monotone."""
     corrected, most = [0.0] * len(ps), 0.0
     for place, index in enumerate(np.argsort(ps).tolist()):
         most = max(most, min(1.0, (len(ps) - place) * ps[index]))
@@ -131,7 +131,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def p_value(difference: Float64[np.ndarray, " resamples"]) -> float:
-    """How often the resampled difference lies on the other side of 0, both ways."""
+    """Two-sided bootstrap p-value: the share of resampled differences on the other side of 0, doubled."""
     beyond = min(float((difference <= 0).mean()), float((difference >= 0).mean()))
     return min(1.0, 2 * max(beyond, 1 / (len(difference) + 1)))
 
@@ -139,8 +139,8 @@ def p_value(difference: Float64[np.ndarray, " resamples"]) -> float:
 def components(scores: Float64[np.ndarray, "neurons samples"]) -> tuple[float, float, int] | None:
     """Variance between neurons and within them, from several scores of each, and the number of neurons.
 
-    One-way analysis of variance: the mean over neurons of the variance over samples, and the variance of the neurons'
-    means less what that contributes to it (not below 0). None for fewer than two neurons.
+    One-way analysis of variance: within is the mean over neurons of the variance over samples; between is the variance
+    of the neurons' means minus within / samples, at least 0. None for fewer than two neurons.
     """
     neurons, samples = scores.shape
     if neurons < 2 or samples < 2:

@@ -1,11 +1,10 @@
-"""From the scale of prompts to the neuron's own: what simulated activations mean, learnt on excerpts of their own.
+"""Calibrate simulated activations: map them from the scale of prompts to the neuron's own units.
 
     linear        a = slope s + intercept, by least squares; a slope below 0 becomes 0
-    percentile    the k-th largest s is given the k-th largest a, and what lies between is interpolated
+    percentile    the k-th largest s gets the k-th largest a; values between them are interpolated
 
-Correlations do not change by `linear`, but R squared and absolute deviation mean little without. The excerpts are from
-documents that were kept for explaining and that the explainer was not shown, so neither the explanation nor the score
-knows them.
+`linear` does not change correlations, but R squared and absolute deviation need a calibration. It is fitted on separate
+excerpts: of the explaining half, from documents that the explainer was not shown.
 """
 
 import numpy as np
@@ -46,31 +45,31 @@ def calibration_excerpts(records: LayerRecords, protocol: Protocol) -> Excerpts:
     part: Part = "explain"
     used = protocol.explain if protocol.mode == "fixed" else (*protocol.explain, *protocol.score)
     draws = []
-    for one in protocol.score:
-        if one.kind == "quantile" or one.crop is not None:  # all quantile excerpts are shown
+    for scored in protocol.score:
+        if scored.kind == "quantile" or scored.crop is not None:  # all quantile excerpts are shown
             continue
-        first = 1 + max((max(other.picks) for other in used if other.kind == one.kind), default=-1)
-        picks = tuple(range(first, first + len(one.picks)))
-        draws.append(Draw(width=one.width, kind=one.kind, picks=picks))
-    found = draw(records, draws, part)
+        first = 1 + max((max(other.picks) for other in used if other.kind == scored.kind), default=-1)
+        picks = tuple(range(first, first + len(scored.picks)))
+        draws.append(Draw(width=scored.width, kind=scored.kind, picks=picks))
+    excerpts = draw(records, draws, part)
     shown = draw(records, protocol.explain, part)
-    taken = _same_document(found, shown)
+    taken = _same_document(excerpts, shown)
     if protocol.mode == "compat":
-        taken = _overlaps(found, shown) | _overlaps(found, draw(records, protocol.score, "score"))
-    kept = ~taken & found.present
+        taken = _overlaps(excerpts, shown) | _overlaps(excerpts, draw(records, protocol.score, "score"))
+    usable = ~taken & excerpts.present
     return Excerpts(
-        tokens=np.where(kept[..., None], found.tokens, ABSENT),
-        activations=np.where(kept[..., None], found.activations, 0).astype(found.activations.dtype),
-        position=np.where(kept, found.position, ABSENT), document=np.where(kept, found.document, ABSENT),
+        tokens=np.where(usable[..., None], excerpts.tokens, ABSENT),
+        activations=np.where(usable[..., None], excerpts.activations, 0).astype(excerpts.activations.dtype),
+        position=np.where(usable, excerpts.position, ABSENT), document=np.where(usable, excerpts.document, ABSENT),
     )  # fmt: skip
 
 
-def _same_document(found: Excerpts, others: Excerpts) -> Bool[np.ndarray, "neurons excerpts"]:
-    same = found.document[:, :, None] == others.document[:, None, :]
+def _same_document(excerpts: Excerpts, others: Excerpts) -> Bool[np.ndarray, "neurons excerpts"]:
+    same = excerpts.document[:, :, None] == others.document[:, None, :]
     return (same & others.present[:, None, :]).any(axis=2)
 
 
-def _overlaps(found: Excerpts, others: Excerpts) -> Bool[np.ndarray, "neurons excerpts"]:
-    distance = np.abs(found.position[:, :, None] - others.position[:, None, :])
-    near = distance < max(found.tokens.shape[2], others.tokens.shape[2])
+def _overlaps(excerpts: Excerpts, others: Excerpts) -> Bool[np.ndarray, "neurons excerpts"]:
+    distance = np.abs(excerpts.position[:, :, None] - others.position[:, None, :])
+    near = distance < max(excerpts.tokens.shape[2], others.tokens.shape[2])
     return (near & others.present[:, None, :]).any(axis=2)

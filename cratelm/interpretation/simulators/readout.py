@@ -50,7 +50,7 @@ class ReadOut:
 
         Raw logits work too: E does not change when the same number is added to all of them.
         """
-        best = sorted(candidates.items(), key=lambda one: -one[1])[: self.candidates]
+        best = sorted(candidates.items(), key=lambda pair: -pair[1])[: self.candidates]
         numbers = [(value, logprob) for text, logprob in best if (value := self._value(text)) is not None]
         if not numbers:
             return None

@@ -1,8 +1,8 @@
-"""Whether a model can simulate at all: neurons of which everybody would say the same, before it is asked about others.
+"""Self-test: can a model simulate obvious neurons?
 
-A model that cannot follow the prompt gives activations all the same, and scores near 0 that look like a finding. So
-each simulator first predicts the puzzles of `puzzles.json`: a plain explanation and one sentence whose activations
-follow from it. Its questions are the same each time, so where answers are cached they are asked once per model.
+A model that cannot follow the prompt still returns activations, and its scores near 0 look like a finding. So each
+simulator first predicts the puzzles of `puzzles.json`: a plain explanation and one sentence whose activations follow
+from it. The prompts are always the same, so repeated runs are cache hits.
 """
 
 import json
@@ -20,14 +20,14 @@ from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.rundir import read_json
 
 THRESHOLD = 0.5
-"""Least mean correlation. Of uniformly random simulations the mean has a standard deviation of 0.11: one in 500 comes
-above 0.3, and of 40,000 none came above 0.5."""
+"""Least mean correlation. For uniformly random simulations the mean has a standard deviation of 0.11: one in 500 is
+above 0.3, and none of 40,000 was above 0.5."""
 FILE = Path(__file__).with_name("puzzles.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Puzzle:
-    """A neuron whose firing is obvious."""
+    """An obvious neuron: its explanation determines where it fires."""
 
     explanation: str
     tokens: tuple[str, ...]
@@ -37,13 +37,13 @@ class Puzzle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfTest:
-    """How a simulator did."""
+    """The result of a simulator."""
 
     simulator: str
     correlations: Mapping[str, float]
     """Explanation -> Pearson correlation on its sentence; 0 where the simulation is constant."""
     failures: Mapping[str, str]
-    """Explanation -> what the model said where it gave no usable answer; its correlation counts as 0."""
+    """Explanation -> the unusable answer; its correlation counts as 0."""
 
     @property
     def mean(self) -> float:
@@ -52,58 +52,58 @@ class SelfTest:
 
     @property
     def passed(self) -> bool:
-        """Whether it can simulate."""
+        """Whether the mean correlation reaches the threshold."""
         return self.mean >= THRESHOLD
 
 
 @cache
 def puzzles() -> tuple[Puzzle, ...]:
-    """The neurons known to everybody."""
-    found = read_json(FILE, made_by="pip install --force-reinstall cratelm")["puzzles"]
+    """The obvious neurons."""
+    entries = read_json(FILE, made_by="pip install --force-reinstall cratelm")["puzzles"]
     return tuple(
-        Puzzle(explanation=one["explanation"], tokens=tuple(one["tokens"]), activations=tuple(one["activations"]))
-        for one in found
+        Puzzle(explanation=entry["explanation"], tokens=tuple(entry["tokens"]), activations=tuple(entry["activations"]))
+        for entry in entries
     )
 
 
 _DONE: dict[str, SelfTest] = {}
-"""What simulators did in this process, by all that their simulations depend on."""
+"""Results in this process, by the settings of the simulator."""
 
 
 async def self_test(simulator: TextSimulator) -> SelfTest:
-    """Let a simulator predict the puzzles; once for each in a process.
+    """Let a simulator predict the puzzles, once in a process.
 
-    Raises `PromptTooLong` where they do not fit the model's context.
+    Raises `PromptTooLong` if they do not fit the model's context.
     """
-    told = json.dumps(simulator.cache_settings(), sort_keys=True)
-    if told not in _DONE:
+    settings = json.dumps(simulator.cache_settings(), sort_keys=True)
+    if settings not in _DONE:
         correlations, failures = {}, {}
         for puzzle in puzzles():
             correlations[puzzle.explanation] = 0.0
             try:
                 (simulated,) = await simulator.simulate(puzzle.explanation, [puzzle.tokens])
             except PromptTooLong:
-                raise  # says more than a score would
+                raise  # more helpful than a low score
             except LLMError as error:
                 failures[puzzle.explanation] = str(error)
                 continue
             if np.ptp(simulated) > 0:
                 correlations[puzzle.explanation] = float(np.corrcoef(puzzle.activations, simulated)[0, 1])
-        _DONE[told] = SelfTest(simulator=str(simulator.name), correlations=correlations, failures=failures)
-    return _DONE[told]
+        _DONE[settings] = SelfTest(simulator=str(simulator.name), correlations=correlations, failures=failures)
+    return _DONE[settings]
 
 
 async def require_self_test(simulator: TextSimulator) -> SelfTest:
-    """Refuse a simulator that cannot predict the puzzles, saying what it scored."""
-    found = await self_test(simulator)
-    if found.passed:
-        return found
+    """Raise `CrateError` with the scores if a simulator cannot predict the puzzles."""
+    result = await self_test(simulator)
+    if result.passed:
+        return result
     each = ", ".join(
-        f"{text} {'failed' if text in found.failures else format(value, '.2f')}"
-        for text, value in found.correlations.items()
+        f"{text} {'failed' if text in result.failures else format(value, '.2f')}"
+        for text, value in result.correlations.items()
     )
-    said = f" It said: {next(iter(found.failures.values()))}." if found.failures else ""
+    first_failure = f" It said: {next(iter(result.failures.values()))}." if result.failures else ""
     raise CrateError(
-        f"{found.simulator} cannot simulate: on {len(found.correlations)} obvious neurons its mean "
-        f"correlation is {found.mean:.2f}, and {THRESHOLD} is the least ({each}).{said} Use a larger model"
+        f"{result.simulator} cannot simulate: on {len(result.correlations)} obvious neurons its mean "
+        f"correlation is {result.mean:.2f}, and {THRESHOLD} is the least ({each}).{first_failure} Use a larger model"
     )

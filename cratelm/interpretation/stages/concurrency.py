@@ -37,7 +37,7 @@ class Tally:
 
 async def each(
     neurons: Sequence[int], do: Callable[[int], Awaitable[T]], *, keep: Callable[[Mapping[int, T]], None],
-    fail: Callable[[Mapping[int, str]], None], kept: Callable[[int], None] = lambda _: None, in_flight: int = 32,
+    fail: Callable[[Mapping[int, str]], None], progress: Callable[[int], None] = lambda _: None, in_flight: int = 32,
     patience: Patience | None = None,
 ) -> Tally:  # fmt: skip
     """Run `do` for each neuron, `in_flight` at once.
@@ -45,7 +45,7 @@ async def each(
     `keep` and `fail` write in a thread. Results that become ready meanwhile are the next batch, so a slow disk makes
     larger batches and not slower work. Failures are written after the next success: if the work ends before, they are
     due to the model and not to those neurons. Neurons whose call is `Postponed` are not written: an error names them
-    after the others, and the next run asks about them again. `kept` reports progress.
+    after the others, and the next run asks about them again. `progress` gets the number of finished neurons.
     """
     patience = patience or Patience()
     tally, remaining = Tally(), iter(neurons)
@@ -63,7 +63,7 @@ async def each(
                 await _written(keep, results)
                 await _written(fail, _without(streak, postponed))
                 streak = {}
-            kept(len(results) + len(failures))
+            progress(len(results) + len(failures))
             if not pending:
                 break
             ready, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)

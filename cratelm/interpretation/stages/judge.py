@@ -1,9 +1,10 @@
-"""The scorers on the neurons of a layer: set by set, neuron by neuron, each kept as it is ready.
+"""Run a scorer on the neurons of a layer, and store each result when it is ready.
 
     Task + scorer + (language model or encoder)  ->  rows of the table `answers`, which `judged` reads back
 
-A scorer that tests explanations has a set for every set of explanations and every control of them; one that needs none
-(`intruder`, `example-embedding`) has one set for the layer. A neuron with too few windows has a row that says so.
+A scorer that tests explanations has a set of results for every set of explanations and every control; a scorer that
+needs no explanations (`intruder`, `example-embedding`) has one set for the layer. A neuron with too few windows has a
+row with that reason.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from cratelm.interpretation.store.schema import SetKey
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeContext:
-    """Who is asked, about what windows, in what text."""
+    """The model of a scorer, and the settings of its prompts."""
 
     pieces: Sequence[bytes]
     """The bytes of each token id (`cratelm.data.tokenizer.token_bytes`)."""
@@ -41,9 +42,9 @@ class JudgeContext:
     """For scorers that compare vectors."""
 
     def name_for(self, scorer: str) -> str:
-        """The name of whoever is asked."""
+        """The name of the model or encoder that a scorer uses."""
         asked = self.encoder if SCORERS[scorer].needs == "encoder" else self.llm
-        assert asked is not None, f"nobody to ask for {scorer}"
+        assert asked is not None, f"no model for {scorer}"
         return asked.name
 
     def cache_settings(self, scorer: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class JudgeContext:
 
 
 def judged_key(key: SetKey, scorer: str, judge_name: str) -> SetKey:
-    """The set of a scorer's results on these explanations; of one that needs none, the layer's own."""
+    """The set of a scorer's results on these explanations, or on the layer if it needs no explanations."""
     if SCORERS[scorer].explained:
         return replace(key, simulator=f"judge {judge_name}")
     return replace(key, simulator=f"judge {judge_name}", explainer="", protocol="", control="", sample=0)
@@ -74,7 +75,7 @@ async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
         sources = task.sources(texts)
         settings |= {"explained": task.explanations_hash(), "control": task.key.control}
         asked = np.array(list(sources), dtype=np.int64)
-        # A part knows the explanations of its own share only, so the share is one of the explainable neurons.
+        # A part has only the explanations of its share of the explainable neurons.
         share = set(sources) & task.share
     growing = task.begin(scorer, asked, settings)
 
@@ -99,7 +100,7 @@ async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
 
 
 def judged(store: Store, key: SetKey, scorer: str) -> dict[int, Judged]:
-    """A scorer's results by neuron, those that are there; the neurons that failed are `llm_stages.failures`."""
+    """A scorer's stored results by neuron; neurons that failed are in `failures`."""
     rows = GrowingSet(store=store, key=key, stage=scorer, neurons=np.empty(0, dtype=np.int64)).rows()
     return {neuron: Judged.of_row(row) for neuron, row in rows.items() if isinstance(row, dict)}
 
@@ -107,7 +108,7 @@ def judged(store: Store, key: SetKey, scorer: str) -> dict[int, Judged]:
 def aggregate_judged(
     store: Store, key: SetKey, scorer: str, *, seed: int = 0, resamples: int = 2000
 ) -> ScorerAggregate:
-    """One scorer over the neurons of a layer, whole set or not."""
+    """Average a scorer's results over the neurons of a layer, also if the set is not whole."""
     failed = len(failures(store, key, scorer))
     rng, options = generator(seed, f"{scorer} {key.protocol}", key.layer), options_asked(store, key, scorer)
     return aggregate_scorer(
@@ -116,12 +117,12 @@ def aggregate_judged(
 
 
 def options_asked(store: Store, key: SetKey, scorer: str) -> int | None:
-    """Among how many windows the questions of a set hide an intruder; None where the store does not know."""
+    """Windows of an intruder question in a set; None if the store has no settings for it."""
     with store.transaction() as connection:
         started = begun(connection, key, scorer)
     return None if started is None else json.loads(started.settings).get("options")
 
 
 def judged_sets(store: Store) -> list[tuple[SetKey, str]]:
-    """Every whole set of a scorer's results there is, with the scorer."""
+    """Every whole set of a scorer's results in the store, with the scorer."""
     return [(key, stage) for stage in SCORERS for key in store.sets(stage)]

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from cratelm.interpretation.firing.measures import firing_layer, write_firing
 from cratelm.interpretation.scoring.correlation import NO_EXPLANATION, NO_SIMULATION, LayerScores, score_layer
 from cratelm.interpretation.stages.set_task import SetTask, failures
-from cratelm.interpretation.store.neuron_selection import kept_chosen
+from cratelm.interpretation.store.neuron_selection import read_chosen
 
 
 @runtime_checkable
@@ -47,7 +47,7 @@ async def score_set(task: SetTask) -> LayerScores:
     simulations = store.simulations(key)
     failed = dict.fromkeys(failures(store, key.explained, "explain"), NO_EXPLANATION)
     failed |= dict.fromkeys(failures(store, key, "simulate"), NO_SIMULATION)
-    scores = score_layer(task.records, task.protocol, simulations, chosen=kept_chosen(store, key), failed=failed)
+    scores = score_layer(task.records, task.protocol, simulations, chosen=read_chosen(store, key), failed=failed)
     write_firing(store, key, firing_layer(task.records, task.protocol, simulations))
     store.write_scores(key, scores)
     return scores

@@ -22,7 +22,7 @@ from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_
 from cratelm.interpretation.stages.concurrency import Tally, each
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
-from cratelm.interpretation.store.neuron_selection import Chosen, keep_chosen, kept_chosen
+from cratelm.interpretation.store.neuron_selection import Chosen, read_chosen, write_chosen
 from cratelm.interpretation.store.schema import SetKey, Stage
 from cratelm.runtime import ProgressBar
 
@@ -81,9 +81,9 @@ class SetTask:
             self.store, self.key, stage, neurons.tolist(), settings=settings, not_compared=not_compared
         )
         if self.chosen is not None and (
-            len(growing.neurons) == len(neurons) or kept_chosen(self.store, self.key) is None
+            len(growing.neurons) == len(neurons) or read_chosen(self.store, self.key) is None
         ):
-            keep_chosen(self.store, self.key, self.neurons)
+            write_chosen(self.store, self.key, self.neurons)
         return growing
 
     def fill(
@@ -97,7 +97,7 @@ class SetTask:
                 self.bar.advance(count, note=self.note())
 
         return each(
-            missing, make_row, keep=growing.add, fail=growing.add_failures, kept=advance, in_flight=self.in_flight
+            missing, make_row, keep=growing.add, fail=growing.add_failures, progress=advance, in_flight=self.in_flight
         )
 
     def explanations(self) -> dict[int, str]:

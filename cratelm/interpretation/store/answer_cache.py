@@ -1,7 +1,7 @@
-"""The cache of a language model's answers, in the run's store: what was paid for once is never asked again.
+"""The cache of a language model's answers, in the run's store: no call is paid for twice.
 
-An answer is found by a hash of the model and of all that it was asked, so it serves whatever asks the same: another
-protocol, a control, the same command run again. In a part, the answers in the run's own store serve too.
+The key of an answer is a hash of the model and of the complete call, so another protocol, a control or the same command
+run again get cache hits. A part also uses the answers in the run's own store.
 """
 
 import asyncio
@@ -27,20 +27,20 @@ from cratelm.interpretation.store.database import Store, StoreBusy
 from cratelm.runtime import console
 
 DECLINED = "declined"
-"""Key of a kept answer that is none: what the model said instead."""
+"""Key of a cached refusal: the model's message."""
 Row = tuple[str, str, int, int, str, bytes]
 """A row of the table `calls`."""
 BUSY_ATTEMPTS = 5
-"""How often answers are tried to be written where another process holds the store."""
+"""Attempts to write answers while another process holds the store."""
 Answer = asyncio.Future[dict[str, Any]]
-"""An answer on its way, as it is kept."""
+"""An answer in flight, in the form of the cache."""
 
 
 class Cached(LLMWrapper):
-    """A language model whose answers are kept before anybody gets them. What is asked twice at once is asked once."""
+    """A language model with a cache: answers are on disk before the caller gets them. Duplicate calls are merged."""
 
     def __init__(self, inner: LLM, store: Store, usage: Usage | None = None, *, in_flight: int = 0) -> None:
-        """`in_flight`: calls on their way or answered and not on disk yet, at most; 0 for any number."""
+        """`in_flight`: most calls that are in flight or not on disk yet; 0 for any number."""
         self.inner, self.store, self.usage, self.in_flight = inner, store, usage or Usage(), in_flight
         if isinstance(inner, Metered):
             inner.on_unparsed = self._keep_unparsed
@@ -131,7 +131,7 @@ class Cached(LLMWrapper):
                 future.cancel()
 
     def _slot(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Room for a call from when it is asked until its answer is on disk: a kill loses no more than that many."""
+        """A slot for a call until its answer is on disk: a killed process loses at most `in_flight` answers."""
         if not self.in_flight:
             return contextlib.nullcontext()
         loop = asyncio.get_running_loop()
@@ -139,13 +139,13 @@ class Cached(LLMWrapper):
             self._slots = loop, asyncio.Semaphore(self.in_flight)
         return self._slots[1]
 
-    def _done(self, one: str, future: Answer, answer: dict[str, Any] | Exception) -> None:
+    def _done(self, key: str, future: Answer, answer: dict[str, Any] | Exception) -> None:
         if future.done():
             return
-        del self._asking[one]
+        del self._asking[key]
         if isinstance(answer, Exception):
             future.set_exception(answer)
-            future.exception()  # nobody may be left to take it
+            future.exception()  # marks it as retrieved: the caller may be gone
         else:
             future.set_result(answer)
 
@@ -155,7 +155,7 @@ class Cached(LLMWrapper):
         return (asked, self.inner.name, *spent, date, zlib.compress(json.dumps(answer, ensure_ascii=False).encode(), 6))
 
     async def _keep(self, row: Row) -> None:
-        """Wait until the row is on disk. While some are written, those that come gather for the next transaction."""
+        """Wait until the row is on disk. Rows that arrive during a transaction are written in the next one."""
         written = asyncio.get_running_loop().create_future()
         self._unwritten.append((row, written))
         if self._writer is None or self._writer.done():
@@ -217,13 +217,13 @@ def unsupported_note(identity: str) -> str:
 
 
 def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:
-    """What keeps the cost of something that answers no question: it is found by nothing, and counts as spent."""
+    """A row that records the cost of a call without a usable answer; it is never a cache hit."""
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return secrets.token_hex(20), model, prompt_tokens, new_tokens, date, zlib.compress(b"{}")
 
 
 def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
-    """Under what the answer to a chat is kept."""
+    """Key under which the answer to a chat is cached."""
     return _hash(["chat", identity, {"turns": [asdict(message) for message in messages], **asdict(sampling)}])
 
 
@@ -246,7 +246,7 @@ def is_cached(store: Store, key: str) -> bool:
 
 
 def add_calls(store: Store, rows: Sequence[Row]) -> None:
-    """Keep some answers. They are paid for: where another process holds the store, they wait longer than others do."""
+    """Write answers, with `BUSY_ATTEMPTS` attempts while another process holds the store: they are paid for."""
     for attempt in range(1, BUSY_ATTEMPTS + 1):
         try:
             with store.transaction() as connection:
@@ -259,14 +259,14 @@ def add_calls(store: Store, rows: Sequence[Row]) -> None:
 
 
 def add_new_calls(store: Store, rows: Sequence[Row]) -> int:
-    """Keep those answers that are not there yet; how many that were."""
+    """Write the answers that are not in the store yet. Returns their number."""
     with store.transaction() as connection:
         connection.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)
         return connection.total_changes
 
 
 def spent(store: Store) -> tuple[int, int]:
-    """Tokens read and written for all answers that are kept, those of earlier processes too."""
+    """Tokens read and written for all cached answers, earlier processes included."""
     with store.transaction() as connection:
         row = connection.execute("SELECT total(prompt_tokens), total(new_tokens) FROM calls").fetchone()
     return int(row[0]), int(row[1])
@@ -275,15 +275,15 @@ def spent(store: Store) -> tuple[int, int]:
 def logprobs_to_json(prompt: Prompt, read: PromptLogprobs) -> dict[str, Any]:
     """Prompt logprobs as JSON. Tokens are stored as lengths: their text is the prompt's.
 
-    Of one that is read for numbers nothing else is kept, and of their log-probabilities nine decimals.
+    If only numbers are used (`Prompt.numbers`), only they are stored, with nine decimals.
     """
-    logprobs = [None if math.isnan(one) else one for one in read.logprobs.tolist()]
-    candidates = [[at, dict(found)] for at, found in read.candidates.items()]
+    logprobs = [None if math.isnan(logprob) else logprob for logprob in read.logprobs.tolist()]
+    candidates = [[at, dict(next_tokens)] for at, next_tokens in read.candidates.items()]
     if prompt.numbers:
         logprobs = []
         candidates = [
-            [at, {text: round(one, 9) for text, one in found.items() if text.strip().isdigit()}]
-            for at, found in read.candidates.items()
+            [at, {text: round(logprob, 9) for text, logprob in next_tokens.items() if text.strip().isdigit()}]
+            for at, next_tokens in read.candidates.items()
         ]
     return {
         "tokens": [len(token) for token in read.tokens], "logprobs": logprobs, "candidates": candidates,
@@ -297,8 +297,8 @@ def logprobs_from_json(prompt: Prompt, stored: dict[str, Any]) -> PromptLogprobs
     return PromptLogprobs(
         tokens=tuple(prompt.rest[start:end] for start, end in zip(ends, ends[1:], strict=False)),
         logprobs=np.array(
-            [math.nan if one is None else one for one in stored["logprobs"] or [None] * len(stored["tokens"])],
+            [math.nan if value is None else value for value in stored["logprobs"] or [None] * len(stored["tokens"])],
             dtype=np.float64,
         ),
-        candidates={at: found for at, found in stored["candidates"]}, prompt_tokens=stored["prompt_tokens"],
+        candidates={at: next_tokens for at, next_tokens in stored["candidates"]}, prompt_tokens=stored["prompt_tokens"],
     )  # fmt: skip

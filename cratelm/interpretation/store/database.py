@@ -1,10 +1,9 @@
 """`RUN/interpretation.sqlite`: explanations, simulations, scores and failures of a run, with a full-text search.
 
-A *set* is what one stage makes of one layer by one protocol. It is written in one transaction together with the
-identity of the records it came from, so a set is there whole or not at all, and one of other records is noticed.
-Every neuron has a row of its own, with its arrays as compressed little-endian blobs: a browser reads one neuron without
-its layer, and a set costs 0.1 to 0.2 ms per neuron. A set that a language model makes grows row by row (`growing.py`)
-and counts as there once it is whole. Further processes write into parts (`parts.py`): stores beside this one.
+A *set* is the result of one stage for one layer by one protocol. The identity of its records is written with it, so a
+set of other records is detected. Every neuron has a separate row, with its arrays as compressed little-endian blobs: a
+browser reads one neuron without its layer, and a set costs 0.1 to 0.2 ms per neuron. Sets grow row by row
+(`growing_sets.py`) and are listed once they are whole. Further processes write into separate stores (`parts.py`).
 """
 
 import contextlib
@@ -34,13 +33,13 @@ _NUMBERS = {
 }  # fmt: skip
 """Columns of scores that are fields of `LayerScores`. NaN is NULL in a table."""
 BUSY_SECONDS = 60.0
-"""How long a transaction waits for those of other processes, which take milliseconds each."""
+"""How long a transaction waits for other processes, whose transactions take milliseconds each."""
 _ONE = " WHERE set_id = ? AND neuron = ?"
 _ALL = " WHERE set_id = ? ORDER BY neuron"
 
 
 class StoreBusy(CrateError):
-    """Another process held a store for longer than anybody waits."""
+    """Another process held the store for more than `BUSY_SECONDS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +48,16 @@ class Store:
 
     run: Path
     part: int = 0
-    """0 is the run's own store; K that of the further process that was given the K-th share of the neurons."""
+    """0 for the run's own store; K for the process that works on the K-th share of the neurons."""
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return self.run / (f"interpretation.part-{self.part}.sqlite" if self.part else "interpretation.sqlite")
 
     @classmethod
     def open(cls, run: Path) -> "Store":
-        """The store of a run that has one."""
+        """Open the store of a run. Raises `CrateError` if it has none."""
         store = cls(run)
         if not store.path.exists():
             raise CrateError(f"{store.path} is not there. Run: cratelm interpret {run}")
@@ -67,14 +66,14 @@ class Store:
 
     def _check_format(self) -> None:
         with self.transaction() as connection:
-            found = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
-        rundir.check_format_version(self.path, found[0])
+            version = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
+        rundir.check_format_version(self.path, version[0])
         with self.transaction() as connection:
             upgrade(connection)
 
     @classmethod
     def create(cls, run: Path, part: int = 0) -> "Store":
-        """The store of a run, or a part of it, made empty if there is none."""
+        """Open the store of a run, or a part of it; created if it does not exist."""
         store = cls(run, part)
         if store.path.exists():
             store._check_format()
@@ -87,14 +86,14 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all that is written in the block is there afterwards, or nothing of it.
+        """One transaction: everything in the block is written, or nothing.
 
-        SQLite's defaults stay: the rollback journal leaves no second file beside the first and works on network
-        disks, and flushing at every commit costs milliseconds for a set that took longer to compute.
+        SQLite's defaults stay: the rollback journal leaves no second file next to the store and works on network disks,
+        and flushing at every commit costs milliseconds for a set that took longer to compute.
         """
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection, connection:
-                # What does not fit the cache waits for the commit: spilled, it would shut out who reads meanwhile.
+                # Without spilling, changes stay in memory until the commit, and other processes can read meanwhile.
                 connection.execute("PRAGMA cache_spill = OFF")
                 yield connection
         except sqlite3.DatabaseError as error:
@@ -111,7 +110,7 @@ class Store:
             raise CrateError(f"{self.path} is not a store of interpretations ({error}). {remedy}") from None
 
     def noted(self, name: str) -> str | None:
-        """What is noted under this name; in a part, what the run's own store has where the part has nothing."""
+        """Read a note; a part without the note reads it from the run's own store."""
         for store in (self, Store(self.run)):
             if store.path.exists():
                 with store.transaction() as connection:
@@ -121,12 +120,12 @@ class Store:
         return None
 
     def note(self, name: str, value: str) -> None:
-        """Note something about the whole store, such as what a language model can be asked."""
+        """Write a note about the whole store, such as the capabilities of a language model."""
         with self.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [name, value])
 
     def scored(self) -> list[SetKey]:
-        """The sets of scores there are, in the order of their columns."""
+        """The sets of scores, in the order of their columns."""
         return self.sets("score")
 
     def sets(self, stage: Stage) -> list[SetKey]:
@@ -140,12 +139,12 @@ class Store:
         return [SetKey.of_row(row) for row in rows]
 
     def is_done(self, key: SetKey, stage: Stage) -> bool:
-        """Whether the set is there, made from the records that are there now."""
+        """Whether the set is whole and made from the current records."""
         with self.transaction() as connection:
             return records_of(connection, key, stage) == identity(self.run, key.mode)
 
     def check(self, key: SetKey, stage: Stage, *, verb: str = "") -> None:
-        """Refuse a set that is missing or was made from other records. `verb` is the command to run then."""
+        """Raise `CrateError` if a set is missing or outdated. `verb`: the command that makes it, for the hint."""
         with self.transaction() as connection:
             records = records_of(connection, key, stage)
         remedy = f"Run: {key.command(verb or stage, self.run)}"
@@ -162,7 +161,7 @@ class Store:
             )
 
     def write_scores(self, key: SetKey, made: LayerScores) -> None:
-        """Put a set of scores in place of what was there."""
+        """Replace a set of scores."""
         columns = [getattr(made, name).tolist() for name in _NUMBERS]
         rows = (
             (reason, packed(sums, "<f8"), *numbers)
@@ -171,21 +170,21 @@ class Store:
         self.write(key, "score", ", ".join(("reason", "sums", *_NUMBERS)), rows)
 
     def write(self, key: SetKey, stage: Stage, names: str, rows: Iterable[tuple]) -> None:
-        """Put the rows of a stage in place of what was there; `names` are their columns, after the set."""
+        """Replace the rows of a stage; `names` are their columns, after the set."""
         table, places = MADE[stage], ", ?" * (names.count(",") + 1)
         with self.transaction() as connection:
-            own = add_set(connection, key)
-            connection.execute(f"DELETE FROM {table} WHERE set_id = ?", [own])
+            number = add_set(connection, key)
+            connection.execute(f"DELETE FROM {table} WHERE set_id = ?", [number])
             connection.executemany(
-                f"INSERT INTO {table} (set_id, {names}) VALUES (?{places})", ((own, *row) for row in rows)
+                f"INSERT INTO {table} (set_id, {names}) VALUES (?{places})", ((number, *row) for row in rows)
             )
             connection.execute(
                 "INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)",
-                [own, stage, identity(self.run, key.mode), made_by()],
+                [number, stage, identity(self.run, key.mode), made_by()],
             )
 
     def explanations(self, key: SetKey) -> LayerExplanations:
-        """A set of explanations, refused where missing or outdated."""
+        """Read a set of explanations. Raises `CrateError` if it is missing or outdated."""
         self.check(key, "explain")
         rows = self.rows(key, "SELECT neuron, text, tokens, means FROM explanations" + _ALL)
         return LayerExplanations(
@@ -194,7 +193,7 @@ class Store:
         )  # fmt: skip
 
     def simulations(self, key: SetKey) -> LayerSimulations:
-        """A set of simulations, refused where missing or outdated."""
+        """Read a set of simulations. Raises `CrateError` if it is missing or outdated."""
         self.check(key, "simulate")
         rows = self.rows(key, "SELECT neuron, source, activations FROM simulations" + _ALL)
         neuron, source, blobs = zip(*rows, strict=True) if rows else ((), (), ())
@@ -206,7 +205,7 @@ class Store:
         )  # fmt: skip
 
     def scores(self, key: SetKey) -> LayerScores:
-        """A set of scores, refused where missing or outdated."""
+        """Read a set of scores. Raises `CrateError` if it is missing or outdated."""
         self.check(key, "score", verb="interpret")
         rows = self.rows(key, f"SELECT reason, sums, {', '.join(_NUMBERS)} FROM scores" + _ALL)
         reason, blobs, *columns = zip(*rows, strict=True)
@@ -233,7 +232,7 @@ class Store:
         return {neuron: texts[source] for neuron, source in sources}
 
     def read_neuron(self, key: SetKey, index: int) -> tuple[Explanation | None, Simulation | None, Score | None]:
-        """What there is of one neuron, without reading its layer."""
+        """Read one neuron without its layer; None for rows that do not exist."""
         key_fields: dict[str, Any] = {"mode": key.mode, "protocol": key.protocol, "explainer": key.explainer}
         fields = key_fields | {"neuron": NeuronId(tap=key.tap, layer=key.layer, index=index), "control": key.control}
         explanation = simulation = score = None
@@ -252,7 +251,7 @@ class Store:
         return explanation, simulation, score
 
     def search(self, words: str, *, mode: Mode = "fixed", limit: int = 50) -> list[tuple[SetKey, int, str]]:
-        """Explanations that hold all the words, best match first, as (set, neuron index, text)."""
+        """Explanations that contain all the words, best match first, as (set, neuron index, text)."""
         quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.replace("\0", " ").split())
         query = (
             f"SELECT {KEY_COLUMNS}, neuron, explanations.text FROM explanation_search "
@@ -264,38 +263,38 @@ class Store:
         return [(SetKey.of_row(key), neuron, text) for *key, neuron, text in rows]
 
     def rows(self, key: SetKey, query: str, *more: int) -> list[Any]:
-        """What a query finds whose first parameter is the set."""
+        """The rows of a query whose first parameter is the set."""
         with self.transaction() as connection:
             return connection.execute(query, [set_id(connection, key), *more]).fetchall()
 
 
 def identity(run: Path, mode: Mode) -> str:
-    """What tells collections of records apart: `records.json` but for its origin and the taps that are there.
+    """A hash of a collection of records: `records.json` without its origin and its list of taps.
 
-    Empty where the records are not there, as in a store that was passed on alone.
+    Empty if the records do not exist, as for a store that was copied alone.
     """
     if not (records_folder(run, mode) / "records.json").exists():
         return ""
-    told = {k: v for k, v in read_collection(run, mode=mode).items() if k not in ("origin", "taps", "signed")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    facts = {k: v for k, v in read_collection(run, mode=mode).items() if k not in ("origin", "taps", "signed")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache
 def made_by() -> str:
-    """Where this process's sets come from; asked once, because it asks git."""
+    """Origin of this process's sets; computed once, because it calls git."""
     return json.dumps(rundir.origin())
 
 
 def add_set(connection: sqlite3.Connection, key: SetKey) -> int:
-    """The number of a set in this file, given to it now if it has none."""
+    """The number of a set in this file; assigned if it has none."""
     connection.execute("INSERT OR IGNORE INTO sets VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(key))
-    found = set_id(connection, key)
-    assert found is not None
-    return found
+    number = set_id(connection, key)
+    assert number is not None
+    return number
 
 
 def set_id(connection: sqlite3.Connection, key: SetKey) -> int | None:
-    """The number of a set in this file; None if it is not there."""
+    """The number of a set in this file; None if it has none."""
     row = connection.execute(
         f"SELECT id FROM sets WHERE ({KEY_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?)", astuple(key)
     ).fetchone()
@@ -303,7 +302,7 @@ def set_id(connection: sqlite3.Connection, key: SetKey) -> int | None:
 
 
 def records_of(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> str | None:
-    """The identity of the records a set was made from; None if the set is not there."""
+    """The identity of the records a set was made from; None if the set is not whole."""
     query = "SELECT records FROM stages WHERE set_id = ? AND stage = ?"
     row = connection.execute(query, [set_id(connection, key), stage]).fetchone()
     return row and row[0]

@@ -67,39 +67,39 @@ class GrowingSet:
         not whole, rows of other neurons are removed, so that a uniform sample stays one.
         """
         wanted = np.unique(np.fromiter(neurons, dtype=np.int64))
-        records, told = identity(store.run, key.mode), json.dumps(settings, sort_keys=True)
+        records, settings_json = identity(store.run, key.mode), json.dumps(settings, sort_keys=True)
         with store.transaction() as connection:
-            own, had = add_set(connection, key), begun(connection, key, stage)
-            if had is not None and records_of(connection, key, stage) == records == had.records:
-                contained = bool(np.isin(wanted, had.neurons).all())
-                if contained and _without(had.settings, not_compared) == _without(told, not_compared):
-                    return cls(store=store, key=key, stage=stage, neurons=had.neurons)
-            if had is None or (had.records, had.settings) != (records, told):
-                drop_rows(connection, own, stage)
-            connection.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [own, stage])
-            extra = sorted(_there(connection, own, stage) - set(wanted.tolist()))
-            remove_rows(connection, own, stage, extra)
+            number, before = add_set(connection, key), begun(connection, key, stage)
+            if before is not None and records_of(connection, key, stage) == records == before.records:
+                contained = bool(np.isin(wanted, before.neurons).all())
+                if contained and _without(before.settings, not_compared) == _without(settings_json, not_compared):
+                    return cls(store=store, key=key, stage=stage, neurons=before.neurons)
+            if before is None or (before.records, before.settings) != (records, settings_json):
+                drop_rows(connection, number, stage)
+            connection.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [number, stage])
+            extra = sorted(_there(connection, number, stage) - set(wanted.tolist()))
+            remove_rows(connection, number, stage, extra)
             connection.execute(
                 "INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?)",
-                [own, stage, records, told, packed(wanted, "<i4")],
+                [number, stage, records, settings_json, packed(wanted, "<i4")],
             )
         return cls(store=store, key=key, stage=stage, neurons=wanted)
 
     def missing(self) -> list[int]:
         """Neurons without a row or a failure, here and in the run's own store."""
-        there: set[int] = set()
+        done: set[int] = set()
         for store in self._stores():
             with store.transaction() as connection:
-                there |= _there(connection, set_id(connection, self.key), self.stage)
-        return [neuron for neuron in self.neurons.tolist() if neuron not in there]
+                done |= _there(connection, set_id(connection, self.key), self.stage)
+        return [neuron for neuron in self.neurons.tolist() if neuron not in done]
 
     def rows(self) -> dict[int, Row]:
         """The rows so far, by neuron; in a part also those of the run's own store."""
-        found: dict[int, Row] = {}
+        rows: dict[int, Row] = {}
         for store in self._stores():
             with store.transaction() as connection:
-                found |= read_rows(connection, set_id(connection, self.key), self.stage)
-        return {neuron: found[neuron] for neuron in sorted(found)}
+                rows |= read_rows(connection, set_id(connection, self.key), self.stage)
+        return {neuron: rows[neuron] for neuron in sorted(rows)}
 
     def failures(self) -> dict[int, str]:
         """The messages of failed neurons, by neuron."""
@@ -122,8 +122,10 @@ class GrowingSet:
         """Write that some neurons got no usable answer, with the reason or the answer."""
         rows = [(neuron, self.stage, message) for neuron, message in messages.items()]
         with self.store.transaction() as connection:
-            own = add_set(connection, self.key)
-            connection.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", ((own, *row) for row in rows))
+            number = add_set(connection, self.key)
+            connection.executemany(
+                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", ((number, *row) for row in rows)
+            )
 
     def finish(self) -> bool:
         """Mark the set as whole if nothing is missing; a part never is. Returns whether it is whole."""
@@ -135,14 +137,14 @@ class GrowingSet:
 
     def _stores(self) -> list[Store]:
         """The stores that may hold rows: the run's own store, if begun with the same settings, and this part."""
-        own = self.store
-        if not own.part or not Store(own.run).path.exists():
-            return [own]
-        main = Store.create(own.run)
-        with own.transaction() as ours, main.transaction() as theirs:
+        part = self.store
+        if not part.part or not Store(part.run).path.exists():
+            return [part]
+        main = Store.create(part.run)
+        with part.transaction() as ours, main.transaction() as theirs:
             mine, other = begun(ours, self.key, self.stage), begun(theirs, self.key, self.stage)
         same = mine is not None and other is not None and mine[:2] == other[:2]
-        return [main, own] if same else [own]
+        return [main, part] if same else [part]
 
 
 class Begun(NamedTuple):
@@ -167,77 +169,77 @@ def begun(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> Begun | 
     return row and Begun(row[0], row[1], unpacked(row[2], "<i4").astype(np.int64))
 
 
-def add_rows(connection: sqlite3.Connection, own: int, stage: Stage, rows: Mapping[int, Row]) -> None:
+def add_rows(connection: sqlite3.Connection, number: int, stage: Stage, rows: Mapping[int, Row]) -> None:
     """Add the rows of some neurons that have none."""
     values: list[tuple[Any, ...]] = []
     for neuron, row in rows.items():
         if isinstance(row, str):
-            values.append((own, neuron, row, None, None))
+            values.append((number, neuron, row, None, None))
         elif isinstance(row, TableExplained):
-            values.append((own, neuron, row.text, packed(row.tokens, "<i4"), packed(row.means, "<f4")))
+            values.append((number, neuron, row.text, packed(row.tokens, "<i4"), packed(row.means, "<f4")))
         elif isinstance(row, Simulated):
-            values.append((own, neuron, row.source, packed(row.activations, "<f4")))
+            values.append((number, neuron, row.source, packed(row.activations, "<f4")))
         else:
-            values.append((own, neuron, stage, json.dumps(row, ensure_ascii=False)))
+            values.append((number, neuron, stage, json.dumps(row, ensure_ascii=False)))
     columns = {"explain": "set_id, neuron, text, tokens, means", "simulate": "set_id, neuron, source, activations"}
     names = columns.get(stage, "set_id, neuron, scorer, detail")
     places = ", ".join("?" * (names.count(",") + 1))
     connection.executemany(f"INSERT INTO {MADE[stage]} ({names}) VALUES ({places})", values)
 
 
-def mark_whole(connection: sqlite3.Connection, own: int, stage: Stage, records: str) -> None:
+def mark_whole(connection: sqlite3.Connection, number: int, stage: Stage, records: str) -> None:
     """Mark a set as whole."""
-    connection.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)", [own, stage, records, made_by()])
+    connection.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)", [number, stage, records, made_by()])
 
 
-def read_rows(connection: sqlite3.Connection, own: int | None, stage: Stage) -> dict[int, Row]:
+def read_rows(connection: sqlite3.Connection, number: int | None, stage: Stage) -> dict[int, Row]:
     """The rows of a set, by neuron."""
     if stage == "explain":
-        return dict(connection.execute("SELECT neuron, text FROM explanations WHERE set_id = ?", [own]).fetchall())
+        return dict(connection.execute("SELECT neuron, text FROM explanations WHERE set_id = ?", [number]).fetchall())
     if stage == "simulate":
-        found = connection.execute("SELECT neuron, source, activations FROM simulations WHERE set_id = ?", [own])
-        return {neuron: Simulated(source=source, activations=unpacked(blob, "<f4")) for neuron, source, blob in found}
-    found = connection.execute("SELECT neuron, detail FROM answers WHERE set_id = ? AND scorer = ?", [own, stage])
-    return {neuron: json.loads(value) for neuron, value in found}
+        rows = connection.execute("SELECT neuron, source, activations FROM simulations WHERE set_id = ?", [number])
+        return {neuron: Simulated(source=source, activations=unpacked(blob, "<f4")) for neuron, source, blob in rows}
+    rows = connection.execute("SELECT neuron, detail FROM answers WHERE set_id = ? AND scorer = ?", [number, stage])
+    return {neuron: json.loads(value) for neuron, value in rows}
 
 
-def read_failures(connection: sqlite3.Connection, own: int | None, stage: Stage) -> dict[int, str]:
+def read_failures(connection: sqlite3.Connection, number: int | None, stage: Stage) -> dict[int, str]:
     """The failures of a set, by neuron."""
     query = "SELECT neuron, message FROM failures WHERE set_id = ? AND stage = ? ORDER BY neuron"
-    return dict(connection.execute(query, [own, stage]).fetchall())
+    return dict(connection.execute(query, [number, stage]).fetchall())
 
 
 def _of(stage: Stage) -> tuple[str, list[str]]:
-    """The SQL condition for a stage's rows of a set, and its parameters after the set."""
+    """The SQL condition for a stage's rows of a set, and its further parameters."""
     return ("set_id = ? AND scorer = ?", [stage]) if MADE[stage] == "answers" else ("set_id = ?", [])
 
 
-def _there(connection: sqlite3.Connection, own: int | None, stage: Stage) -> set[int]:
+def _there(connection: sqlite3.Connection, number: int | None, stage: Stage) -> set[int]:
     """Neurons with a row or a failure."""
     condition, more = _of(stage)
-    rows = connection.execute(f"SELECT neuron FROM {MADE[stage]} WHERE {condition}", [own, *more])
-    failed = connection.execute("SELECT neuron FROM failures WHERE set_id = ? AND stage = ?", [own, stage])
+    rows = connection.execute(f"SELECT neuron FROM {MADE[stage]} WHERE {condition}", [number, *more])
+    failed = connection.execute("SELECT neuron FROM failures WHERE set_id = ? AND stage = ?", [number, stage])
     return {neuron for (neuron,) in (*rows, *failed)}
 
 
-def remove_rows(connection: sqlite3.Connection, own: int, stage: Stage, neurons: Iterable[int]) -> None:
+def remove_rows(connection: sqlite3.Connection, number: int, stage: Stage, neurons: Iterable[int]) -> None:
     """Remove the rows and failures of some neurons."""
     condition, more = _of(stage)
     chosen = list(neurons)
     connection.executemany(
-        f"DELETE FROM {MADE[stage]} WHERE {condition} AND neuron = ?", ((own, *more, neuron) for neuron in chosen)
+        f"DELETE FROM {MADE[stage]} WHERE {condition} AND neuron = ?", ((number, *more, neuron) for neuron in chosen)
     )
     connection.executemany(
-        "DELETE FROM failures WHERE set_id = ? AND stage = ? AND neuron = ?", ((own, stage, n) for n in chosen)
+        "DELETE FROM failures WHERE set_id = ? AND stage = ? AND neuron = ?", ((number, stage, n) for n in chosen)
     )
 
 
-def drop_rows(connection: sqlite3.Connection, own: int, stage: Stage) -> None:
+def drop_rows(connection: sqlite3.Connection, number: int, stage: Stage) -> None:
     """Remove all rows of a stage of a set."""
     condition, more = _of(stage)
-    connection.execute(f"DELETE FROM {MADE[stage]} WHERE {condition}", [own, *more])
+    connection.execute(f"DELETE FROM {MADE[stage]} WHERE {condition}", [number, *more])
     for table in ("failures", "stages", "begun"):
-        connection.execute(f"DELETE FROM {table} WHERE set_id = ? AND stage = ?", [own, stage])
+        connection.execute(f"DELETE FROM {table} WHERE set_id = ? AND stage = ?", [number, stage])
 
 
 def write_explanations(store: Store, key: SetKey, made: LayerExplanations) -> None:

@@ -1,8 +1,7 @@
-"""Which neurons of a layer a language model is asked about, where all would be too many.
+"""Choose the neurons of a layer that a language model explains.
 
-The rule knows the number of neurons in the layer and nothing else, so it is the same for every model: two models of
-the same width are asked about the same indices. Nobody looks first whether a neuron fires: a dead one that is drawn
-is counted as dead.
+The choice depends only on the number of neurons in the layer, so models of the same width use the same indices. It does
+not depend on whether a neuron fires: dead neurons are counted as dead.
 """
 
 import re
@@ -23,14 +22,14 @@ class Chosen:
     """A rule that chooses neurons. Made by `chosen`."""
 
     count: int | None = None
-    """How many, spread over the layer; None for all, or where the indices are given."""
+    """Number of neurons; None for all, or if `spans` are given."""
     spans: tuple[tuple[int, int], ...] = ()
-    """First and last index of each stretch that was named."""
+    """First and last index of each range."""
     seed: int | None = None
-    """Draw so many at random with this seed; None takes them evenly spaced."""
+    """Seed of a random draw of `count` neurons; None takes evenly spaced ones."""
 
     def of(self, num_neurons: int, *, layer: int = 0) -> Int64[np.ndarray, " chosen"]:
-        """Indices in a layer of so many neurons, ascending. Refused where one is beyond the last."""
+        """The chosen indices in a layer, ascending. Raises `CrateError` for an index beyond the last."""
         if self.spans:
             last = max(end for _, end in self.spans)
             if last >= num_neurons:
@@ -52,34 +51,34 @@ class Chosen:
 
 
 def chosen(text: str, *, seed: int | None = None) -> Chosen:
-    """The rule that a user wrote: `all`, `300`, or `0-99,120`."""
+    """Parse `--neurons`: `all`, `300`, or `0-99,120`."""
     if text == "all":
         return Chosen()
     if re.fullmatch(r"\d+", text):
         if int(text) == 0:
-            raise CrateError(f"--neurons 0 asks about no neuron. {UNDERSTOOD}")
+            raise CrateError(f"--neurons must be at least 1, got 0. {UNDERSTOOD}")
         return Chosen(count=int(text), seed=seed)
     spans = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None:
-            raise CrateError(f"--neurons {text!r} is not understood. {UNDERSTOOD}")
+            raise CrateError(f"--neurons must be all, a number or indices, got {text!r}. {UNDERSTOOD}")
         first, end = int(match[1]), int(match[2] or match[1])
         if end < first:
-            raise CrateError(f"--neurons {text!r} names a stretch that ends before it begins. {UNDERSTOOD}")
+            raise CrateError(f"--neurons must have ranges in ascending order, got {text!r}. {UNDERSTOOD}")
         spans.append((first, end))
     return Chosen(spans=tuple(spans))
 
 
-def keep_chosen(store: Store, key: SetKey, neurons: Int64[np.ndarray, " chosen"]) -> None:
-    """Note which neurons a set is about, those among them that cannot be explained too."""
+def write_chosen(store: Store, key: SetKey, neurons: Int64[np.ndarray, " chosen"]) -> None:
+    """Store which neurons were chosen for a set, unexplainable ones included."""
     with store.transaction() as connection:
-        own = add_set(connection, key)
-        connection.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", [own, packed(neurons, "<i4")])
+        number = add_set(connection, key)
+        connection.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", [number, packed(neurons, "<i4")])
 
 
-def kept_chosen(store: Store, key: SetKey) -> Int64[np.ndarray, " chosen"] | None:
-    """Which neurons a set is about; None for all of its layer."""
+def read_chosen(store: Store, key: SetKey) -> Int64[np.ndarray, " chosen"] | None:
+    """Read which neurons were chosen for a set; None for all neurons of the layer."""
     with store.transaction() as connection:
         row = connection.execute("SELECT neurons FROM chosen WHERE set_id = ?", [set_id(connection, key)]).fetchone()
     return None if row is None else unpacked(row[0], "<i4").astype(np.int64)

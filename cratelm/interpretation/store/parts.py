@@ -1,7 +1,7 @@
-"""Several processes or machines on one run: each writes a part, a store of its own, and a merge joins them.
+"""Merge the parts of a run that several processes or machines work on.
 
-A part is `interpretation.part-K.sqlite` beside the run's own store. It has the rows of its share of the neurons, and
-the answers that it paid for. Merging again does nothing; parts may be merged while they are still worked on.
+A part is `interpretation.part-K.sqlite` next to the run's own store. It has the rows of its share of the neurons, and
+the answers that it paid for. Merging again changes nothing; parts may be merged while processes still write them.
 """
 
 import sqlite3
@@ -30,14 +30,14 @@ from cratelm.interpretation.store.growing_sets import (
 from cratelm.interpretation.store.schema import KEY_COLUMNS, SetKey, Stage, packed, unpacked
 
 COPIED = 500
-"""Answers that are copied at once, so that neither store is held for longer than milliseconds."""
+"""Answers per transaction, so that neither store is locked for more than milliseconds."""
 NAMED = 3
 """Conflicts that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """What a merge did."""
+    """The result of a merge."""
 
     parts: tuple[int, ...]
     """Numbers of the parts that were joined."""
@@ -48,9 +48,9 @@ class Merged:
     calls: int
     """Answers that were new."""
     whole: int
-    """Sets that are whole now, of those in the parts."""
+    """Sets of the parts that are whole now."""
     missing: int
-    """Neurons that the other sets still miss, added up."""
+    """Neurons that the other sets still miss, in total."""
 
 
 def parts_of(run: Path) -> list[Store]:
@@ -60,11 +60,10 @@ def parts_of(run: Path) -> list[Store]:
 
 
 def merge(run: Path) -> Merged:
-    """Join all parts of a run into its own store. Hold the run (`rundir.claim`) meanwhile; parts may be worked on.
+    """Merge all parts of a run into its own store. The caller holds the run (`rundir.claim`); parts may still grow.
 
-    Rows and failures are joined in one transaction. Answers follow a few at a time: they are found by what was asked,
-    so any of them may be there. Refused where a part is of other records, was made with other settings, or says
-    something else of a neuron.
+    Rows and failures are merged in one transaction, then answers in batches. Raises `CrateError` if a part comes from
+    other records or settings, or has a different row for a neuron.
     """
     parts = parts_of(run)
     if not parts:
@@ -95,16 +94,16 @@ def merge(run: Path) -> Merged:
 
 
 def _sets(connection: sqlite3.Connection) -> Iterator[tuple[SetKey, Stage]]:
-    """The sets that grow in a store, with their stage."""
+    """The sets that were begun in a store, with their stage."""
     rows = connection.execute(f"SELECT stage, {KEY_COLUMNS} FROM begun JOIN sets ON sets.id = begun.set_id").fetchall()
     for stage, *key in rows:
         yield SetKey.of_row(key), stage
 
 
 def _begun(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> Begun:
-    found = begun(connection, key, stage)
-    assert found is not None
-    return found
+    started = begun(connection, key, stage)
+    assert started is not None
+    return started
 
 
 def _name(key: SetKey, stage: Stage) -> str:
@@ -122,8 +121,8 @@ def _check(run: Path, part: Store, theirs: sqlite3.Connection, key: SetKey, stag
 
 
 def _begin(part: Store, ours: sqlite3.Connection, theirs: sqlite3.Connection, key: SetKey, stage: Stage) -> None:
-    """Begin a part's set here, with the neurons of both; one that is here must have been made in the same way."""
-    own, new, old = add_set(ours, key), _begun(theirs, key, stage), begun(ours, key, stage)
+    """Begin a part's set in the run's own store, with the neurons of both. Raises `CrateError` for other settings."""
+    number, new, old = add_set(ours, key), _begun(theirs, key, stage), begun(ours, key, stage)
     if old is not None and old.records == new.records:
         if difference := old.difference(new):
             raise CrateError(
@@ -135,51 +134,51 @@ def _begin(part: Store, ours: sqlite3.Connection, theirs: sqlite3.Connection, ke
             return
     else:
         neurons = new.neurons
-        drop_rows(ours, own, stage)
-    ours.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [own, stage])
+        drop_rows(ours, number, stage)
+    ours.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [number, stage])
     ours.execute(
         "INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?)",
-        [own, stage, new.records, new.settings, packed(neurons, "<i4")],
+        [number, stage, new.records, new.settings, packed(neurons, "<i4")],
     )
 
 
 def _join(
     part: Store, ours: sqlite3.Connection, theirs: sqlite3.Connection, key: SetKey, stage: Stage
 ) -> dict[str, int]:
-    """Add what a part has of a set and we have not. A row counts more than a failure."""
-    own, other = add_set(ours, key), set_id(theirs, key)
-    old, new = read_rows(ours, own, stage), read_rows(theirs, other, stage)
+    """Add the rows and failures of a part that the run's own store lacks. A row replaces a failure."""
+    number, their_number = add_set(ours, key), set_id(theirs, key)
+    old, new = read_rows(ours, number, stage), read_rows(theirs, their_number, stage)
     differing = [neuron for neuron in old.keys() & new.keys() if not _equal(old[neuron], new[neuron])]
     if differing:
         named = "; ".join(
             f"neuron {neuron}: {_short(old[neuron])} and {_short(new[neuron])}" for neuron in sorted(differing)[:NAMED]
         )
         raise CrateError(
-            f"{part.path} says something else of {len(differing)} neurons than "
+            f"{part.path} has different rows for {len(differing)} neurons than "
             f"{Path(part.run, 'interpretation.sqlite')} or an earlier part ({_name(key, stage)}; {named}). "
             "Move one of the two away"
         )
     added = {neuron: row for neuron, row in new.items() if neuron not in old}
-    remove_rows(ours, own, stage, added)
-    add_rows(ours, own, stage, added)
-    known = read_failures(ours, own, stage)
+    remove_rows(ours, number, stage, added)
+    add_rows(ours, number, stage, added)
+    known = read_failures(ours, number, stage)
     failed = {
         neuron: message
-        for neuron, message in read_failures(theirs, other, stage).items()
+        for neuron, message in read_failures(theirs, their_number, stage).items()
         if neuron not in old and neuron not in new and neuron not in known
     }
     ours.executemany(
-        "INSERT INTO failures VALUES (?, ?, ?, ?)", [(own, n, stage, message) for n, message in failed.items()]
+        "INSERT INTO failures VALUES (?, ?, ?, ?)", [(number, n, stage, message) for n, message in failed.items()]
     )
     return {"rows": len(added), "failures": len(failed)}
 
 
-def _equal(one: Row, other: Row) -> bool:
-    if isinstance(one, str | Mapping) or isinstance(other, str | Mapping):
-        return one == other
-    assert isinstance(one, Simulated)
-    assert isinstance(other, Simulated)
-    return one.source == other.source and np.array_equal(one.activations, other.activations)
+def _equal(first: Row, second: Row) -> bool:
+    if isinstance(first, str | Mapping) or isinstance(second, str | Mapping):
+        return first == second
+    assert isinstance(first, Simulated)
+    assert isinstance(second, Simulated)
+    return first.source == second.source and np.array_equal(first.activations, second.activations)
 
 
 def _short(row: Row) -> str:
@@ -187,17 +186,17 @@ def _short(row: Row) -> str:
 
 
 def _copy_chosen(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> None:
-    """Which neurons the sets are about: those of all parts together."""
+    """Copy which neurons were chosen: the union over all parts."""
     rows = theirs.execute(f"SELECT neurons, {KEY_COLUMNS} FROM chosen JOIN sets ON sets.id = set_id").fetchall()
     for blob, *columns in rows:
-        own = add_set(ours, SetKey.of_row(columns))
-        had = ours.execute("SELECT neurons FROM chosen WHERE set_id = ?", [own]).fetchone()
+        number = add_set(ours, SetKey.of_row(columns))
+        had = ours.execute("SELECT neurons FROM chosen WHERE set_id = ?", [number]).fetchone()
         both = np.union1d(unpacked(blob, "<i4"), unpacked(had and had[0], "<i4"))
-        ours.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", [own, packed(both, "<i4")])
+        ours.execute("INSERT OR REPLACE INTO chosen VALUES (?, ?)", [number, packed(both, "<i4")])
 
 
 def _copy_calls(main: Store, part: Store) -> int:
-    """Copy the answers that the run's own store lacks; how many. Each batch is read to its end before it is written."""
+    """Copy the answers that the run's own store lacks. Returns their number."""
     new, last = 0, 0
     while True:
         with part.transaction() as theirs:
@@ -210,22 +209,21 @@ def _copy_calls(main: Store, part: Store) -> int:
 
 
 def _finish(ours: sqlite3.Connection, run: Path, key: SetKey, stage: Stage) -> int:
-    """Say that a set is whole if it is; how many neurons it misses.
+    """Mark a set as whole if it is. Returns the number of missing neurons.
 
-    A part does not know which neurons the others could explain: those without an explanation leave the sets that use
-    them.
+    A part does not know which neurons the other parts could explain: neurons without an explanation are removed here.
     """
-    own, here = add_set(ours, key), _begun(ours, key, stage)
-    neurons = here.neurons
+    number, started = add_set(ours, key), _begun(ours, key, stage)
+    neurons = started.neurons
     if stage != "explain" and begun(ours, key.explained, "explain") is not None:
         unexplained = read_failures(ours, set_id(ours, key.explained), "explain")
         neurons = neurons[~np.isin(neurons, list(unexplained))]
-        if len(neurons) < len(here.neurons):
+        if len(neurons) < len(started.neurons):
             ours.execute(
-                "UPDATE begun SET neurons = ? WHERE set_id = ? AND stage = ?", [packed(neurons, "<i4"), own, stage]
+                "UPDATE begun SET neurons = ? WHERE set_id = ? AND stage = ?", [packed(neurons, "<i4"), number, stage]
             )
-    there = read_rows(ours, own, stage).keys() | read_failures(ours, own, stage).keys()
-    missing = len(set(neurons.tolist()) - there)
+    done = read_rows(ours, number, stage).keys() | read_failures(ours, number, stage).keys()
+    missing = len(set(neurons.tolist()) - done)
     if not missing and records_of(ours, key, stage) is None:
-        mark_whole(ours, own, stage, identity(run, key.mode))
+        mark_whole(ours, number, stage, identity(run, key.mode))
     return missing

@@ -1,6 +1,6 @@
-"""The tables of `interpretation.sqlite`, and what tells one set in them from another.
+"""The tables of `interpretation.sqlite`, and the key of a set.
 
-A *set* is what one stage makes of one layer by one protocol, with one explainer and one simulator.
+A *set* is the result of one stage for one layer by one protocol, with one explainer and one simulator.
 """
 
 import sqlite3
@@ -33,24 +33,24 @@ class _Tables(dict[Stage, str]):
 MADE: Mapping[Stage, str] = _Tables(
     explain="explanations", simulate="simulations", score="scores", firing="firing"
 )  # fmt: skip
-"""Stage -> the table it fills; all scorers of the registry share one."""
+"""Stage -> its table; all scorers of the registry share one."""
 
 KEY_COLUMNS = "mode, tap, layer, protocol, explainer, simulator, control, sample"
-"""The columns that tell sets apart: the fields of `SetKey`, in their order."""
+"""The columns of a set's key: the fields of `SetKey`, in their order."""
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"""CREATE TABLE sets (
         id INTEGER PRIMARY KEY, mode TEXT NOT NULL, tap TEXT NOT NULL, layer INTEGER NOT NULL, protocol TEXT NOT NULL,
         explainer TEXT NOT NULL, simulator TEXT NOT NULL, control TEXT NOT NULL, sample INTEGER NOT NULL,
         UNIQUE ({KEY_COLUMNS}))""",
-    # A stage's row is written last: it says that the set's rows are whole, and of which records they are.
+    # Written last: marks the set as whole, with the identity of its records.
     """CREATE TABLE stages (
         set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, origin TEXT NOT NULL,
         PRIMARY KEY (set_id, stage))""",
     """CREATE TABLE explanations (
         id INTEGER PRIMARY KEY, set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, text TEXT NOT NULL,
         tokens BLOB, means BLOB, UNIQUE (set_id, neuron))""",
-    # A control has no explanations of its own: `source` says whose explanation was simulated.
+    # `source`: the neuron whose explanation was simulated; another neuron in a control.
     """CREATE TABLE simulations (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, source INTEGER NOT NULL, activations BLOB NOT NULL,
         PRIMARY KEY (set_id, neuron))""",
@@ -62,22 +62,22 @@ SCHEMA = (
     """CREATE TABLE failures (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, stage TEXT NOT NULL, message TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, stage))""",
-    # How a neuron fires on what its simulation predicts, on each kind of excerpts apart (`firing.py`).
+    # Consistency and distinctiveness, for each kind of excerpts (`firing/measures.py`).
     FIRING := """CREATE TABLE IF NOT EXISTS firing (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, excerpts TEXT NOT NULL, consistency REAL, strength REAL,
         distinctiveness REAL, distinctiveness_mass REAL, firing REAL, relevant REAL, tokens INTEGER NOT NULL,
         PRIMARY KEY (set_id, neuron, excerpts)) WITHOUT ROWID""",
-    # What a language model made of a neuron for the scorers that read its answers, as JSON.
+    # Results of the scorers of the registry (`Judged.row`), as JSON.
     ANSWERS := """CREATE TABLE IF NOT EXISTS answers (
         set_id INTEGER NOT NULL, neuron INTEGER NOT NULL, scorer TEXT NOT NULL, detail TEXT NOT NULL,
         PRIMARY KEY (set_id, neuron, scorer))""",
-    # A set that grows neuron by neuron: which records and settings its rows are of, and which neurons it is to hold.
+    # Records, settings and all neurons of a set, written before its first row.
     BEGUN := """CREATE TABLE IF NOT EXISTS begun (
         set_id INTEGER NOT NULL, stage TEXT NOT NULL, records TEXT NOT NULL, settings TEXT NOT NULL,
         neurons BLOB NOT NULL, PRIMARY KEY (set_id, stage))""",
-    # Which neurons of its layer a set is about, where not all: those too that cannot be explained.
+    # The chosen neurons of a set, unexplainable ones included; no row if all neurons were chosen.
     CHOSEN := """CREATE TABLE IF NOT EXISTS chosen (set_id INTEGER PRIMARY KEY, neurons BLOB NOT NULL)""",
-    # Every answer of a language model, by a hash of the model and of what it was asked. Nothing here names a key.
+    # Every answer of a language model, by a hash of the model and of the call. Never contains an API key.
     CALLS := """CREATE TABLE IF NOT EXISTS calls (
         hash TEXT PRIMARY KEY, model TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL,
         date TEXT NOT NULL, reply BLOB NOT NULL)""",
@@ -91,14 +91,11 @@ SCHEMA = (
 
 
 def upgrade(connection: sqlite3.Connection) -> None:
-    """Give a store of an earlier version the tables and columns it lacks; its scores are then to be made again.
-
-    That costs nothing but time: scores come from simulations, which stay.
-    """
+    """Add missing tables and columns to a store of an earlier version; its scores are recomputed from simulations."""
     if not _lacking(connection):
         return
     connection.execute("BEGIN IMMEDIATE")
-    lacking = _lacking(connection)  # another process may have been quicker
+    lacking = _lacking(connection)  # another process may have upgraded it meanwhile
     for name in lacking & {"spearman", "auroc"}:
         connection.execute(f"ALTER TABLE scores ADD COLUMN {name} REAL")
         connection.execute("DELETE FROM stages WHERE stage = 'score'")
@@ -114,7 +111,7 @@ def _lacking(connection: sqlite3.Connection) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SetKey:
-    """Which set: of one layer, by one protocol. The field order is that of the table `sets`."""
+    """Key of a set. The fields have the order of the columns of the table `sets`."""
 
     mode: Mode = "fixed"
     tap: str = "neurons"
@@ -123,11 +120,11 @@ class SetKey:
     explainer: str = EXPLAINER
     """Who explains: `lookup`, or the name of a language model."""
     simulator: str = ""
-    """Who simulates, where that is not the explainer: the method and the name of a language model."""
+    """Who simulates: empty for lookup, or the method and the name of a language model."""
     control: str = ""
-    """Empty, or how the explanations were falsified on purpose: `shuffled`."""
+    """Empty, or the control: `shuffled` or `constant`."""
     sample: int = 0
-    """Number of the explanation where an explainer that uses chance made several of each neuron."""
+    """Number of the explanation if each neuron has several (`--samples`)."""
 
     @classmethod
     def of_row(cls, columns: Sequence[Any]) -> "SetKey":
@@ -136,7 +133,7 @@ class SetKey:
 
     @property
     def explained(self) -> "SetKey":
-        """The set that holds the explanations this one uses."""
+        """The set of explanations that this set is made from."""
         return replace(self, control="", simulator="")
 
     @property
@@ -186,5 +183,5 @@ def packed(values: np.ndarray, dtype: str) -> bytes:
 
 
 def unpacked(blob: bytes | None, dtype: str) -> np.ndarray:
-    """The array of a blob; none of a NULL, as where an explanation is no table."""
+    """The array of a blob; empty for NULL, as for an explanation without a table."""
     return np.frombuffer(zlib.decompress(blob) if blob is not None else b"", dtype=dtype)

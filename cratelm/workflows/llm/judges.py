@@ -1,4 +1,4 @@
-"""The scorers beside simulation, in the interpreting commands: who is asked, and the tables of what came of it."""
+"""The other scorers in the interpreting commands: their models, and the tables of their results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,20 +19,20 @@ FEW = ("too few excerpts",)
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """Who is asked by which scorer."""
+    """The requested scorers and their models."""
 
     scorers: tuple[str, ...]
     context: JudgeContext
-    """For scorers that ask a chat or an encoder."""
+    """For scorers that need a chat or an encoder."""
     reader: LLM | None
-    """For scorers that need the probabilities of a prompt."""
+    """For scorers that need prompt logprobs."""
 
     def context_for(self, scorer: str) -> JudgeContext:
         """The context of one scorer."""
         return replace(self.context, llm=self.reader) if SCORERS[scorer].needs == "prompt-logprobs" else self.context
 
     def sets(self, explained: Sequence[SetKey], controls: Sequence[str]) -> Iterator[tuple[str, SetKey]]:
-        """Every scorer with every set of its results; one that tests no explanation has one for each layer."""
+        """Every scorer with every set of its results; a scorer that tests no explanations has one set per layer."""
         for scorer in self.scorers:
             name = self.context_for(scorer).name_for(scorer)
             keys = [
@@ -70,16 +70,18 @@ async def find_judges(
 def print_judged(run: Path, wanted: Sequence[tuple[str, SetKey]]) -> None:
     """Print a table for each scorer and kind of set."""
     store = Store.open(run)
-    there = {(scorer, key) for key, scorer in judged_sets(store)}
+    stored = {(scorer, key) for key, scorer in judged_sets(store)}
     kinds: dict[tuple[str, SetKey], list[SetKey]] = {}
     for scorer, key in wanted:
-        if (scorer, key) in there:
+        if (scorer, key) in stored:
             kinds.setdefault((scorer, replace(key, layer=0, protocol="")), []).append(key)
     for (scorer, kind), keys in kinds.items():
-        found = [aggregate_judged(store, key, scorer) for key in keys]
-        words = [f"{run.name}: {scorer} ({SCORERS[scorer].number.replace('_', ' ')}, chance {found[0].chance:.0f} %"]
+        aggregates = [aggregate_judged(store, key, scorer) for key in keys]
+        words = [
+            f"{run.name}: {scorer} ({SCORERS[scorer].number.replace('_', ' ')}, chance {aggregates[0].chance:.0f} %"
+        ]
         print("\n" + "\n".join(set_words([*words, *_who(kind)])))
-        print("\n".join(_table(keys, found)))
+        print("\n".join(_table(keys, aggregates)))
 
 
 def _who(kind: SetKey) -> Iterator[str]:
@@ -92,15 +94,18 @@ def _who(kind: SetKey) -> Iterator[str]:
         yield f"control: {kind.control} explanations"
 
 
-def _table(keys: Sequence[SetKey], found: Sequence[ScorerAggregate]) -> list[str]:
+def _table(keys: Sequence[SetKey], aggregates: Sequence[ScorerAggregate]) -> list[str]:
     lines = [line_of("protocol", "layer", "%", "95 % interval", "judged", "few", "fail", "answers", "unread")]
     before = ""
-    for key, one in sorted(zip(keys, found, strict=True), key=lambda pair: (pair[0].protocol, pair[0].layer)):
-        few = sum(one.undefined.get(reason, 0) for reason in FEW)
-        failed = sum(one.undefined.values()) - few
+    for key, aggregate in sorted(
+        zip(keys, aggregates, strict=True), key=lambda pair: (pair[0].protocol, pair[0].layer)
+    ):
+        few = sum(aggregate.undefined.get(reason, 0) for reason in FEW)
+        failed = sum(aggregate.undefined.values()) - few
         cells = (
-            str(key.layer), "-" if one.mean is None else f"{one.mean:.1f}", interval_text(one.low, one.high),
-            f"{one.judged}/{one.total}", str(few), str(failed), f"{one.items:,}", f"{one.failed:,}",
+            str(key.layer), "-" if aggregate.mean is None else f"{aggregate.mean:.1f}",
+            interval_text(aggregate.low, aggregate.high), f"{aggregate.judged}/{aggregate.total}", str(few), str(failed),
+            f"{aggregate.items:,}", f"{aggregate.failed:,}",
         )  # fmt: skip
         name = key.protocol or "(none)"
         lines.append(line_of("" if name == before else name, *cells))

@@ -1,4 +1,4 @@
-"""A language model that explains one neuron at a time, when a reader of the live browser asks for it."""
+"""A language model that explains one neuron at a time, on request of the live browser."""
 
 import asyncio
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Layer
-from cratelm.workflows.llm.opening import LLMs, basename, is_url, kept, measure, open_llms
+from cratelm.workflows.llm.opening import LLMs, basename, cached, is_url, measure, open_llms
 from cratelm.workflows.options.language_model import Explaining, Spending
 
 PROTOCOL = "top-and-random"
-"""Whose explaining excerpts are shown to the model."""
+"""The protocol whose explaining excerpts the model sees."""
 
 
 class LiveExplainer:
-    """Asks the model that was named; it is opened when it is first needed, and answers are kept in the run's store."""
+    """Explains neurons with the chosen model, which is opened at first use. Answers are cached in the run's store."""
 
     def __init__(self, explaining: Explaining) -> None:
         self.explaining, self.usage, self.spending = explaining, Usage(), Spending()
@@ -34,13 +34,13 @@ class LiveExplainer:
 
     @property
     def name(self) -> str:
-        """What the model is called before a server was asked."""
+        """Name of the model before a server reports it."""
         named = self.explaining.explainer_model or self.explaining.model
         where = self.explaining.llm
         return named or ("the language model" if is_url(where) else basename(where))
 
     async def __call__(self, layer: Layer, neuron: int) -> Mapping[str, Any]:
-        """The explanation as `text`, or what came instead as `failure`; with the `explainer` and tokens spent."""
+        """The explanation as `text`, or the error as `failure`, with the name of the `explainer`."""
         async with self._opening:
             if self._llms is None:
                 opening = open_llms(self.explaining, None, self.spending, self.usage)
@@ -48,7 +48,7 @@ class LiveExplainer:
         assert self._llms.explainer is not None
         store = Store.create(layer.run)
         await measure(self._llms.explainer, store, self.usage)
-        llm = kept(self._llms.explainer, store, self.usage, self.spending)
+        llm = cached(self._llms.explainer, store, self.usage, self.spending)
         records, strings = await anyio.to_thread.run_sync(_read, layer)
         explainer = LLMExplainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)
         [(_, prompt)] = explainer.prompts(records, protocol(PROTOCOL, layer.mode), [neuron])

@@ -1,4 +1,4 @@
-"""Opening the language models that a command was given, and saying how they simulate before they are asked."""
+"""Open the language models of a command, and choose how they simulate."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -31,35 +31,35 @@ class LLMs:
     simulator: LLM | None
     judge: LLM | None
     can: dict[str, Capabilities] = field(default_factory=dict)
-    """By identity, what each was found to give."""
+    """Capabilities by identity of the model, once probed."""
 
     async def measure(self, store: Store, usage: Usage) -> None:
-        """Ask servers how many tokens a text has, where nobody else can count them; once for a store."""
+        """Calibrate the token counts of all models, once for a store."""
         for llm in (self.explainer, self.simulator, self.judge):
             await measure(llm, store, usage)
 
     async def ask_what_it_can(
         self, llm: LLM, store: Store, method: str, meter: Callable[[LLM], Metered], temperature: float = 0.0
     ) -> Capabilities:  # fmt: skip
-        """What a model gives, found out by asking it, and said; kept in the store, so that it is asked once.
+        """Probe what a model can do, and print it. The result is stored, so a model is probed once.
 
-        It is asked again where what was found is not enough to simulate by this method: its server may have learnt it.
+        It is probed again if the stored capabilities do not suffice for this method: the server may support it now.
         """
         if llm.identity in self.can:
             return self.can[llm.identity]
         name = f"capabilities of {llm.identity}"
-        found = _known(store, name, method)
-        if found is None:
+        capabilities = _known(store, name, method)
+        if capabilities is None:
             async with noted_cost(llm, store, meter(llm).usage):
-                found = await probe(llm, meter=meter, temperature=temperature)
+                capabilities = await probe(llm, meter=meter, temperature=temperature)
             if store.path.exists():
-                store.note(name, json.dumps(found.row()))
-        elif llm.logprobs_format is None and found.most is not None:
-            llm.set_logprobs_format(found.style, found.most)
-        for line in (found.reason, *found.notes):
+                store.note(name, json.dumps(capabilities.row()))
+        elif llm.logprobs_format is None and capabilities.most is not None:
+            llm.set_logprobs_format(capabilities.style, capabilities.most)
+        for line in (capabilities.reason, *capabilities.notes):
             console.print(line, soft_wrap=True)
-        self.can[llm.identity] = found
-        return found
+        self.can[llm.identity] = capabilities
+        return capabilities
 
 
 @asynccontextmanager
@@ -80,10 +80,9 @@ async def noted_cost(llm: LLM, store: Store, usage: Usage) -> AsyncIterator[None
 
 
 async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
-    """Ask a server how many tokens a text has, unless they are counted here; kept in the store, and not asked again.
+    """Measure a server's tokens per byte, unless the tokenizer is known; stored, and not measured again.
 
-    What prompts leave out where the context is short depends on it, so it has to be the same whenever a set is gone on
-    with.
+    The number of few-shot examples that fit depends on it, so it must be the same whenever a set is resumed.
     """
     if llm is None:
         return
@@ -99,7 +98,7 @@ async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
 
 
 def explains(explaining: Explaining) -> bool:
-    """Whether a language model explains. Refused where it is to, and none is named."""
+    """Whether a language model explains. Raises `CrateError` if `--explainer llm` has no model."""
     named = bool(explaining.llm or explaining.model or explaining.explainer_model)
     if explaining.explainer == "llm" and not named:
         raise CrateError(
@@ -114,7 +113,7 @@ def simulates(explaining: Explaining, simulating: Simulating) -> bool:
 
 
 def explainer_name(explaining: Explaining) -> str:
-    """What the explainer is called in the store; empty where only the server knows."""
+    """Name of the explainer in the store; empty if only the server knows it."""
     if not explains(explaining):
         return EXPLAINER
     return (
@@ -123,12 +122,12 @@ def explainer_name(explaining: Explaining) -> str:
 
 
 def is_url(where: str) -> bool:
-    """Whether this is a server."""
+    """Whether a model is on a server."""
     return "://" in where
 
 
 def basename(where: str) -> str:
-    """What a model in this process is called: the last part of its path or name; of a run's `model`, the run's name."""
+    """Name of a model in this process: the last part of its path, or the run's name for `RUN/model`."""
     parts = [part for part in where.split("/") if part]
     return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
@@ -137,39 +136,41 @@ def basename(where: str) -> str:
 async def open_llms(
     explaining: Explaining, simulating: Simulating | None, spending: Spending, usage: Usage, *, judged: bool = False
 ) -> AsyncIterator[LLMs]:
-    """Open what is needed; connections are given back at the end. The same model is opened once."""
-    found: dict[tuple[str, str], LLM] = {}
+    """Open the models that are needed, each once, and close their connections at the end."""
+    opened: dict[tuple[str, str], LLM] = {}
 
     async def open_once(where: str, model: str) -> LLM:
         key = where, model if is_url(where) else ""
-        if key not in found:
-            found[key] = await _open(where, model, explaining, spending, usage)
-        return found[key]
+        if key not in opened:
+            opened[key] = await _open(where, model, explaining, spending, usage)
+        return opened[key]
 
     try:
         explainer = simulator = judge = None
-        own = explaining.explainer_model or explaining.model
+        model_name = explaining.explainer_model or explaining.model
         if explains(explaining) and explaining.llm:
-            explainer = await open_once(explaining.llm, own)
+            explainer = await open_once(explaining.llm, model_name)
         if judged and explaining.llm:
-            judge = await open_once(explaining.llm, own)
+            judge = await open_once(explaining.llm, model_name)
         if simulating is not None and simulates(explaining, simulating):
             where = simulating.simulator_llm or explaining.llm
             simulator = await open_once(where, simulating.simulator_model or explaining.model)
         yield LLMs(explainer, simulator, judge)
     finally:
-        for one in found.values():
-            await one.close()
+        for llm in opened.values():
+            await llm.close()
 
 
 def _known(store: Store, name: str, method: str) -> Capabilities | None:
-    """What an earlier process found, where that is enough to simulate by this method."""
+    """Stored capabilities if they suffice for this method."""
     noted = store.noted(name)
     if noted is None:
         return None
-    found = Capabilities.of_row(json.loads(noted))
-    enough = {"auto": found.prompt_logprobs or found.chat, "structured": found.chat}.get(method, found.prompt_logprobs)
-    return found if enough else None
+    capabilities = Capabilities.of_row(json.loads(noted))
+    enough = {"auto": capabilities.prompt_logprobs or capabilities.chat, "structured": capabilities.chat}.get(
+        method, capabilities.prompt_logprobs
+    )
+    return capabilities if enough else None
 
 
 async def _open(where: str, model: str, explaining: Explaining, spending: Spending, usage: Usage) -> LLM:
@@ -186,8 +187,8 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
     if not model:
         await endpoint.close()
         if len(endpoint.served) != 1:
-            found = ", ".join(endpoint.served[:20]) or "nothing that it lists"
-            raise CrateError(f"{where} serves several models. Choose one with --model NAME: {found}")
+            listed = ", ".join(endpoint.served[:20]) or "no models listed"
+            raise CrateError(f"{where} serves several models. Choose one with --model NAME: {listed}")
         return await _open(where, endpoint.served[0], explaining, spending, usage)
     if counter is None:
         console.print("tokens are estimated from a text that the server counted; --llm-tokenizer counts them exactly")
@@ -204,7 +205,7 @@ def _counter(source: str) -> Any:
 async def choose_simulator(
     llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities, *, answer_tokens: int = 0
 ) -> TextSimulator:
-    """How a model simulates, and why. Refused where it cannot do what was asked for."""
+    """Choose how a model simulates. Raises `CrateError` if it does not support the requested method."""
     method, why = simulating.simulator, "as asked for"
     if method == "auto" and can.prompt_logprobs:
         method, why = "all-at-once", "it returns prompt logprobs"
@@ -223,28 +224,27 @@ async def choose_simulator(
 
 
 async def examine(simulator: TextSimulator, *, skip: bool) -> None:
-    """Let a simulator predict obvious neurons; refuse one that cannot."""
+    """Run the self-test and print its result. Raises `CrateError` if the simulator fails, unless `skip`."""
     if skip:
-        found = await self_test(simulator)
-        note = "" if found.passed else ": its scores will mean nothing, and it is used because of --skip-self-test"
+        result = await self_test(simulator)
+        note = "" if result.passed else ": its scores are not meaningful; used because of --skip-self-test"
     else:
-        found, note = await require_self_test(simulator), ""
-    tested = len(found.correlations)
-    console.print(f"self-test: mean correlation {found.mean:.2f} on {tested} obvious neurons{note}", soft_wrap=True)
+        result, note = await require_self_test(simulator), ""
+    tested = len(result.correlations)
+    console.print(f"self-test: mean correlation {result.mean:.2f} on {tested} obvious neurons{note}", soft_wrap=True)
 
 
 def metered(llm: LLM, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> Metered:
-    """The model with its answers counted within the budget."""
+    """The model with a meter and a budget."""
     price = Price(prompt=spending.price_in, new=spending.price_out)
     budget = Budget(tokens=spending.budget_tokens, money=spending.budget_price, price=price)
     return Metered(llm, usage, budget, spent_before)
 
 
-def kept(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
-    """The model with its answers counted within the budget, and kept in the store.
+def cached(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
+    """The model with a meter, a budget and the store's answer cache.
 
-    Of a server no more answers than are in flight wait to be written; a model in this process fills its batches from
-    all that is asked at once.
+    For a server the number of unwritten answers is limited; a model in this process batches all concurrent calls.
     """
     in_flight = spending.in_flight if llm.remote else 0
     return Cached(metered(llm, usage, spending, spent_before), store, usage, in_flight=in_flight)

@@ -1,4 +1,4 @@
-"""What an interpreting command was asked to do, checked."""
+"""The request of an interpreting command, checked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ ROUNDINGS: dict[str, Rounding | None] = {"auto": None, "up": "ceil", "down": "fl
 
 @dataclass(frozen=True, kw_only=True)
 class InterpretRequest:
-    """What an interpreting command was asked to do."""
+    """The request of an interpreting command."""
 
     selection: Selection
     stages: tuple[Stage, ...]

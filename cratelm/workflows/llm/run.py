@@ -1,9 +1,9 @@
-"""Run the stages that an interpreting command was asked for, on every run, by lookup or with language models.
+"""Run the requested stages on every run, by lookup or with language models.
 
 open     the models, how they simulate, and their self-test
 plan     calls, tokens and price of what is missing (`plan.py`)
 make     explanations, simulations, answers of the other scorers, and scores, set by set
-print    the scores, what was asked, and what failed
+print    the scores, the usage, and the failures
 """
 
 import asyncio
@@ -58,7 +58,7 @@ async def interpret(request: InterpretRequest, *, quiet: bool = False) -> None:
 
 
 def interpret_by_lookup(selection: Selection, *, controls: tuple[str, ...] = ()) -> None:
-    """Explain, simulate and score by lookup what is not there yet, and print nothing."""
+    """Explain, simulate and score by lookup the sets that are missing, and print nothing."""
     asyncio.run(interpret(InterpretRequest.lookup(selection, controls=controls), quiet=True))
 
 
@@ -86,14 +86,14 @@ async def _print_run(work: RunWork) -> None:
 
 
 async def _score_stored(work: RunWork) -> None:
-    """Score what is whole of the stored simulations of an explainer, and name what is not."""
+    """Score the whole sets of an explainer's stored simulations, and list the others."""
     selection, run, name = work.request.selection, work.run, work.explainer_name
     stored = [
         key for key in Store.open(run).sets("simulate")
         if (key.mode, key.tap, key.explainer) == (selection.mode, selection.tap, name) and not key.by_lookup
     ]  # fmt: skip
     if not stored:
-        raise CrateError(f"{run} holds no simulations of what {name} explained. Run: cratelm interpret {run} --llm URL")
+        raise CrateError(f"{run} has no simulations of explanations by {name}. Run: cratelm interpret {run} --llm URL")
     controls = work.request.controls
     whole = {
         kind: names for kind, names in whole_protocols(work, stored).items()
@@ -112,15 +112,16 @@ async def _score_stored(work: RunWork) -> None:
 
 
 def whole_protocols(work: RunWork, stored: Sequence[SetKey]) -> dict[SetKey, tuple[str, ...]]:
-    """Map each kind of stored sets (layer and protocol open) to the protocols for which all chosen layers are there."""
+    """Map each kind of stored sets (any layer and protocol) to the protocols with sets for all chosen layers."""
     layers = set(chosen_layers(work.run, work.request.selection))
-    there: dict[SetKey, dict[str, set[int]]] = {}
+    made: dict[SetKey, dict[str, set[int]]] = {}
     for key in stored:
         kind = replace(key, layer=0, protocol="")
-        there.setdefault(kind, {}).setdefault(key.protocol, set()).add(key.layer)
+        made.setdefault(kind, {}).setdefault(key.protocol, set()).add(key.layer)
     names = chosen_protocols(work.request.selection)
     return {
-        kind: tuple(name for name in names if found.get(name, set()) >= layers) for kind, found in there.items()
+        kind: tuple(name for name in names if by_protocol.get(name, set()) >= layers)
+        for kind, by_protocol in made.items()
     }  # fmt: skip
 
 
@@ -136,7 +137,7 @@ async def score_and_print(work: RunWork, kind: SetKey, protocols: Sequence[str])
 
 
 def merge_parts(runs: Sequence[Path]) -> None:
-    """Merge the parts of each run and print what was new."""
+    """Merge the parts of each run and print the number of new rows."""
     for run in runs:
         with claim(run):
             merged = merge(run)
@@ -149,7 +150,7 @@ def merge_parts(runs: Sequence[Path]) -> None:
 
 
 async def merge_and_score(request: InterpretRequest) -> Mapping[Path, tuple[str, ...]]:
-    """Merge the parts of every run and score what is whole then; returns the scored protocols of each run."""
+    """Merge the parts of every run and score the whole sets; returns the scored protocols of each run."""
     runs, scored = check_runs(request.selection), dict[Path, tuple[str, ...]]()
     merge_parts(runs)
     selection = request.selection

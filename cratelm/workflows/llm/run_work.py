@@ -26,7 +26,7 @@ from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
 from cratelm.workflows.llm.judges import Judges, find_judges
-from cratelm.workflows.llm.opening import LLMs, choose_simulator, examine, explainer_name, kept, metered
+from cratelm.workflows.llm.opening import LLMs, cached, choose_simulator, examine, explainer_name, metered
 from cratelm.workflows.llm.plan import Plan, time_trial
 from cratelm.workflows.llm.request import InterpretRequest, records_for
 from cratelm.workflows.options.selection import chosen_layers, chosen_protocols
@@ -263,7 +263,7 @@ class RunWork:
         if llm is None or self.request.spending.dry_run:
             return llm
         if llm.identity not in self._models:
-            self._models[llm.identity] = kept(llm, self.store, self.usage, self.request.spending, self.spent_before)
+            self._models[llm.identity] = cached(llm, self.store, self.usage, self.request.spending, self.spent_before)
         return self._models[llm.identity]
 
     @cached_property

@@ -36,7 +36,7 @@ class Kept:
 def work(do: object, count: int = 100, **more: object) -> tuple[Tally, Kept]:
     kept = Kept()
     tally = asyncio.run(
-        each(range(count), do, keep=kept.keep, fail=kept.fail, kept=kept.advance, **more)  # type: ignore[arg-type]
+        each(range(count), do, keep=kept.keep, fail=kept.fail, progress=kept.advance, **more)  # type: ignore[arg-type]
     )
     return tally, kept
 

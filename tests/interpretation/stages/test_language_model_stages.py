@@ -178,7 +178,7 @@ def test_a_random_choice_is_the_same_for_every_model_and_even_choices_are_even(r
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("0", "asks about no neuron"), ("x", "not understood"), ("3-1", "ends before"), ("1,,2", "not understood"),
+    ("0", "must be at least 1, got 0"), ("x", "must be all"), ("3-1", "ascending order"), ("1,,2", "must be all"),
 ])  # fmt: skip
 def test_a_choice_that_is_none_is_refused(text: str, said: str) -> None:
     with pytest.raises(CrateError, match=said):

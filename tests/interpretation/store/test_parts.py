@@ -17,7 +17,7 @@ from cratelm.interpretation.store import parts
 from cratelm.interpretation.store.answer_cache import add_calls, spent
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, Row, Simulated
-from cratelm.interpretation.store.neuron_selection import keep_chosen, kept_chosen
+from cratelm.interpretation.store.neuron_selection import read_chosen, write_chosen
 from cratelm.interpretation.store.parts import merge, parts_of
 from cratelm.interpretation.store.schema import SetKey, Stage
 from cratelm.rundir import claim
@@ -50,7 +50,7 @@ def fill(run: Path, part: int, neurons: tuple[int, ...], *, failing: int = -1, *
     detected.add({neuron: {"hits": [neuron]} for neuron in neurons if neuron != failing})
     if failing in neurons:
         explained.add_failures({failing: "no"})
-    keep_chosen(store, KEY, np.arange(12))
+    write_chosen(store, KEY, np.arange(12))
     add_calls(store, [(f"{neuron:040}", "a-model", 5, 3, "2026", b"answer") for neuron in (*neurons, 99)])
     assert not explained.finish()
 
@@ -78,7 +78,7 @@ def test_parts_make_what_one_process_makes(run: Path) -> None:
     for key, stage in ((KEY, "explain"), (SIMULATED, "simulate"), (SIMULATED, "detection")):
         assert store.is_done(key, stage)
     assert store.simulations(SIMULATED).neuron.tolist() == [1, 4, 7, 8, 9]
-    kept = kept_chosen(store, KEY)
+    kept = read_chosen(store, KEY)
     assert kept is not None
     assert kept.tolist() == list(range(12))
     before = contents(run)
@@ -110,7 +110,7 @@ def test_conflicts_are_named_and_nothing_is_merged(run: Path) -> None:
     fill(run, 1, (1, 2))
     begin(Store.create(run, 2)).add({2: "other words", 4: "more"})
     with pytest.raises(
-        CrateError, match=r"part-2.sqlite says something else of 1 neurons .*neuron 2: 'words of 2' and 'other words'"
+        CrateError, match=r"part-2.sqlite has different rows for 1 neurons .*neuron 2: 'words of 2' and 'other words'"
     ):
         merge(run)
     assert begin(Store.create(run)).rows() == {}

@@ -233,9 +233,9 @@ NUMBERS = [
     ["--price-in", "-3"], ["--price-out", "nan"], ["--budget-price", "-1", "--price-in", "1"], ["--in-flight", "0"],
 ]  # fmt: skip
 NOT_THERE = [
-    (["--neurons", "-5"], "--neurons '-5' is not understood"),
+    (["--neurons", "-5"], "--neurons must be all, a number or indices, got '-5'"),
     (["--neurons", "99-100"], "has neurons 0 to 5, not 100"),
-    (["--neurons", "0"], "--neurons 0 asks about no neuron"),
+    (["--neurons", "0"], "--neurons must be at least 1, got 0"),
     (["--protocol", "bogus"], "bogus"),
     (["--layer", "7"], "--layer must be one with fixed records"),
     (["--explainer", "lookup", "--part", "1/2"], "interpretation.sqlite is not there"),
@@ -321,7 +321,7 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     assert "error: all-at-once:random cannot simulate: on 6 obvious neurons" in said
     assert Store.open(run).sets("simulate") == []
     assert main(["interpret", str(run), "--llm", str(folder), *lookup, "--skip-self-test"]) == 0
-    assert "its scores will mean nothing" in capsys.readouterr().err
+    assert "its scores are not meaningful" in capsys.readouterr().err
     [key] = by_model(run)
     assert (key.explainer, key.simulator) == ("lookup", "all-at-once:random")
     assert len(Store.open(run).scores(key).neuron) == 2

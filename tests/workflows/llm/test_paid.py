@@ -15,7 +15,7 @@ from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import LLM, Declined, LLMError, Message, Sampling
 from cratelm.interpretation.store.answer_cache import spent
 from cratelm.interpretation.store.database import Store
-from cratelm.workflows.llm.opening import LLMs, kept, metered
+from cratelm.workflows.llm.opening import LLMs, cached, metered
 from cratelm.workflows.llm.run import failure_kind
 from cratelm.workflows.options.language_model import Spending
 
@@ -58,7 +58,7 @@ async def ask(url: str, store: Store, spending: Spending, *, questions: int = 40
     usage = Usage()
     retry = Retry(first=0.001, longest=0.002)
     endpoint = Endpoint(url, "small", usage=usage, retry=retry, in_flight=8, counter=lambda text: 3 * len(text) // 3)
-    llm = kept(endpoint, store, usage, spending, spent(store))
+    llm = cached(endpoint, store, usage, spending, spent(store))
     turns = [[Message("user", f"{number} {LONG}")] for number in range(questions)]
     every = (llm.chat(one, Sampling(max_tokens=50)) for one in turns)
     found = await asyncio.gather(*every, return_exceptions=True)

@@ -236,37 +236,30 @@ class LLMWrapper:
 
     @property
     def name(self) -> str:
-        """Name of the wrapped model."""
         return self.inner.name
 
     @property
     def identity(self) -> str:
-        """Identity of the wrapped model."""
         return self.inner.identity
 
     @property
     def context(self) -> int | None:
-        """Context length of the wrapped model."""
         return self.inner.context
 
     @property
     def remote(self) -> bool:
-        """Whether a server runs the wrapped model."""
         return self.inner.remote
 
     @property
     def served(self) -> tuple[str, ...]:
-        """Models that its server lists."""
         return self.inner.served
 
     @property
     def counts_exactly(self) -> bool:
-        """Whether the wrapped model counts exactly."""
         return self.inner.counts_exactly
 
     @property
     def logprobs_format(self) -> tuple[str, int] | None:
-        """How its server returns prompt logprobs."""
         return self.inner.logprobs_format
 
     @property
@@ -275,25 +268,19 @@ class LLMWrapper:
         return self.inner.unsupported
 
     def set_logprobs_format(self, style: str, most: int) -> None:
-        """Restore how its server returns prompt logprobs."""
         self.inner.set_logprobs_format(style, most)
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text."""
         return self.inner.count(text)
 
     def expected(self, text: str) -> int:
-        """Most likely number of tokens of a text."""
         return self.inner.expected(text)
 
     async def calibrate(self, tokens_per_byte: float | None = None) -> float:
-        """Calibrate the wrapped model."""
         return await self.inner.calibrate(tokens_per_byte)
 
     async def connect(self) -> None:
-        """Connect the wrapped model."""
         await self.inner.connect()
 
     async def close(self) -> None:
-        """Close the wrapped model."""
         await self.inner.close()

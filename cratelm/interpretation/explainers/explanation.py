@@ -46,7 +46,7 @@ class LayerExplanations:
 
 
 def unexplained(records: LayerRecords, protocol: Protocol) -> tuple[str, ...]:
-    """Why a neuron cannot be explained and scored, empty where it can.
+    """For each neuron the reason why it cannot be explained and scored; empty if it can.
 
     The released procedure has no such test, so in `compat` mode every neuron can be explained.
     """

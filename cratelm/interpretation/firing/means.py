@@ -138,7 +138,7 @@ def _resampled(counts: Counts, rng: np.random.Generator, resamples: int) -> Floa
 def _resampled_excerpts(
     counts: Counts, rng: np.random.Generator, sets: int
 ) -> Iterator[Float32[np.ndarray, "chunk times 6"]]:
-    """`ALL` of every neuron over excerpts drawn with replacement from its own, `sets` times."""
+    """`ALL` of every neuron over its excerpts, drawn with replacement, `sets` times."""
     for start in range(0, len(counts.base), CHUNK):
         rows = slice(start, start + CHUNK)
         present = _there(counts.base[rows])

@@ -10,8 +10,8 @@ The paper attributes CRATE's scores to neurons that fire consistently and distin
     distinctiveness mass(t) share of its activation, summed over tokens, that falls on relevant ones
 
 Chance levels: with the explanation of another neuron, consistency is close to the share of all tokens on which the
-neuron fires, and distinctiveness close to the share of tokens that are relevant. Top excerpts, in which the neuron fires
-by choice, and random excerpts are measured separately.
+neuron fires, and distinctiveness close to the share of tokens that are relevant. Top excerpts and random excerpts are
+measured separately: the neuron fires in every top excerpt.
 """
 
 from collections.abc import Mapping, Sequence

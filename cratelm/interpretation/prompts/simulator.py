@@ -87,7 +87,7 @@ def _tables(neuron: FewShotNeuron, *, top: int, unknown: str) -> list[str]:
 
 
 def all_at_once_rows(tokens: Sequence[str], *, unknown: str) -> tuple[str, tuple[int, ...]]:
-    """The rows of an excerpt, and at which character of them each activation stands."""
+    """The rows of an excerpt, and the character offset of each activation."""
     rows, places, length = [], [], 0
     for token in tokens:
         places.append(length + len(token) + 1)
@@ -99,7 +99,7 @@ def all_at_once_rows(tokens: Sequence[str], *, unknown: str) -> tuple[str, tuple
 def token_by_token_prefix(
     explanation: str, examples: Sequence[FewShotNeuron], *, top: int, escaped: bool = True
 ) -> str:  # fmt: skip
-    """All that comes before the text whose last token is asked about."""
+    """The prompt before the text whose last token is asked about."""
     words = _words("token-by-token")
     parts = [_task("token-by-token", escaped, top=top), ""]
     for number, neuron in enumerate(examples, 1):
@@ -124,7 +124,7 @@ def _telling(activations: Sequence[int]) -> list[int]:
 
 
 def token_by_token_question(tokens: Sequence[str], place: int, *, answer: str) -> tuple[str, int]:
-    """A text up to the token in question and its activation, and at which character that stands."""
+    """The text up to one token, with its activation, and the character offset of the activation."""
     words = _words("token-by-token")
     asked = f"{running_text(tokens[: place + 1])}\n{words['last']}\t{tokens[place]}\n{words['activation']}\t"
     return f"{asked}{answer}\n", len(asked)
@@ -148,7 +148,7 @@ def _structured_question(explanation: str, tokens: Sequence[str]) -> str:
 
 
 def structured_answer(tokens: Sequence[str], activations: Sequence[int]) -> str:
-    """What a right answer looks like."""
+    """The correct form of an answer."""
     rows = [{"token": token, "activation": value} for token, value in zip(tokens, activations, strict=True)]
     return json.dumps({"activations": rows}, ensure_ascii=False)
 

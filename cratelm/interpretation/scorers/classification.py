@@ -78,7 +78,7 @@ async def detection(
 ) -> Judged:
     """Does the explanation separate windows on which the neuron fires from windows on which it is silent?"""
     if not enough_windows("detection", contrast, questions):
-        return _too_few(contrast)
+        return too_few(contrast)
     items = [_Item(1, plain(window, pieces), window.position) for window in contrast.positives]
     items += [_Item(0, plain(window, pieces), window.position) for window in contrast.negatives]
     return await _classify("detection", explanation, items, ("", ""), contrast, llm, questions)
@@ -93,7 +93,7 @@ async def fuzzing(
     `active`: the other tokens are weak tokens of the same windows, not tokens of windows on which it is silent.
     """
     if not enough_windows("fuzzing-active" if active else "fuzzing", contrast, questions):
-        return _too_few(contrast)
+        return too_few(contrast)
     rng = contrast.rng(questions.seed, "marks", "active" if active else "")
     count = num_marks_for_negatives(contrast.positives)
     wrong: list[tuple[Excerpt, np.ndarray]]
@@ -120,7 +120,7 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
     """
     others = questions.options - 1
     if not enough_windows("intruder", contrast, questions):
-        return _too_few(contrast)
+        return too_few(contrast)
     groups = min(questions.strengths, len(contrast.positives) // others)
     rng = contrast.rng(questions.seed, "intruder")
     strengths = np.array_split(np.arange(len(contrast.positives)), groups)
@@ -134,12 +134,11 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
         shown.insert(seat, (negative, drawn_marks(everywhere, count, rng)))
         signs = signs_for(plain(window, pieces) for window, _ in shown)
         texts = [marked(window, marks, pieces, signs) for window, marks in shown]
-        response = await _ask(llm, _chat("intruder", signs, texts), _schema("intruder", questions.options), questions)
-        numbers = _read(response.text, "intruder", questions.options) if isinstance(response, _Answer) else None
+        response, numbers = await _ask(llm, _chat("intruder", signs, texts), "intruder", questions.options, questions)
         truth.append(seat + 1)
         answer.append(numbers[0] if numbers else None)
         if not numbers:
-            failures.append(Unreadable(items=(place,), said=response.text))
+            failures.append(Unreadable(items=(place,), said=response))
     _check_any_answer(failures, len(truth))
     return Judged(
         reason="" if sum(number is not None for number in answer) >= questions.least else UNREADABLE,
@@ -158,7 +157,8 @@ def enough_windows(scorer: str, contrast: Contrast, questions: Questions) -> boo
     return fires >= max(questions.least, company) and silent >= questions.least
 
 
-def _too_few(contrast: Contrast) -> Judged:
+def too_few(contrast: Contrast) -> Judged:
+    """The result of a neuron without enough windows."""
     return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
 
 
@@ -182,10 +182,9 @@ async def _classify(
     else:
         for part in _parts(len(asked), questions.per_prompt):
             chat = _chat(kind, signs, [asked[i].text for i in part], explanation)
-            response = await _ask(llm, chat, _schema(kind, len(part)), questions)
-            numbers = _read(response.text, kind, len(part)) if isinstance(response, _Answer) else None
+            response, numbers = await _ask(llm, chat, kind, len(part), questions)
             if numbers is None:
-                failures.append(Unreadable(items=tuple(part), said=response.text))
+                failures.append(Unreadable(items=tuple(part), said=response))
             else:
                 answer[part.start : part.stop] = numbers
     _check_any_answer(failures, len(asked))
@@ -210,22 +209,16 @@ def _check_any_answer(failures: Sequence[Unreadable], items: int) -> None:
         raise LLMError(f"none of {len(failures)} answers could be parsed; the first is {failures[0].said!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    text: str
-
-
-async def _ask(llm: LLM, chat: Sequence[Message], schema: dict[str, Any], questions: Questions) -> _Answer | _Failure:
-    """The model's answer, or its error message."""
+async def _ask(
+    llm: LLM, chat: Sequence[Message], kind: str, count: int, questions: Questions
+) -> tuple[str, list[int] | None]:
+    """The model's answer or its error message, and the numbers in it; None if it is unusable."""
+    sampling = Sampling(max_tokens=questions.answer_tokens, schema=_schema(kind, count))
     try:
-        return _Answer((await llm.chat(chat, Sampling(max_tokens=questions.answer_tokens, schema=schema))).text)
+        text = (await llm.chat(chat, sampling)).text
     except LLMError as error:
-        return _Failure(str(error))
+        return str(error), None
+    return text, _read(text, kind, count)
 
 
 WORDS = Path(__file__).parent.parent / "prompts" / "scorers.json"

@@ -13,9 +13,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from cratelm.interpretation.scorers.classification import Questions, enough_windows
+from cratelm.interpretation.scorers.classification import Questions, enough_windows, too_few
 from cratelm.interpretation.scorers.results import Judged
-from cratelm.interpretation.scorers.windows import TOO_FEW, Contrast, raw
+from cratelm.interpretation.scorers.windows import Contrast, raw
 
 COMPANY = 10
 """Most windows of each class that a window is compared with (example embedding)."""
@@ -43,7 +43,7 @@ def embedding(
     `instruction` is put before the explanation, for encoders that expect a query prefix.
     """
     if not enough_windows("embedding", contrast, questions):
-        return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
+        return too_few(contrast)
     windows = (*contrast.positives, *contrast.negatives)
     vectors = _unit(encoder.encode([instruction + explanation, *(raw(window, pieces) for window in windows)]))
     return Judged(
@@ -61,7 +61,7 @@ def example_embedding(contrast: Contrast, pieces: Sequence[bytes], encoder: Enco
     """
     groups = min(questions.strengths, len(contrast.positives) // 2)
     if not enough_windows("example-embedding", contrast, questions) or min(groups, len(contrast.negatives) - 1) < 1:
-        return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
+        return too_few(contrast)
     windows = (*contrast.positives, *contrast.negatives)
     vectors = _unit(encoder.encode([raw(window, pieces) for window in windows]))
     cosines = vectors @ vectors.T

@@ -14,9 +14,9 @@ import numpy as np
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM, LLMError, Prompt, PromptLogprobs
-from cratelm.interpretation.scorers.classification import Questions, enough_windows, filled, words
+from cratelm.interpretation.scorers.classification import Questions, enough_windows, filled, too_few, words
 from cratelm.interpretation.scorers.results import UNREADABLE, Judged, Unreadable
-from cratelm.interpretation.scorers.windows import TOO_FEW, Contrast, raw
+from cratelm.interpretation.scorers.windows import Contrast, raw
 
 
 async def surprisal(
@@ -24,7 +24,7 @@ async def surprisal(
 ) -> Judged:
     """How well the gain in nats per token separates windows on which the neuron fires from silent ones."""
     if not enough_windows("surprisal", contrast, questions):
-        return Judged(reason=TOO_FEW, active=contrast.active, silent=contrast.silent)
+        return too_few(contrast)
     windows = (*contrast.positives, *contrast.negatives)
     order = contrast.rng(questions.seed, "surprisal").permutation(len(windows))
     asked = [windows[i] for i in order]

@@ -50,7 +50,10 @@ CHUNK = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How well an explanation predicts one neuron on held-out excerpts."""
+    """How well an explanation predicts one neuron on held-out excerpts.
+
+    The numbers are those of `LayerScores`; None if undefined.
+    """
 
     neuron: NeuronId
     """The neuron predicted."""
@@ -63,21 +66,13 @@ class Score:
     control: str
     """Empty, or the control: `shuffled` or `constant`."""
     correlation: float | None
-    """Pearson correlation over the tokens of all excerpts together, in [-1, 1]; None where it is undefined."""
     reason: str
-    """Why it is undefined: `dead`, `too rare`, `constant activations`, ...; empty where it is defined."""
     r_squared: float | None
-    """1 - mean squared error / mean squared activation, at most 1; None where undefined."""
     absolute_deviation: float | None
-    """1 - mean absolute error / mean absolute activation, at most 1; None where undefined."""
     spearman: float | None
-    """Pearson correlation of the ranks, in [-1, 1]; None where undefined."""
     auroc: float | None
-    """Chance that an active token has the higher simulation than a silent one; None also where all are active."""
     tokens: int
-    """Tokens compared."""
     excerpts: int
-    """Excerpts compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +86,7 @@ class LayerScores:
     correlation: Float64[np.ndarray, " neurons"]
     """Pearson correlation in [-1, 1]; NaN where undefined."""
     reason: tuple[str, ...]
-    """Why it is undefined; empty where it is defined."""
+    """Why it is undefined: `dead`, `too rare`, `constant activations`, ...; empty where it is defined."""
     r_squared: Float64[np.ndarray, " neurons"]
     """1 - mean squared error / mean squared activation; NaN where undefined."""
     absolute_deviation: Float64[np.ndarray, " neurons"]

@@ -50,8 +50,8 @@ def bootstrap_means(
     Every neuron has the same number of resampled correlations, so drawing a neuron and then one of its correlations is
     one draw from all of them. An undefined resampled correlation is left out, as in the mean itself. A resample of
     five excerpts has three or four distinct ones, which lowers correlations on average, so the resampled means are
-    shifted to the observed mean. Their spread counts the excerpts' noise twice, because the differences between neurons contain it
-    too: the interval is rather too wide.
+    shifted to the observed mean. Their spread counts the excerpts' noise twice, because the differences between neurons
+    contain it too: the interval is rather too wide.
     """
     correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
     known = ~np.isnan(correlations)
@@ -76,7 +76,7 @@ def sets_each(neurons: int, resamples: int, least: int) -> int:
 def resampled_correlations(
     sums: Float64[np.ndarray, "neurons excerpts 6"], rng: np.random.Generator, resamples: int
 ) -> Float64[np.ndarray, "neurons resamples"]:
-    """For each neuron, the correlation over excerpts drawn with replacement from its own, many times."""
+    """For each neuron, `resamples` correlations over its excerpts, drawn with replacement."""
     correlations = np.empty((len(sums), resamples))
     for rows, present in _alike(sums):
         count = present.shape[1]

@@ -37,10 +37,10 @@ def calibrated(
 
 
 def calibration_excerpts(records: LayerRecords, protocol: Protocol) -> Excerpts:
-    """The excerpts to learn from: as many top and random ones as are scored, next after those the explainer is shown.
+    """The excerpts to fit on: as many top and random ones as are scored, next in rank after the explainer's excerpts.
 
-    In `fixed` mode of the explaining half; one of a document that the explainer is shown is left out. In `compat` mode
-    of the ranks after those explained and scored; one that overlaps with these is left out.
+    `fixed` takes them from the explaining half, without documents that the explainer was shown; `compat` from the ranks
+    after the explaining and scoring ones, without excerpts that overlap with these.
     """
     part: Part = "explain"
     used = protocol.explain if protocol.mode == "fixed" else (*protocol.explain, *protocol.score)

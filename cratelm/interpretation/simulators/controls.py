@@ -1,4 +1,4 @@
-"""Controls: simulate a neuron from an explanation that is not its own, to see what a score is worth.
+"""Controls: simulate a neuron from a wrong explanation, as the chance level of scores.
 
 shuffled    the explanation of another neuron of the layer
 constant    the same sentence for every neuron (only for simulators that read text)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from cratelm.interpretation.llm import LLM
-from cratelm.interpretation.scorers.classification import Questions, enough_windows
+from cratelm.interpretation.scorers.classification import Questions, enough_windows, too_few
 from cratelm.interpretation.scorers.embedding import Encoder
 from cratelm.interpretation.scorers.registry import SCORERS, ScorerAggregate, aggregate_scorer, judge
 from cratelm.interpretation.scorers.results import Judged
-from cratelm.interpretation.scorers.windows import TOO_FEW, contrast
+from cratelm.interpretation.scorers.windows import contrast
 from cratelm.interpretation.scoring.statistics import generator
 from cratelm.interpretation.stages.concurrency import Tally
 from cratelm.interpretation.stages.set_task import SetTask, explanation_from, failures
@@ -83,7 +83,7 @@ async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
     for neuron in sorted(share & set(growing.missing())):
         windows = contrast(task.records[neuron], context.questions)
         if not enough_windows(scorer, windows, context.questions):
-            few[neuron] = Judged(reason=TOO_FEW, active=windows.active, silent=windows.silent).row()
+            few[neuron] = too_few(windows).row()
     growing.add(few)
 
     async def judge_neuron(neuron: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.prompts.normalisation import Rounding
 
 SimulationMethod = Literal["all-at-once", "token-by-token", "structured"]
@@ -33,11 +32,6 @@ class ExplainerName:
 
     def __str__(self) -> str:
         return self.model + (SUFFIXES[self.rounding] if self.rounding else "")
-
-    @property
-    def by_lookup(self) -> bool:
-        """Whether explanations are tables of tokens."""
-        return self.model == EXPLAINER and not self.rounding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -111,7 +111,7 @@ def _name(key: SetKey, stage: Stage) -> str:
 
 
 def _check(run: Path, part: Store, theirs: sqlite3.Connection, key: SetKey, stage: Stage) -> None:
-    """Refuse a part of other records than those that are there now."""
+    """Raise `CrateError` if a part comes from other records than the current ones."""
     now = identity(run, key.mode)
     if _begun(theirs, key, stage).records != now:
         raise CrateError(

@@ -33,11 +33,6 @@ class LLMs:
     can: dict[str, Capabilities] = field(default_factory=dict)
     """Capabilities by identity of the model, once probed."""
 
-    async def measure(self, store: Store, usage: Usage) -> None:
-        """Calibrate the token counts of all models, once for a store."""
-        for llm in (self.explainer, self.simulator, self.judge):
-            await measure(llm, store, usage)
-
     async def ask_what_it_can(
         self, llm: LLM, store: Store, method: str, meter: Callable[[LLM], Metered], temperature: float = 0.0
     ) -> Capabilities:  # fmt: skip

@@ -26,7 +26,7 @@ from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
 from cratelm.workflows.llm.judges import Judges, find_judges
-from cratelm.workflows.llm.opening import LLMs, cached, choose_simulator, examine, explainer_name, metered
+from cratelm.workflows.llm.opening import LLMs, cached, choose_simulator, examine, explainer_name, measure, metered
 from cratelm.workflows.llm.plan import Plan, time_trial
 from cratelm.workflows.llm.request import InterpretRequest, records_for
 from cratelm.workflows.options.selection import chosen_layers, chosen_protocols
@@ -57,7 +57,8 @@ class RunWork:
         """Open the simulator and the judges and print the plan. Returns whether to continue: not after a dry run."""
         request, llms = self.request, self.llms
         self.spent_before  # noqa: B018 (read before the first call)
-        await llms.measure(self.store, self.usage)
+        for llm in (llms.explainer, llms.simulator, llms.judge):
+            await measure(llm, self.store, self.usage)
         if request.by_lookup and "simulate" in request.stages:
             self.simulator = LookupSimulator()
         elif llms.simulator is not None and request.simulating is not None:
@@ -222,7 +223,7 @@ class RunWork:
 
     @cached_property
     def simulated_kinds(self) -> list[SetKey]:
-        """The kinds of simulations of this command, layer and protocol open; none if others are to be scored."""
+        """The kinds of simulations of this command, for any layer and protocol; empty if it only scores stored ones."""
         if self.simulator is None and not self.request.by_lookup:
             return []
         return list(dict.fromkeys(replace(key, layer=0, protocol="") for key in self.simulated_keys))

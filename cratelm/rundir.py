@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -18,12 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 from cratelm.errors import CrateError
-
-if TYPE_CHECKING:
-    pass
+from cratelm.runtime import console
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -41,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with _space_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        remove_leftovers(path)
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         _make(folder, path)
         try:
@@ -78,7 +77,7 @@ def _space_for(path: Path) -> Iterator[None]:
         raise
 
 
-def _sweep(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove temporary folders that killed processes left behind while writing this path.
 
     In a container, successive processes can have the same id, so a folder with the id of this process is stale too.
@@ -188,6 +187,26 @@ def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         write_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path) if keep(row)))
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What file systems without locks answer, some NFS and Lustre among them."""
+
+
+def _check_holder(run: Path, file: TextIO, error: OSError) -> None:
+    """Without a lock, trust the note of the process that claimed the run; warn that two may start at once."""
+    file.seek(0)
+    holder = file.read().strip()
+    known = re.match(r"process (\d+) on (\S+)", holder)
+    if known and (known[2] != socket.gethostname() or _alive(int(known[1]))):
+        raise CrateError(
+            f"{run} is in use by {holder}, and its file system has no locks ({error.strerror}). Hint: wait for it; if "
+            f"that process has ended, remove {file.name}"
+        ) from None
+    console.print(
+        f"warning: {run} cannot be locked ({error.strerror}). Start no second command in it",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def claim(run: Path, *, part: int = 0) -> Iterator[None]:
     """Lock the run directory, or one part of its work, for this process; a second process gets a `CrateError`.
@@ -205,6 +224,10 @@ def claim(run: Path, *, part: int = 0) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             what, remedy = (f"part {part} of {run}", "another --part") if part else (str(run), "another --out")
             raise CrateError(f"{what} is in use by {holder}. Wait for it, or use {remedy}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _check_holder(run, file, error)
         with _space_for(run):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:120]})")

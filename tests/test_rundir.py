@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -304,6 +305,26 @@ def test_a_run_in_use_is_refused_and_names_the_process(tmp_path: Path) -> None:
         pytest.fail("claimed twice")
     with claim(run):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning_and_trusts_the_note(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with claim(tmp_path):
+        assert capsys.readouterr().err.startswith(f"warning: {tmp_path} cannot be locked ({os.strerror(code)})")
+        with pytest.raises(CrateError, match=rf"in use by process {os.getpid()} on .* remove {tmp_path}/.lock"):
+            claim(tmp_path).__enter__()
+    (tmp_path / ".lock").write_text(f"process {dead_process()} on {socket.gethostname()} (cratelm train)")
+    with claim(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text(f"process {dead_process()} on elsewhere (cratelm train)")
+    with pytest.raises(CrateError, match="on elsewhere"), claim(tmp_path):
+        pytest.fail("claimed twice")
 
 
 def test_a_claim_ends_with_its_block(tmp_path: Path) -> None:

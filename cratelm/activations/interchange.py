@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from cratelm.activations.records import ABSENT, Mode, layer_file, records_folder
 from cratelm.checksums import write_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import atomic_path, origin, read_json, write_json
+from cratelm.rundir import atomic_path, origin, read_json, remove_leftovers, write_json
 from cratelm.runtime import ProgressBar, progress_bar
 
 Half = Literal["explain", "score"]
@@ -76,11 +76,16 @@ def import_neuron_records(folder: Path, run: Path, *, mode: Mode | None = None) 
     layers = _layer_files(folder)
     chosen = mode or _exported_mode(folder) or "compat"
     target = records_folder(run, chosen)
-    if (target / "records.json").exists():
-        raise CrateError(f"{run} already has {chosen} records. Give another run directory, or remove {target}")
+    remove_leftovers(target / "records.json")
+    known = target / "records.json"
+    before = read_json(known, made_by="cratelm import") if known.exists() else None
     text, digest = _Text(), hashlib.sha256()
     with progress_bar("import", total=sum(map(len, layers.values())), unit="neurons") as bar:
         imported = {layer: _read_layer(files, chosen, text, digest.update, bar) for layer, files in layers.items()}
+    if before is not None:
+        if before.get("content_hash") == digest.hexdigest():  # the same import again
+            return target
+        raise CrateError(f"{run} already has {chosen} records. Give another run directory, or remove {target}")
     longest = max((layer.longest for layer in imported.values()), default=0)
     width = next((wide for wide in PROTOCOL_WIDTHS if longest <= wide), longest)
     target.mkdir(parents=True, exist_ok=True)

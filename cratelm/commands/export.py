@@ -20,6 +20,7 @@ import tyro
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
+from cratelm.runtime import console
 from cratelm.workflows.recorded import find_layers
 
 
@@ -69,15 +70,35 @@ def run(options: Options) -> None:
 
 def _export_model(options: Options) -> None:
     from cratelm.hub import push_to_hub, write_directory
+    from cratelm.rundir import remove_leftovers
 
-    if options.out is not None and options.out.exists():
-        raise CrateError(f"--out must not exist, got {options.out}. Hint: use another --out, or remove it")
     if options.out is not None:
-        write = _write_official if options.format == "official" else write_directory
-        write(options.run, options.out)
+        if options.out.exists():
+            if not _is_written(options, options.out):
+                raise CrateError(f"--out must not exist, got {options.out}. Hint: use another --out, or remove it")
+            remove_leftovers(options.out)
+            console.print(f"{options.out} contains this model already; remove it to write it again", markup=False)
+        else:
+            write = _write_official if options.format == "official" else write_directory
+            write(options.run, options.out)
         print(options.out)
     if options.push is not None:
         print(push_to_hub(options.run, options.push, private=options.private or None))
+
+
+def _is_written(options: Options, out: Path) -> bool:
+    """Whether `out` is this export, complete: a process that was stopped at its end may have left it."""
+    from cratelm.model.official import read_official
+    from cratelm.model.weights import find_model, load_model, weights_hash
+
+    model = load_model(find_model(options.run))
+    activation: Literal["relu", "gelu"] = "gelu" if model.config.activation == "gelu" else "relu"
+    try:
+        official = options.format == "official"
+        before = read_official(out, activation=activation)[0] if official else load_model(out)
+    except CrateError:
+        return False
+    return weights_hash(before) == weights_hash(model) and (official or (out / "README.md").exists())
 
 
 def _write_official(folder: Path, out: Path) -> None:

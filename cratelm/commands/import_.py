@@ -8,7 +8,8 @@
 A .pt file is read without running code in it. It has no tokenizer: for a vocabulary of GPT-2's size (50257, or 50304
 with padding) GPT-2's tokenizer is used, from the hub unless --tokenizer names a folder. Otherwise the run has no
 tokenizer, and commands that need text refuse it. A folder of OpenAI's NeuronRecord JSON (<layer>/<neuron>.json)
-becomes a run with records but without a model, for interpret, neurons and export.
+becomes a run with records but without a model, for interpret, neurons and export. The same command again finishes an
+import that was stopped.
 """
 
 import hashlib
@@ -49,11 +50,9 @@ class Options:
 def run(options: Options) -> None:
     """Read the checkpoint and write a run directory."""
     from cratelm.model.weights import save_model
-    from cratelm.rundir import claim, read_json, write_json
-    from cratelm.training.train import write_run
+    from cratelm.rundir import claim, remove_leftovers
+    from cratelm.training.opening import write_run
 
-    if (options.out / "run.json").exists() or (options.out / "model").exists():
-        raise CrateError(f"--out must not contain a run, got {options.out}. Hint: use another --out, or remove it")
     path = Path(options.checkpoint)
     if (path / "neurons").is_dir() or any(path.glob("[0-9]*/[0-9]*.json")):
         from cratelm.activations.interchange import import_neuron_records
@@ -67,14 +66,40 @@ def run(options: Options) -> None:
     model, tokenizer, facts = _read_checkpoint(path, options) if path.is_file() else _read_hugging_face(options)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, model, options)
+    imported = {"source": path.name or options.checkpoint, **facts}
     with claim(options.out):
-        save_model(model, options.out / "model", tokenizer)
-        write_run(options.out, model.config, training=None, control=None, of=None)
-        description = read_json(options.out / "run.json", made_by="cratelm import")
-        imported = {"source": path.name or options.checkpoint, **facts}
-        write_json(options.out / "run.json", description | {"imported": imported})
+        done = _is_done(options.out, model, tokenizer, imported)
+        if not (options.out / "run.json").exists():
+            write_run(options.out, model.config, training=None, control=None, of=None, more={"imported": imported})
+        for part in ("run.json", "model"):
+            remove_leftovers(options.out / part)
+        if not done:
+            save_model(model, options.out / "model", tokenizer)
     size, text = human(float(model.config.num_parameters)), "with its tokenizer" if tokenizer else "no tokenizer"
-    console.print(f"{options.out}: {model.config.arch}, {model.config.num_layers} layers, {size} parameters, {text}")
+    where = f"{options.out} (imported before)" if done else str(options.out)
+    console.print(f"{where}: {model.config.arch}, {model.config.num_layers} layers, {size} parameters, {text}")
+
+
+def _is_done(
+    run: Path, model: "LanguageModel", tokenizer: "Tokenizer | None", imported: dict[str, Any]
+) -> bool:  # fmt: skip
+    """Whether this import is complete; False after a kill or before the start. CrateError if `run` holds another."""
+    from cratelm.data.tokenizer import tokenizer_hash
+    from cratelm.model.weights import load, weights_hash
+    from cratelm.rundir import read_json
+
+    whole = (run / "model").exists()
+    same = not whole
+    if (run / "run.json").exists():
+        described = read_json(run / "run.json", made_by="cratelm import")
+        same = described.get("imported") == imported and described["model"] == model.config.as_dict()
+        if same and whole:
+            before, its_tokenizer = load(run)
+            hashes = [part and tokenizer_hash(part) for part in (its_tokenizer, tokenizer)]
+            same = weights_hash(before) == weights_hash(model) and hashes[0] == hashes[1]
+    if not same:
+        raise CrateError(f"--out must not contain another run, got {run}. Hint: use another --out, or remove it")
+    return whole
 
 
 def _read_checkpoint(path: Path, options: Options) -> "tuple[LanguageModel, Tokenizer | None, dict[str, Any]]":

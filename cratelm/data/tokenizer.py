@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from cratelm.errors import CrateError
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: it follows every document."""
+
+LONGEST_WORD = 1000
+"""Longest word, or run of spaces, from which a byte-level BPE learns merges; ordinary text has no longer ones."""
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
 
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -27,7 +32,8 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's way of cutting text into words. The same documents give the same tokenizer.
 
-    `vocab_size` counts the 256 bytes and `<|endoftext|>` (id 0); a small corpus may give fewer.
+    `vocab_size` counts the 256 bytes and `<|endoftext|>` (id 0); a small corpus may give fewer. A word is cut every
+    `LONGEST_WORD` letters, because training takes time in proportion to its square. Ctrl-C interrupts at once.
     """
     if vocab_size < 257:
         raise CrateError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257. Give more")
@@ -38,8 +44,55 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    texts = (piece for document in documents for piece in _without_long_words(document.text))
+    _interruptible(lambda texts: tokenizer.train_from_iterator(texts, trainer), texts)
     return tokenizer
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, each cut inside of a word that is too long; a text without such a word is one piece."""
+    start = 0
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # the tokenizer's is locked while it is trained
+    if _LONG_RUN.search(text):
+        for _, (begin, end) in words.pre_tokenize_str(text):
+            for at in range(begin + LONGEST_WORD, end, LONGEST_WORD):
+                yield text[start:at]
+                start = at
+    yield text[start:]
+
+
+def _interruptible(work: Callable[[Iterator[str]], object], texts: Iterator[str]) -> None:
+    """Let a thread work on the texts: code in Rust does not notice Ctrl-C, which the main thread does."""
+    stopped, read, failures = threading.Event(), threading.Event(), list[BaseException]()
+
+    def feed() -> Iterator[str]:
+        try:
+            for text in texts:
+                if stopped.is_set():
+                    return
+                yield text
+        finally:
+            read.set()
+
+    def run() -> None:
+        try:
+            work(feed())
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            read.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except BaseException:
+        stopped.set()
+        read.wait(5)  # the caller closes the texts, which must not be in use
+        raise
+    if failures:
+        raise failures[0]
 
 
 def gpt2_bpe(folder: Path | None = None) -> Tokenizer:

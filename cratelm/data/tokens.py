@@ -28,7 +28,7 @@ from cratelm.data.tokenizer import (
     vocabulary_size,
 )
 from cratelm.errors import CrateError
-from cratelm.rundir import atomic_path, differing_fields, origin, read_json, write_json
+from cratelm.rundir import atomic_path, differing_fields, origin, read_json, remove_leftovers, write_json
 
 BPE_TRAINING_CHARACTERS = 100_000_000
 """A `bpe:N` tokenizer is trained on this many first characters of the training split."""
@@ -207,6 +207,7 @@ def tokenize(
         "held_out": held_out, "test": test, "seed": seed, "skip_bad": skip_bad,
     }  # fmt: skip
     if _made_before(out, settings):
+        remove_leftovers(out)
         return TokenDirectory.open(out)
     skipped = _Skipped()
 

@@ -5,12 +5,7 @@ have the same layout. Nothing in it says which activation a GPT-2 has: the relea
 """
 
 import math
-import pickle
 import re
-import struct
-import warnings
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +17,7 @@ from torch import Tensor
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig
 from cratelm.model.language_model import LanguageModel
+from cratelm.model.weight_files import plain_name, read_pickled
 from cratelm.model.weights import build
 from cratelm.rundir import atomic_path
 
@@ -60,7 +56,7 @@ def read_official(
     Only tensors and plain values are read, no optimizer state. Raises CrateError for a file that holds code, for a
     damaged file, and for a weight that is not a table of finite numbers.
     """
-    checkpoint = _load(path)
+    checkpoint = read_pickled(path)
     if not isinstance(checkpoint.get("model"), Mapping) or not isinstance(checkpoint.get("model_args"), Mapping):
         found = ", ".join(map(str, list(checkpoint)[:4])) or "nothing"
         raise CrateError(f"{path} is not a released checkpoint: it has no model and model_args (found: {found})")
@@ -113,51 +109,6 @@ def official_name(name: str, arch: Architecture) -> str:
     return name
 
 
-_DAMAGE = (
-    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
-    MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-"""What torch's reader of plain values raises on bytes that are not a checkpoint."""
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """The dictionary in a file, its tensors mapped and not read before they are used."""
-    if not path.is_file():
-        raise CrateError(f"{path} is not a file. Name a checkpoint (.pt), or a folder with a config.json")
-    try:
-        _check_sums(path)
-        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol, which does not matter here
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise CrateError(f"{path} is not a checkpoint that torch can read. Fetch it again") from None
-        raise CrateError(
-            f"{path} holds pickled code ({code[1]}) and is refused: only tensors and plain values are read. "
-            "Ask for a file of weights alone"
-        ) from None
-    except _DAMAGE as error:
-        reason = str(error).strip().splitlines()
-        raise CrateError(
-            f"{path} is damaged or no checkpoint ({reason[0][:120] if reason else type(error).__name__})"
-        ) from None
-    if not isinstance(found, dict):
-        raise CrateError(f"{path} holds a {type(found).__name__}, not the dictionary of a checkpoint")
-    return found
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the parts of a zipped checkpoint with their CRC-32, which torch does not; ValueError if one differs.
-
-    `torch.save` can omit them; then all are 0.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        if any(part.CRC for part in archive.infolist()) and (damaged := archive.testzip()):
-            raise ValueError(f"its part {damaged} was changed after it was written")
-
-
 def _cleaned(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The weights under their plain names: no prefix of `torch.compile` or DDP, no buffers of causal masks."""
     cleaned = {}
@@ -168,7 +119,7 @@ def _cleaned(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             raise CrateError(
                 f"{path} has a {type(tensor).__name__} under {name}, where a released checkpoint has weights"
             )
-        plain = re.sub(r"^((_orig_mod|module)\.)+", "", name)
+        plain = plain_name(name)
         if not plain.endswith((".attn.bias", ".attn.masked_bias", ".attn.mask")):
             if fault := _fault(tensor):
                 raise CrateError(f"the weight {name} of {path} {fault}. Fetch or write the file again")

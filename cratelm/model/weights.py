@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from cratelm.checksums import verify, write_checksums
 from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
+from cratelm.model.weight_files import put_back, read_fields, read_weights
 from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version
 
 END_OF_TEXT = "<|endoftext|>"
@@ -79,11 +79,11 @@ def load_model(folder: Path) -> LanguageModel:
     """Read a model directory; weights stay in float32 on the CPU, in evaluation mode."""
     path = folder / "config.json"
     verify(path)
-    fields, state = _read_fields(path), _read_weights(folder)
+    fields, state = read_fields(path), read_weights(folder)
     try:
         config, state = _fit(path, fields, state)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CrateError(f"{path} lacks or misspells a field ({error}). {_put_back(path)}") from None
+        raise CrateError(f"{path} lacks or misspells a field ({error}). {put_back(path)}") from None
     head = state.pop("lm_head.weight", None)
     if head is not None and "embedding.weight" in state and not torch.equal(head, state["embedding.weight"]):
         raise CrateError(f"the head of {folder} is not its embedding; only models with a tied head can be read")
@@ -107,36 +107,6 @@ def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
             return _read_gpt2_config(path, fields, bias=bias), kept
         case kind:
             raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
-
-
-def _read_fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CrateError(f"{path} is not readable ({error}). {_put_back(path)}") from None
-    if not isinstance(fields, dict):
-        raise CrateError(f"{path} lacks or misspells a field (it holds a {type(fields).__name__}). {_put_back(path)}")
-    return fields
-
-
-def _put_back(path: Path) -> str:
-    return f"Put back the {path.name} that was written with the weights, or make the model again"
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, from one file or from the several that transformers cuts large models into."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_fields(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    state: dict[str, Tensor] = {}
-    for name in names:
-        verify(folder / name)
-        try:
-            state |= load_file(folder / name)
-        except FileNotFoundError:
-            raise CrateError(f"{folder} has a config.json but no {name}. Run: cratelm import --help") from None
-        except (SafetensorError, OSError) as error:
-            raise CrateError(f"{folder / name} is damaged ({error}). Make it again") from None
-    return state
 
 
 def build(
@@ -217,7 +187,10 @@ def find_model(source: str | Path) -> Path:
             f"{source} is not a folder here, and hub names need an extra. Run: pip install 'cratelm[hf]'"
         ) from None
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        fetched = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        if not any(fetched.glob("*.safetensors")):
+            fetched = Path(snapshot_download(str(source), allow_patterns=["*.json", "pytorch_model*.bin"]))
+        return fetched
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CrateError(
@@ -259,7 +232,7 @@ def _configuration(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig(**fields)
     except CrateError as error:
-        raise CrateError(f"{path}: {error}. {_put_back(path)}") from None
+        raise CrateError(f"{path}: {error}. {put_back(path)}") from None
 
 
 def _gpt2_config(config: ModelConfig) -> dict[str, Any]:

@@ -111,7 +111,9 @@ class Checkpoints:
         best = best_checkpoint(self.run)
         for old in found[: -self.keep_last]:
             if old != best:
-                shutil.rmtree(old)
+                aside = old.with_name(f".{old.name}.old.tmp")  # killed here, no part of it counts as a checkpoint
+                old.rename(aside)
+                shutil.rmtree(aside)
         for damaged in self.folder.glob(f"{DAMAGED}*"):  # training has gone past it again
             if damaged.name.removeprefix(DAMAGED) <= found[-1].name:
                 shutil.rmtree(damaged)
@@ -155,6 +157,7 @@ class Checkpoints:
                 tried = True
                 problem = next(filter(None, self.world.gather(_load(folder, model, optimizers))), None)
             if problem is None:
+                self.world.decide(lambda: (_sweep(self.folder), self._prune()))  # a killed process may not have
                 return model, optimizers, int(folder.name.removeprefix("step_"))
             aside = folder.with_name(f"{DAMAGED}{folder.name}")
             console.print(

@@ -1,7 +1,9 @@
 """Run directories as training opens them: `run.json` says which model this is, how it came to be, what it costs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cratelm.data.tokens import TokenDirectory
@@ -51,14 +53,15 @@ def training_identity(config: TrainConfig, data: TokenDirectory) -> dict[str, An
 
 
 def write_run(
-    run: Path, model_config: ModelConfig, *, training: dict[str, Any] | None, control: str | None, of: str | None
-) -> None:
+    run: Path, model_config: ModelConfig, *, training: dict[str, Any] | None, control: str | None, of: str | None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:  # fmt: skip
     """Write `run.json`: which model this directory is about, how it came to be, and what it costs."""
     write_json(
         run / "run.json",
         {
             "name": run.resolve().name, "arch": model_config.arch, "control": control, "of": of,
             "model": model_config.as_dict(), "parameters": model_config.num_parameters,
-            "flops_per_token": model_config.flops_per_token(), "training": training, "origin": origin(),
+            "flops_per_token": model_config.flops_per_token(), "training": training, "origin": origin(), **more,
         },
     )  # fmt: skip

@@ -19,6 +19,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
     def ask(number: int, _frame: object) -> None:
         if asked.is_set() and number == signal.SIGINT and alone:
             raise KeyboardInterrupt
+        if not asked.is_set():
+            os.write(2, b"\nstopping after this step\n")  # print could be interrupted inside another print
         asked.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

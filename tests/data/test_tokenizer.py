@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from cratelm.data.text import Document, stream_documents
 from cratelm.data.tokenizer import (
     END_OF_TEXT,
+    LONGEST_WORD,
+    _without_long_words,
     end_of_text_id,
     gpt2_bpe,
     load_tokenizer,
@@ -31,6 +36,42 @@ def gpt2(real_data: Path) -> Tokenizer:
 
 def some_of_stdlib(count: int = 60) -> Iterator[Document]:
     return (document for document, _ in zip(stream_documents(["stdlib"]), range(count), strict=False))
+
+
+def test_a_word_of_any_length_is_cut_and_ordinary_text_is_not(rng: np.random.Generator) -> None:
+    word = "".join(map(chr, rng.integers(97, 123, size=200_000)))
+    for text in (word, f"some {word[:5000]} text {' ' * 5000} and {'=' * 3001}", "漢" * 2500, "short words"):
+        pieces = list(_without_long_words(text))
+        assert "".join(pieces) == text
+        words = [part for piece in pieces for part in pre_tokenizers.ByteLevel(False).pre_tokenize_str(piece)]
+        assert max(end - start for _, (start, end) in words) <= LONGEST_WORD
+    assert list(_without_long_words("a " * 5000)) == ["a " * 5000]
+    started = time.process_time()
+    assert train_bpe([Document(text=word, origin="")], 600).get_vocab_size() == 600
+    assert time.process_time() - started < 20, "two hundred words of a thousand letters take a second"
+
+
+def test_ctrl_c_interrupts_the_training_of_a_tokenizer() -> None:
+    code = (
+        "import os, random, signal, threading; from cratelm.data.text import Document\n"
+        "from cratelm.data import tokenizer\n"
+        "tokenizer.LONGEST_WORD = 1 << 30\n"
+        "word = ''.join(random.choices('abcdefghij', k=1_000_000))\n"
+        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        "try:\n    tokenizer.train_bpe([Document(text=word, origin='')], 5000)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "interrupted\n"), result.stderr
+
+
+def test_a_failure_while_the_texts_are_read_reaches_the_caller() -> None:
+    def documents() -> Iterator[Document]:
+        yield Document(text="a text", origin="")
+        raise CrateError("a bad line")
+
+    with pytest.raises(CrateError, match="a bad line"):
+        train_bpe(documents(), 300)
 
 
 @pytest.fixture(scope="module")

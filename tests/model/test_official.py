@@ -291,7 +291,6 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["import", "{ckpt}", "--out", "{run}"], "must not contain a run"),
         (["import", "{tmp}/nothing.pt", "--out", "{tmp}/new"], "does not exist. Hint: give a checkpoint"),
         (["import", "{ckpt}", "--out", "{tmp}/new", "--tokenizer", "{tokenizer}"], "the tokenizer must have at most"),
         (["import", "{run}/model/model.safetensors", "--out", "{tmp}/new"], "give its folder"),

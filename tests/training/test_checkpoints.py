@@ -13,7 +13,8 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, weights_hash
-from cratelm.training.checkpoints import best_checkpoint, checkpoints, read_weights
+from cratelm.training import checkpoints as module
+from cratelm.training.checkpoints import Checkpoints, best_checkpoint, checkpoints, read_weights
 from cratelm.training.config import TrainConfig
 
 
@@ -105,6 +106,38 @@ def test_without_a_best_that_can_be_read_there_is_a_model_still(
     train_quietly(config, tiny_config(), data, tmp_path)
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert not (tmp_path / "model-best").exists()
+
+
+@pytest.mark.parametrize("put_aside", [False, True])
+@pytest.mark.parametrize("step", [8, 12])
+def test_the_same_checkpoints_are_kept_after_a_kill_while_old_ones_are_removed(
+    put_aside: bool, step: int, data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the checkpoint of `step` has its name, before or after an older one was put aside."""
+    config = short_training(evaluate_every=4, checkpoint_every=2, keep_last=1)
+    train_quietly(config, tiny_config(), data, tmp_path / "whole")
+    prune, remove = Checkpoints._prune, shutil.rmtree
+
+    def die_early(self: Checkpoints) -> None:
+        if (self.folder / f"step_{step:07d}").exists():
+            raise OSError("killed")
+        prune(self)
+
+    def die_late(path: Path, ignore_errors: bool = False) -> None:
+        if (Path(path).parent / f"step_{step:07d}").exists() and Path(path).name.endswith(".old.tmp"):
+            raise OSError("killed")
+        remove(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patched:
+        if put_aside:
+            patched.setattr(module.shutil, "rmtree", die_late)
+        else:
+            patched.setattr(Checkpoints, "_prune", die_early)
+        with pytest.raises((CrateError, OSError), match="killed"):
+            train_quietly(config, tiny_config(), data, tmp_path / "run")
+    train_quietly(config, tiny_config(), data, tmp_path / "run")
+    assert names(tmp_path / "run") == names(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_a_stop_at_a_checkpoint_leaves_it_its_held_out_loss(data: TokenDirectory, tmp_path: Path) -> None:

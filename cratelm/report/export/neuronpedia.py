@@ -28,6 +28,7 @@ from cratelm.activations.records import Excerpt, Excerpts, Mode, read_collection
 from cratelm.errors import CrateError
 from cratelm.report.export.neuronrecord import choose_width, shortest
 from cratelm.report.neuron_table import NeuronTable, open_table
+from cratelm.report.shown_text import sign
 from cratelm.rundir import atomic_path, origin, read_json
 from cratelm.runtime import progress_bar
 
@@ -311,7 +312,19 @@ def _explanations(layer: _Layer, index: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
+_ESCAPE = re.compile(r"\\u0000|\\.|[\ud800-\udfff]")
+"""An escape in JSON text, that of NUL first, or half a surrogate pair."""
+
+
+def _storable(match: re.Match[str]) -> str:
+    """NUL and half surrogates as the browser shows them: Postgres stores neither in its JSON."""
+    if match[0] == r"\u0000":
+        return sign("\0")
+    return match[0] if match[0][0] == "\\" else sign(match[0])
+
+
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    content = "".join(_ESCAPE.sub(_storable, line) for line in lines).encode()
     path.write_bytes(gzip.compress(content, 5, mtime=0) if path.suffix == ".gz" else content)

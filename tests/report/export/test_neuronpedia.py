@@ -16,7 +16,7 @@ from cratelm.activations.records import Mode, read_records
 from cratelm.activations.running import histogram_edges
 from cratelm.cli import main
 from cratelm.interpretation.store.database import Store
-from cratelm.report.export.neuronpedia import bin_edges, frequency_bars
+from cratelm.report.export.neuronpedia import _write_lines, bin_edges, frequency_bars
 
 Types = tuple[type, ...]
 TEXT: Types = (str,)
@@ -174,6 +174,17 @@ def test_the_same_export_twice_is_the_same_and_a_strange_folder_is_left_alone(
     assert (folder / "notes.txt").read_text() == "mine"
     assert main(["export", str(run), "--format", "neuronpedia", "--out", str(out), "--model-id", "a b"]) == 2
     assert "--model-id must be letters" in capsys.readouterr().err
+
+
+def test_characters_that_postgres_refuses_are_written_as_they_are_shown(tmp_path: Path) -> None:
+    rows = [{"tokens": ["boat\0", "\\u0000", "\\\0", "\ud83d", "😀\n"], "description": "\0\0"}]
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        _write_lines(tmp_path / name, rows)
+        data = (tmp_path / name).read_bytes()
+        text = (gzip.decompress(data) if name.endswith("gz") else data).decode()
+        assert json.loads(text) == {
+            "tokens": ["boatU+0000", "\\u0000", "\\U+0000", "U+D83D", "😀\n"], "description": "U+0000U+0000"
+        }  # fmt: skip
 
 
 def test_many_neurons_go_into_batches(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

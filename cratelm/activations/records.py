@@ -261,7 +261,7 @@ def layer_file(run: Path, mode: Mode, tap: str, layer: int) -> Path:
 def recorded_layers(run: Path, *, mode: Mode = "fixed", tap: str = "neurons") -> list[int]:
     """The layers a run has records of, ascending."""
     files = (records_folder(run, mode) / tap).glob("layer_*.safetensors")
-    return sorted(int(file.stem.removeprefix("layer_")) for file in files)
+    return sorted(int(file.stem.removeprefix("layer_")) for file in files if file.exists())
 
 
 def recorded_taps(run: Path, *, mode: Mode = "fixed") -> list[str]:

@@ -123,8 +123,8 @@ def _train(options: Options, data_folder: Path) -> None:
             return
         with progress_bar(f"train {options.out.name}", total=config.steps * config.batch_tokens) as bar:
             train(
-                config, model_config, data, options.out, device=device, bar=bar, stop=stop, execution=execution,
-                measurements=measurements(options.measure, data, options.out), world=world,
+                config, model_config, data, options.out, device=device, bar=bar, stop=stop, stop_evaluation=stop,
+                execution=execution, measurements=measurements(options.measure, data, options.out), world=world,
             )  # fmt: skip
     console.print(f"model in {options.out / 'model'}", soft_wrap=True)
 

@@ -16,7 +16,15 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from cratelm.activations.records import Excerpts, LayerRecords, Mode, join, read_records, records_tokenizer
+from cratelm.activations.records import (
+    Excerpts,
+    LayerRecords,
+    Mode,
+    join,
+    read_collection,
+    read_records,
+    records_tokenizer,
+)
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainers.explanation import DEAD
@@ -187,6 +195,7 @@ def _hint(run: Path, key: SetKey) -> str:
     if not Store(run).path.exists():
         return f"no neuron is scored yet. Run: cratelm interpret {run}" + " --mode compat" * (key.mode == "compat")
     try:
+        read_collection(run, mode=key.mode)  # without it, no score is known to be of these records
         Store.open(run).check(key, "score", verb="interpret")
     except CrateError as error:
         return str(error)

@@ -107,6 +107,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Keep the newest and the best."""
+        _sweep(self.folder)
         found = checkpoints(self.run)
         best = best_checkpoint(self.run)
         for old in found[: -self.keep_last]:
@@ -157,7 +158,7 @@ class Checkpoints:
                 tried = True
                 problem = next(filter(None, self.world.gather(_load(folder, model, optimizers))), None)
             if problem is None:
-                self.world.decide(lambda: (_sweep(self.folder), self._prune()))  # a killed process may not have
+                self.world.decide(self._prune)  # a killed process may not have
                 return model, optimizers, int(folder.name.removeprefix("step_"))
             aside = folder.with_name(f"{DAMAGED}{folder.name}")
             console.print(

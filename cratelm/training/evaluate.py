@@ -1,7 +1,7 @@
 """Held-out loss: one deterministic pass, with a standard error over documents."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,10 @@ from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
 from cratelm.training.distributed import ALONE, World
 from cratelm.training.document_means import mean_over_documents
+
+
+class StoppedError(Exception):
+    """An evaluation was stopped before its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,9 +100,12 @@ def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
 
 @torch.no_grad()
 def held_out_loss(
-    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int, world: World = ALONE
-) -> float:
+    model: LanguageModel, tokens: Integer[np.ndarray, " stream"], *, batch: int, world: World = ALONE,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:  # fmt: skip
     """Mean cross-entropy in nats per token over a stream, in sequences of the model's context.
+
+    Raises StoppedError when `stop`, asked before each forward pass, is true in some process.
 
     Several processes share the work. Each makes as many forward passes as the others, which a model that is spread
     over them needs; one that has nothing left repeats its last.
@@ -106,6 +113,8 @@ def held_out_loss(
     all_passes = passes(len(tokens) - 1, model.config.context_length, batch)
     total = torch.zeros(2, dtype=torch.float64)
     for turn in range(0, len(all_passes), world.size):
+        if world.any(stop()):
+            raise StoppedError
         own = turn + world.rank
         losses = _token_losses(model, tokens, *all_passes[min(own, len(all_passes) - 1)])
         if own < len(all_passes):

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from cratelm.errors import CrateError
-from cratelm.rundir import append_jsonl, rewind_jsonl
+from cratelm.rundir import append_jsonl, read_jsonl, rewind_jsonl
 from cratelm.training.config import Tracker
 
 Row = Mapping[str, float | int]
@@ -44,6 +44,15 @@ class Log:
             append_jsonl(self.run / "metrics.jsonl", row)
             for write, _close in self._sinks:
                 write(row)
+
+    def take_unevaluated(self, step: int) -> dict[str, float | int] | None:
+        """Remove and return the line of a step whose evaluation was stopped; None if it has its held-out loss."""
+        path = self.run / "metrics.jsonl"
+        row: dict[str, float | int] = next((row for row in read_jsonl(path) if row["step"] == step), {"step": step})
+        if "held_out_loss" in row:
+            return None
+        rewind_jsonl(path, lambda other: other["step"] != step)
+        return row
 
     def steps_per_second(self, step: int) -> float:
         """Since the last call."""

@@ -45,16 +45,15 @@ class LossMonitor:
         self._newest = (losses[-1], norms[-1])
         return self._newest
 
-    def held_out(self, loss: float) -> float:
-        """Check the held-out loss after the newest step, which `check` has passed, and return it.
+    def held_out(self, loss: float, step: int) -> float:
+        """Check the held-out loss after step `step`, which `check` has passed, and return it.
 
         If it is not finite, the step's loss and gradient were finite but its weights are not; the step is recorded. All
         processes must call this.
         """
-        assert self._last is not None
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and self._last is not None:
             self._record(self._last, *self._newest)
-        return self._finite(loss, "held-out loss", self._last.step + 1)
+        return self._finite(loss, "held-out loss", step)
 
     def _finite(self, value: float, what: str, step: int) -> float:
         """Return the value; raise CrateError if it is not finite, before those weights reach a checkpoint."""

@@ -7,6 +7,7 @@ again goes through the same losses as one that was not, on as many processes or 
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ from cratelm.training.batches import Batches
 from cratelm.training.checkpoints import Checkpoints
 from cratelm.training.config import Execution, TrainConfig
 from cratelm.training.distributed import ALONE, World
-from cratelm.training.evaluate import held_out_loss
+from cratelm.training.evaluate import StoppedError, held_out_loss
 from cratelm.training.learner import Learner, autocast, shard
 from cratelm.training.log import Log
 from cratelm.training.loss_monitor import LossMonitor
@@ -42,15 +43,17 @@ def train(
     device: torch.device,
     bar: ProgressBar,
     stop: Callable[[], bool] = lambda: False,
+    stop_evaluation: Callable[[], bool] = lambda: False,
     measurements: Mapping[str, Measurement] | None = None,
     execution: Execution | None = None,
     world: World = ALONE,
 ) -> LanguageModel:
     """Train a model into a run directory, or resume the training there; return the model on `device`.
 
-    `stop` is asked before each step; once true, a checkpoint is written and KeyboardInterrupt raised. `measurements`
-    are called every `measure_every` steps on process 0, and their numbers logged as `NAME/NUMBER`. In a `world` of
-    several processes each calls this with the same arguments; process 0 writes, and gets the whole model back.
+    `stop` is asked before each step; once true, a checkpoint is written and KeyboardInterrupt raised.
+    `stop_evaluation` does the same during an evaluation, with which the run then resumes. `measurements` are called
+    every `measure_every` steps on process 0, and their numbers logged as `NAME/NUMBER`. In a `world` of several
+    processes each calls this with the same arguments; process 0 writes, and gets the whole model back.
 
     Raises CrateError if the run directory holds another configuration or is in use, if data, model and processes do
     not fit each other, if there is no space left for a checkpoint, or if the loss or the gradient stops being finite
@@ -91,7 +94,7 @@ def train(
                 Log(run, execution.track, first=first, writes=world.leads, config=configuration["training"]) as log,
                 saved,
             ):
-                _loop(config, learner, batches, data, first, log, saved, measurements or {}, bar, stop)
+                _loop(config, learner, batches, data, first, log, saved, measurements or {}, bar, stop, stop_evaluation)
             world.decide(lambda: None)  # each waits here for the last checkpoint's name
         whole = learner.whole_model()
         if whole is not None:
@@ -110,45 +113,60 @@ def _loop(
     measurements: Mapping[str, Measurement],
     bar: ProgressBar,
     stop: Callable[[], bool],
+    stop_evaluation: Callable[[], bool],
 ) -> None:
     """Steps `first` to the last: step, log, evaluate, measure, checkpoint."""
     world, monitor = learner.world, LossMonitor(config, saved, batches)
     held_out = data.tokens("val")[: config.evaluate_tokens + 1]
     if first == 0:
         log.write({"step": 0, "tokens": 0} | _measure(learner, measurements, 0))
-    for step in range(first, config.steps):
-        if world.any(stop()):
-            if step > first:
-                monitor.check()
-                if not saved.holds(step):  # the one there may know its held-out loss
-                    saved.save(learner.model, learner.optimizers, step)
-                saved.finish()
-            raise KeyboardInterrupt
-        monitor.add(learner.step(batches, step))
-        done = step + 1
+    due = first > 0 and (first == config.steps or first % config.evaluate_every == 0)
+    resumed = world.decide(lambda: log.take_unevaluated(first)) if due else None
+
+    def halt(step: int) -> NoReturn:
+        if step > first:
+            monitor.check()
+            if not saved.holds(step):  # the one there may know its held-out loss
+                saved.save(learner.model, learner.optimizers, step)
+            saved.finish()
+        raise KeyboardInterrupt
+
+    for done in range(first + (resumed is None), config.steps + 1):
+        fresh = done > first
         last = done == config.steps
         checkpoint = last or done % config.checkpoint_every == 0
         evaluation = last or done % config.evaluate_every == 0
         measurement = last or done % config.measure_every == 0
-        logged = checkpoint or done % config.log_every == 0
-        row: dict[str, float | int] = {"step": done, "tokens": done * config.batch_tokens}
-        if logged or evaluation or measurement:  # weights that are not finite are not worth measuring
-            loss, norm = monitor.check()
+        logged = fresh and (checkpoint or done % config.log_every == 0)
+        row: dict[str, float | int] = {} if fresh or resumed is None else resumed
+        row |= {"step": done, "tokens": done * config.batch_tokens}
+        if fresh:
+            if world.any(stop()):
+                halt(done - 1)
+            monitor.add(learner.step(batches, done - 1))
+            if logged or evaluation or measurement:  # weights that are not finite are not worth measuring
+                loss, norm = monitor.check()
         if logged:
-            row |= {"loss": loss, "gradient_norm": norm, "learning_rate": config.learning_rate_at(step)}
+            row |= {"loss": loss, "gradient_norm": norm, "learning_rate": config.learning_rate_at(done - 1)}
             row["tokens_per_second"] = log.steps_per_second(done) * config.batch_tokens
         go_on = log.pause()
         if evaluation:
-            with autocast(learner.device):
-                found = held_out_loss(learner.model, held_out, batch=config.micro_batch, world=world)
-            row["held_out_loss"] = monitor.held_out(found)
+            try:
+                with autocast(learner.device):
+                    found = held_out_loss(
+                        learner.model, held_out, batch=config.micro_batch, world=world, stop=stop_evaluation
+                    )
+            except StoppedError:  # the run resumes with this evaluation
+                log.write(row)
+                halt(done)
+            row["held_out_loss"] = monitor.held_out(found, done)
         if measurement:
             row |= _measure(learner, measurements, done)
         log.write(row)
         if checkpoint:
             saved.save(learner.model, learner.optimizers, done, held_out_loss=row.get("held_out_loss"))
         go_on()
-        bar.advance(config.batch_tokens, f"loss {row['loss']:.3f}" if "loss" in row else "")
+        bar.advance(config.batch_tokens * fresh, f"loss {row['loss']:.3f}" if "loss" in row else "")
 
 
 def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: int) -> dict[str, float]:

@@ -111,6 +111,17 @@ def test_another_protocol_and_outdated_scores_are_reported(run: Path, show: Show
     assert "Run: cratelm interpret" in text
 
 
+def test_a_missing_file_next_to_whole_ones_is_a_line(run: Path, show: Show, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "records" / "fixed" / "records.json").unlink()
+    assert "records.json is not there. Run: cratelm collect" in " ".join(show(run, "--layer", "0").split())
+    layer = run / "records" / "fixed" / "neurons" / "layer_00.safetensors"
+    layer.unlink()
+    layer.symlink_to(run / "nowhere")
+    capsys.readouterr()
+    assert main(["neurons", str(run), "--layer", "0"]) == 2
+    assert "has no records of layer 0. Use --layer with one of: 1" in capsys.readouterr().err
+
+
 def test_sorting_puts_neurons_without_a_value_last(run: Path) -> None:
     table = open_table(run, 0)
     scores = Store.open(run).read_scores(0, "top-and-random").correlation

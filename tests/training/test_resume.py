@@ -63,6 +63,24 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
     assert checkpoints(run)[1:] == ["step_0000012"]
 
 
+@pytest.mark.parametrize("every", [3, 4, 5])
+def test_a_run_stopped_during_evaluations_resumes_with_them(every: int, data: TokenDirectory, tmp_path: Path) -> None:
+    """Each evaluation is stopped once before its first forward pass; those of the checkpoints and of the end too."""
+    config = short_training(evaluate_every=every, checkpoint_every=4, log_every=2)
+    train_quietly(config, tiny_config(), data, tmp_path / "whole")
+    for step in sorted({*range(every, 13, every), 12}):
+        for _ in range(2):  # at the step, and again when the run resumes with the evaluation
+            with pytest.raises(KeyboardInterrupt):
+                train_quietly(config, tiny_config(), data, tmp_path / "run", stop_evaluation=lambda: True)
+            assert checkpoints(tmp_path / "run")[-1] == f"step_{step:07d}"
+        if step < 12:
+            with pytest.raises(KeyboardInterrupt):  # the evaluation is finished, and no step taken
+                train_quietly(config, tiny_config(), data, tmp_path / "run", stop=lambda: True)
+    train_quietly(config, tiny_config(), data, tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
 def test_a_run_stopped_before_its_first_step_leaves_no_checkpoint(
     data: TokenDirectory, whole: Path, tmp_path: Path
 ) -> None:

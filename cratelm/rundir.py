@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cratelm.errors import CrateError
-from cratelm.runtime import console
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -201,10 +200,7 @@ def _check_holder(run: Path, file: TextIO, error: OSError) -> None:
             f"{run} is in use by {holder}, and its file system has no locks ({error.strerror}). Hint: wait for it; if "
             f"that process has ended, remove {file.name}"
         ) from None
-    console.print(
-        f"warning: {run} cannot be locked ({error.strerror}). Start no second command in it",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+    sys.stderr.write(f"warning: {run} cannot be locked ({error.strerror}). Start no second command in it\n")
 
 
 @contextlib.contextmanager

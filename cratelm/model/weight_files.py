@@ -88,7 +88,7 @@ def put_back(path: Path) -> str:
     return f"Put back the {path.name} that was written with the weights, or make the model again"
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model directory under their plain names."""
     state: dict[str, Tensor] = {}
     for name in _weight_files(folder):

@@ -20,7 +20,7 @@ from cratelm.checksums import verify, write_checksums
 from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
-from cratelm.model.weight_files import put_back, read_fields, read_weights
+from cratelm.model.weight_files import put_back, read_fields, read_state
 from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version
 
 END_OF_TEXT = "<|endoftext|>"
@@ -79,7 +79,7 @@ def load_model(folder: Path) -> LanguageModel:
     """Read a model directory; weights stay in float32 on the CPU, in evaluation mode."""
     path = folder / "config.json"
     verify(path)
-    fields, state = read_fields(path), read_weights(folder)
+    fields, state = read_fields(path), read_state(folder)
     try:
         config, state = _fit(path, fields, state)
     except (KeyError, TypeError, ZeroDivisionError) as error:

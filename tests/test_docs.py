@@ -177,8 +177,14 @@ def test_the_python_page_names_the_whole_public_surface() -> None:
 def test_everything_that_an_example_imports_from_the_package_exists(page: Path) -> None:
     for block in blocks(page, "python"):
         for module, names in re.findall(r"^from (cratelm[\w.]*) import ([\w, ]+)$", block, re.MULTILINE):
+            try:
+                imported = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith("cratelm"):
+                    raise
+                pytest.skip(f"{error.name} is not installed (make test-all installs it)")
             for name in names.split(", "):
-                assert hasattr(importlib.import_module(module), name), f"{page.name}: {module} has no {name}"
+                assert hasattr(imported, name), f"{page.name}: {module} has no {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

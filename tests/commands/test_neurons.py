@@ -119,7 +119,8 @@ def test_a_missing_file_next_to_whole_ones_is_a_line(run: Path, show: Show, caps
     layer.symlink_to(run / "nowhere")
     capsys.readouterr()
     assert main(["neurons", str(run), "--layer", "0"]) == 2
-    assert "has no records of layer 0. Use --layer with one of: 1" in capsys.readouterr().err
+    assert "error: --layer must be one with fixed records in" in (line := capsys.readouterr().err)
+    assert line.endswith("(1), got 0\n")
 
 
 def test_sorting_puts_neurons_without_a_value_last(run: Path) -> None:

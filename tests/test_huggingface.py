@@ -123,6 +123,7 @@ def test_a_gpt2_that_computes_something_else_is_refused_in_one_line(
     change: dict[str, Any], message: str, tmp_path: Path, seed: int
 ) -> None:
     save_model(make_model("gpt2", seed), tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "checksums.json").unlink()
     path = tmp_path / "gpt2" / "config.json"
     fields = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
@@ -136,6 +137,7 @@ def test_an_untied_head_and_a_damaged_file_are_refused(tmp_path: Path, seed: int
 
     for arch in ("crate", "gpt2"):
         save_model(make_model(arch, seed), tmp_path / arch)
+        (tmp_path / arch / "checksums.json").unlink()
         path = tmp_path / arch / "model.safetensors"
         state = load_file(path)
         save_file(state | {"lm_head.weight": torch.zeros(384, 32)}, path)

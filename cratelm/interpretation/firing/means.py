@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float32, Float64
 from cratelm.interpretation.firing.measures import KINDS, MEASURES, STATED, Counts, LayerFiring, measured
 from cratelm.interpretation.scoring.statistics import generator, interval, sets_each, shown_layers
 
-EXCERPT_RESAMPLES = 64
+FIRING_RESAMPLES = 64
 """Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
 RESAMPLES = 500
 """Bootstrap draws of the neurons."""
@@ -122,7 +122,7 @@ def _resampled(counts: Counts, rng: np.random.Generator, resamples: int) -> Floa
 
     Only this threshold: no table shows an interval at another one, and all ten would take ten times as long.
     """
-    sets = sets_each(len(counts.base), resamples, EXCERPT_RESAMPLES)
+    sets = sets_each(len(counts.base), resamples, FIRING_RESAMPLES)
     table = np.concatenate(list(_resampled_excerpts(counts, rng, sets)))
     neurons = len(table)
     flat = table.reshape(neurons * sets, len(ALL))

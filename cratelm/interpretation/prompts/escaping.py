@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from cratelm.activations.records import Mode
 from cratelm.data.tokenizer import token_bytes
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _NAMED = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
 _LETTERS = {written: letter for letter, written in _NAMED.items()}
 _ESCAPE = re.compile(r"\\(?:[tnr]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
@@ -87,7 +87,7 @@ def characters(pieces: Sequence[bytes]) -> list[Character]:
         if lone and after_lone:
             shown[-1] = shown[-1]._replace(last=last)
         else:
-            shown.append(Character(BROKEN if lone else letter, first, last))
+            shown.append(Character(REPLACEMENT_CHARACTER if lone else letter, first, last))
         at, after_lone = at + size, lone
     text = "".join(character.text for character in shown)
     bars = {place for marker in _MARKER.finditer(text) for place in (marker.start() + 1, marker.end() - 2)}
@@ -97,7 +97,7 @@ def characters(pieces: Sequence[bytes]) -> list[Character]:
 def text_of(pieces: Sequence[bytes]) -> str:
     """The text of consecutive tokens, line breaks included, without parts of characters at both ends."""
     whole = b"".join(pieces).decode(errors="surrogateescape")
-    return without_markers(_LONE.sub(BROKEN, whole.strip(_SURROGATES)))
+    return without_markers(_LONE.sub(REPLACEMENT_CHARACTER, whole.strip(_SURROGATES)))
 
 
 def running_text(tokens: Sequence[str]) -> str:

@@ -221,13 +221,13 @@ async def _ask(
     return text, _read(text, kind, count)
 
 
-WORDS = Path(__file__).parent.parent / "prompts" / "scorers.json"
+SCORER_PROMPTS = Path(__file__).parent.parent / "prompts" / "scorers.json"
 
 
 @cache
 def words() -> dict[str, Any]:
     """Texts of the prompts."""
-    return read_json(WORDS, made_by="pip install --force-reinstall cratelm")
+    return read_json(SCORER_PROMPTS, made_by="pip install --force-reinstall cratelm")
 
 
 def _chat(kind: str, signs: tuple[str, str], texts: Sequence[str], explanation: str = "") -> tuple[Message, ...]:

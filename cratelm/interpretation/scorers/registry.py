@@ -19,7 +19,7 @@ import numpy as np
 from cratelm.activations.records import NeuronRecord
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
-from cratelm.interpretation.scorers.classification import WORDS, Questions, detection, fuzzing, intruder
+from cratelm.interpretation.scorers.classification import SCORER_PROMPTS, Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
 from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
@@ -49,7 +49,7 @@ class Scorer:
     """Whether it tests an explanation; otherwise it tests the neuron itself, and gets an empty explanation."""
     number: str
     """The number in `Judged.numbers` that stands for the result."""
-    prompts: Path = WORDS
+    prompts: Path = SCORER_PROMPTS
     """File with its prompts; results depend on its hash."""
 
     def __post_init__(self) -> None:

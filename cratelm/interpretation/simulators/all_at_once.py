@@ -14,7 +14,7 @@ import numpy as np
 from cratelm.activations.records import Mode
 from cratelm.interpretation.llm import LLM, Prompt
 from cratelm.interpretation.prompts import simulator as prompts
-from cratelm.interpretation.prompts.escaping import BROKEN
+from cratelm.interpretation.prompts.escaping import REPLACEMENT_CHARACTER
 from cratelm.interpretation.prompts.few_shot import FewShotNeuron
 from cratelm.interpretation.simulators.prompt_fitting import (
     examples_to_leave_out,
@@ -84,7 +84,7 @@ class AllAtOnce:
         ]
 
     def _is_read(self, token: str) -> bool:
-        return self.read_out.escaped or BROKEN not in token
+        return self.read_out.escaped or REPLACEMENT_CHARACTER not in token
 
     def _prefix(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
         top, escaped = self.read_out.top, self.read_out.escaped

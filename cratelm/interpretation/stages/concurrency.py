@@ -12,7 +12,7 @@ from typing import TypeVar
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLMError, Postponed
 
-T = TypeVar("T")
+ResultT = TypeVar("ResultT")
 QUOTED = 300
 """Characters of an answer that an error quotes; the table `failures` has all of it."""
 
@@ -36,7 +36,7 @@ class Tally:
 
 
 async def each(
-    neurons: Sequence[int], do: Callable[[int], Awaitable[T]], *, keep: Callable[[Mapping[int, T]], None],
+    neurons: Sequence[int], do: Callable[[int], Awaitable[ResultT]], *, keep: Callable[[Mapping[int, ResultT]], None],
     fail: Callable[[Mapping[int, str]], None], progress: Callable[[int], None] = lambda _: None, in_flight: int = 32,
     patience: Patience | None = None,
 ) -> Tally:  # fmt: skip
@@ -50,8 +50,8 @@ async def each(
     patience = patience or Patience()
     tally, remaining = Tally(), iter(neurons)
     streak, postponed = dict[int, str](), dict[int, str]()
-    pending: dict[asyncio.Task[T], int] = {}
-    results, failures = dict[int, T](), dict[int, str]()
+    pending: dict[asyncio.Task[ResultT], int] = {}
+    results, failures = dict[int, ResultT](), dict[int, str]()
     ended: CrateError | None = None
     lost = False
     try:
@@ -92,13 +92,13 @@ async def each(
 
 
 def _sorted(
-    tasks: Mapping["asyncio.Future[T]", int], postponed: dict[int, str]
-) -> tuple[dict[int, T], dict[int, str], CrateError | None]:
+    tasks: Mapping["asyncio.Future[ResultT]", int], postponed: dict[int, str]
+) -> tuple[dict[int, ResultT], dict[int, str], CrateError | None]:
     """Results and failures of finished tasks by neuron, and the error that ends the work, if there is one.
 
     Failures that are `Postponed` are added to `postponed` too.
     """
-    results: dict[int, T] = {}
+    results: dict[int, ResultT] = {}
     failures: dict[int, str] = {}
     ended: CrateError | None = None
     errors = [task.exception() for task in tasks]  # all are retrieved before one is raised
@@ -120,7 +120,7 @@ def _without(failures: Mapping[int, str], postponed: Mapping[int, str]) -> dict[
     return {neuron: text for neuron, text in failures.items() if neuron not in postponed}
 
 
-async def _written(write: Callable[[Mapping[int, T]], None], rows: Mapping[int, T]) -> None:
+async def _written(write: Callable[[Mapping[int, ResultT]], None], rows: Mapping[int, ResultT]) -> None:
     """Write in a thread; a cancellation does not interrupt the writing."""
     if rows:
         await asyncio.shield(asyncio.to_thread(write, rows))

@@ -98,7 +98,7 @@ class GrowingSet:
         rows: dict[int, Row] = {}
         for store in self._stores():
             with store.transaction() as connection:
-                rows |= read_rows(connection, set_id(connection, self.key), self.stage)
+                rows |= read_set(connection, set_id(connection, self.key), self.stage)
         return {neuron: rows[neuron] for neuron in sorted(rows)}
 
     def failures(self) -> dict[int, str]:
@@ -192,7 +192,7 @@ def mark_whole(connection: sqlite3.Connection, number: int, stage: Stage, record
     connection.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)", [number, stage, records, made_by()])
 
 
-def read_rows(connection: sqlite3.Connection, number: int | None, stage: Stage) -> dict[int, Row]:
+def read_set(connection: sqlite3.Connection, number: int | None, stage: Stage) -> dict[int, Row]:
     """The rows of a set, by neuron."""
     if stage == "explain":
         return dict(connection.execute("SELECT neuron, text FROM explanations WHERE set_id = ?", [number]).fetchall())

@@ -24,7 +24,7 @@ from cratelm.interpretation.store.growing_sets import (
     drop_rows,
     mark_whole,
     read_failures,
-    read_rows,
+    read_set,
     remove_rows,
 )
 from cratelm.interpretation.store.schema import KEY_COLUMNS, SetKey, Stage, packed, unpacked
@@ -147,7 +147,7 @@ def _join(
 ) -> dict[str, int]:
     """Add the rows and failures of a part that the run's own store lacks. A row replaces a failure."""
     number, their_number = add_set(ours, key), set_id(theirs, key)
-    old, new = read_rows(ours, number, stage), read_rows(theirs, their_number, stage)
+    old, new = read_set(ours, number, stage), read_set(theirs, their_number, stage)
     differing = [neuron for neuron in old.keys() & new.keys() if not _equal(old[neuron], new[neuron])]
     if differing:
         named = "; ".join(
@@ -222,7 +222,7 @@ def _finish(ours: sqlite3.Connection, run: Path, key: SetKey, stage: Stage) -> i
             ours.execute(
                 "UPDATE begun SET neurons = ? WHERE set_id = ? AND stage = ?", [packed(neurons, "<i4"), number, stage]
             )
-    done = read_rows(ours, number, stage).keys() | read_failures(ours, number, stage).keys()
+    done = read_set(ours, number, stage).keys() | read_failures(ours, number, stage).keys()
     missing = len(set(neurons.tolist()) - done)
     if not missing and records_of(ours, key, stage) is None:
         mark_whole(ours, number, stage, identity(run, key.mode))

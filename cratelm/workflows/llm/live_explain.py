@@ -16,7 +16,7 @@ from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Layer
-from cratelm.workflows.llm.opening import LLMs, basename, cached, is_url, measure, open_llms
+from cratelm.workflows.llm.opening import LLMs, basename, cached, calibrate_counts, is_url, open_llms
 from cratelm.workflows.options.language_model import Explaining, Spending
 
 PROTOCOL = "top-and-random"
@@ -47,7 +47,7 @@ class LiveExplainer:
                 self._llms = await self._open.enter_async_context(opening)
         assert self._llms.explainer is not None
         store = Store.create(layer.run)
-        await measure(self._llms.explainer, store, self.usage)
+        await calibrate_counts(self._llms.explainer, store, self.usage)
         llm = cached(self._llms.explainer, store, self.usage, self.spending)
         records, strings = await anyio.to_thread.run_sync(_read, layer)
         explainer = LLMExplainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)

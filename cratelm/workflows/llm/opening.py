@@ -74,7 +74,7 @@ async def noted_cost(llm: LLM, store: Store, usage: Usage) -> AsyncIterator[None
                 add_calls(store, [lost_row(llm.name, *cost)])
 
 
-async def measure(llm: LLM | None, store: Store, usage: Usage) -> None:
+async def calibrate_counts(llm: LLM | None, store: Store, usage: Usage) -> None:
     """Measure a server's tokens per byte, unless the tokenizer is known; stored, and not measured again.
 
     The number of few-shot examples that fit depends on it, so it must be the same whenever a set is resumed.

@@ -64,7 +64,7 @@ class Line:
 
 
 @dataclass(slots=True)
-class Plan:
+class CostPlan:
     """The plan of one run."""
 
     store: Store

@@ -26,8 +26,16 @@ from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
 from cratelm.workflows.llm.judges import Judges, find_judges
-from cratelm.workflows.llm.opening import LLMs, cached, choose_simulator, examine, explainer_name, measure, metered
-from cratelm.workflows.llm.plan import Plan, time_trial
+from cratelm.workflows.llm.opening import (
+    LLMs,
+    cached,
+    calibrate_counts,
+    choose_simulator,
+    examine,
+    explainer_name,
+    metered,
+)
+from cratelm.workflows.llm.plan import CostPlan, time_trial
 from cratelm.workflows.llm.request import InterpretRequest, records_for
 from cratelm.workflows.options.selection import chosen_layers, chosen_protocols
 
@@ -58,7 +66,7 @@ class RunWork:
         request, llms = self.request, self.llms
         self.spent_before  # noqa: B018 (read before the first call)
         for llm in (llms.explainer, llms.simulator, llms.judge):
-            await measure(llm, self.store, self.usage)
+            await calibrate_counts(llm, self.store, self.usage)
         if request.by_lookup and "simulate" in request.stages:
             self.simulator = LookupSimulator()
         elif llms.simulator is not None and request.simulating is not None:
@@ -92,7 +100,7 @@ class RunWork:
 
     async def _print_estimate(self) -> None:
         """Print calls, tokens and price of what is missing. Raises `CrateError` in a dry run if no prompt fits."""
-        plan, request = Plan(store=self.store, spending=self.request.spending), self.request
+        plan, request = CostPlan(store=self.store, spending=self.request.spending), self.request
         if isinstance(self.explainer, LLMExplainer):
             await plan.explain(self.tasks(self.explained_keys), self.explainer)
         if isinstance(self.simulator, LLMSimulator):

@@ -28,9 +28,7 @@ _OPEN = (
 )
 _CLOSE = rf"{_UNQUOTED}(?:</(?:\w+:)?{_NAME}\s*>|<\|(?:/|end_of_|end_){_NAME}\|>|◁/{_NAME}▷|\[/{_NAME}\]|<unused95>)"
 _FLAGS = re.DOTALL | re.IGNORECASE
-_PAIR = re.compile(rf"{_OPEN}(?:(?!{_OPEN}).)*?{_CLOSE}", _FLAGS)
-_UP_TO_CLOSE = re.compile(rf".*{_CLOSE}", _FLAGS)
-_FROM_OPEN = re.compile(rf"^[ \t]*{_OPEN}.*", _FLAGS | re.MULTILINE)
+_TAG = re.compile(rf"{_OPEN}|(?P<close>{_CLOSE})", _FLAGS)
 _CHANNEL = re.compile(r"<\|channel\|>", re.I)
 _FINAL = re.compile(
     r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?:<\|(?:return|end|start|call)\|>|$)",
@@ -47,10 +45,16 @@ def without_reasoning(text: str) -> str:
     if _CHANNEL.search(text):
         return (_FINAL.findall(text) or [""])[-1].strip()
     text = _BARE_CHANNEL.sub("", text)
-    before = None
-    while before != text:  # innermost pairs first
-        before, text = text, _PAIR.sub("", text)
-    return _FROM_OPEN.sub("", _UP_TO_CLOSE.sub("", text)).strip()
+    kept, start, inside = list[str](), 0, False
+    for tag in _TAG.finditer(text):
+        if tag["close"]:
+            if not inside:  # all before a closing tag without an opening one is reasoning
+                kept.clear()
+            start, inside = tag.end(), False
+        elif not inside:
+            kept.append(text[start : tag.start()])
+            inside = True
+    return "".join([*kept, *([] if inside else [text[start:]])]).strip()
 
 
 def larger_limit(llm: LLM, messages: Sequence[Message], sampling: Sampling) -> int:

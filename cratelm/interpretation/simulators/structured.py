@@ -102,7 +102,7 @@ def structured_activations(answer: str, tokens: Sequence[str]) -> Activations:
 
 def _objects(answer: str) -> tuple[list[dict[str, Any]], str]:
     """The JSON objects in an answer, with words or fences around them, and why the first one cannot be read."""
-    decoder, objects, reason = json.JSONDecoder(strict=False), list[dict[str, Any]](), "Expecting value"
+    decoder, objects, reason = json.JSONDecoder(strict=False), list[dict[str, Any]](), ""
     start = answer.find("{")
     for _ in range(MOST_OBJECTS):
         if start < 0:
@@ -111,10 +111,10 @@ def _objects(answer: str) -> tuple[list[dict[str, Any]], str]:
             value, end = decoder.raw_decode(answer, start)  # not strict: allows a raw line break in a string
             objects.append(value)
         except (ValueError, RecursionError) as error:
-            reason, end = getattr(error, "msg", str(error)) if reason == "Expecting value" else reason, start + 1
+            reason, end = reason or getattr(error, "msg", str(error)), start + 1
         start = answer.find("{", end)
     whole = [value for value in objects if "activations" in value]
-    return (whole or ([] if reason != "Expecting value" else objects)), reason
+    return whole or ([] if reason else objects), reason or "Expecting value"
 
 
 def _is_token(text: Any, token: str) -> bool:

@@ -185,4 +185,4 @@ def _print_usage(request: InterpretRequest, runs: Sequence[Path], usage: Usage) 
 
 def failure_kind(message: str) -> str:
     """The kind of a failure: the beginning of its message, without the answer."""
-    return message.split(":", 1)[0].split('"', 1)[0].strip()[:60]
+    return message.split(":", 1)[0].split('"', 1)[0].strip()[:58]

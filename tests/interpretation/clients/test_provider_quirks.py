@@ -102,7 +102,11 @@ def test_an_answer_cut_within_its_reasoning_is_requested_once_with_a_larger_limi
     with pytest.raises(
         LLMError, match="only reasoning and no answer, cut by the limit of 4102 tokens.*--max-answer-tok"
     ):
-        served(lambda *_: chat(content, finish="length", **{field: "Hm."}), lambda llm: say(llm, max_tokens=6), store)
+        served(
+            lambda *_: chat(content, finish="length", **dict[str, Any]({field: "Hm."})),
+            lambda llm: say(llm, max_tokens=6),
+            store,
+        )
     assert len(BODIES) == 2
 
 

@@ -13,7 +13,8 @@ from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.transport import Retry
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import LLM, Declined, LLMError, Message, Sampling
-from cratelm.interpretation.store.answer_cache import spent
+from cratelm.interpretation.stages.concurrency import each
+from cratelm.interpretation.store.answer_cache import Cached, chat_hash, is_cached, spent
 from cratelm.interpretation.store.database import Store
 from cratelm.workflows.llm.opening import LLMs, cached, metered
 from cratelm.workflows.llm.run import failure_kind
@@ -134,3 +135,60 @@ def _body(answer: Answer) -> Body:
     import json
 
     return json.loads(answer.content)
+
+
+def test_every_paid_answer_is_stored_when_a_budget_ends_the_work(tmp_path: Path, rng: np.random.Generator) -> None:
+    """50 runs with random delays: neurons with several calls each, of which the first that is refused ends the work."""
+    paid: list[str] = []
+
+    def answer(_path: str, body: Body) -> Answer:
+        paid.append(body["messages"][0]["content"])
+        wait = float(delays[len(paid) % len(delays)])
+        return Answer(completion("fine", prompt_tokens=20, new_tokens=5), wait=wait)
+
+    async def one_run(url: str, store: Store) -> None:
+        usage = Usage()
+        endpoint = Endpoint(url, "small", usage=usage, in_flight=4, counter=len)
+        llm = cached(endpoint, store, usage, Spending(budget_tokens=budget, in_flight=4))
+        assert isinstance(llm, Cached)
+
+        async def ask_four(neuron: int) -> str:
+            turns = [[Message("user", f"{neuron} {number}")] for number in range(4)]
+            await asyncio.gather(*(llm.chat(turn, Sampling(max_tokens=10)) for turn in turns))
+            return "done"
+
+        try:
+            await each(range(9), ask_four, keep=lambda _: None, fail=lambda _: None, in_flight=3)
+        finally:
+            await llm.settle()
+            await endpoint.close()
+
+    with Server(answer) as server:
+        for number in range(50):
+            paid.clear()
+            delays, budget = rng.uniform(0, 0.01, size=7), int(rng.integers(100, 500))
+            store = Store.create(tmp_path / str(number))
+            with pytest.raises(CrateError, match="the budget is spent"):
+                asyncio.run(one_run(server.url, store))
+            hashes = {text: chat_hash("small", [Message("user", text)], Sampling(max_tokens=10)) for text in paid}
+            assert all(is_cached(store, key) for key in hashes.values())
+            assert sum(spent(store)) == 25 * len(paid) <= budget
+
+
+def test_calls_that_wait_when_the_work_ends_are_not_made(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+
+    async def stopped(url: str) -> None:
+        endpoint = Endpoint(url, "small", in_flight=2, counter=len)
+        llm = cached(endpoint, store, Usage(), Spending(in_flight=2))
+        assert isinstance(llm, Cached)
+        calls = [asyncio.ensure_future(llm.chat([Message("user", str(n))], Sampling(max_tokens=5))) for n in range(20)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        await llm.settle()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await endpoint.close()
+
+    with Server(lambda *_: Answer(completion("fine", prompt_tokens=20, new_tokens=5), wait=0.05)) as server:
+        asyncio.run(stopped(server.url))
+        assert len(server.asked) <= 4
+        assert sum(spent(store)) == 25 * len(server.asked)

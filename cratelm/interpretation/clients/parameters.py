@@ -119,7 +119,7 @@ def chat_body(model: str, turns: list[dict[str, str]], sampling: Sampling, witho
     body |= {"top_p": sampling.top_p} if sampling.top_p != 1 else {}
     body |= {"seed": sampling.seed} if sampling.seed else {}
     if sampling.schema is not None:
-        schema = dict(sampling.schema) if "prefixItems" not in without else _unpinned(sampling.schema)
+        schema = dict(sampling.schema) if "prefixItems" not in without else unpinned(sampling.schema)
         answer = {"name": "answer", "strict": True, "schema": schema}
         body["response_format"] = {"type": "json_schema", "json_schema": answer}
     return {key: value for key, value in body.items() if key == "max_tokens" or _label(key, value) not in without}
@@ -138,13 +138,13 @@ def _label(name: str, value: Any) -> str:
     return f"{name} {value:g}" if name == "temperature" and isinstance(value, int | float) else name
 
 
-def _unpinned(schema: Any) -> Any:
-    """A schema without `prefixItems` and `const`: all items of a list have the form of the first."""
+def unpinned(schema: Any) -> Any:
+    """A schema without `prefixItems` and `const`: all items of a list have the form of the first item."""
     if not isinstance(schema, Mapping):
         return schema
-    plain = {name: _unpinned(value) for name, value in schema.items() if name not in ("prefixItems", "items")}
+    plain = {name: unpinned(value) for name, value in schema.items() if name not in ("prefixItems", "items")}
     if "const" in plain:
         return {"type": "string"}
     if "prefixItems" in schema or "items" in schema:
-        plain["items"] = _unpinned(schema["prefixItems"][0] if "prefixItems" in schema else schema["items"])
+        plain["items"] = unpinned(schema["prefixItems"][0] if "prefixItems" in schema else schema["items"])
     return plain

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.clients.parameters import unpinned
 from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.reasoning import is_cut, larger_limit, spoken
@@ -223,8 +224,12 @@ def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:
 
 
 def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:
-    """Key under which the answer to a chat is cached."""
-    return _hash(["chat", identity, {"turns": [asdict(message) for message in messages], **asdict(sampling)}])
+    """Key under which the answer to a chat is cached.
+
+    The constants in a schema are not part of the key: the prompt lists them, and earlier versions sent none.
+    """
+    asked = {**asdict(sampling), "schema": unpinned(sampling.schema)}
+    return _hash(["chat", identity, {"turns": [asdict(message) for message in messages], **asked}])
 
 
 def prompt_logprobs_hash(identity: str, prompt: Prompt, top: int) -> str:

@@ -1,11 +1,13 @@
 """The cache of answers: asked once whatever happens, the same answer ever after, on disk before anybody has it."""
 
 import asyncio
+import hashlib
+import json
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
 from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.prompts.simulator import structured_schema
 from cratelm.interpretation.store import answer_cache as calls
 from cratelm.interpretation.store.answer_cache import Cached, spent
 from cratelm.interpretation.store.database import Store
@@ -107,6 +110,22 @@ def test_whatever_differs_is_asked_again(store: Store) -> None:
     for asked, top in ((prompt, 15), (prompt, 5), (replace(prompt, prefix="b"), 15), (replace(prompt, at=(1,)), 15)):
         asyncio.run(Cached(llm, store).prompt_logprobs([asked], top=top))
     assert llm.asked["boat"] == 4
+
+
+def test_an_answer_cached_under_the_schema_of_earlier_versions_is_a_cache_hit() -> None:
+    row = {
+        "type": "object", "required": ["token", "activation"], "additionalProperties": False,
+        "properties": {"token": {"type": "string"}, "activation": {"type": "integer", "minimum": 0, "maximum": 10}},
+    }  # fmt: skip
+    rows = {"type": "array", "items": row, "minItems": 2, "maxItems": 2}
+    earlier = {
+        "type": "object", "required": ["activations"], "additionalProperties": False,
+        "properties": {"activations": rows},
+    }  # fmt: skip
+    asked = ["chat", "counted 1", {"turns": [], **asdict(replace(SHORT, schema=earlier))}]
+    key = calls.chat_hash("counted 1", [], replace(SHORT, schema=structured_schema(["a", "b"])))
+    assert key == hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:40]
+    assert key != calls.chat_hash("counted 1", [], replace(SHORT, schema=structured_schema(["a", "b", "c"])))
 
 
 def test_what_many_ask_at_once_is_asked_once(store: Store, rng: np.random.Generator) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -341,3 +342,9 @@ def test_calibration_has_separate_excerpts_that_the_plan_counts(
     scores = Store.open(run).scores(key)
     assert scores.correlation[0] > 0.95
     assert scores.r_squared[0] > 0.9, "the activations are not in the neuron's own units"
+
+
+def test_a_budget_of_one_token_pays_for_the_probe_alone(run: Path, server: RuleServer, capsys: Any) -> None:
+    assert main(["interpret", str(run), "--llm", server.url, *TAR, "--budget-tokens", "1"]) == 2
+    assert re.search("probe of rules: 1 call.*the budget is spent", capsys.readouterr().err, re.DOTALL)
+    assert len(server.asked) == 1

@@ -112,6 +112,29 @@ def test_the_keyboard_chooses_and_opens_a_neuron_of_the_list(visit: Visit) -> No
     page.wait_for_url(f"**/neuron/{order[0]}")
 
 
+def test_a_row_shows_five_tokens_of_an_explanation_and_the_number_of_the_others(visit: Visit) -> None:
+    page = visit.open("#/crate-2l/layer/1")
+    tokens = [f" identifier{i}" for i in range(8)]
+    text = (
+        "fires on " + ", ".join(f'"{token}" (1)' for token in tokens) + "; up to 0.5 on 59 more tokens; on nothing else"
+    )
+    page.evaluate(
+        """text => {
+            cratelm.data.texts = async () => ({ tokens: [], texts: [{ text, sets: [] }] });
+            document.querySelector(".neurons thead button").click();
+        }""",
+        text,
+    )
+    cell = page.locator(".neurons tbody td.text", has_text="identifier0").first
+    assert cell.locator(".chip").all_inner_texts() == [f"␣{token.strip()}" for token in tokens[:5]]
+    more = cell.locator("small")
+    assert more.inner_text() == "+62"
+    line = more.evaluate("element => parseFloat(getComputedStyle(element).fontSize)")
+    box = more.bounding_box()
+    assert box is not None
+    assert box["height"] < 2 * line
+
+
 @pytest.mark.parametrize("width", [360, 390])
 def test_a_phone_shows_explanations_and_every_sort(
     browser: "Browser", site: Path, runs: list[Path], width: int

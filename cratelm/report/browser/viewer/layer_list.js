@@ -86,7 +86,7 @@
       cratelm.data.texts(layer.place, index, layer.textsEach).then(({ tokens, texts }) => {
         tokensCell.append(...tokens.map((token) => chip(token)));
         const shown = texts.find(({ sets }) => sets.includes(set?.explained)) ?? texts[0];
-        if (shown) textCell.append(explanation(shown.text, { brief: true }));
+        if (shown) textCell.append(explanation(shown.text, { brief: true, most: 5 }));
       }, () => textCell.append("could not be read"));
       return h("tr", { "aria-rowindex": place + 2, class: place === active ? "active" : null, data: { place } }, numbers.map((column) => cell(column, index)), tokensCell, textCell);
     }

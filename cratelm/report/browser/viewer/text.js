@@ -111,15 +111,15 @@
     return tokens.length ? { tokens, more: Number(more), below: Number(below) } : null;
   }
 
-  /** An explanation: text, or for the lookup explainer its tokens with a bar for each strength. */
-  function explanation(text, { write = (strength) => digits(strength, 2), brief = false } = {}) {
+  /** An explanation: text, or for the lookup explainer its tokens (at most `most`) with a bar for each strength. */
+  function explanation(text, { write = (strength) => digits(strength, 2), brief = false, most = Infinity } = {}) {
     const table = lookupTable(text);
     if (!table) return h("span", { class: "explanation" }, visible(text));
-    const largest = table.tokens[0].strength;
+    const largest = table.tokens[0].strength, shown = table.tokens.slice(0, most), more = table.more + table.tokens.length - shown.length;
     return h("span", { class: "explanation lookup", "aria-label": `Fires on ${table.tokens.map(({ token, strength }) => `${token} ${write(strength)}`).join(", ")}` },
-      table.tokens.map(({ token, strength }) => h("span", { class: "strength", title: `mean activation ${write(strength)}` },
+      shown.map(({ token, strength }) => h("span", { class: "strength", title: `mean activation ${write(strength)}` },
         chip(token), !brief && meter(strength / largest), !brief && h("small", {}, write(strength)))),
-      table.more > 0 && h("small", {}, brief ? `+${table.more}` : `at most ${write(table.below)} on ${count(table.more)} other token${table.more > 1 ? "s" : ""}`));
+      more > 0 && h("small", {}, brief ? `+${more}` : `at most ${write(table.below)} on ${count(more)} other token${more > 1 ? "s" : ""}`));
   }
 
   /** Whether two explanations say nearly the same: most tokens of two lookup tables, or nearly all words of two texts. */

@@ -152,11 +152,11 @@ def read_json(path: Path, *, made_by: str) -> dict[str, Any]:
     return value
 
 
-def check_format_version(path: Path, found: int | str) -> None:
-    """Refuse a file written by a newer cratelm."""
-    if int(found) > FORMAT_VERSION:
+def check_format_version(path: Path, version: int | str) -> None:
+    """Raise CrateError for a file that a newer cratelm wrote."""
+    if int(version) > FORMAT_VERSION:
         raise CrateError(
-            f"{path} has format version {found}, this cratelm reads up to {FORMAT_VERSION}. "
+            f"{path} has format version {version}, this cratelm reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U cratelm"
         )
 
@@ -270,9 +270,11 @@ def _commit() -> str | None:
     return commit.stdout.strip()
 
 
-def differing_fields(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def differing_fields(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """Name the fields in which two configurations differ: `seed 1 -> 2, lr 0.1 -> 0.2`; empty if they agree."""
-    keys = sorted(found.keys() | asked.keys())
+    keys = sorted(recorded.keys() | requested.keys())
     return ", ".join(
-        f"{key} {found.get(key)!r} -> {asked.get(key)!r}" for key in keys if found.get(key) != asked.get(key)
+        f"{key} {recorded.get(key)!r} -> {requested.get(key)!r}"
+        for key in keys
+        if recorded.get(key) != requested.get(key)
     )

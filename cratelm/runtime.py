@@ -1,4 +1,4 @@
-"""What the machine offers: device, threads, seeds, and the progress bar every long stage shows."""
+"""Device selection, processes of torchrun, and the progress bar of long stages."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ class Team:
             dist.destroy_process_group()
 
     def wait(self) -> None:
-        """Wait until every process of the team is here."""
+        """Wait until every process of the team has called this."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -83,8 +83,8 @@ def select_device(name: DeviceName) -> "torch.device":
     if name == "auto":
         name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available[name]:
-        found = ", ".join(device for device, there in available.items() if there)
-        raise CrateError(f"device {name} is not available here (found: {found}). Run with --device auto")
+        usable = ", ".join(device for device, is_usable in available.items() if is_usable)
+        raise CrateError(f"device {name} is not available (found: {usable}). Run with --device auto")
     return torch.device(name)
 
 

@@ -31,7 +31,7 @@ def test_auto_takes_the_fastest_device_there_is(
 def test_a_device_that_is_not_there_is_refused(name: DeviceName, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(CrateError, match=rf"device {name} is not available here \(found: cpu\)"):
+    with pytest.raises(CrateError, match=rf"device {name} is not available \(found: cpu\)"):
         select_device(name)
 
 

@@ -1,4 +1,4 @@
-"""The windows of a batch of rows, numbered so that windows sampled before the pass can be looked up."""
+"""The windows of a batch of rows, numbered so that windows drawn before the pass can be looked up."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ COFIRING_TOKENS = 8192
 
 
 class Layout:
-    """The windows of a whole plan: the number per row, and a running number within each half."""
+    """The windows of a whole plan: their number per row, and a running number within each half."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, split = plan, plan.row_split()
@@ -37,7 +37,7 @@ class Layout:
         return row, token - bounds[row], token // self.stride
 
     def total(self, width: int, which: int) -> int:
-        """Windows of one width in one half."""
+        """Number of windows of one width in one half."""
         return int(self.numbers[width, which][-1])
 
 

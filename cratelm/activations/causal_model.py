@@ -1,7 +1,7 @@
-"""One face for every causal language model: ours and the ones of Hugging Face's `transformers`.
+"""One interface to every causal language model: ours, and those of Hugging Face's `transformers`.
 
-`causal_model(module)` chooses between the two implementations. Everything outside `model/` that needs logits, losses,
-a context length or a cost asks this adapter, and never asks which kind of model it has.
+`causal_model(module)` chooses the implementation. Code outside `model/` gets logits, losses, the context length and the
+cost from this adapter, so it need not know which kind of model it has.
 """
 
 import contextlib
@@ -32,16 +32,15 @@ from cratelm.model.language_model import LanguageModel
 from cratelm.model.loss import rows_at_once
 
 USUAL_CONTEXT = 1024
-"""Longest row of a Hugging Face model by default: the paper's context. The model's own may be 131072 tokens."""
-
+"""Default tokens per row of a Hugging Face model: the paper's context. The model may accept 131072 tokens."""
 
 LossesFrom = Callable[[int, Float[Tensor, "batch seq d_model"], Int[Tensor, "batch seq"]], Tensor]
-"""Layer, the stream that its block reads, targets -> cross-entropy of every target, in nats."""
+"""(layer, the stream that its block reads, targets) -> cross-entropy of every target, in nats."""
 
 
 @runtime_checkable
 class TextReader(Protocol):
-    """Gives the logits after a text that grows, reading only the new tokens."""
+    """Computes the logits after a growing text, reading only the new tokens."""
 
     def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch vocab"]: ...
 
@@ -50,14 +49,13 @@ class CausalModel(ABC):
     """A causal language model: token ids to logits, whatever library its module comes from."""
 
     has_known_parts: bool
-    """Whether its blocks, norms and embedding have the names of `cratelm.model`; otherwise structure is searched."""
+    """Whether its blocks, norms and embedding have the names of `cratelm.model`; if not, they are searched for."""
 
     def __init__(self, module: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         self.module, self.tokenizer = module, tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
         return next(self.module.parameters()).device
 
     @property
@@ -77,7 +75,6 @@ class CausalModel(ABC):
 
     @property
     def num_layers(self) -> int:
-        """Number of blocks."""
         return num_layers(self.module)
 
     @property
@@ -102,12 +99,12 @@ class CausalModel(ABC):
         """Decoder directions of the neurons at these places; None if one of them has none."""
         return decoders(self.module, places)
 
-    def row_length(self, asked: int | None = None) -> int:
-        """Tokens per row: `asked` if given, otherwise `usual_context`. Raises CrateError beyond the context."""
+    def row_length(self, requested: int | None = None) -> int:
+        """Tokens per row: `requested` if given, otherwise `usual_context`. Raises CrateError beyond the context."""
         limit = self.context_length or 1 << 30
-        if asked is not None and not 1 <= asked <= limit:
-            raise CrateError(f"--context must be 1 to {limit} tokens (the model's context), got {asked}")
-        return asked or self.usual_context
+        if requested is not None and not 1 <= requested <= limit:
+            raise CrateError(f"--context must be 1 to {limit} tokens (the model's context), got {requested}")
+        return requested or self.usual_context
 
     def check_length(self, length: int) -> None:
         """Raise CrateError for an empty text and for one longer than the context."""
@@ -127,7 +124,7 @@ class CausalModel(ABC):
             return None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, beginning as prompts of this model begin. Raises CrateError for an empty prompt."""
+        """Token ids of a prompt, with a start token if the tokenizer adds it. Raises CrateError for an empty prompt."""
         assert self.tokenizer is not None, "a text needs the model's tokenizer"
         tokens = self.tokenizer.encode(text).ids
         if not tokens:
@@ -156,7 +153,7 @@ class CausalModel(ABC):
 
     @property
     def losses_from(self) -> "LossesFrom | None":
-        """Token losses when the blocks from a given layer on read a given stream; None if they cannot run alone."""
+        """Token losses of the blocks from a given layer on, run on a given stream; None if they cannot run alone."""
         return None
 
     @abstractmethod
@@ -170,7 +167,7 @@ class CausalModel(ABC):
     def reader(
         self, *, longest: int, mask: Bool[Tensor, "batch seq"] | None, slide: int, use_cache: bool
     ) -> TextReader:
-        """A reader of a text of at most `longest` tokens that grows; `model.generate.Reader` explains `slide`."""
+        """A reader of a growing text of at most `longest` tokens; `model.generate.Reader` explains `slide`."""
 
     def read(self, tokens: Int[Tensor, "batch seq"], places: Collection[str]) -> None:
         """Run a forward pass through all places (for hooks there), without the head and the layers behind them."""
@@ -290,7 +287,7 @@ class HuggingFaceModel(CausalModel):
         }  # fmt: skip
 
     def _config(self, name: str) -> Any:
-        """A setting under the name that all of `transformers` shares."""
+        """A setting, by the name that all models of `transformers` share."""
         return getattr(self.module.config.get_text_config(), name, None)
 
     def _logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
@@ -307,8 +304,8 @@ class HuggingFaceModel(CausalModel):
         logits = self.logits(tokens)
         rows = rows_at_once(logits.shape[-1], logits.device)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        pieces = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
-        losses = [F.cross_entropy(piece.to(wide), target, reduction="none") for piece, target in pieces]
+        chunks = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        losses = [F.cross_entropy(chunk.to(wide), target, reduction="none") for chunk, target in chunks]
         return torch.cat(losses).view(targets.shape)
 
     def streams_around(self, last: int) -> None:  # noqa: ARG002
@@ -326,7 +323,7 @@ class HuggingFaceModel(CausalModel):
 
 
 def causal_model(module: nn.Module, tokenizer: Tokenizer | None = None) -> CausalModel:
-    """The adapter of a model; a `LanguageModel` inside a `CrateForCausalLM` is taken out of it."""
+    """The adapter of a model; of a `CrateForCausalLM`, the adapter of the `LanguageModel` inside."""
     inside = getattr(module, "model", None)
     if isinstance(inside, LanguageModel):
         module = inside

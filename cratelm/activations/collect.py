@@ -1,7 +1,7 @@
 """Collection in `fixed` mode: one streaming pass over a corpus, then the records of every layer on disk.
 
-Under torchrun each process reads its share of the batches; the first adds the results up, which gives the records that
-one process alone would have written.
+Under torchrun each process reads its share of the batches. The first process merges the results, so the records are the
+same as those of a single process.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def collect(
 ) -> None:
     """Collect the `fixed` records of all layers into a run directory, or resume where a killed call stopped.
 
-    Raises CrateError where a half has fewer documents than the top excerpts asked for, and where an activation is not
+    Raises CrateError if a half has fewer documents than a neuron's top excerpts need, or if an activation is not
     finite.
     """
     team = team or Team()
@@ -94,9 +94,9 @@ class _Reading:
         """Read every `team.size`-th batch, resuming where a killed process stopped."""
         size = self.config.batch_rows
         batches = range(self.team.rank, -(-len(self.plan.row_length) // size), self.team.size)
-        loaded = self._load(self.collector, self.team.rank)
-        done = loaded or 0
-        if loaded is None:
+        finished = self._load(self.collector, self.team.rank)
+        done = finished or 0
+        if finished is None:
             self.collector.start(self._codes(slice(0, min(size, len(self.plan.row_length)))))
         saved = time.monotonic()
         for index, batch in enumerate(batches):
@@ -119,8 +119,8 @@ class _Reading:
         for rank in range(1, self.team.size):
             if self.team.rank == 0:
                 other = Collector(self.config, self.plan, self.subject.layers, device=self.device)
-                loaded = self._load(other, rank)
-                assert loaded is not None, "each process saves before it waits"
+                finished = self._load(other, rank)
+                assert finished is not None, "each process saves before it waits"
                 self.collector.merge(other)
         return self.collector
 
@@ -135,7 +135,7 @@ class _Reading:
             save_file(state, temporary, metadata={"settings": self.fingerprint, "done": str(done)})
 
     def _load(self, collector: Collector, rank: int) -> int | None:
-        """Load a process's saved state; return its number of finished batches, None if it has no matching state."""
+        """Load a process's saved state and return its number of finished batches; None without a matching state."""
         path = self.partial(rank)
         if not path.exists():
             return None
@@ -155,12 +155,12 @@ def check_documents(plan: Plan, config: CollectConfig) -> None:
     needed = max(config.top_wide, config.top_narrow)
     readable = np.unique(plan.row_document)
     for index, split in enumerate(SPLITS):
-        found = int((plan.document_split[readable] == index).sum())
-        if found < needed:
+        count = int((plan.document_split[readable] == index).sum())
+        if count < needed:
             raise CrateError(
-                f"{found} documents fall to the half for {'explaining' if split == 'explain' else 'scoring'}, but a "
-                f"neuron's {needed} top excerpts come from as many documents. Collect over more documents: a larger "
-                "--held-out when tokenizing, or --split train"
+                f"the half for {'explaining' if split == 'explain' else 'scoring'} must have at least {needed} "
+                f"documents, one for each top excerpt of a neuron, got {count}. Collect from more documents: "
+                "a larger --held-out when tokenizing, or --split train"
             )
 
 

@@ -32,9 +32,9 @@ class _Proposal:
 
 
 class Collector:
-    """The running records of all layers: `update` once per forward pass, `flush` before anything is read.
+    """The running records of all layers: call `update` once per forward pass, and `flush` before reading them.
 
-    On a GPU the host learns how many excerpts a batch proposes only after it has launched the next batch, so that
+    On a GPU the host reads the number of proposed excerpts of a batch only after it has launched the next batch, so
     neither waits for the other.
     """
 
@@ -90,18 +90,18 @@ class Collector:
                 proposals.append(self._propose(layer, inside, maxima, width, windows))
                 for which in range(len(SPLITS)):
                     self._store_sample(layer, inside, width, windows, which)
-            self._note_bad(layer, proposals[-2], rows)
+            self._record_bad_rows(layer, proposals[-2], rows)
             token, number = batch.cofiring
             self.fires[layer][number] = inside[token[0], token[1]] > 0
         self._wait_for(proposals)
 
     def start(self, codes: Mapping[int, Float[Tensor, "rows length neurons"]]) -> None:
-        """Fix what all processes must agree upon, from the first rows of the plan."""
+        """Set the shift of the moments, which all processes share, from the first rows of the plan."""
         for layer, code in codes.items():
             self.moments[layer].start(code[0, self.plan.warmup :])
 
     def check(self) -> None:
-        """Refuse activations that are not finite, naming layer and document of the first."""
+        """Raise CrateError if an activation is not finite, with the layer and document of the first."""
         for layer, first in self.first_bad.items():
             row = int(first)
             if row < len(self.plan.row_length) or not bool(torch.isfinite(self.moments[layer].state["sums"]).all()):
@@ -111,7 +111,7 @@ class Collector:
                     "Check the model: its training may have diverged"
                 )
 
-    def _note_bad(self, layer: int, proposal: _Proposal, rows: slice) -> None:
+    def _record_bad_rows(self, layer: int, proposal: _Proposal, rows: slice) -> None:
         bad = ~torch.isfinite(proposal.strongest).all(dim=1) & ~proposal.windows.empty
         row = torch.arange(rows.start, rows.stop, device=self.device)
         first = torch.where(bad, row, len(self.plan.row_length)).amin()
@@ -149,7 +149,7 @@ class Collector:
         return _Proposal(layer, width, inside, windows, strongest, which, mask)
 
     def _wait_for(self, proposals: list[_Proposal]) -> None:
-        """Queue proposals behind the copy of their counts to the host, and settle those that have waited enough."""
+        """Queue proposals until their counts are on the host, and settle those older than `delay` batches."""
         counts = torch.stack([proposal.mask.sum() for proposal in proposals]).to("cpu", non_blocking=True)
         event = None
         if self.device.type == "cuda":
@@ -160,7 +160,7 @@ class Collector:
             self._settle(*self._waiting.popleft())
 
     def flush(self) -> None:
-        """Settle everything that waits."""
+        """Settle all queued proposals."""
         while self._waiting:
             self._settle(*self._waiting.popleft())
 
@@ -182,7 +182,7 @@ class Collector:
         )  # fmt: skip
 
     def _store_sample(self, layer: int, inside: Tensor, width: int, windows: Windows, which: int) -> None:
-        """Keep the windows that were drawn for some neuron."""
+        """Store the activations of the windows that were drawn for some neuron."""
         sample = self.samples[layer, width, which]
         slot, number = sample.wanted(windows.first_number[which], windows.count[which])
         if len(slot) == 0:
@@ -218,7 +218,7 @@ class Collector:
             sample.tables = {name: state[f"sample.{'.'.join(map(str, key))}.{name}"] for name in sample.tables}
 
     def merge(self, other: "Collector") -> None:
-        """Take in what another process collected from other rows of the same plan."""
+        """Merge the results of another process, which read other rows of the same plan."""
         other.flush()
         for layer, moments in self.moments.items():
             moments.merge(other.moments[layer])

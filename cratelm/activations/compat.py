@@ -84,7 +84,7 @@ def corpus_tokens(available: int, context: int, max_tokens: int | None) -> dict[
 
 
 def _checked(layer: int, activations: Tensor) -> Tensor:
-    """Codes that are finite and not negative, and have no negative zero, which would rank as a number below 0."""
+    """Check that codes are finite and not negative; a negative zero, which would rank below 0, becomes 0."""
     least, most = torch.aminmax(activations)
     if not bool(torch.isfinite(least + most)):
         raise CrateError(

@@ -26,7 +26,7 @@ def priorities(neuron: Int[Tensor, "*some"], position: Int[Tensor, "*some"], see
 
 
 def random_sequences(neurons: int, tokens: int, generator: np.random.Generator) -> Int[np.ndarray, "neurons draws"]:
-    """Distinct tokens in random order for each neuron; a repeated draw of a longer corpus is left out as -1."""
+    """Distinct tokens in random order for each neuron; -1 replaces a repeated draw from a long corpus."""
     if tokens <= 4 * DRAWS:
         return generator.random((neurons, tokens)).argsort(axis=1)[:, :DRAWS]
     drawn = generator.integers(0, tokens, (neurons, DRAWS))
@@ -39,15 +39,15 @@ def random_sequences(neurons: int, tokens: int, generator: np.random.Generator) 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Tokens that may be drawn from an interval; those of smallest priority are drawn."""
+    """Tokens that may be drawn from an interval; those with the smallest priorities are drawn."""
 
     neuron: Int[Tensor, " some"]
     position: Int[Tensor, " some"]
     priority: Float[Tensor, " some"]
     interval: Int[Tensor, " some"]
-    """`EDGE` where the token's value is one at which an interval ends."""
+    """`EDGE` if an interval ends at the token's value."""
     rare: Bool[Tensor, " some"]
-    """True for candidates of the rare intervals only, False for candidates of the other intervals only."""
+    """True for candidates of the rare intervals, False for candidates of the others."""
 
     def where(self, keep: Bool[Tensor, " some"]) -> "Candidates":
         """The candidates where `keep` is true."""

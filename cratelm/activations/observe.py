@@ -26,7 +26,7 @@ def observe(
     context: int | None = None,
     bf16: bool = False,
 ) -> Subject:
-    """A function from token ids to the activations at a tap (`places.find_places` lists taps) of some or all layers.
+    """A function from token ids to the activations at a tap (see `places.find_places`) of some or all layers.
 
     `sign="negative"` returns the activations times -1, under a separate tap name. A forward pass of a few tokens
     determines the number of features. Raises CrateError for a tap whose shape is not (batch, seq, features) and for a
@@ -41,9 +41,8 @@ def observe(
         with torch.inference_mode(), autocast, capture(causal.module, places.values()) as codes:
             causal.read(tokens, places.values())
         if missing := [place for place in places.values() if place not in codes]:
-            raise CrateError(f"{missing[0]} takes no part in the model's forward pass. Name another --tap")
-        found = {layer: _by_row(codes[place], tokens).float() for layer, place in places.items()}
-        return _signed(found, sign)
+            raise CrateError(f"{missing[0]} does not run in the model's forward pass. Give another --tap")
+        return _signed({layer: _by_row(codes[place], tokens).float() for layer, place in places.items()}, sign)
 
     length = causal.row_length(context)
     sizes = _probe(forward, tap, causal.vocabulary_rows, min(6, length), device)
@@ -67,8 +66,8 @@ def _signed(values: dict[int, Tensor], sign: Sign) -> dict[int, Tensor]:
 
 def _chosen(places: dict[int, str], layers: Sequence[int]) -> dict[int, str]:
     if unknown := sorted(set(layers) - places.keys()):
-        there = ", ".join(map(str, places))
-        raise CrateError(f"the model has no layer {unknown[0]} at this tap (there are {there}). Give another --layer")
+        available = ", ".join(map(str, places))
+        raise CrateError(f"--layer must be a layer with this tap ({available}), got {unknown[0]}")
     return {layer: place for layer, place in places.items() if not layers or layer in layers}
 
 
@@ -82,15 +81,15 @@ def _probe(
     """Number of features of each layer at a tap, from two rows that differ only in their last token."""
     tokens = (torch.arange(length, device=device) % vocabulary).repeat(2, 1)
     tokens[1, -1] = (tokens[1, -1] + 1) % vocabulary
-    found = forward(tokens)
-    for layer, code in found.items():
+    codes = forward(tokens)
+    for layer, code in codes.items():
         if code.ndim != 3 or code.shape[:2] != tokens.shape:
             raise CrateError(
-                f"the tap {tap} gives a shape of {tuple(code.shape)} in layer {layer} for {tuple(tokens.shape)} tokens,"
-                " needed is (batch, seq, features). Name another --tap"
+                f"the tap {tap} must have shape (batch, seq, features), got {tuple(code.shape)} in layer {layer} for "
+                f"{tuple(tokens.shape)} tokens. Give another --tap"
             )
         if not torch.allclose(code[0, :-1], code[1, :-1], rtol=1e-3, atol=1e-5, equal_nan=True):
             raise CrateError(
-                f"layer {layer} sees later tokens, so this is not a causal language model. Collect from one"
+                f"layer {layer} sees later tokens, so this is not a causal language model. Give a causal one"
             )
-    return {layer: code.shape[2] for layer, code in found.items()}
+    return {layer: code.shape[2] for layer, code in codes.items()}

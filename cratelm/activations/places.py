@@ -18,10 +18,10 @@ from cratelm.activations.taps import INPUT, find_tap, near
 from cratelm.errors import CrateError
 
 LAYER = "{layer}"
-"""Placeholder for the layer number in the pattern of a tap."""
+"""Placeholder for the layer number in a tap."""
 
 NAMED = ("neurons", "heads", "residual")
-"""Taps of every model, whatever its modules are called."""
+"""Taps that every model has, independent of module names."""
 
 
 def find_places(model: nn.Module, tap: str) -> dict[int, str]:
@@ -40,7 +40,7 @@ def find_places(model: nn.Module, tap: str) -> dict[int, str]:
 
 
 def tap_folder(tap: str, *, negative: bool = False) -> str:
-    """The folder of a tap's records: {layer} becomes L, `:input` becomes `-input`, mirrored ones end in `-negative`."""
+    """The folder of a tap's records: {layer} becomes L, `:input` becomes `-input`; times -1, it ends in `-negative`."""
     name = tap.replace(LAYER, "L").replace(INPUT, "-input")
     return f"{name}-negative" if negative else name
 
@@ -48,11 +48,11 @@ def tap_folder(tap: str, *, negative: bool = False) -> str:
 def decoders(model: nn.Module, places: Mapping[int, str]) -> dict[int, Float[Tensor, "neurons d_model"]] | None:
     """Decoder directions of each layer's neurons, as they are added to the residual stream; None if a place has none.
 
-    The neurons that a linear map reads are decoded by its rows, CRATE's code by its atoms.
+    The neurons that a linear map reads are decoded by its rows; CRATE's code by the atoms.
     """
-    found = {layer: _direction(model, tap) for layer, tap in places.items()}
-    known = {layer: direction for layer, direction in found.items() if direction is not None}
-    return known if len(known) == len(found) else None
+    directions = {layer: _direction(model, tap) for layer, tap in places.items()}
+    known = {layer: direction for layer, direction in directions.items() if direction is not None}
+    return known if len(known) == len(directions) else None
 
 
 def _direction(model: nn.Module, tap: str) -> Float[Tensor, "neurons d_model"] | None:
@@ -95,25 +95,25 @@ def _width(model: Any) -> int:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
-    """Number, path and module of each layer: the list of modules that holds most of the weights."""
-    shelves = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
-    if not shelves:
-        raise CrateError(f"{type(model).__name__} has no list of layers. Name a module: --tap PATH")
-    name = max(shelves, key=lambda name: sum(weight.numel() for weight in shelves[name].parameters()))
-    yield from ((layer, f"{name}.{layer}", block) for layer, block in enumerate(shelves[name]))
+    """Number, path and module of each layer: the module list with the most weights."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    if not lists:
+        raise CrateError(f"{type(model).__name__} has no list of layers. Give a module: --tap PATH")
+    name = max(lists, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()))
+    yield from ((layer, f"{name}.{layer}", block) for layer, block in enumerate(lists[name]))
 
 
 def _neuron_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
     width = _width(model)
     for layer, path, block in _blocks(model):
-        found = list(_down_maps(block, width))
-        if len(found) != 1 or any(weight.ndim > 2 for weight in block.parameters()):
+        maps = list(_down_maps(block, width))
+        if len(maps) != 1 or any(weight.ndim > 2 for weight in block.parameters()):
             inside = ", ".join(name for name, part in block.named_modules() if name and not list(part.children()))
             raise CrateError(
                 f"layer {layer} of {type(model).__name__} is not an attention with one MLP, so its neurons are not "
-                f"recognised. Name a module: --tap '{path[: path.rindex('.')]}.{LAYER}.MODULE' (there are {inside})"
+                f"recognised. Give a module: --tap '{path[: path.rindex('.')]}.{LAYER}.MODULE' (modules: {inside})"
             )
-        yield layer, f"{path}.{found[0]}"
+        yield layer, f"{path}.{maps[0]}"
 
 
 def _down_maps(block: nn.Module, width: int) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _head_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
             and (shape := map_shape(part)) is not None and shape[1] == width
         ]  # fmt: skip
         if not maps:
-            raise CrateError(f"layer {layer} of {type(model).__name__} has no attention known by its name. Use --tap")
+            raise CrateError(f"layer {layer} of {type(model).__name__} has no attention with a known name. Use --tap")
         yield layer, f"{path}.{maps[-1]}"
 
 
@@ -150,7 +150,7 @@ def map_shape(module: Any) -> tuple[int, int] | None:
     """(in, out) of a linear map, None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D":  # GPT-2's linear map in `transformers`, whose matrix lies the other way
+    if type(module).__name__ == "Conv1D":  # GPT-2's linear map in `transformers`, with the transposed matrix
         return tuple(module.weight.shape)
     return None
 
@@ -170,15 +170,14 @@ def _match(model: nn.Module, tap: str) -> dict[int, str]:
     before, _, after = path.partition(LAYER)
     pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
     names = [name for name, part in model.named_modules() if not isinstance(part, nn.ModuleList)]
-    found = {int(match[1]): match[0] + suffix for name in names if (match := pattern.fullmatch(name))}
-    if not found:
-        there = near(path, _patterns(names))
-        raise CrateError(f"the model has no modules {path!r} to tap; there are, for example: {there}")
-    return dict(sorted(found.items()))
+    places = {int(match[1]): match[0] + suffix for name in names if (match := pattern.fullmatch(name))}
+    if not places:
+        raise CrateError(f"the model has no modules {path!r}. Similar: {near(path, _patterns(names))}")
+    return dict(sorted(places.items()))
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Module paths with {layer} for their first number, each once."""
+    """Module paths with {layer} in place of their first number, without duplicates."""
     numbered = (re.sub(r"(?<=\.)\d+(?=\.|$)", LAYER, name, count=1) for name in names if name)
     return list(dict.fromkeys(numbered))
 
@@ -189,9 +188,9 @@ class _Stopped(Exception):
 
 @contextlib.contextmanager
 def stopping_after(model: nn.Module, places: Collection[str]) -> Iterator[None]:
-    """End a forward pass inside the block after the last layer that holds one of the places.
+    """Inside the block, end each forward pass after the last layer that contains one of the places.
 
-    The pass runs to its end if a place lies outside the layers.
+    The pass is complete if a place lies outside the layers.
     """
     blocks: list[str] = []
     with contextlib.suppress(CrateError):
@@ -213,6 +212,6 @@ def stopping_after(model: nn.Module, places: Collection[str]) -> Iterator[None]:
 
 
 def _layer_of(place: str, blocks: list[str]) -> int:
-    """Index of the block that holds a place; the number of blocks if none does."""
+    """Index of the block that holds a place; the number of blocks if the place is in none."""
     path = place.removesuffix(INPUT)
     return next((i for i, block in enumerate(blocks) if f"{path}.".startswith(f"{block}.")), len(blocks))

@@ -1,9 +1,9 @@
 """Which tokens the collector reads in `fixed` mode: documents cut into rows and rows into windows, before any pass.
 
-A document is read on its own: <|endoftext|> and then its tokens, in rows that fit the model's context. A row starts
-with `warmup` tokens of context that are in no window; after them it is tiled by windows, so each token lies in one
-window of each width and its activation was computed with at least `warmup` tokens before it, of its document alone.
-Everything here is a function of the corpus and the seed, so that excerpts can be drawn before the pass.
+Each document is read separately: <|endoftext|> and then its tokens, in rows that fit the model's context. A row starts
+with `warmup` tokens of context that are in no window. Windows tile the rest, so each token lies in one window of each
+width, and its activation was computed with at least `warmup` tokens of its document before it. The plan is a function
+of the corpus and the seed, so excerpts can be drawn before the pass.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, Integer
 from cratelm.errors import CrateError
 
 SPLITS = ("explain", "score")
-"""Each document is for explaining or for scoring, by a hash of its content and the seed."""
+"""A hash of its content and the seed assigns each document to explaining or to scoring."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +32,12 @@ class CollectConfig:
     random: int = 10
     """Random excerpts per neuron, split and width."""
     sample_wide: int = 64
-    """Uniformly sampled wide excerpts per neuron and split, from which random and quantile ones are taken."""
+    """Uniformly sampled wide excerpts per neuron and split; random and quantile excerpts are drawn from them."""
     sample_narrow: int = 192
     quantiles_wide: int = 5
     """Intervals of equal share of a neuron's sampled excerpts, ranked by their maximum."""
     quantiles_narrow: int = 12
-    """As above; the strongest interval is left to the top excerpts, as in the paper's protocol."""
+    """As above; no excerpts of the strongest interval are kept, as in the paper's protocol."""
     per_quantile: int = 2
     """Excerpts kept per interval and split."""
     warmup: int = 4
@@ -67,7 +67,7 @@ class Plan:
     document_split: Int[np.ndarray, " documents"]
     """Index into `SPLITS`."""
     short: Bool[np.ndarray, " documents"]
-    """Documents with fewer tokens than a wide window: they give one shorter window."""
+    """Documents with fewer tokens than a wide window; each has one shorter window."""
 
     def windows(self, width: int) -> Int[np.ndarray, " rows"]:
         """Number of windows in each row. A remainder at the end of a document is in no window."""
@@ -100,17 +100,17 @@ def make_plan(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Cut a corpus into rows. `documents` holds where each starts and where the last ends; each ends in <|endoftext|>.
+    """Cut a corpus into rows. `documents` has the start of each, which ends in <|endoftext|>, and the last end.
 
-    `max_tokens` takes the first documents that hold this many tokens.
+    With `max_tokens`, only the first documents, of about that many tokens together.
     """
     assert wide % narrow == 0, "narrow windows tile wide ones"
     assert warmup >= 1, "the first token of a row has no context"
     per_row = (context - warmup) // wide * wide
     if per_row == 0:
         raise CrateError(
-            f"the model's context of {context} tokens has no room for an excerpt of {wide} after {warmup} tokens of "
-            "context. Use a model with a longer context"
+            f"the model's context must be at least {wide + warmup} tokens (an excerpt of {wide} after {warmup} of "
+            f"warm-up), got {context}. Use a model with a longer context"
         )
     if max_tokens is not None:
         documents = documents[: max(2, np.searchsorted(documents, max_tokens, side="right"))]
@@ -133,7 +133,7 @@ def make_plan(
 def split_documents(
     tokens: Integer[np.ndarray, " stream"], documents: Int[np.ndarray, " bounds"], seed: int
 ) -> Int[np.ndarray, " documents"]:
-    """Half the documents for explaining (0), half for scoring (1), by a hash of content and seed: equal texts agree."""
+    """0 (explain) or 1 (score) for each document, about half each, by a hash of content and seed."""
     key = seed.to_bytes(8, "little", signed=True)
     halves = [
         hashlib.blake2b(tokens[first:last].tobytes(), digest_size=1, key=key).digest()[0] & 1
@@ -147,8 +147,8 @@ def read_rows(
 ) -> Int[np.ndarray, "rows length"]:
     """Token ids of rows of up to `length` tokens; the corpus' first document gets its leading <|endoftext|> here.
 
-    A shorter row is filled with the tokens that follow in the corpus: the earlier positions of a causal model do not
-    see them, and no window covers them.
+    A shorter row is padded with the tokens that follow in the corpus: a causal model does not read them at earlier
+    positions, and no window covers them.
     """
     index = position[:, None] + np.arange(length)
     rows = tokens[np.clip(index, 0, len(tokens) - 1)].astype(np.int64)

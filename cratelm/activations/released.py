@@ -1,9 +1,9 @@
-"""How the released code chooses excerpts, followed to the letter but in bounded memory.
+"""The released procedure of choosing excerpts, followed exactly but in bounded memory.
 
 The corpus is a prefix of the split, cut into blocks of the model's context, each computed on its own. Per neuron, all
 its tokens are ranked by activation: the top ones, uniformly drawn ones, and draws from intervals of ranks are each the
 centre of a window that may run over the edges of blocks and documents. The released code holds and sorts everything;
-here a first pass counts activations by their leading 16 bits, which settles the interval of nearly every token, and a
+here a first pass counts activations by their leading 16 bits, which decides the interval of nearly every token, and a
 second pass gathers the windows and ranks the tokens of the few values where an interval ends. Equal activations are
 ranked by position. `docs/compat.md` lists the flaws of the procedure.
 """
@@ -155,7 +155,7 @@ class ReleasedLayer:
         self.tail = joined[-2 * self.width :].clone()
 
     def _drawn_candidates(self, activations: Tensor, rank_of_zero: Tensor, first: int) -> Candidates:
-        """Those of the neurons' random sequences."""
+        """Candidates from the neurons' random sequences."""
         low, high = np.searchsorted(self.drawn, [first, first + len(activations)])
         slot, position = self.drawn_slot[low:high], torch.from_numpy(self.drawn[low:high]).to(self.device)
         neuron = slot // self.sequence_length
@@ -176,7 +176,7 @@ class ReleasedLayer:
         return Candidates(neuron, token + first, priority, interval, torch.ones_like(token, dtype=torch.bool))
 
     def _propose(self, candidates: Candidates) -> None:
-        """Keep what has a chance: the right kind for its interval, and a small enough priority."""
+        """Keep the candidates that may be drawn: the right kind for their interval, and a small enough priority."""
         likely = self._likely(candidates) | (candidates.interval == EDGE)
         candidates = candidates.where(likely & (candidates.priority < self.rate.amax(dim=1)[candidates.neuron]))
         self.candidates.append(candidates)
@@ -244,7 +244,7 @@ class ReleasedLayer:
         return table.view(self.neurons, -1)
 
     def _settle(self, candidates: Candidates) -> Candidates:
-        """Rank the tokens of the values where an interval ends, exactly, and give the candidates among them theirs."""
+        """Rank the tokens at whose value an interval ends, and set the intervals of the candidates among them."""
         neuron, position, value = (torch.cat(parts) for parts in zip(*self.edges, strict=True))
         order = position.argsort(stable=True)
         order = order[value[order].argsort(descending=True, stable=True)]

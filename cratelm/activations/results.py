@@ -1,4 +1,4 @@
-"""From the running state of a collection to the tensors of a layer's file."""
+"""The tensors of a layer's file, from the running state of a collection."""
 
 from collections.abc import Mapping
 
@@ -39,16 +39,16 @@ def _divide_sample(collector: Collector, layer: int, width: int, which: int) -> 
     """Random excerpts, and quantile excerpts from the rest of the sample."""
     config = collector.config
     sample = {key: value.cpu().numpy() for key, value in collector.samples[layer, width, which].tables.items()}
-    neurons, kept = sample["position"].shape
+    neurons, count = sample["position"].shape
     generator = np.random.default_rng((config.seed, layer, width, which, 1))
-    shuffled = generator.random((neurons, kept)).argsort(axis=1)
+    shuffled = generator.random((neurons, count)).argsort(axis=1)
     chosen = {"random": shuffled[:, : config.random]}
     rest = shuffled[:, config.random :]
     maximum = np.take_along_axis(sample["activation"].max(axis=2), rest, axis=1)
     ranked = np.take_along_axis(rest, np.argsort(maximum, axis=1, kind="stable"), axis=1)  # weakest first
     intervals = config.quantiles_wide if width == config.wide else config.quantiles_narrow
     shown = intervals if width == config.wide else intervals - 1
-    chosen["quantile"] = _one_interval_after_another(ranked, intervals, shown, config.per_quantile, shuffled)
+    chosen["quantile"] = _sample_intervals(ranked, intervals, shown, config.per_quantile, shuffled)
     return {
         f"{kind}.{key}": _pick(values, slots)
         for kind, slots in chosen.items() for key, values in sample.items()
@@ -63,10 +63,10 @@ def statistics_arrays(moments: Moments) -> dict[str, np.ndarray]:
     return arrays | {"histogram": histogram.cpu().numpy()}
 
 
-def _one_interval_after_another(
+def _sample_intervals(
     ranked: np.ndarray, intervals: int, shown: int, per_interval: int, shuffled: np.ndarray
 ) -> np.ndarray:
-    """From each interval of ranks the `per_interval` samples that come first in random order; ABSENT where too few."""
+    """The first `per_interval` samples, in random order, of each interval of ranks; ABSENT where there are fewer."""
     neurons, count = ranked.shape
     order = np.argsort(shuffled, axis=1)  # a random number for each slot
     edges = np.arange(intervals + 1) * count // intervals
@@ -80,7 +80,7 @@ def _one_interval_after_another(
 
 
 def _pick(values: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """`values[neuron, slot]`, with an absent excerpt's position ABSENT and the rest 0."""
+    """`values[neuron, slot]`; for an absent excerpt the position is ABSENT and other values are 0."""
     index = np.maximum(slots, 0)
     picked = values[np.arange(len(values))[:, None], index]
     blank = ABSENT if values.ndim == 2 and values.dtype == np.int64 else 0

@@ -26,9 +26,8 @@ def histogram_edges() -> Float[np.ndarray, " edges"]:
 class Moments:
     """Count, mean, central sums of powers 2 to 4, density, extremes and a log-binned histogram of each neuron.
 
-    Sums are of deviations from a value near the mean (`start`), added up in float64, so that nothing cancels.
-    Activations are taken in blocks that stay in the processor's cache; that, and sums by matrix product, is what makes
-    it fast (`docs/performance.md`).
+    Sums are of deviations from a value near the mean (`start`), in float64, to avoid cancellation. Blocks that stay in
+    the processor's cache, and sums by matrix product, make it fast (`docs/performance.md`).
     """
 
     neurons: int
@@ -171,9 +170,9 @@ class TopExcerpts:
             return
         columns = [torch.cat(parts) for parts in zip(*self.pending, strict=True)]
         self.pending, self._waiting = [], 0
-        kept = self.tables["position"].flatten() >= 0
-        row = torch.arange(self.neurons, device=self.device).repeat_interleave(self.keep)[kept]
-        old = [self.tables[name].flatten(0, 1)[kept] for name in ("maximum", "position", "document", "length")]
+        occupied = self.tables["position"].flatten() >= 0
+        row = torch.arange(self.neurons, device=self.device).repeat_interleave(self.keep)[occupied]
+        old = [self.tables[name].flatten(0, 1)[occupied] for name in ("maximum", "position", "document", "length")]
         neuron = torch.cat([row, columns[0]])
         maximum, position, document, length = (torch.cat(pair) for pair in zip(old, columns[1:5], strict=True))
         source = torch.arange(len(neuron), device=self.device)
@@ -185,7 +184,7 @@ class TopExcerpts:
         rank = torch.arange(len(neuron), device=self.device) - first[neuron]
         inside = rank < self.keep
         self._rebuild(
-            neuron[inside], rank[inside], source[inside], int(kept.sum()), columns[5], kept,
+            neuron[inside], rank[inside], source[inside], int(occupied.sum()), columns[5], occupied,
             (maximum[inside], position[inside], document[inside], length[inside]),
         )  # fmt: skip
 
@@ -211,7 +210,7 @@ class TopExcerpts:
         source: Tensor,
         num_old: int,
         fresh: Tensor,
-        kept: Bool[Tensor, " entries"],
+        occupied: Bool[Tensor, " entries"],
         values: tuple[Tensor, ...],
     ) -> None:
         slot = neuron * self.keep + rank
@@ -220,7 +219,7 @@ class TopExcerpts:
             blank[name].view(-1)[slot] = value
         activations = blank["activation"].view(-1, self.width)
         was_old = source < num_old
-        old_slots = kept.nonzero().squeeze(1)
+        old_slots = occupied.nonzero().squeeze(1)
         activations[slot[was_old]] = self.tables["activation"].flatten(0, 1)[old_slots[source[was_old]]]
         activations[slot[~was_old]] = fresh[source[~was_old] - num_old]
         self.tables = blank
@@ -230,8 +229,8 @@ class TopExcerpts:
 class SampledExcerpts:
     """A uniform sample of excerpts for each neuron, drawn before the pass.
 
-    The numbered windows, turned by a random number for each neuron, are cut into `keep` equal stretches and one window
-    is drawn from each: every window has the same chance, none comes twice, and all parts of the corpus are present.
+    The numbered windows, rotated by a random offset for each neuron, are cut into `keep` equal stretches, and one is
+    drawn from each: all windows have the same chance, none is drawn twice, and all parts of the corpus are present.
     """
 
     neurons: int
@@ -266,7 +265,7 @@ class SampledExcerpts:
     def wanted(self, first: int, count: int) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]]:
         """Which of the windows numbered `first` to `first + count - 1` are in the sample: (slot, number - first).
 
-        `slot // kept` is the neuron. The host knows the bounds, so that no device is waited for.
+        `slot // keep` is the neuron. The bounds are on the host, so no device sync is needed.
         """
         low, high = np.searchsorted(self._bounds, [first, first + count])
         return self._slot[low:high], self._number[low:high] - first
@@ -285,6 +284,6 @@ class SampledExcerpts:
 
     def take(self, other: "SampledExcerpts") -> None:
         """Copy the windows that another process has read."""
-        there = other.tables["position"] >= 0
+        present = other.tables["position"] >= 0
         for name, table in self.tables.items():
-            table[there] = other.tables[name][there]
+            table[present] = other.tables[name][present]

@@ -1,4 +1,4 @@
-"""Read or edit a model at named places, with no change to its `forward`.
+"""Read or edit activations at named places of a model, without changes to its `forward`.
 
 A tap is the path of any submodule, as in `named_modules()`; its value is the module's output, or with `:input` after
 the path the module's first argument. Our models list the taps of their neurons (`model.neuron_taps`).
@@ -23,8 +23,8 @@ INPUT = ":input"
 def capture(model: nn.Module, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that each forward pass inside the block fills with the value of every tap.
 
-    A later pass replaces the values of an earlier pass. A capture entered inside an `edit` sees the edited tensor; one
-    entered before it sees the module's own, unless the edit changes that in place.
+    A later pass replaces the values of an earlier pass. A capture entered inside an `edit` sees the edited tensor. A
+    capture entered before the `edit` sees the original, unless the edit changes the tensor in place.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -54,9 +54,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             shape = value.shape
             changed = change(value)
             if changed.shape != shape:
-                raise CrateError(
-                    f"the edit of {tap} returned a shape of {tuple(changed.shape)}, it must stay {tuple(shape)}"
-                )
+                raise CrateError(f"the edit of {tap} must keep the shape {tuple(shape)}, got {tuple(changed.shape)}")
             return changed
 
         return replace
@@ -68,23 +66,23 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 
 def find_tap(model: nn.Module, tap: str) -> nn.Module:
-    """The submodule of a tap. Raises CrateError that lists similar names if there is none."""
+    """The submodule of a tap. Raises CrateError, with similar names, if the model does not have it."""
     # A ModuleList has no output.
     modules = {name: part for name, part in model.named_modules() if name and not isinstance(part, nn.ModuleList)}
     path = tap.removesuffix(INPUT)
     if path not in modules:
-        raise CrateError(f"the model has no module {path!r} to tap; there are, for example: {near(path, modules)}")
+        raise CrateError(f"the model has no module {path!r}. Similar: {near(path, modules)}")
     return modules[path]
 
 
 def near(wanted: str, names: Iterable[str]) -> str:
     """A few names for an error message: those similar to the wanted name, else the first ones."""
-    there = list(names)
-    return ", ".join(difflib.get_close_matches(wanted, there, n=4, cutoff=0.6) or there[:12])
+    names = list(names)
+    return ", ".join(difflib.get_close_matches(wanted, names, n=4, cutoff=0.6) or names[:12])
 
 
 def _hook(model: nn.Module, tap: str, change: Edit) -> Callable[[], None]:
-    """Pass the value of a tap through a function until the returned function is called.
+    """Replace the value of a tap by `change` of it, until the returned function is called.
 
     Hugging Face modules may return a tuple whose first part is the tensor, and may be called with keywords.
     """

@@ -1,12 +1,12 @@
-"""Find the circuit of a prediction: the few neurons of each layer that matter most for a token, as a graph.
+"""Find the circuit of a prediction: the neurons of each layer with the largest effect on a token, as a graph.
 
     cratelm circuit runs/crate-2l --prompt "import numpy as" --token " np"
     cratelm circuit runs/gpt2-2l --prompt "for i in range(" --nodes 8 --method integrated
 
 A node is a neuron at a position. Its effect is the change of the token's log probability when its code there is set to
-0 (or to its mean, --baseline mean) and everything after it is computed again; gradients choose which nodes are tried.
-An edge is what one node does to another of the next layer. Printed with the share of the log probability that the shown
-nodes carry, and drawn: RUN/circuits gets a .json, an .svg and a .png.
+0 (or to its mean, --baseline mean) and all later activations are recomputed; gradients choose which nodes are ablated.
+An edge is the effect of a node on a node of the next layer. The circuit is printed with the share of the log
+probability that the shown nodes explain, and written to RUN/circuits as .json, .svg and .png.
 """
 
 import math
@@ -34,23 +34,23 @@ class Options:
     """Options of `cratelm circuit`."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
-    """Run directory, of a model of ours or of a Hugging Face model that `cratelm collect` has read."""
+    """Run directory: from `cratelm train`, or of a Hugging Face model after `cratelm collect`."""
     prompt: str
     """Text before the token."""
     token: str | None = None
-    """The token, with its space if it has one, or its id as #17; by default the most probable one."""
+    """Target token, with its leading space if it has one, or its id as #17; by default the most probable one."""
     nodes: int = 6
     """Neurons of each layer to show."""
     method: Literal["ablation", "gradient", "integrated"] = "ablation"
-    """Choose nodes by exact ablation, or by a gradient alone: at the code, or averaged on the way to it."""
+    """Choose nodes by exact ablation, or by a gradient: at the code, or averaged between baseline and code."""
     baseline: Literal["zero", "mean"] = "zero"
-    """What an ablated neuron is set to; mean is its mean over the text that its records were collected on."""
+    """Value of an ablated neuron; mean is its mean over the text of its records."""
     candidates: int = 512
     """Most nodes to ablate per layer, those with the largest gradients; 0 for all active ones."""
     batch: int = 64
     """Ablations per forward pass."""
     out: Path | None = None
-    """Folder for graph and numbers; RUN/circuits if left out."""
+    """Folder for graph and numbers; RUN/circuits by default."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -65,9 +65,9 @@ def run(options: Options) -> None:
 
     for name in ("nodes", "batch"):
         if getattr(options, name) < 1:
-            raise CrateError(f"--{name} is {getattr(options, name)}, it must be at least 1")
+            raise CrateError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.candidates < 0:
-        raise CrateError(f"--candidates is {options.candidates}, it must be 0 or more")
+        raise CrateError(f"--candidates must be 0 or more, got {options.candidates}")
     opened = open_model(options.run, options.device, expected="run")
     subject = _subject(opened, options)
     config = CircuitConfig(
@@ -75,17 +75,17 @@ def run(options: Options) -> None:
     )
     with progress_bar(f"circuit {options.run.name}", total=_work(subject, config), unit="nodes") as bar:
         ranked = rank(subject, config, bar=bar)
-    found = {
+    circuit = {
         "prompt": options.prompt, "method": options.method, "baseline": options.baseline,
         "candidates": options.candidates, "model_hash": opened.model_hash,
         **_described(opened, subject, ranked, config), "origin": origin(),
     }  # fmt: skip
     out = options.out or options.run / "circuits"
-    name = _name(options, found["target"])
-    write_json(out / f"{name}.json", found)
-    write_figures({name: circuit_figure(found, options.run.name)}, out)
+    name = _name(options, circuit["target"])
+    write_json(out / f"{name}.json", circuit)
+    write_figures({name: circuit_figure(circuit, options.run.name)}, out)
     columns = shutil.get_terminal_size().columns
-    for line in circuit_lines(found):
+    for line in circuit_lines(circuit):
         print(line if len(line) <= columns else f"{line[: columns - 1]}…")
     print(f"\n{out / name}.svg")
 

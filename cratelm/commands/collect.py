@@ -1,12 +1,12 @@
-"""Record every neuron: the excerpts on which it fires most, random ones, ones from all strengths, and its statistics.
+"""Record every neuron: top, random and quantile excerpts with its activations, and its statistics.
 
     cratelm collect runs/crate-2l --data tokens
     cratelm collect EleutherAI/pythia-70m --data tokens --out runs/pythia-70m --tokens 8.2M
 
-One pass over the held-out documents gives all layers. Half of the documents (by a hash of their content) are for
-explaining and half for scoring, so that no explanation is tested on a text it was made from. `--mode compat` follows
-the released code of the paper instead. A killed collection resumes where it stopped. A Hugging Face model gets its own
-run directory, `--out`. `--tap` records other activations than the neurons' (docs/collect.md).
+One pass over the held-out documents collects all layers. Half of the documents (by a hash of their content) are for
+explaining and half for scoring, so that no explanation is scored on a text it was made from. `--mode compat` follows
+the released code of the paper instead. A killed collection resumes where it stopped. The records of a Hugging Face
+model go to a separate run directory, `--out`. `--tap` records other activations than the neurons' (docs/collect.md).
 """
 
 import contextlib
@@ -39,24 +39,24 @@ class Options:
     BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device")
     """The options that `--help` shows; `--help-all` shows all."""
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories; or one Hugging Face model, a directory or a name on the hub."""
+    """Run directories; or one Hugging Face model, as a directory or a name on the hub."""
     data: Path
     """Token directory to read."""
     out: Path | None = None
-    """Run directory to write for a Hugging Face model. A run of ours keeps its records itself."""
+    """Run directory to write for a Hugging Face model. The records of a run always go to that run."""
     tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model that holds none."""
+    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model without a tokenizer."""
     split: str = "val"
     """Split to read; held-out text by default."""
     mode: Mode = "fixed"
     """`fixed`, or `compat` for the released procedure."""
     tap: str = "neurons"
-    """What to record: neurons, heads (their outputs side by side), residual (the output of each layer), or a module
-    such as 'model.layers.{layer}.mlp.down_proj:input'; :input is what it reads."""
+    """Activations to record: neurons, heads (their concatenated outputs), residual (the output of each layer), or the
+    output of a module such as 'model.layers.{layer}.mlp'; with the suffix :input, its input."""
     sae: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
-    """Record the latents of these autoencoders of the run (docs/sae.md), each as the tap sae-NAME, instead of a tap."""
+    """Record the latents of these autoencoders of the run (docs/sae.md) instead, each as the tap sae-NAME."""
     sign: Literal["positive", "negative"] = "positive"
-    """negative records the activations times -1, as a tap of its own: top excerpts rank the positive side only."""
+    """negative records the activations times -1, as a separate tap, because top excerpts rank positive values only."""
     layer: tuple[int, ...] = ()
     """Zero-based layers to record; all if left out."""
     tokens: str = "all"
@@ -76,9 +76,9 @@ class Options:
 def run(options: Options) -> None:
     """Collect the records of each run."""
     if not options.runs:
-        raise CrateError("no run and no model was named. Run: cratelm collect RUN --data DIR")
+        raise CrateError("no run or model was given. Run: cratelm collect RUN --data DIR")
     if options.out is not None and len(options.runs) > 1:
-        raise CrateError(f"--out is the run of one model, {len(options.runs)} were named. Collect them one by one")
+        raise CrateError(f"--out needs a single model, got {len(options.runs)}. Collect them one by one")
     for source in options.runs:
         collect_run(source, options)
 
@@ -87,7 +87,7 @@ def collect_run(source: Path, options: Options) -> None:
     """Collect the records of one run or foreign model, unless they exist already."""
     max_tokens = read_count(options.tokens)
     if options.batch_rows < 1:
-        raise CrateError(f"--batch-rows is {options.batch_rows}, it must be at least 1")
+        raise CrateError(f"--batch-rows must be at least 1, got {options.batch_rows}")
     device = own_device(options.device)
     opened, home = open_for_run(source, device, out=options.out, data=options.data)
     corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
@@ -102,7 +102,7 @@ def collect_run(source: Path, options: Options) -> None:
 
 
 def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]":
-    """What to observe: the requested tap, or the latents of each autoencoder."""
+    """The activations to record: the requested tap, or the latents of each autoencoder."""
     from cratelm.activations.observe import observe
 
     def at(tap: str, layers: tuple[int, ...]) -> "Subject":
@@ -114,7 +114,7 @@ def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]
     if not options.sae:
         return [at(options.tap, options.layer)]
     if options.layer or (options.tap, options.sign) != ("neurons", "positive"):
-        raise CrateError("an autoencoder has a tap and a layer of its own. Use --sae without --tap, --layer and --sign")
+        raise CrateError("an autoencoder determines tap and layer. Use --sae without --tap, --layer and --sign")
     from cratelm.sae.latents import observe_latents
     from cratelm.sae.loading import check_trained_on, load_sae
 
@@ -128,7 +128,7 @@ def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]
 
 
 def _write_head(opened: OpenModel, home: Path, tokenizer: "Tokenizer", mode: Mode) -> None:
-    """Write what records come with: the tokenizer, and the `run.json` of a foreign model."""
+    """Write the tokenizer next to the records, and the `run.json` of a foreign model."""
     from cratelm.activations.foreign import write_foreign_run
 
     if opened.foreign is not None:
@@ -152,7 +152,7 @@ def _collect(
             collect(config, subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, team=team)
             return
         if team.size > 1:
-            raise CrateError(f"--mode compat is for one process, torchrun started {team.size}. Run it without torchrun")
+            raise CrateError(f"--mode compat needs a single process, got {team.size}. Run it without torchrun")
         collect_compat(
             subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, seed=options.seed,
             batch_rows=options.batch_rows,
@@ -160,7 +160,7 @@ def _collect(
 
 
 def own_device(name: DeviceName) -> "torch.device":
-    """The device of this process: under torchrun each process on a machine has a GPU of its own."""
+    """The device of this process; under torchrun, each process on a machine has its GPU."""
     import torch
 
     device = select_device(name)
@@ -176,7 +176,7 @@ def _report(run: Path, options: Options, subject: "Subject") -> None:
         other = "positive" if options.sign == "negative" else "negative"
         console.print(
             f"{subject.tap} has negative activations (down to {least:.3g}). Top excerpts are the strongest positive "
-            f"ones, density counts what is above 0. For the other side: --sign {other}"
+            f"ones, and the density counts positive ones. For the other side: --sign {other}"
         )
     folder = records_folder(run, options.mode)
     if subject.tap == "neurons":

@@ -3,10 +3,10 @@
     cratelm dial runs/crate-2l runs/gpt2-2l --data tokens
     cratelm dial runs/crate-2l --data tokens --penalty 1 2 4 8 --steps 1 2 3 --step-size --threshold
 
-Penalty and step size are multiples of the model's own, so 1 is the model as it is; a threshold, which GPT-2 has too,
-sets activations to 0 that are below a multiple of the root mean square of their layer. At every point: active neurons
-per token, held-out loss, and how well lookup explains some neurons of every layer. Points are added to dial.json in
-each run one by one, so a stopped call resumes and earlier points stay; figures go to the report's folder.
+Penalty and step size are multiples of the model's values, so 1 is the unchanged model. A threshold, also for GPT-2,
+sets activations to 0 that are below a multiple of the root mean square of their layer. Measured at every point: active
+neurons per token, held-out loss, and the lookup score of some neurons of every layer. Points are added to dial.json in
+each run one by one, so a stopped command resumes and earlier points stay; figures go to the report's folder.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,11 +45,11 @@ class Options:
     threshold: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
     """Thresholds on the activations, in units of their root mean square."""
     tokens: str = "64k"
-    """Held-out tokens for the loss; points on other numbers of tokens are kept."""
+    """Held-out tokens for the loss; points with another number of tokens are kept."""
     loss_only: bool = False
-    """Leave out the lookup scores, which take most of the time."""
+    """Skip the lookup scores, which take most of the time."""
     out: Path | None = None
-    """Folder of tables and figures; left out, `report` in the folder that holds the runs, or in a single run."""
+    """Folder of tables and figures; by default `report` in the folder that contains the runs, or in a single run."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -65,10 +65,10 @@ def run(options: Options) -> None:
     from cratelm.workflows.printed_tables import print_tables
 
     if not options.runs:
-        raise CrateError("no run directory was named. Run: cratelm dial RUN --data DIR")
+        raise CrateError("no run directory was given. Run: cratelm dial RUN --data DIR")
     settings = list(_settings(options))
-    for one in options.runs:
-        dial_run(one, settings, options)
+    for folder in options.runs:
+        dial_run(folder, settings, options)
     dials = open_dials(options.runs)
     table, out = dial_table(dials), options.out or report_folder(options.runs)
     write_tables((table,), out)
@@ -96,9 +96,9 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
     opened, model = open_own(folder, options.device)
     data = open_tokens(opened, options.data)
     ista = model.config.arch == "crate"
-    settings = [(dial, one) for dial, one in settings if ista or dial == "threshold"]
+    settings = [(dial, setting) for dial, setting in settings if ista or dial == "threshold"]
     if not settings:
-        raise CrateError(f"{folder} has no ISTA block: of a GPT-2 only --threshold can be turned")
+        raise CrateError(f"{folder} has no ISTA block. Use --threshold, the only dial of a GPT-2")
     held_out = data.tokens("val")
     count = min(read_count(options.tokens) or len(held_out), len(held_out))
     identity = {"model_hash": opened.model_hash, "data_hash": data.splits["val"].sha256}
@@ -122,23 +122,23 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
 
 def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) -> bool:
     """Whether a point has this setting and number of tokens."""
-    turned = {"dial": dial, "tokens": tokens, **asdict(setting)}
-    return all(point[name] == value for name, value in turned.items())
+    expected = {"dial": dial, "tokens": tokens, **asdict(setting)}
+    return all(point[name] == value for name, value in expected.items())
 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points of earlier calls. Raises CrateError if they are of another model or text, so that none is lost."""
+    """The points of earlier commands. Raises CrateError if they are of another model or text, to keep them."""
     from cratelm.rundir import read_json
 
     if not (folder / FILE).exists():
         return []
-    found = read_json(folder / FILE, made_by=f"cratelm dial {folder} --data DIR")
-    if different := [name for name, value in identity.items() if found.get(name) != value]:
+    measured = read_json(folder / FILE, made_by=f"cratelm dial {folder} --data DIR")
+    if different := [name for name, value in identity.items() if measured.get(name) != value]:
         raise CrateError(
             f"{folder / FILE} is of another model or text ({', '.join(different)} differ). Move or remove it, then run "
             "the same command"
         )
-    points: list[dict[str, Any]] = found["points"]
+    points: list[dict[str, Any]] = measured["points"]
     return points
 
 
@@ -158,5 +158,5 @@ def _point(
         loss = held_out_loss(model, held_out, batch=8)
         finite = math.isfinite(loss)
         active = active_neurons(model, sample) if finite else None
-        found: Mapping[str, float] = measure(model, 0) if measure is not None and finite else {}
-    return {"loss": loss if finite else None, "active": active, "lookup": dict(found)}
+        scores: Mapping[str, float] = measure(model, 0) if measure is not None and finite else {}
+    return {"loss": loss if finite else None, "active": active, "lookup": dict(scores)}

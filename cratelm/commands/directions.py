@@ -3,9 +3,9 @@
     cratelm directions runs/crate-2l
     cratelm neurons runs/crate-2l --layer 1 --neuron 17
 
-Tokens in drive the neuron, tokens out become more probable when it fires; successors and predecessors are neurons of
-the next and of the previous layer that it drives and that drive it. Written to RUN/directions, where `cratelm neurons`
-and the browser read it without the model. A run of a Hugging Face model works, too, where its parts are known.
+Tokens in drive the neuron, tokens out become more probable when it fires. Successors are neurons of the next layer that
+it drives, predecessors neurons of the previous layer that drive it. Written to RUN/directions, where `cratelm neurons`
+and the browser read it without the model. Works for Hugging Face models whose parts are recognised.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Options:
     """Options of `cratelm directions`."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
-    """Run directories, of models of ours or of Hugging Face models that `cratelm collect` has read."""
+    """Run directories: from `cratelm train`, or of Hugging Face models after `cratelm collect`."""
     keep: int = 20
     """Length of each list."""
     device: DeviceName = "auto"
@@ -36,9 +36,9 @@ class Options:
 def run(options: Options) -> None:
     """Write the directions of each run."""
     if not options.runs:
-        raise CrateError("no run directory was named. Run: cratelm directions RUN")
+        raise CrateError("no run directory was given. Run: cratelm directions RUN")
     if options.keep < 1:
-        raise CrateError(f"--keep is {options.keep}, it must be at least 1")
+        raise CrateError(f"--keep must be at least 1, got {options.keep}")
     for folder in options.runs:
         directions_run(folder, options)
 

@@ -46,7 +46,7 @@ class Options:
 def run(options: Options) -> None:
     """Evaluate each run; print a line for its held-out loss and a table for its zero-shot losses."""
     if not options.runs:
-        raise CrateError("no run directory was named. Run: cratelm evaluate RUN --data DIR")
+        raise CrateError("no run directory was given. Run: cratelm evaluate RUN --data DIR")
     if options.data is None and not _names(options):
         raise CrateError("no text to evaluate on. Give --data DIR, or --zero-shot lambada,wikitext2,ptb")
     for folder in options.runs:

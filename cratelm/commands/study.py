@@ -1,11 +1,11 @@
-"""The paper's study on your text: every variant at every size from several seeds, trained on equal tokens and compared.
+"""Run the paper's study on your text: train each variant at each size with several seeds, on equal tokens, and compare.
 
     cratelm study --data tokens --sizes 1l,2l,3l --seeds 3 --out study --tokens 3_000_000 --context 256 \\
         --batch-tokens 2048 --learning-rate 3e-3 --warmup-steps 40
 
-For each run: train, write the random-init control, evaluate, collect, explain, simulate and score by lookup, with
-shuffled explanations as a control; then the report, with means and differences over seeds. An estimate of the time is
-printed first, and `--dry-run` stops there. The same command resumes a stopped study.
+Each run is trained and evaluated, its neurons are collected, explained, simulated and scored by lookup, with a
+random-init control and shuffled explanations. The report has means and differences over seeds. An estimate of the time
+is printed first, and `--dry-run` stops there. The same command resumes a stopped study.
 
 A variant is a model configuration by name: `crate` and `gpt2`, or `NAME:FIELD=VALUE,...`, for example
 `sparser:penalty=1.0` or `gelu:arch=gpt2,activation=gelu`.
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from cratelm.data.tokens import TokenDirectory
 
 FORWARD_PASSES = 2 * (1.25 + 1)
-"""Over the held-out tokens, for each training: collection (which keeps records too) and evaluation, of the model and
-of its control."""
+"""Over the held-out tokens, for each training: collection (slower by a quarter) and evaluation, of the model and of its
+control."""
 REPORT_SECONDS = 20
-"""Roughly, to explain, simulate, score and report on one training of a small model."""
+"""Rough time to explain, simulate, score and report on one training of a small model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Options:
     seeds: int = 3
     """Trainings of each variant and size; the seeds count up from --seed."""
     variant: tuple[str, ...] = ("crate", "gpt2")
-    """What is compared: crate, gpt2, or NAME:FIELD=VALUE,... (fields of a model's configuration)."""
+    """Variants to compare: crate, gpt2, or NAME:FIELD=VALUE,... (fields of a model's configuration)."""
     tokenizer: str | None = None
     """Tokenizer of a nanoGPT directory, which has no tokens.json."""
     vocab_size: int | None = None
@@ -72,11 +72,11 @@ class Options:
     collect_tokens: int | None = None
     """Held-out tokens to record neurons on, in whole documents; all by default."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    """How to train, the same for all."""
+    """How to train; the same for all runs."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
-    """How to carry it out."""
+    """How to execute the training."""
     dry_run: bool = False
-    """Say what would be done and how long it takes, then stop."""
+    """Print the plan and an estimate of the time, then stop."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -119,13 +119,12 @@ def run(options: Options) -> None:
 
 
 def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
-    """All trainings of the study: seed by seed, so that a study that is stopped has whole seeds."""
-
+    """All trainings of the study, seed by seed, so that a stopped study has complete seeds."""
     sizes = [size.strip() for size in options.sizes.split(",")]
     if unknown := [size for size in sizes if size not in SIZES]:
-        raise CrateError(f"unknown size {unknown[0]!r}, known are {', '.join(SIZES)}. Write for example 1l,2l,3l")
+        raise CrateError(f"--sizes must be of {', '.join(SIZES)}, got {unknown[0]!r}. Write for example 1l,2l,3l")
     if options.seeds < 1:
-        raise CrateError(f"--seeds is {options.seeds}, at least 1 is needed")
+        raise CrateError(f"--seeds must be at least 1, got {options.seeds}")
     names = [text.partition(":")[0] for text in options.variant]
     if twice := [name for name in names if names.count(name) > 1]:
         raise CrateError(f"variants must have different names, got {twice[0]!r} twice. Write NAME:FIELD=VALUE,...")
@@ -154,29 +153,31 @@ def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[st
 
 
 def _print_estimate(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
-    """Print what each model costs and how long the parts that are left will take, from a few timed passes of each."""
+    """Print the cost of each model and the time of the missing parts, estimated from a few timed passes."""
     from cratelm.training.forecast import forecast
 
     total = 0.0
     held_out = min(options.collect_tokens or data.splits["val"].tokens, data.splits["val"].tokens)
     for model in dict.fromkeys(part.model for part in parts):
-        own = [part for part in parts if part.model == model]
-        left = [part for part in own if not (part.run / "model").exists()]
-        name = own[0].run.name.rpartition("-seed")[0]
+        of_model = [part for part in parts if part.model == model]
+        left = [part for part in of_model if not (part.run / "model").exists()]
+        name = of_model[0].run.name.rpartition("-seed")[0]
         costs = f"{human(model.num_parameters)} parameters, {human(model.flops_per_token())}FLOP per token"
-        said = f"{name}: {costs}, {len(own)} seeds"
+        line = f"{name}: {costs}, {len(of_model)} seeds"
         if left:
-            expected = forecast(own[0].config, model, device=device, execution=options.execution)
+            expected = forecast(of_model[0].config, model, device=device, execution=options.execution)
             forward = expected.seconds / expected.tokens / 3
             each = expected.seconds + FORWARD_PASSES * held_out * forward + REPORT_SECONDS
             total += each * len(left)
-            said += f", about {duration(each)} each"
-        console.print(said if len(left) == len(own) else f"{said}, {len(own) - len(left)} trained", soft_wrap=True)
+            line += f", about {duration(each)} each"
+        if len(left) < len(of_model):
+            line += f", {len(of_model) - len(left)} trained"
+        console.print(line, soft_wrap=True)
     console.print(f"{len(parts)} trainings, about {duration(total)} in all on {device}", soft_wrap=True)
 
 
 def _check_documents(options: Options, data: "TokenDirectory") -> None:
-    """Refuse too few documents for collection now, not after the first training."""
+    """Raise CrateError before the first training if there are too few documents to collect from."""
     from cratelm.activations.collect import check_documents
     from cratelm.activations.plan import CollectConfig, make_plan
 
@@ -212,15 +213,16 @@ def _measure(options: Options, part: Part) -> None:
     from cratelm.workflows.options.selection import Selection
 
     controlled: tuple[tuple[Path, tuple[str, ...]], ...] = ((part.run, ("shuffled",)), (part.control, ()))
-    for one, controls in controlled:
-        if not (one / "evaluation.json").exists():
-            asked = evaluate.Options(runs=(one,), data=options.data, tokenizer=options.tokenizer, device=options.device)
-            evaluate.run(asked)
+    for folder, controls in controlled:
+        if not (folder / "evaluation.json").exists():
+            evaluate.run(evaluate.Options(
+                runs=(folder,), data=options.data, tokenizer=options.tokenizer, device=options.device,
+            ))  # fmt: skip
         collect.run(collect.Options(
-            runs=(one,), data=options.data, tokenizer=options.tokenizer, tokens=str(options.collect_tokens or "all"),
+            runs=(folder,), data=options.data, tokenizer=options.tokenizer, tokens=str(options.collect_tokens or "all"),
             device=options.device,
         ))  # fmt: skip
-        interpret_by_lookup(Selection(runs=(one,)), controls=controls)
+        interpret_by_lookup(Selection(runs=(folder,)), controls=controls)
 
 
 def _report(options: Options, parts: list[Part]) -> None:

@@ -20,7 +20,7 @@ from cratelm import runtime
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What to read, how to cut it into tokens, what to hold out."""
+    """Options of `cratelm tokenize`."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...", help_behavior_hint="")]
     """stdlib (the running Python's own library), files and folders (.txt .md .rst .py .jsonl .jsonl.gz .jsonl.zst
@@ -31,13 +31,13 @@ class Options:
     """gpt2 (from the hub), bpe:4096 (trains a byte-level BPE of 4096 tokens on the training split), a tokenizer.json,
     or a folder holding one or GPT-2's encoder.json + vocab.bpe."""
     held_out: float | None = None
-    """Share of the documents held out as val; left out, 0.2 for stdlib alone and 0.01 elsewhere."""
+    """Share of the documents held out as val; by default 0.2 for stdlib alone, 0.01 otherwise."""
     test: float = 0.0
     """Share of the documents set aside as test."""
     seed: int = 0
-    """Decides which documents are held out."""
+    """Seed of the split."""
     skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go past documents that cannot be read, and count them."""
+    """Skip unreadable documents and count them."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
 

@@ -57,7 +57,7 @@ class Options:
     arch: Architecture = "crate"
     """CRATE, or the GPT-2 baseline."""
     size: Size = "2l"
-    """Of the paper's table: 1l 2l 3l (width 128), s (6 layers, width 768), b (12 layers)."""
+    """Size from the paper's table: 1l 2l 3l (width 128), s (6 layers, width 768), b (12 layers)."""
     activation: Literal["relu", "gelu"] = "relu"
     """GPT-2's nonlinearity: relu as in the paper, or gelu."""
     variant: tuple[str, ...] = ()
@@ -67,14 +67,14 @@ class Options:
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
     """How to train."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
-    """How to carry it out."""
+    """How to execute the training."""
     measure: tuple[MeasurementName, ...] = ()
-    """Also measure along the way: `lookup` (how well lookup explains some neurons), `samples` (of text),
-    `whitebox` (coding rates, sparsity, objective and dictionary of each layer)."""
+    """Measurements during training: `lookup` (lookup score of some neurons), `samples` (of generated text), `whitebox`
+    (coding rates, sparsity, objective and dictionary of each layer)."""
     control_of: Path | None = None
-    """Write no trained model but the random-init control of this trained run."""
+    """Instead of training, write the random-init control of this trained run."""
     dry_run: bool = False
-    """Say what would be trained and what it costs, then stop."""
+    """Print the model and its estimated cost, then stop."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -84,14 +84,14 @@ def run(options: Options) -> None:
     from cratelm.training.train import write_control
 
     if options.arch == "crate" and options.activation != "relu":
-        raise CrateError("--activation is of GPT-2; CRATE's codes have none to choose. Leave it out")
+        raise CrateError("--activation is an option of GPT-2 only. Leave it out")
     if options.control_of is not None:
         console.print(f"{options.out} will hold the model of {options.control_of} before its first step")
         if not options.dry_run:
             write_control(options.control_of, options.out)
         return
     if options.data is None:
-        raise CrateError("no tokens named. Give --data DIR, made by: cratelm tokenize stdlib --out DIR")
+        raise CrateError("no tokens were given. Give --data DIR, made by: cratelm tokenize stdlib --out DIR")
     _train(options, options.data)
 
 
@@ -130,7 +130,7 @@ def _train(options: Options, data_folder: Path) -> None:
 
 
 def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
-    """The configuration with some fields changed, each as FIELD=VALUE."""
+    """The configuration with fields changed by FIELD=VALUE settings."""
     changes = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -141,7 +141,7 @@ def depart(model_config: ModelConfig, settings: tuple[str, ...]) -> ModelConfig:
 
 
 def preview(config: TrainConfig, model_config: ModelConfig) -> str:
-    """One line: what is trained on how much, and the arithmetic it takes."""
+    """One line about a training: model, tokens, steps, and arithmetic operations."""
     flops = 3 * model_config.flops_per_token(config.context) * config.steps * config.batch_tokens
     return (
         f"{model_config.arch} with {model_config.num_layers} layers, {human(model_config.num_parameters)} parameters, "

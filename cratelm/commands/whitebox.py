@@ -2,11 +2,11 @@
 
     cratelm whitebox runs/crate-2l runs/gpt2-2l runs/crate-2l-random --data tokens
 
-CRATE is derived from an objective, sparse rate reduction; this measures it. For every layer: how many nats the tokens
-take, as a whole and in the heads' subspaces, before and after attention; how sparse the code is after each ISTA step,
-how far the steps come with their LASSO objective, and whether steps of this size suit the dictionary.
-GPT-2 has the first two. Written to whitebox.json in each run, with tables and figures in the report's folder, where
-`cratelm report` shows them too; along a training with `cratelm train --measure whitebox`.
+CRATE is derived from an objective, sparse rate reduction; this command measures it. For every layer: the coding rate of
+the tokens in nats, as a whole and in the heads' subspaces, before and after attention; the sparsity of the code after
+each ISTA step; the progress of the steps on the LASSO objective, and whether their size is stable for the dictionary.
+Of GPT-2, only rates and sparsity. Written to whitebox.json in each run, with tables and figures in the report's folder;
+`cratelm report` shows them too. To follow them during training, use `cratelm train --measure whitebox`.
 """
 
 import math
@@ -25,7 +25,7 @@ class Options:
     """Options of `cratelm whitebox`."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
-    """Run directories; name random-init controls along with their models."""
+    """Run directories; give random-init controls along with their models."""
     data: Path
     """Token directory to read."""
     tokenizer: str | None = None
@@ -39,7 +39,7 @@ class Options:
     tolerance: float = 1e-3
     """Codes up to this value count as zero in the share within tolerance."""
     out: Path | None = None
-    """Folder of tables and figures; left out, `report` in the folder that holds the runs, or in a single run."""
+    """Folder of tables and figures; by default `report` in the folder that contains the runs, or in a single run."""
     device: DeviceName = "auto"
     """Where to compute."""
 
@@ -57,15 +57,15 @@ def run(options: Options) -> None:
     from cratelm.workflows.token_data import read_count
 
     if not options.runs:
-        raise CrateError("no run directory was named. Run: cratelm whitebox RUN --data DIR")
+        raise CrateError("no run directory was given. Run: cratelm whitebox RUN --data DIR")
     least, most = EPSILON_RANGE
     if not least <= options.epsilon <= most:
-        raise CrateError(f"--epsilon is {options.epsilon:g}, it must be between {least:g} and {most:g}")
+        raise CrateError(f"--epsilon must be {least:g} to {most:g}, got {options.epsilon:g}")
     if not 0 <= options.tolerance < math.inf:
-        raise CrateError(f"--tolerance is {options.tolerance:g}, it must be a number, 0 or more")
+        raise CrateError(f"--tolerance must be 0 or more, got {options.tolerance:g}")
     count = read_count(options.tokens)
-    for one in options.runs:
-        whitebox_run(one, options, count)
+    for folder in options.runs:
+        whitebox_run(folder, options, count)
     views = open_views(options.runs)
     tables = whitebox_tables(views)
     out = options.out or report_folder(options.runs)
@@ -90,6 +90,6 @@ def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
         tokens=len(tokens) if count is None else count, epsilon=options.epsilon, tolerance=options.tolerance
     )
     with claim(folder), progress_bar(f"whitebox {folder.name}", total=min(config.tokens, len(tokens))) as bar:
-        found = measure(model, tokens, config, bar=bar)
+        measurements = measure(model, tokens, config, bar=bar)
         identity = {"model_hash": opened.model_hash, "data_hash": data.splits[options.split].sha256}
-        write_json(folder / FILE, {"split": options.split, **identity, **found, "origin": origin()})
+        write_json(folder / FILE, {"split": options.split, **identity, **measurements, "origin": origin()})

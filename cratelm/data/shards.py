@@ -30,7 +30,7 @@ _CUT_WITHIN = 1 << 12  # characters searched backwards for a place to cut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """What one shard holds. In a bare nanoGPT folder only `tokens` is known before a scan; the others are None."""
+    """Counts and hash of one shard. Of a nanoGPT folder only `tokens` is known; the others are None."""
 
     tokens: int
     """Ids in the file, end-of-text included."""
@@ -70,7 +70,7 @@ def write_shards(
     shares: Mapping[str, float],
     workers: int,
 ) -> tuple[dict[str, Split], str]:
-    """Encode and write all documents; returns what the shards hold, and the sha256 of the stream of documents."""
+    """Encode and write all documents; return the contents of the shards and the sha256 of the stream of documents."""
     stream = hashlib.sha256()
 
     def pieces() -> Iterator[_Piece]:
@@ -134,7 +134,7 @@ class _Shard:
 
 
 def _cut(document: Document, split: str) -> Iterator[_Piece]:
-    """Cut a long document between a letter and a space before a letter, where a byte-level BPE always begins a word."""
+    """Cut a long document before a space between letters, where a byte-level BPE always starts a word."""
     text, start = document.text, 0
     while len(text) - start > _BATCH_CHARACTERS:
         stop = start + _BATCH_CHARACTERS
@@ -165,10 +165,10 @@ _Encoded = list[tuple[_Piece, UInt[np.ndarray, " tokens"]]]
 
 
 def _encoder(tokenizer: Tokenizer, dtype: np.dtype[Any], end: int) -> Callable[[list[_Piece]], _Encoded]:
-    """Encode a batch as ordinary text: `<|endoftext|>` spelled out in a document stays its letters."""
+    """Encode a batch as ordinary text: `<|endoftext|>` in a document is encoded by its letters."""
     serialised, of_thread = tokenizer.to_str(), threading.local()
 
-    def own_tokenizer() -> Tokenizer:
+    def thread_tokenizer() -> Tokenizer:
         # A tokenizer holds a lock, so threads that share one run one at a time.
         if not hasattr(of_thread, "tokenizer"):
             of_thread.tokenizer = Tokenizer.from_str(serialised)
@@ -179,14 +179,12 @@ def _encoder(tokenizer: Tokenizer, dtype: np.dtype[Any], end: int) -> Callable[[
 
     def encode(batch: list[_Piece]) -> _Encoded:
         encoded = []
-        found = own_tokenizer().encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, found, strict=True):
+        encodings = thread_tokenizer().encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+        for piece, encoding in zip(batch, encodings, strict=True):
             ids = encoding.ids
             tokens = np.array([*ids, end] if piece.ends else ids, dtype=dtype)
             if np.count_nonzero(tokens == end) > piece.ends:
-                raise CrateError(
-                    f"{piece.origin}: this tokenizer reads {END_OF_TEXT} out of ordinary text. Use another"
-                )
+                raise CrateError(f"{piece.origin}: this tokenizer gives {END_OF_TEXT} for ordinary text. Use another")
             encoded.append((piece, tokens))
         return encoded
 
@@ -209,7 +207,7 @@ def _in_order(
 
 @contextlib.contextmanager
 def _one_thread_per_call() -> Iterator[None]:
-    """Keep the library's own thread pool out: threads of ours are faster, obey `workers`, and survive a later fork."""
+    """Disable the library's thread pool: our threads are faster, respect `workers`, and are safe before a fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -49,7 +49,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class _Bad:
-    """A document that cannot be read: one line that begins with its origin."""
+    """An unreadable document: a one-line reason that begins with its origin."""
 
     problem: str
 
@@ -58,7 +58,7 @@ class _Bad:
 class _File:
     path: Path
     name: str
-    """Relative to its source: the order, and what the fingerprint sees."""
+    """Path relative to the source, which determines the order and the fingerprint."""
 
 
 def stream_documents(
@@ -72,7 +72,7 @@ def stream_documents(
     """Yield the documents of `sources`, source by source in the given order, files sorted by name inside each.
 
     Missing, empty and unknown sources are refused at once, before the first document. A bad document is an error
-    unless `skip_bad`; then `on_bad` hears of it. In `stdlib` a file in an undeclared encoding is always gone past.
+    unless `skip_bad`; then `on_bad` is called with it. In `stdlib`, files in an undeclared encoding are always skipped.
     `on_bytes` hears how many bytes of the source files were read since its last call (compressed bytes where they are).
     """
     listed = [(source, list_files(source)) for source in _checked(sources)]
@@ -110,7 +110,7 @@ def list_files(source: str) -> list[_File]:
     if path.is_dir():
         return _walk(path, TEXT_SUFFIXES + ROW_SUFFIXES, ("__pycache__",))
     if not path.exists():
-        raise CrateError(f"source {source} is not there. Give a file, a folder, stdlib, or hf:DATASET")
+        raise CrateError(f"source {source} does not exist. Give a file, a folder, stdlib, or hf:DATASET")
     if not path.name.lower().endswith(TEXT_SUFFIXES + ROW_SUFFIXES):
         known = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
         raise CrateError(f"source {source} is of an unknown type. Known are {known}; rename it if it is one of them")
@@ -131,7 +131,7 @@ def _size_and_time(file: _File) -> tuple[int, int]:
 
 
 def fingerprint(sources: Sequence[str]) -> str:
-    """A hash of names, sizes and times of all source files: cheap, and another one as soon as a file changes."""
+    """A hash of names, sizes and modification times of all source files."""
     digest = hashlib.sha256()
     for source in _checked(sources):
         digest.update(f"source {source}\n".encode(errors="surrogateescape"))
@@ -143,7 +143,7 @@ def fingerprint(sources: Sequence[str]) -> str:
 
 def _checked(sources: Sequence[str]) -> Sequence[str]:
     if not sources or not all(sources):
-        raise CrateError("no source of text was named. Give a file, a folder, stdlib, or hf:DATASET")
+        raise CrateError("no source of text was given. Give a file, a folder, stdlib, or hf:DATASET")
     return sources
 
 
@@ -152,14 +152,14 @@ def _is_hub(source: str) -> bool:
 
 
 def _ignore(_: object) -> None:
-    """Hear and say nothing."""
+    """Do nothing."""
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], left_out: tuple[str, ...]) -> list[_File]:
     def is_out(name: str) -> bool:
         return name.startswith(".") or any(fnmatchcase(name, pattern) for pattern in left_out)
 
-    found, others, visited = [], Counter[str](), set[str]()
+    files, others, visited = [], Counter[str](), set[str]()
     for folder, folders, names in os.walk(root, followlinks=True):
         # Links to folders are followed, each folder once: a link may lead back to a folder around it.
         if (real := os.path.realpath(folder)) in visited:
@@ -172,13 +172,13 @@ def _walk(root: Path, suffixes: tuple[str, ...], left_out: tuple[str, ...]) -> l
             if is_out(name) or not (path.is_file() or path.is_symlink()):
                 continue
             if name.lower().endswith(suffixes):
-                found.append(_File(path, path.relative_to(root).as_posix()))
+                files.append(_File(path, path.relative_to(root).as_posix()))
             else:
                 others[path.suffix or name] += 1
-    if not found:
+    if not files:
         saw = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(6)) or "nothing"
         raise CrateError(f"folder {root} holds no text file (saw {saw}). Known are {' '.join(suffixes)}")
-    return sorted(found, key=lambda file: file.name)
+    return sorted(files, key=lambda file: file.name)
 
 
 def _link_last(folder: str, name: str) -> tuple[bool, str]:
@@ -278,7 +278,7 @@ def _read_parquet(path: Path, field: str, on_bytes: Callable[[int], None]) -> It
             columns, rows = file.schema_arrow.names, str(file.metadata.num_rows)
             if field not in columns:
                 raise CrateError(
-                    f"{path} has no column {field!r} (columns: {', '.join(columns)}). Name with --text-field"
+                    f"{path} has no column {field!r} (columns: {', '.join(columns)}). Give another --text-field"
                 )
             for batch in file.iter_batches(batch_size=64, columns=[field]):
                 for value in _as_bytes(batch.column(0)).to_pylist():

@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE, read GPT-2's BPE or any `tokenizer.json`; what a token looks like to a person."""
+"""Tokenizers: train a byte-level BPE, read GPT-2's BPE or any `tokenizer.json`, show tokens as text."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from cratelm.data.text import Document
 from cratelm.errors import CrateError
 
 END_OF_TEXT = "<|endoftext|>"
-"""The one special token: it follows every document."""
+"""The only special token; it follows every document."""
 
 LONGEST_WORD = 1000
 """Longest word, or run of spaces, from which a byte-level BPE learns merges; ordinary text has no longer ones."""
@@ -26,7 +26,7 @@ _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + rank): byte for rank, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
 }
-"""GPT-2's alphabet for bytes: printable Latin-1 stands for itself, the other 68 bytes are lifted above 255."""
+"""GPT-2's characters for bytes: printable Latin-1 as it is, the other 68 bytes from 256 on."""
 
 
 def train_bpe(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
@@ -103,7 +103,7 @@ def gpt2_bpe(folder: Path | None = None) -> Tokenizer:
         if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
             return _from_vocab_and_merges(folder / vocab_name, folder / merges_name)
     wanted = " or ".join(" + ".join(pair) for pair in _GPT2_FILES)
-    raise CrateError(f"{folder} holds no GPT-2 tokenizer. It needs {wanted}")
+    raise CrateError(f"{folder} has no GPT-2 tokenizer. It needs {wanted}")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -118,25 +118,25 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and path.suffix != ".json":
         return _from_hub(source)
     raise CrateError(
-        f"tokenizer {source} is not there. Give a tokenizer.json, its folder, gpt2, or bpe:4096 to train one"
+        f"tokenizer {source} does not exist. Give a tokenizer.json, its folder, gpt2, or bpe:4096 to train one"
     )
 
 
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>")
-"""What Llama 3, Llama 2 and Mistral, and Gemma have in its place."""
+"""The end-of-text tokens of Llama 3, of Llama 2 and Mistral, and of Gemma."""
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of `<|endoftext|>`, or of the special token another family ends a text with; one without is refused."""
+    """The id of `<|endoftext|>` or of another family's end-of-text token. Raises CrateError without one."""
     specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     ends = [END_OF_TEXT, *(end for end in OTHER_ENDS if end in specials)]
-    found = next((tokenizer.token_to_id(end) for end in ends if tokenizer.token_to_id(end) is not None), None)
-    if found is None:
+    number = next((tokenizer.token_to_id(end) for end in ends if tokenizer.token_to_id(end) is not None), None)
+    if number is None:
         names = ", ".join(sorted(specials)[:5]) or "none"
         raise CrateError(
             f"the tokenizer has no {END_OF_TEXT} (special tokens: {names}). Use gpt2, or train with bpe:4096"
         )
-    return int(found)
+    return int(number)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -145,9 +145,9 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """The sha256 of everything that decides which ids a text gets, the same however the tokenizer was stored.
+    """The sha256 of all settings that affect the ids of a text, independent of how the tokenizer was stored.
 
-    Truncation, padding, post-processor and decoder do not decide it; neither do options left at nothing.
+    Truncation, padding, post-processor, decoder and empty options do not affect it.
     """
     layout = _layout(tokenizer)
     added = sorted((token["id"], token["content"]) for token in layout["added_tokens"])
@@ -157,7 +157,7 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of text that each id stands for; they need not be whole UTF-8. An id without a token has none."""
+    """The bytes of text of each id, which need not be valid UTF-8; empty for an id without a token."""
     layout = _layout(tokenizer)
     kinds = set(_kinds([layout["decoder"], layout["pre_tokenizer"]]))
     added = {token["id"]: token["content"] for token in layout["added_tokens"]}
@@ -224,12 +224,12 @@ def _from_hub(name: str) -> Tokenizer:
 
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it announces every retry, and an offline machine makes five
+    logger.setLevel(logging.ERROR)  # it logs each of five retries on an offline machine
     try:
         return _from_json(Path(hf_hub_download(name, "tokenizer.json")))
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise CrateError(
-            f"tokenizer {name} is neither here nor could it be fetched from the hub ({type(error).__name__}). "
+            f"tokenizer {name} is not a local file and could not be fetched from the hub ({type(error).__name__}). "
             "Give the folder of a tokenizer.json or of encoder.json + vocab.bpe, or train one with bpe:4096"
         ) from error
     finally:
@@ -250,7 +250,7 @@ def _kinds(value: Any) -> Iterator[str]:
 
 
 def _without_nothing(value: Any) -> Any:
-    """Drop options that are null, zero, false or empty text, and those that only concern offsets; keep a vocabulary."""
+    """Drop options that are null, zero, false or empty, and those that affect offsets only; keep the vocabulary."""
     if isinstance(value, list):
         return [_without_nothing(part) for part in value]
     if not isinstance(value, dict):

@@ -49,15 +49,15 @@ class TokenDirectory:
     tokenizer_hash: str
     splits: Mapping[str, Split]
     tokenizer_source: str
-    """A file inside the folder or, for a bare nanoGPT folder, what the user named."""
+    """A file inside the folder; for a nanoGPT folder, the value of --tokenizer."""
     source: Mapping[str, Any]
-    """Settings, hash of the document stream, skipped documents, time and versions; empty for a bare folder."""
+    """Settings, hash of the document stream, skipped documents, time and versions; empty for a nanoGPT folder."""
 
     @classmethod
     def open(cls, path: Path, *, tokenizer: str | None = None) -> "TokenDirectory":
         """Open a folder and check the size of every shard; `tokens` checks the sha256 of the one it reads.
 
-        A bare nanoGPT folder opens when its `tokenizer` is named; elsewhere a named tokenizer must be the folder's own.
+        A nanoGPT folder, without tokens.json, needs a `tokenizer`; in other folders a given one must match the hash.
         """
         if not (path / "tokens.json").is_file():
             return _open_bare(path, tokenizer)
@@ -71,7 +71,7 @@ class TokenDirectory:
         directory = cls(path=path, splits=splits, **fields)
         _check_shards(directory)
         if tokenizer is not None and tokenizer_hash(load_tokenizer(tokenizer)) != directory.tokenizer_hash:
-            raise CrateError(f"{path} was made with another tokenizer than {tokenizer}. Leave --tokenizer out")
+            raise CrateError(f"{path} has another tokenizer than {tokenizer}. Leave --tokenizer out")
         return directory
 
     def tokens(self, split: str) -> UInt[np.ndarray, " tokens"]:
@@ -87,9 +87,9 @@ class TokenDirectory:
         return np.memmap(shard, dtype=little_endian(self.dtype), mode="r")
 
     def documents(self, split: str) -> Int64[np.ndarray, " boundaries"]:
-        """Where documents begin, and at the end the number of tokens: document i is `tokens[o[i]:o[i + 1]]`.
+        """The start of each document, then the number of tokens: document i is `tokens[o[i]:o[i + 1]]`.
 
-        Its last token is `<|endoftext|>`, except for a last document that a bare nanoGPT folder leaves open.
+        A document ends in `<|endoftext|>`, except that the last document of a nanoGPT folder may lack it.
         """
         tokens = self.tokens(split)
         boundaries = [np.zeros(1, dtype=np.int64)]
@@ -102,7 +102,7 @@ class TokenDirectory:
         return np.concatenate(boundaries)
 
     def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the text; for a bare folder the summed bytes of its tokens (exact for a byte-level BPE)."""
+        """UTF-8 bytes of the text; for a nanoGPT folder the summed bytes of its tokens (exact for a byte-level BPE)."""
         tokens, known = self.tokens(split), self.splits[split].text_bytes
         if known is not None:
             return known
@@ -148,7 +148,7 @@ def _open_bare(path: Path, tokenizer: str | None) -> TokenDirectory:
             f"text again: cratelm tokenize {path / 'input.txt'} --tokenizer bpe:512 --out DIR"
         )
     if tokenizer is None:
-        raise CrateError(f"{path} has no tokens.json: name its tokenizer, for nanoGPT's usual files --tokenizer gpt2")
+        raise CrateError(f"{path} has no tokens.json, so --tokenizer is needed. For nanoGPT's files: --tokenizer gpt2")
     loaded = load_tokenizer(tokenizer)
     dtype = dtype_for(vocabulary_size(loaded))
     splits = {}
@@ -175,8 +175,10 @@ def _check_shards(directory: TokenDirectory) -> None:
             raise CrateError(f"{shard} is missing, though tokens.json lists it. Tokenize again")
         expected = split.tokens * np.dtype(directory.dtype).itemsize
         if shard.stat().st_size != expected:
-            found = f"{shard.stat().st_size} bytes, {split.tokens} ids of {directory.dtype} are {expected}"
-            raise CrateError(f"{shard} does not match tokens.json ({found}). Tokenize again")
+            raise CrateError(
+                f"{shard} must have {expected} bytes ({split.tokens} ids of {directory.dtype}) by tokens.json, "
+                f"got {shard.stat().st_size}. Tokenize again"
+            )
 
 
 def tokenize(
@@ -191,7 +193,7 @@ def tokenize(
     workers: int | None = None,
     text_field: str = "text",
 ) -> TokenDirectory:
-    """Write the token directory `out`; one that the same call made before is opened and left as it is.
+    """Write the token directory `out`, or open it if the same call has made it before.
 
     `tokenizer` may be what `load_tokenizer` reads, or `bpe:N`: a vocabulary of N trained on the training split alone.
     `workers` threads encode (default: one per core, at most 16, where Python's lock is the limit); their number does
@@ -261,9 +263,7 @@ class _Skipped:
 
 def _checked_shares(held_out: float, test: float) -> dict[str, float]:
     if not (0 <= held_out < 1 and 0 <= test < 1 and held_out + test < 1):
-        raise CrateError(
-            f"shares of {held_out} held out and {test} test leave nothing to train on. Give less than 1 in all"
-        )
+        raise CrateError(f"--held-out and --test must be at least 0 and below 1 together, got {held_out} and {test}")
     return {name: share for name, share in (("val", held_out), ("test", test)) if share > 0}
 
 
@@ -272,13 +272,13 @@ def _made_before(out: Path, settings: Mapping[str, Any]) -> bool:
         return False
     if not (out / "tokens.json").is_file():
         raise CrateError(f"{out} exists and is not a token directory. Give another --out")
-    found = read_json(out / "tokens.json", made_by="cratelm tokenize").get("source", {}).get("settings", {})
-    named, asked = (list(map(os.path.abspath, each.get("sources", ()))) for each in (found, settings))
+    earlier = read_json(out / "tokens.json", made_by="cratelm tokenize").get("source", {}).get("settings", {})
+    named, asked = (list(map(os.path.abspath, each.get("sources", ()))) for each in (earlier, settings))
     if named == asked:  # texts and texts/ are one folder
-        settings = {**settings, "sources": found["sources"], "files": fingerprint(found["sources"])}
-    if found != settings:
+        settings = {**settings, "sources": earlier["sources"], "files": fingerprint(earlier["sources"])}
+    if earlier != settings:
         raise CrateError(
-            f"{out} holds other tokens ({differing_fields(found, settings)}). Remove it or give another --out"
+            f"{out} has other tokens ({differing_fields(earlier, settings)}). Remove it or give another --out"
         )
     return True
 
@@ -286,7 +286,7 @@ def _made_before(out: Path, settings: Mapping[str, Any]) -> bool:
 def _asked_vocabulary(name: str) -> int:
     number = name.removeprefix("bpe:")
     if not number.isdecimal():
-        raise CrateError(f"tokenizer {name} names no vocabulary size. Write for example bpe:4096")
+        raise CrateError(f"--tokenizer bpe:N needs a vocabulary size, got {name}. Write for example bpe:4096")
     return int(number)
 
 
@@ -311,7 +311,8 @@ def sample_batch(
     choices = len(tokens) - context
     if choices < 1:
         raise CrateError(
-            f"{len(tokens)} tokens are too few for a context of {context}. Give more text or a shorter context"
+            f"a context of {context} needs at least {context + 1} tokens, got {len(tokens)}. "
+            "Give more text or a shorter context"
         )
     key = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(step))
     counters = np.arange(rows.start, rows.stop, rows.step, dtype=np.uint64)

@@ -40,7 +40,7 @@ _COMPLETE: dict[str, Any] = {"dictionary": "complete", "expansion": 1, "ista_ste
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """What a checkpoint says about its training."""
+    """Training metadata of a checkpoint."""
 
     iter_num: int | None = None
     """Optimizer steps taken."""
@@ -58,8 +58,8 @@ def read_official(
     """
     checkpoint = read_pickled(path)
     if not isinstance(checkpoint.get("model"), Mapping) or not isinstance(checkpoint.get("model_args"), Mapping):
-        found = ", ".join(map(str, list(checkpoint)[:4])) or "nothing"
-        raise CrateError(f"{path} is not a released checkpoint: it has no model and model_args (found: {found})")
+        keys = ", ".join(map(str, list(checkpoint)[:4])) or "nothing"
+        raise CrateError(f"{path} is not a released checkpoint: it has no model and model_args (found: {keys})")
     state = _cleaned(checkpoint["model"], path)
     config = _config(state, checkpoint["model_args"], activation, path)
     head = state.pop(_HEAD, None)
@@ -68,13 +68,13 @@ def read_official(
     with torch.device("meta"):
         names = {official_name(name, config.arch): name for name in LanguageModel(config).state_dict()}
     ours = {names.get(name, name): tensor for name, tensor in _oriented(state, config).items()}
-    said = _said(checkpoint, path)
-    return build(config, ours, source=str(path), named=lambda name: official_name(name, config.arch)), said
+    model = build(config, ours, source=str(path), named=lambda name: official_name(name, config.arch))
+    return model, _provenance(checkpoint, path)
 
 
-def write_official(model: LanguageModel, path: Path, said: Provenance | None = None) -> None:
+def write_official(model: LanguageModel, path: Path, provenance: Provenance | None = None) -> None:
     """Write a checkpoint as the released code reads it, without optimizer state; other models are refused."""
-    config, said = model.config, said or Provenance()
+    config, provenance = model.config, provenance or Provenance()
     if config != _released(config):
         known = _released(config).as_dict()
         other = ", ".join(f"{name} {value!r}" for name, value in config.as_dict().items() if known.get(name) != value)
@@ -89,15 +89,15 @@ def write_official(model: LanguageModel, path: Path, said: Provenance | None = N
     with atomic_path(path) as temporary:
         torch.save(
             {
-                "model": state, "optimizer": None, "model_args": arguments, "iter_num": said.iter_num or 0,
-                "best_val_loss": said.best_val_loss, "config": {},
+                "model": state, "optimizer": None, "model_args": arguments, "iter_num": provenance.iter_num or 0,
+                "best_val_loss": provenance.best_val_loss, "config": {},
             },
             temporary,
         )  # fmt: skip
 
 
 def official_name(name: str, arch: Architecture) -> str:
-    """`blocks.3.mssa.output.bias` -> `transformer.h.3.attn.c_proj.bias`; a name of nothing stays as it is."""
+    """`blocks.3.mssa.output.bias` -> `transformer.h.3.attn.c_proj.bias`; other names stay as they are."""
     module, _, kind = name.rpartition(".")
     if module in _SHELL:
         return f"{_SHELL[module]}.{kind}"
@@ -144,7 +144,7 @@ def _config(
     state: Mapping[str, Tensor], arguments: Mapping[str, Any], activation: Literal["relu", "gelu"], path: Path
 ) -> ModelConfig:
     """The configuration by the shapes; `model_args` must agree with it and gives the number of heads."""
-    layers = {int(found[1]) for name in state if (found := re.match(r"transformer\.h\.(\d+)\.", name))}
+    layers = {int(match[1]) for name in state if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
     vocab_size, width = state[_EMBEDDING].shape
     context = len(state["transformer.wpe.weight"])
     from_shapes = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
@@ -196,13 +196,11 @@ def _complete_dictionary(rows: int, shell: Mapping[str, Any], path: Path) -> Mod
         raise CrateError(
             f"{path} has no ln_f, as the complete dictionary has none, but {rows} atoms at width {shell['d_model']}"
         )
-    if "dictionary" not in ModelConfig.__dataclass_fields__:
-        raise CrateError(f"{path} is a CRATE with a complete dictionary, which this version of cratelm cannot express")
     return ModelConfig(arch="crate", **_COMPLETE, **shell)
 
 
 def _is_complete(config: ModelConfig) -> bool:
-    return getattr(config, "dictionary", "overcomplete") == "complete"
+    return config.dictionary == "complete"
 
 
 def _oriented(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -222,7 +220,7 @@ def _released(config: ModelConfig) -> ModelConfig:
     return replace(plain, bias=config.bias, activation=config.activation)
 
 
-def _said(checkpoint: Mapping[str, Any], path: Path) -> Provenance:
+def _provenance(checkpoint: Mapping[str, Any], path: Path) -> Provenance:
     """Steps and best loss; a loss that was never measured may be infinite there."""
     steps, loss = (_number(checkpoint, name, path) for name in ("iter_num", "best_val_loss"))
     if steps is not None and not math.isfinite(steps):

@@ -37,7 +37,6 @@ _GPT2_FIXED = {
 }  # fmt: skip
 """Options of a GPT-2 directory that have one value here."""
 
-
 AUTO_MAP = {
     "AutoConfig": "modeling_crate.CrateConfig", "AutoModel": "modeling_crate.CrateModel",
     "AutoModelForCausalLM": "modeling_crate.CrateForCausalLM",
@@ -96,15 +95,17 @@ def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
         case "crate":
             check_format_version(path, fields.get("format_version", FORMAT_VERSION))
             known = {name: fields[name] for name in fields if name in ModelConfig.__dataclass_fields__}
-            return _configuration(path, {"arch": "crate"} | known), _from_crate(state)
+            return _configuration(path, {"arch": "crate"} | known), {
+                name.removeprefix("model."): tensor for name, tensor in state.items()
+            }
         case "gpt2":
             state = _from_gpt2(state)
             # Other tools need zero biases where we have none. `bias` in our config.json cannot say it alone: they
             # copy it when they train the model further.
             biases = {name for name, tensor in state.items() if name.endswith(".bias")}
             bias = bool(fields.get("bias")) or any(bool(state[name].any()) for name in biases)
-            kept = {name: tensor for name, tensor in state.items() if bias or name not in biases}
-            return _read_gpt2_config(path, fields, bias=bias), kept
+            state = {name: tensor for name, tensor in state.items() if bias or name not in biases}
+            return _read_gpt2_config(path, fields, bias=bias), state
         case kind:
             raise CrateError(f"{path} describes a {kind!r} model; this command reads crate and gpt2")
 
@@ -127,12 +128,12 @@ def build(
         reason = str(error).splitlines()[0]
         raise CrateError(f"the weights of {source} do not fit its configuration: {reason}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [name for name in sorted(wanted | shapes) if wanted.get(name) != shapes.get(name)]
     if wrong:
         name, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CrateError(
-            f"the weights of {source} do not fit its configuration: {named(name)} is {found.get(name, 'missing')}, "
+            f"the weights of {source} do not fit its configuration: {named(name)} is {shapes.get(name, 'missing')}, "
             f"expected {wanted.get(name, 'nothing of that name')}{more}"
         )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
@@ -178,13 +179,13 @@ def find_model(source: str | Path) -> Path:
         )
     is_path = str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))
     if is_path or ("/" in str(source) and folder.parent.is_dir()):
-        raise CrateError(f"{source} is not there. Run: cratelm train --data DIR --out {source}")
+        raise CrateError(f"{source} does not exist. Run: cratelm train --data DIR --out {source}")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CrateError(
-            f"{source} is not a folder here, and hub names need an extra. Run: pip install 'cratelm[hf]'"
+            f"{source} is not a local folder, and hub names need an extra. Run: pip install 'cratelm[hf]'"
         ) from None
     try:
         fetched = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
@@ -194,18 +195,23 @@ def find_model(source: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CrateError(
-            f"{source} is neither a folder here nor reachable on the hub ({reason}). "
+            f"{source} is neither a local folder nor reachable on the hub ({reason}). "
             "Check name and connection, or make a model: cratelm train --data DIR --out RUN"
         ) from None
 
 
 def weights_hash(model: LanguageModel) -> str:
     """SHA-256 of the configuration and every weight: the identity of a model, whatever file it came from."""
-    digest = hashlib.sha256(json.dumps(model.config.as_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest(model.config.as_dict(), model.state_dict())
+
+
+def digest(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of settings and weights, in the order of their names."""
+    sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def is_stock_gpt2(config: ModelConfig) -> bool:
@@ -267,10 +273,6 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> M
 def _to_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names as `CrateForCausalLM` has them, which holds the `LanguageModel` as its `model`."""
     return {f"model.{name}": tensor for name, tensor in state.items()}
-
-
-def _from_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _to_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

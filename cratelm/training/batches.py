@@ -1,6 +1,6 @@
-"""Batches read ahead: a thread cuts the next micro-batches out of the tokens while the device computes.
+"""Prefetched batches: a thread cuts the next micro-batches from the tokens while the device computes.
 
-Which rows they hold is a function of (seed, step) and of the process alone (`sample_batch`), not of the thread.
+The rows of a batch are a function of seed, step and process (`sample_batch`), independent of the thread.
 """
 
 import queue
@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches:
-    """The micro-batches of this process from one step on, in order; a context manager that ends its thread."""
+    """The micro-batches of this process from step `first` on, in order; a context manager that ends the thread."""
 
     def __init__(
         self, config: TrainConfig, tokens: np.ndarray, rows: range, *, first: int, device: torch.device, ahead: int,
@@ -57,10 +57,10 @@ class Batches:
     def step(self) -> Iterator[Batch]:
         """The micro-batches of the next step."""
         for _ in range(self.per_step):
-            found = self._ready.get()
-            if isinstance(found, BaseException):
-                raise found
-            inputs, targets = found
+            batch = self._ready.get()
+            if isinstance(batch, BaseException):
+                raise batch
+            inputs, targets = batch
             yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def _read(self, first: int) -> None:
@@ -70,7 +70,7 @@ class Batches:
                     if not self._put(self._cut(step, self.micro_rows(micro))):
                         return
             self._put(IndexError("there is no batch after the last step"))
-        except BaseException as error:  # whatever it is, the thread that waits for a batch must hear of it
+        except BaseException as error:  # raised again by `step`, which waits for a batch
             self._put(error)
 
     def _cut(self, step: int, rows: range) -> Batch:
@@ -85,10 +85,10 @@ class Batches:
             return inputs.pin_memory(), targets.pin_memory()
         return inputs, targets
 
-    def _put(self, found: Batch | BaseException) -> bool:
+    def _put(self, item: Batch | BaseException) -> bool:
         while not self._ended.is_set():
             try:
-                self._ready.put(found, timeout=0.1)
+                self._ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return True

@@ -1,8 +1,8 @@
-"""Checkpoints: written by all processes during training, complete under their final name, a few of them kept.
+"""Checkpoints: all processes write them during training; the newest and the best are kept.
 
-`checkpoints/step_N/` is torch's distributed format, which loads on any number of processes, and `checkpoint.json`:
-the step, the configuration, the held-out loss if it was measured, and size and CRC-32 of every file. It is written
-into `checkpoints/.step_N.tmp`, on one file system that all processes see, and renamed when everything is there.
+`checkpoints/step_N/` has torch's distributed format, which loads on any number of processes, and `checkpoint.json`: the
+step, the configuration, the held-out loss if it was measured, and size and CRC-32 of every file. A checkpoint is
+written to `checkpoints/.step_N.tmp`, on a file system that all processes share, and renamed when it is complete.
 """
 
 import errno
@@ -31,16 +31,16 @@ from cratelm.training.optimizer import Optimizers
 
 DESCRIPTION = "checkpoint.json"
 DAMAGED = "damaged_"
-"""Put before the name of a checkpoint that was found unreadable."""
+"""Prefix of the name of an unreadable checkpoint."""
 
 
 class Checkpoints:
-    """The checkpoints of a run. As a context manager it waits at the end for the one that is being written."""
+    """The checkpoints of a run. As a context manager, it waits at the end until the last one is written."""
 
     def __init__(
         self, run: Path, *, configuration: Mapping[str, Any], keep_last: int = 2, world: World = ALONE
     ) -> None:
-        """`configuration` goes into every checkpoint, and one with another is refused."""
+        """`configuration` is saved in every checkpoint; a checkpoint with another configuration is refused."""
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is a normal case
         self.run, self.folder, self.world = run, run / "checkpoints", world
         self.configuration, self.keep_last = configuration, keep_last
@@ -59,7 +59,7 @@ class Checkpoints:
     def save(
         self, model: LanguageModel, optimizers: Optimizers, step: int, *, held_out_loss: float | None = None
     ) -> None:
-        """Begin to write a checkpoint of this moment and return; first wait for one that is still being written."""
+        """Start writing a checkpoint and return; first wait until the previous one is written."""
         self.finish()
         self._name = _name(step)
         temporary = self.folder / f".{self._name}.tmp"
@@ -72,7 +72,7 @@ class Checkpoints:
         writing.add_done_callback(lambda written: self._complete(written, made, temporary, description))
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises CrateError if there was no room for it."""
+        """Wait until the last checkpoint is written. Raises CrateError if that failed, such as on a full disk."""
         if self._made is None:
             return
         made, self._made = self._made, None
@@ -80,8 +80,7 @@ class Checkpoints:
         if not failures:
             return
         self.world.decide(lambda: _sweep(self.folder))
-        kept = checkpoints(self.run)
-        where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        where = last_checkpoint(self.run)
         if any(full for full, _ in failures):
             raise CrateError(
                 f"no space left while writing {self.folder / self._name}; {where}. Free some and run the same command "
@@ -92,7 +91,7 @@ class Checkpoints:
     def _complete(
         self, written: Future[Any], made: Future[None], temporary: Path, description: Mapping[str, Any]
     ) -> None:
-        """What follows the writing, in the writer's thread: process 0 gives the checkpoint its name."""
+        """Finish a written checkpoint, in the writer's thread: process 0 describes and renames it."""
         try:
             written.result()
             if self.world.leads:
@@ -100,7 +99,7 @@ class Checkpoints:
                 final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
                 _put(temporary, final)
                 self._prune()
-        except BaseException as error:  # it belongs to the thread that asked for the checkpoint
+        except BaseException as error:  # raised again by `finish` in the main thread
             made.set_exception(error)
         else:
             made.set_result(None)
@@ -108,26 +107,26 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the newest and the best."""
         _sweep(self.folder)
-        found = checkpoints(self.run)
+        folders = checkpoints(self.run)
         best = best_checkpoint(self.run)
-        for old in found[: -self.keep_last]:
+        for old in folders[: -self.keep_last]:
             if old != best:
                 aside = old.with_name(f".{old.name}.old.tmp")  # killed here, no part of it counts as a checkpoint
                 old.rename(aside)
                 shutil.rmtree(aside)
         for damaged in self.folder.glob(f"{DAMAGED}*"):  # training has gone past it again
-            if damaged.name.removeprefix(DAMAGED) <= found[-1].name:
+            if damaged.name.removeprefix(DAMAGED) <= folders[-1].name:
                 shutil.rmtree(damaged)
 
     def holds(self, step: int) -> bool:
-        """Whether there is a checkpoint of this step, the one that is being written included. All must call this."""
+        """Whether this step has a checkpoint; first wait for one being written. All processes must call this."""
         self.finish()
         return self.world.decide(lambda: (self.folder / _name(step)).exists())
 
     def read_best(self, build: Callable[[], LanguageModel]) -> LanguageModel | None:
-        """The model of the best checkpoint that can be read, in one process; None if that is the newest, or none is.
+        """The model of the best readable checkpoint, in one process; None if it is the newest or none is readable.
 
-        A checkpoint that cannot be read is named, and the next best taken.
+        An unreadable checkpoint is reported, and the next best is tried.
         """
         ranked = _ranked(self.run)
         for folder in ranked:
@@ -139,9 +138,7 @@ class Checkpoints:
                 problem = _reading(lambda folder=folder, model=model: read_weights(folder, model))  # type: ignore[misc]
             if problem is None:
                 return model
-            console.print(
-                f"the best checkpoint, {folder}, is not readable ({problem}); taking the next best", markup=False
-            )
+            console.print(f"the best checkpoint, {folder}, is not readable ({problem}); trying the next", markup=False)
         return None
 
     def resume(self, build: Callable[[], tuple[LanguageModel, Optimizers]]) -> tuple[LanguageModel, Optimizers, int]:
@@ -151,36 +148,36 @@ class Checkpoints:
         later checkpoints.
         """
         model, optimizers = build()
-        tried = False
+        partly_loaded = False
         for folder in reversed(self.world.decide(lambda: checkpoints(self.run))):
             problem = self.world.decide(lambda folder=folder: self._problem(folder))  # type: ignore[misc]
             if problem is None:
-                tried = True
+                partly_loaded = True
                 problem = next(filter(None, self.world.gather(_load(folder, model, optimizers))), None)
             if problem is None:
                 self.world.decide(self._prune)  # a killed process may not have
                 return model, optimizers, int(folder.name.removeprefix("step_"))
-            aside = folder.with_name(f"{DAMAGED}{folder.name}")
+            renamed = folder.with_name(f"{DAMAGED}{folder.name}")
             console.print(
-                f"checkpoint {folder} is not readable ({problem}), now {aside.name}; going back to the one before",
+                f"checkpoint {folder} is not readable ({problem}), renamed to {renamed.name}; trying the one before",
                 markup=False,
             )
-            self.world.decide(lambda folder=folder, aside=aside: _put(folder, aside))  # type: ignore[misc]
-        if tried:  # a failed reading leaves traces in what it was to fill
+            self.world.decide(lambda folder=folder, renamed=renamed: _put(folder, renamed))  # type: ignore[misc]
+        if partly_loaded:  # a failed load may have changed some tensors
             model, optimizers = build()
         return model, optimizers, 0
 
     def _problem(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint's files; CrateError if it is of another configuration."""
+        """Why a checkpoint is unreadable, or None. Raises CrateError if it has another configuration."""
         if not (folder / DESCRIPTION).exists():
             return None if (folder / ".metadata").exists() else "it has no metadata"
         try:
-            found = read_json(folder / DESCRIPTION, made_by="cratelm train")
+            description = read_json(folder / DESCRIPTION, made_by="cratelm train")
         except CrateError as error:
             return str(error)
         try:
-            self._check_configuration(folder, found)
-            files = [(name, size, crc) for name, (size, crc) in found["files"].items()]
+            self._check_configuration(folder, description)
+            files = [(name, size, crc) for name, (size, crc) in description["files"].items()]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return f"{DESCRIPTION} lacks or misspells a field ({error})"
         for name, size, crc in files:
@@ -188,17 +185,17 @@ class Checkpoints:
             if not file.exists():
                 return f"{name} is missing"
             if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+                return f"{name} must have {size} bytes, got {file.stat().st_size}"
             if _crc(file) != crc:
                 return f"{name} was changed after it was written"
         return None
 
-    def _check_configuration(self, folder: Path, found: Mapping[str, Any]) -> None:
-        model = differing_fields(found["model"], self.configuration["model"])
-        training = differing_fields(settled(found["training"]), settled(self.configuration["training"]))
+    def _check_configuration(self, folder: Path, description: Mapping[str, Any]) -> None:
+        model = differing_fields(description["model"], self.configuration["model"])
+        training = differing_fields(settled(description["training"]), settled(self.configuration["training"]))
         if model or training:
             raise CrateError(
-                f"checkpoint {folder} is of another configuration ({', '.join(filter(None, (model, training)))}). "
+                f"checkpoint {folder} has another configuration ({', '.join(filter(None, (model, training)))}). "
                 "Use another --out, or remove it"
             )
 
@@ -208,13 +205,19 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"))
 
 
+def last_checkpoint(run: Path) -> str:
+    """A phrase about the newest checkpoint, for error messages."""
+    folders = checkpoints(run)
+    return f"the last checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+
+
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the lowest held-out loss, the newest of equals; None if it was measured at none."""
+    """The checkpoint with the lowest held-out loss, the newest of equals; None if no checkpoint has one."""
     return next(iter(_ranked(run)), None)
 
 
 def _ranked(run: Path) -> list[Path]:
-    """The checkpoints at which the held-out loss was measured, the best first, the newest of equals."""
+    """The checkpoints with a held-out loss, lowest loss first, newest first among equals."""
     losses: list[tuple[float, Path]] = []
     for folder in checkpoints(run):
         try:
@@ -229,12 +232,12 @@ def _ranked(run: Path) -> list[Path]:
 def read_weights(folder: Path, model: LanguageModel) -> None:
     """Load only the weights of a checkpoint, in one process."""
     state = {"model": model.state_dict()}
-    _read(state, folder, alone=True)
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(state["model"])
 
 
 def _snapshot(model: LanguageModel, optimizers: Optimizers) -> dict[str, Any]:
-    """Weights and moments of this moment. On the CPU they are copied here: the next step would change them."""
+    """Weights and moments; copied on the CPU, where the next step would change them during the writing."""
     weights, moments = get_state_dict(model, optimizers)
     state = {"model": weights, "optimizer": moments}
     if model.device.type == "cpu":
@@ -243,16 +246,16 @@ def _snapshot(model: LanguageModel, optimizers: Optimizers) -> dict[str, Any]:
 
 
 def _load(folder: Path, model: LanguageModel, optimizers: Optimizers) -> str | None:
-    """Fill model and optimizers from a checkpoint; say what is wrong if that cannot be done."""
+    """Load model and optimizers from a checkpoint; return the reason if that fails."""
     weights, moments = get_state_dict(model, optimizers)
-    problem = _reading(lambda: _read({"model": weights, "optimizer": moments}, folder))
+    problem = _reading(lambda: dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder))
     if problem is None:
         set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
     return problem
 
 
 def _reading(read: Callable[[], None]) -> str | None:
-    """Read; say what is wrong if that cannot be done."""
+    """Call `read`; return the reason if it fails."""
     try:
         read()
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
@@ -261,31 +264,27 @@ def _reading(read: Callable[[], None]) -> str | None:
     return None
 
 
-def _read(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
-    dcp.load(state, checkpoint_id=folder, no_dist=alone)
-
-
 def _name(step: int) -> str:
     return f"step_{step:07d}"
 
 
 def _put(folder: Path, final: Path) -> None:
-    """Rename a folder; one of that name steps aside first, whole, and goes when its place is taken."""
-    aside = final.with_name(f".{final.name}.old.tmp")
+    """Rename a folder, replacing a folder of that name; at every moment one of the two is complete."""
+    replaced = final.with_name(f".{final.name}.old.tmp")
     if final.exists():
-        final.rename(aside)
+        final.rename(replaced)
     folder.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a process that was killed left half-written."""
+    """Remove incomplete checkpoints of killed processes."""
     for stale in folder.glob(".*step_*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def _failure(made: Future[None]) -> tuple[bool, str] | None:
-    """Why a checkpoint was not made: whether for want of space, and in words. Torch wraps whatever goes wrong."""
+    """Why a checkpoint failed: whether the disk was full, and the message of the innermost error, which torch wraps."""
     error = made.exception()
     if error is None:
         return None

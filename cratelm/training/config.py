@@ -1,4 +1,4 @@
-"""How to train: `TrainConfig`, its defaults the paper's, the learning-rate schedules; and how to execute it."""
+"""Training settings (`TrainConfig`, with the paper's defaults), the learning-rate schedules, and execution settings."""
 
 import math
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class TrainConfig:
     batch_tokens: int = 262_144
     """Tokens per optimizer step, over all processes."""
     micro_batch: int = 8
-    """Sequences per forward pass of one process; a batch is accumulated over as many as it takes."""
+    """Sequences per forward pass of one process; gradients are accumulated over the batch."""
     context: int = 1024
     """Tokens per training sequence."""
     learning_rate: float = 6e-4
     """Peak of the schedule."""
     final_learning_rate: float = 6e-5
-    """End of the schedule, which a cosine reaches where a step after the last would be, as in the released code."""
+    """End of the schedule; a cosine reaches it one step after the last, as in the released code."""
     schedule: Schedule = "cosine"
     """After a linear warm-up from 0, a cosine to the end; or `wsd`: stable at the peak, at last a linear decay."""
     warmup_steps: int = 2000
@@ -50,9 +50,9 @@ class TrainConfig:
     evaluate_every: int = 1000
     """Steps between measurements of the held-out loss."""
     evaluate_tokens: int = 262_144
-    """Held-out tokens, the first ones, that it is measured on."""
+    """Number of held-out tokens to measure the loss on, from the first."""
     measure_every: int = 1000
-    """Steps between calls of the measurements that were asked for; they are also made before the first step."""
+    """Steps between the measurements of --measure, which also run before the first step."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_last: int = 2
@@ -64,20 +64,20 @@ class TrainConfig:
             "measure_every", "checkpoint_every", "keep_last",
         )  # fmt: skip
         problems = [
-            f"{name} is {getattr(self, name)}, at least 1 is needed" for name in counts if getattr(self, name) < 1
+            f"{name} must be at least 1, got {getattr(self, name)}" for name in counts if getattr(self, name) < 1
         ]
         problems += [
-            f"{name} is {getattr(self, name)}, it must be {said}"
-            for name, (said, allowed) in _RANGES.items()
+            f"{name} must be {wanted}, got {getattr(self, name)}"
+            for name, (wanted, allowed) in _RANGES.items()
             if not allowed(getattr(self, name))
         ]
         if not 0 < self.decay_share <= 1:
-            problems.append(f"decay_share is {self.decay_share}, a share above 0 and up to 1 is needed")
+            problems.append(f"decay_share must be above 0 and at most 1, got {self.decay_share}")
         if not problems and self.batch_tokens % self.context:
-            problems.append(f"batch_tokens {self.batch_tokens} is not a multiple of context {self.context}")
+            problems.append(f"batch_tokens must be a multiple of context {self.context}, got {self.batch_tokens}")
         if not problems and self.sequences % self.micro_batch:
             problems.append(
-                f"a batch of {self.sequences} sequences is not a multiple of micro_batch {self.micro_batch}"
+                f"micro_batch must divide the {self.sequences} sequences of a batch, got {self.micro_batch}"
             )
         if problems:
             raise CrateError("unusable training configuration: " + "; ".join(problems))
@@ -89,14 +89,14 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps, the last of them perhaps beyond `tokens`."""
+        """Optimizer steps; the last may exceed `tokens`."""
         return math.ceil(self.tokens / self.batch_tokens)
 
     def learning_rate_at(self, step: int) -> float:
         """Linear from 0 over the warm-up, then by `schedule` to `final_learning_rate`; steps count from 0.
 
-        A cosine ends at step `steps`, one after the last, as in the paper's code; `wsd` at the last. Where the warm-up
-        meets the decay of `wsd` it turns there, below the peak.
+        A cosine ends at step `steps`, one after the last, as in the paper's code; `wsd` at the last. A warm-up that
+        overlaps the decay of `wsd` ends below the peak.
         """
         if step < self.warmup_steps:
             rising = self.learning_rate * (step + 1) / self.warmup_steps
@@ -109,7 +109,7 @@ class TrainConfig:
         return max(1, round(self.decay_share * self.steps)) if self.schedule == "wsd" else 0
 
     def schedule_note(self) -> str | None:
-        """A line that says so if the learning rate never reaches its peak, else None."""
+        """A note if the learning rate never reaches its peak, else None."""
         if self.warmup_steps == 0 or self.warmup_steps + self.decay_steps <= self.steps:
             return None
         highest = max(map(self.learning_rate_at, range(min(self.warmup_steps, self.steps))))
@@ -132,18 +132,18 @@ class TrainConfig:
 
         Raises CrateError where the processes, or then the micro-batches, do not divide the batch.
         """
-        own, rest = divmod(self.sequences, world_size)
+        share, rest = divmod(self.sequences, world_size)
         if rest:
             raise CrateError(
                 f"{world_size} processes do not divide a batch of {self.sequences} sequences ({self.batch_tokens} "
                 f"tokens). Use a number of processes that does, or another --batch-tokens"
             )
-        if own % min(self.micro_batch, own):
+        if share % min(self.micro_batch, share):
             raise CrateError(
-                f"each of {world_size} processes gets {own} of the batch's {self.sequences} sequences, not a multiple "
-                f"of micro_batch {self.micro_batch}. Use a --micro-batch that divides {own}"
+                f"--micro-batch must divide {share}, the sequences of each of {world_size} processes, "
+                f"got {self.micro_batch}"
             )
-        return range(rank * own, (rank + 1) * own)
+        return range(rank * share, (rank + 1) * share)
 
 
 _FINITE: tuple[str, Callable[[float], bool]] = ("at least 0 and finite", lambda value: 0 <= value < math.inf)
@@ -153,28 +153,28 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "final_learning_rate": _FINITE, "warmup_steps": _FINITE, "weight_decay": _FINITE, "beta1": _SHARE, "beta2": _SHARE,
     "clip": ("above 0", lambda value: value > 0), "seed": ("of 64 bits", lambda value: -(2**63) <= value < 2**64),
 }  # fmt: skip
-"""Valid range of each setting that is not a count, in words and as a test that NaN fails."""
+"""Valid range of each setting that is not a count, in words and as a check that rejects NaN."""
 
 MAY_CHANGE = ("micro_batch", "log_every", "checkpoint_every", "keep_last")
-"""Settings that may differ when a run resumes: batches and their order stay the same."""
+"""Settings that may change when a run resumes; the batches and their order do not depend on them."""
 
 
 def settled(training: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run what it is; what an older `run.json` does not name yet was the default then."""
+    """The settings that identify a run; one that is missing from an older `run.json` has its default."""
     defaults = asdict(TrainConfig())
     return {name: value for name, value in (defaults | training).items() if name not in MAY_CHANGE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How the arithmetic is carried out. It does not change the result, so a run may resume with other values."""
+    """How to execute a training. The results do not depend on it, so a run may resume with other values."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes (torchrun): each with the whole model, or each with a share of its tensors (FSDP2)."""
     compile: bool | None = None
     """Fuse operations with torch.compile; by default on a GPU only."""
     recompute: bool = False
-    """Keep less for the backward pass: it computes the codes of CRATE's earlier ISTA steps again (a product more)."""
+    """Use less memory: the backward pass recomputes the codes of CRATE's earlier ISTA steps (one more product)."""
     prefetch: int = 4
     """Micro-batches that a separate thread reads ahead."""
     track: tuple[Tracker, ...] = ()
@@ -182,7 +182,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.prefetch < 1:
-            raise CrateError(f"prefetch is {self.prefetch}, at least 1 is needed")
+            raise CrateError(f"prefetch must be at least 1, got {self.prefetch}")
 
 
 assert set(MAY_CHANGE) <= {field.name for field in fields(TrainConfig)}

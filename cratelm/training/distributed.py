@@ -1,7 +1,7 @@
-"""Several processes as one trainer: torchrun starts them, this module divides the work.
+"""Training with several processes, which torchrun starts.
 
-Each process computes its own rows of every batch; gradients are averaged. Process 0 alone writes files. A decision of
-one process for all (open the run, stop) is sent to the others, so that no process waits for one that has left.
+Each process computes its rows of every batch, and gradients are averaged. Only process 0 writes files. It broadcasts
+its decisions (open the run, stop) to the others, so no process waits for one that has exited.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """The processes that train together, as one of them sees them."""
+    """Rank, number and process groups of the processes that train together."""
 
     rank: int = 0
     size: int = 1
@@ -41,25 +41,25 @@ class World:
         return self.rank == 0
 
     def decide(self, question: Callable[[], Answer]) -> Answer:
-        """Process 0 answers for all. Its CrateError stops the others too, silently: one line is enough."""
+        """The answer of process 0, in all processes. If it raises CrateError, the others exit without a message."""
         if self.size == 1:
             return question()
-        said: list[Any] = [None, None]
+        message: list[Any] = [None, False]  # the answer, and whether there was an error
         failure: CrateError | None = None
         if self.leads:
             try:
-                said[0] = question()
+                message[0] = question()
             except CrateError as error:
-                failure, said[1] = error, str(error)
-        dist.broadcast_object_list(said, src=0, group=self.hosts)
+                failure, message[1] = error, True
+        dist.broadcast_object_list(message, src=0, group=self.hosts)
         if failure is not None:
             raise failure
-        if said[1] is not None:
+        if message[1]:
             raise SystemExit(2)
-        return said[0]
+        return message[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true for some process."""
+        """Whether the flag is true in some process."""
         if self.size == 1:
             return flag
         flags = torch.tensor(float(flag))
@@ -97,7 +97,7 @@ ALONE = World()
 def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that torchrun started, if it did; yield the world and the device of this process.
 
-    Processes other than 0 fall silent. Raises CrateError for a device that is not there.
+    Only process 0 prints. Raises CrateError for a device that is not available.
     """
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
@@ -105,19 +105,19 @@ def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
         return
     device = select_device(name)
     if device.type == "mps":
-        raise CrateError(f"{size} processes cannot share one MPS device. Train with one, or with --device cpu")
+        raise CrateError(f"{size} processes cannot share one MPS device. Train with one process, or with --device cpu")
     if device.type == "cuda":
-        found = torch.cuda.device_count()
-        if local >= found:
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
             raise CrateError(
-                f"process {local} of this machine needs a GPU, the machine has {found}. "
-                f"Start with: torchrun --nproc-per-node {found}"
+                f"each process needs a GPU, got {local + 1} or more processes and {gpus} GPUs on this machine. "
+                f"Start with: torchrun --nproc-per-node {gpus}"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # torchrun keeps its store when it starts the processes again: a fresh process would find a dead one's address.
+        # torchrun keeps its store when it restarts the processes, and with it the addresses of dead processes.
         # On several machines, which may count their attempts differently, recipes/paper.sh has the remedy.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -127,7 +127,7 @@ def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
         hosts, disks = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
         yield World(rank=rank, size=size, hosts=hosts, disks=disks), device
     except CrateError:
-        if rank > 0:  # every process may have found it; one line is enough
+        if rank > 0:  # process 0 prints the message
             raise SystemExit(2) from None
         raise
     finally:

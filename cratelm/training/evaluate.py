@@ -1,7 +1,7 @@
 """Held-out loss: one deterministic pass, with a standard error over documents."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DocumentLosses:
-    """What a text costs a model, document by document."""
+    """The cross-entropy of a text, by document."""
 
     nats: Float64[np.ndarray, " documents"]
     """Summed cross-entropy of each document's tokens."""
@@ -71,13 +71,14 @@ def document_losses(
     batch: int,
     bar: ProgressBar,
 ) -> DocumentLosses:
-    """What `evaluate` summarises: the loss and the size of every document."""
+    """The summed loss and the number of predicted tokens of every document."""
     if len(tokens) < 2:
-        raise CrateError(f"{len(tokens)} tokens hold nothing to predict. Tokenize more text")
+        raise CrateError(f"a text must have at least 2 tokens, got {len(tokens)}. Tokenize more text")
     count = len(documents) - 1
     sums, sizes = np.zeros(count), np.zeros(count, dtype=np.int64)
-    for first, losses in _losses(model, tokens, batch):
-        positions = np.arange(first, first + len(losses))
+    for first, rows, length in passes(len(tokens) - 1, model.config.context_length, batch):
+        losses = _token_losses(model, tokens, first, rows, length)
+        positions = np.arange(first + 1, first + 1 + len(losses))
         owner = np.searchsorted(documents, positions, side="right") - 1
         low, high = owner[0], owner[-1] + 1
         sums[low:high] += np.bincount(owner - low, losses, minlength=high - low)
@@ -121,14 +122,6 @@ def held_out_loss(
             total += torch.tensor([losses.sum(), len(losses)], dtype=torch.float64)
     summed, count = world.sum_on_hosts(total).tolist()
     return summed / count
-
-
-def _losses(
-    model: LanguageModel, tokens: np.ndarray, batch: int
-) -> Iterator[tuple[int, Float64[np.ndarray, " predicted"]]]:
-    """Yield (index of the first predicted token, losses) for consecutive stretches of the stream."""
-    for first, rows, length in passes(len(tokens) - 1, model.config.context_length, batch):
-        yield first + 1, _token_losses(model, tokens, first, rows, length)
 
 
 def passes(predicted: int, context: int, batch: int) -> list[tuple[int, int, int]]:

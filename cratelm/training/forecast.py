@@ -1,10 +1,11 @@
-"""What a training will take, before its first step: parameters, arithmetic, tokens, time and memory.
+"""Estimate the time and memory of a training before its first step.
 
-Time comes from timed steps of the model itself on this device, memory from counting what a forward pass keeps.
+Time comes from timed passes of the model on this device, memory from the tensors that autograd saves in a forward pass.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,29 +18,23 @@ from cratelm.training.config import Execution, TrainConfig
 from cratelm.training.learner import autocast
 
 PATIENCE = 2.0
-"""Seconds that timed passes may take, after the first."""
+"""A batch is timed only if it is expected to take less than this many seconds; otherwise one row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What a training takes on one of its devices."""
+    """Estimated time and memory of a training."""
 
-    parameters: int
-    """Trainable numbers, position embeddings left out."""
-    flops: float
-    """Of the whole training, over all devices: three times the forward pass."""
     tokens: int
-    """Over all devices."""
-    steps: int
-    world_size: int
+    """Tokens of the training, over all devices."""
     seconds: float
-    """Of the whole training."""
+    """Duration of the training."""
     rate: float
-    """Floating-point operations per second of this device, as timed."""
+    """Floating-point operations per second of this device."""
     state_bytes: int
-    """Weights, gradients and the optimizer's moments."""
+    """Weights, gradients and the optimizer's moments, per device."""
     activation_bytes: int
-    """What one micro-batch keeps for its backward pass."""
+    """Tensors saved for the backward pass of one micro-batch."""
 
     def __str__(self) -> str:
         memory = human(self.state_bytes + self.activation_bytes)
@@ -54,9 +49,9 @@ def forecast(
     config: TrainConfig, model_config: ModelConfig, *, device: torch.device, world_size: int = 1,
     execution: Execution | None = None,
 ) -> Forecast:  # fmt: skip
-    """Time a few passes of the real model on one device. Raises CrateError where the processes do not fit the batch."""
-    own = len(config.rows_of(0, world_size))
-    micro = min(config.micro_batch, own)
+    """Time a few passes of the model on one device. Raises CrateError if the processes do not divide the batch."""
+    rows = len(config.rows_of(0, world_size))
+    micro = min(config.micro_batch, rows)
     model = LanguageModel(model_config).initialise(0).to(device)
     model.recompute_codes(execution is not None and execution.recompute)
     tokens = torch.randint(model_config.vocab_size, (micro, config.context + 1), device=device)
@@ -67,36 +62,35 @@ def forecast(
     shards = world_size if execution is not None and execution.parallel == "fsdp" else 1
     flops = 3.0 * model_config.flops_per_token(config.context)
     return Forecast(
-        parameters=model_config.num_parameters, flops=flops * config.steps * config.batch_tokens,
-        tokens=config.steps * config.batch_tokens, steps=config.steps, world_size=world_size,
-        seconds=row_seconds * own * config.steps, rate=flops * config.context / row_seconds,
+        tokens=config.steps * config.batch_tokens, seconds=row_seconds * rows * config.steps,
+        rate=flops * config.context / row_seconds,
         state_bytes=round(4 * weights * (1 + moments) / shards), activation_bytes=activation_bytes,
     )  # fmt: skip
 
 
 def _activation_bytes(model: LanguageModel, tokens: Tensor, device: torch.device) -> int:
-    """What a forward pass of all rows keeps for its backward pass, from passes of one row and of two.
+    """Bytes saved for the backward pass of all rows, extrapolated from passes of one row and of two.
 
-    Activations grow with the rows; the gradient of the head, which the loss leaves, and masks do not.
+    Activations grow with the rows; masks and the gradient of the head, which the loss saves, do not.
     """
 
-    def measured(rows: int) -> int:
-        with _kept(model) as kept:
+    def measure(rows: int) -> int:
+        with _saved_bytes(model) as sizes:
             with autocast(device):
                 loss, added = model.objective(tokens[:rows, :-1], tokens[:rows, 1:])
-            found = kept()
+            total = sum(sizes.values())
             (loss + added).backward()
         model.zero_grad(set_to_none=True)
-        return found
+        return total
 
-    one = measured(1)
-    return one if len(tokens) == 1 else one + (len(tokens) - 1) * (measured(2) - one)
+    one_row = measure(1)
+    return one_row if len(tokens) == 1 else one_row + (len(tokens) - 1) * (measure(2) - one_row)
 
 
 def _seconds_per_row(model: LanguageModel, tokens: Tensor, device: torch.device) -> float:
-    """Forward and backward time of one sequence, from as large a batch as patience allows."""
+    """Seconds of a forward and backward pass per row, from a micro-batch if that takes less than `PATIENCE`."""
 
-    def timed(rows: int) -> float:
+    def time_pass(rows: int) -> float:
         _wait(device)
         started = time.monotonic()
         with autocast(device):
@@ -106,12 +100,12 @@ def _seconds_per_row(model: LanguageModel, tokens: Tensor, device: torch.device)
         _wait(device)
         return (time.monotonic() - started) / rows
 
-    one = timed(1)
-    rows = len(tokens) if one * len(tokens) < PATIENCE else 1
-    if one > PATIENCE:
-        return one
-    timed(rows)
-    return min(timed(rows) for _ in range(2))
+    first = time_pass(1)
+    if first > PATIENCE:
+        return first
+    rows = len(tokens) if first * len(tokens) < PATIENCE else 1
+    time_pass(rows)
+    return min(time_pass(rows) for _ in range(2))
 
 
 def _wait(device: torch.device) -> None:
@@ -119,23 +113,17 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _kept:
-    """Counts the bytes that a forward pass keeps for its backward pass, the parameters left out."""
+@contextlib.contextmanager
+def _saved_bytes(model: LanguageModel) -> Iterator[dict[int, int]]:
+    """Yield the sizes, by address, of the storages that forward passes save for backward, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.storages: dict[int, int] = {}
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    def __enter__(self) -> Callable[[], int]:
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.parameters:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return lambda: sum(self.storages.values())
-
-    def __exit__(self, *found: object) -> None:
-        self.hooks.__exit__(*found)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes

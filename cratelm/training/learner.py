@@ -1,4 +1,4 @@
-"""A model, its optimizers and, where there are several processes, what keeps their copies or shares in step."""
+"""Optimizer steps of a model, on one process or on several that hold copies (DDP) or shares (FSDP2) of it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ from cratelm.training.optimizer import Optimizers
 
 
 class Objective(nn.Module):
-    """The loss as a forward pass: what torch wraps to average gradients and to compile."""
+    """The loss as a forward pass, which torch can wrap to average gradients and to compile."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats per token, and what a variant adds to it."""
+        """Mean cross-entropy in nats per token, and the penalty that a variant adds."""
         return self.model.objective(inputs, targets)
 
 
@@ -75,7 +75,7 @@ class Learner:
         return StepResult(step=step, losses=torch.stack(losses), norm=whole_norm)
 
     def whole_model(self) -> LanguageModel | None:
-        """The model as one piece, on process 0; where it is spread over processes, a copy. All must call this."""
+        """The whole model, on process 0; a copy if it is sharded. All processes must call this."""
         if isinstance(self.model, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(self.model, options=options)
@@ -100,7 +100,7 @@ class Learner:
 
 
 def shard(model: LanguageModel, world: World, device: torch.device) -> None:
-    """Spread every block's tensors, and what is left, over the processes (FSDP2), in place."""
+    """Shard the tensors of every block, and all others, over the processes (FSDP2), in place."""
     mesh = init_device_mesh(device.type, (world.size,))
     policy: dict[str, Any] = {}
     if device.type == "cuda":
@@ -113,7 +113,7 @@ def shard(model: LanguageModel, world: World, device: torch.device) -> None:
 
 
 def _wrap(model: LanguageModel, world: World, execution: Execution) -> nn.Module:
-    """The objective, its gradients averaged over the processes and, if asked for, compiled."""
+    """The objective, with gradients averaged over the processes and, if requested, compiled."""
     objective: nn.Module = Objective(model)
     if world.size > 1 and not isinstance(model, FSDPModule):
         devices = [model.device] if model.device.type == "cuda" else None

@@ -1,6 +1,6 @@
 """Metrics of a training: always metrics.jsonl; TensorBoard, Weights & Biases and Trackio on request.
 
-A training that resumes from a checkpoint first drops later lines of the killed one, so no step is logged twice.
+A training that resumes from a checkpoint first drops the later lines of the killed run, so no step is logged twice.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ Settings = Mapping[str, Any]
 
 
 class Log:
-    """The sinks of a training's metrics. Only that of process 0 writes."""
+    """Writes a training's metrics to metrics.jsonl and the trackers, in process 0."""
 
     def __init__(self, run: Path, trackers: tuple[Tracker, ...], *, first: int, writes: bool, config: Settings) -> None:
         """`first` is the step at which training resumes; later lines of metrics.jsonl are dropped."""
@@ -39,7 +39,7 @@ class Log:
             close()
 
     def write(self, row: Row) -> None:
-        """Add one line: `step`, and whatever was measured at it."""
+        """Add one line: `step`, `tokens`, and the metrics of the step."""
         if self.writes and len(row) > 2:
             append_jsonl(self.run / "metrics.jsonl", row)
             for write, _close in self._sinks:
@@ -55,7 +55,7 @@ class Log:
         return row
 
     def steps_per_second(self, step: int) -> float:
-        """Since the last call."""
+        """Mean rate since the last call."""
         now = time.monotonic()
         rate = (step - self._seen) / max(now - self._since, 1e-9)
         self._since, self._seen = now, step
@@ -76,8 +76,7 @@ def _package(tracker: Tracker, module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise CrateError(
-            f"--track {tracker} needs a package that is not here ({error}). Install it with: pip install "
-            "'cratelm[track]'"
+            f"--track {tracker} needs a package that is not installed ({error}). Run: pip install 'cratelm[track]'"
         ) from None
 
 
@@ -96,10 +95,12 @@ def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Ro
 
 def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
     wandb: Any = _package("wandb", "wandb")
-    own = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]  # a resumed run stays one run in the tracker
+    run_id = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[
+        :16
+    ]  # a resumed run stays one run in the tracker
     try:
         session = wandb.init(
-            project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=own, resume="allow"
+            project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=run_id, resume="allow"
         )
     except (wandb.Error, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

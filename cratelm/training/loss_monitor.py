@@ -7,7 +7,7 @@ import torch
 from cratelm.errors import CrateError
 from cratelm.rundir import write_json
 from cratelm.training.batches import Batches
-from cratelm.training.checkpoints import Checkpoints, checkpoints
+from cratelm.training.checkpoints import Checkpoints, last_checkpoint
 from cratelm.training.config import TrainConfig
 from cratelm.training.learner import StepResult
 
@@ -60,11 +60,9 @@ class LossMonitor:
         if math.isfinite(value):
             return value
         self.saved.finish()
-        kept = checkpoints(self.saved.run)
-        where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise CrateError(
-            f"the {what} became {value} at step {step} of {self.saved.run}; {where}. Train again with a lower "
-            "--learning-rate"
+            f"the {what} became {value} at step {step} of {self.saved.run}; {last_checkpoint(self.saved.run)}. "
+            "Train again with a lower --learning-rate"
         )
 
     def _record(self, result: StepResult, loss: float, norm: float) -> None:

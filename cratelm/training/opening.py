@@ -1,4 +1,4 @@
-"""Run directories as training opens them: `run.json` says which model this is, how it came to be, what it costs."""
+"""Create or check the `run.json` of a training: the model, its training settings, its size and cost."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,24 +14,23 @@ from cratelm.training.config import TrainConfig, settled
 
 
 def open_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: TokenDirectory) -> None:
-    """Write `run.json`, or check that the one there describes this very run."""
+    """Write `run.json`, or check that the existing one describes the same run."""
     check_run(run, config, model_config, data)
     if not (run / "run.json").exists():
         write_run(run, model_config, training=training_identity(config, data), control=None, of=None)
 
 
 def check_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: TokenDirectory) -> None:
-    """Raise CrateError if data and model do not fit each other, or if `run` holds another run. Nothing is written."""
+    """Raise CrateError if data and model do not match, or if `run` is another run. Writes nothing."""
     data.tokenizer()
     if config.context > model_config.context_length:
         raise CrateError(
-            f"training sequences of {config.context} tokens are longer than the model's context of "
-            f"{model_config.context_length}. Lower --context or raise the model's"
+            f"--context must be at most the model's context of {model_config.context_length}, got {config.context}"
         )
     if data.vocab_size > model_config.vocab_size:
         raise CrateError(
-            f"the tokens of {data.path} come from a vocabulary of {data.vocab_size}, the model has "
-            f"{model_config.vocab_size} rows. Give --vocab-size {data.vocab_size} or more"
+            f"--vocab-size must be at least {data.vocab_size}, the vocabulary of {data.path}, "
+            f"got {model_config.vocab_size}"
         )
     for split in ("train", "val"):
         if len(data.tokens(split)) <= config.context:
@@ -40,15 +39,15 @@ def check_run(run: Path, config: TrainConfig, model_config: ModelConfig, data: T
                 f"{config.context}. Tokenize more text, or lower --context"
             )
     if (run / "run.json").exists():
-        found = read_json(run / "run.json", made_by=f"cratelm train --out {run}")
-        before = settled(found["training"]) if found.get("training") else {}
-        asked = model_config.as_dict() | settled(training_identity(config, data))
-        if different := differing_fields(found.get("model", {}) | before, asked):
-            raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
+        described = read_json(run / "run.json", made_by=f"cratelm train --out {run}")
+        trained = settled(described["training"]) if described.get("training") else {}
+        requested = model_config.as_dict() | settled(training_identity(config, data))
+        if different := differing_fields(described.get("model", {}) | trained, requested):
+            raise CrateError(f"{run} is another run ({different}). Use another --out, or remove it")
 
 
 def training_identity(config: TrainConfig, data: TokenDirectory) -> dict[str, Any]:
-    """How and on what: two runs of a model for which this agrees, but for what may change, are the same."""
+    """Training settings and hashes of the data. Runs of a model are the same if these agree, except `MAY_CHANGE`."""
     return asdict(config) | {"data_hash": data.splits["train"].sha256, "tokenizer_hash": data.tokenizer_hash}
 
 

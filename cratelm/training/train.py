@@ -1,7 +1,7 @@
 """Pre-training: one loop for CRATE and GPT-2, on one process or many, resumable at any moment.
 
-The batch of a step is a function of (seed, step) alone and nothing else is random, so a run that was killed and started
-again goes through the same losses as one that was not, on as many processes or on others.
+The batch of a step is a function of seed and step, and nothing else is random. So a run that was killed and resumed has
+the same losses as an uninterrupted one, on any number of processes.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from cratelm.training.opening import check_run, open_run, training_identity, wri
 from cratelm.training.optimizer import Optimizers, build_optimizers
 
 Measurement = Callable[[LanguageModel, int], Mapping[str, float]]
-"""Whatever else is to be known of a model along its training: (model, step) to named numbers."""
+"""A measurement of the model during training: (model, step) to named numbers."""
 
 
 def train(
@@ -55,9 +55,8 @@ def train(
     every `measure_every` steps on process 0, and their numbers logged as `NAME/NUMBER`. In a `world` of several
     processes each calls this with the same arguments; process 0 writes, and gets the whole model back.
 
-    Raises CrateError if the run directory holds another configuration or is in use, if data, model and processes do
-    not fit each other, if there is no space left for a checkpoint, or if the loss or the gradient stops being finite
-    (the last checkpoint is from before that).
+    Raises CrateError if the run directory has another configuration or is in use, if data, model and processes do not
+    match, if the disk is full, or if the loss or the gradient is not finite (the last checkpoint is from before that).
     """
     execution = execution or Execution()
     rows = config.rows_of(world.rank, world.size)
@@ -149,7 +148,7 @@ def _loop(
         if logged:
             row |= {"loss": loss, "gradient_norm": norm, "learning_rate": config.learning_rate_at(done - 1)}
             row["tokens_per_second"] = log.steps_per_second(done) * config.batch_tokens
-        go_on = log.pause()
+        resume_clock = log.pause()
         if evaluation:
             try:
                 with autocast(learner.device):
@@ -165,12 +164,12 @@ def _loop(
         log.write(row)
         if checkpoint:
             saved.save(learner.model, learner.optimizers, done, held_out_loss=row.get("held_out_loss"))
-        go_on()
+        resume_clock()
         bar.advance(config.batch_tokens * fresh, f"loss {row['loss']:.3f}" if "loss" in row else "")
 
 
 def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: int) -> dict[str, float]:
-    """The numbers of all measurements, by process 0; the others wait for it where they next need it."""
+    """The numbers of all measurements, on process 0; the others continue to their next synchronisation."""
     if not measurements:
         return {}
     whole = learner.whole_model()
@@ -178,17 +177,17 @@ def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: in
         return {}
     whole.eval()
     with torch.no_grad():
-        found = {
+        numbers = {
             f"{name}/{number}": float(value)
             for name, measure in measurements.items()
             for number, value in measure(whole, step).items()
         }
     whole.train()
-    return found
+    return numbers
 
 
 def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer, saved: Checkpoints) -> None:
-    """Write `model/`, as it is at the end, and `model-best/` if an earlier checkpoint predicts better."""
+    """Write the final model to `model/`, and to `model-best/` an earlier checkpoint with a lower held-out loss."""
     if not (run / "model").exists():
         save_model(model, run / "model", tokenizer)
     if not (run / "model-best").exists():
@@ -201,17 +200,17 @@ def write_control(of: Path, run: Path) -> None:
     """Write the control of a trained run: the same model before its first step, in a separate run directory."""
     trained = read_json(of / "run.json", made_by=f"cratelm train --out {of}")
     if trained["control"] is not None or trained["training"] is None:
-        raise CrateError(f"{of} is not a trained model (control: {trained['control']}). Name the run that was trained")
+        raise CrateError(f"{of} is not a trained model (control: {trained['control']}). Give the run that was trained")
     if not (of / "model" / "tokenizer.json").exists():
         raise CrateError(f"the training of {of} is not finished (no model/ there). Run: cratelm train --out {of}")
     model_config, name = ModelConfig(**trained["model"]), of.resolve().name
     with claim(run):
         if (run / "run.json").exists():
-            found = read_json(run / "run.json", made_by=f"cratelm train --control-of {of} --out {run}")
-            asked = model_config.as_dict() | {"control": "random-init", "of": name}
-            there = {key: found.get(key) for key in ("control", "of")} | found.get("model", {})
-            if different := differing_fields(there, asked):
-                raise CrateError(f"{run} holds another run ({different}). Use another --out, or remove it")
+            described = read_json(run / "run.json", made_by=f"cratelm train --control-of {of} --out {run}")
+            requested = model_config.as_dict() | {"control": "random-init", "of": name}
+            recorded = {key: described.get(key) for key in ("control", "of")} | described.get("model", {})
+            if different := differing_fields(recorded, requested):
+                raise CrateError(f"{run} is another run ({different}). Use another --out, or remove it")
         else:
             write_run(run, model_config, training=None, control="random-init", of=name)
         if not (run / "model").exists():

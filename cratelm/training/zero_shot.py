@@ -26,7 +26,7 @@ from cratelm.training.evaluate import Evaluation, evaluate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """One of the texts the paper evaluates on, and where to find it."""
+    """A text that the paper evaluates on, and its source."""
 
     file: str
     """Its name in a folder of evaluation data."""
@@ -59,24 +59,24 @@ class LastWord:
     """How well a model predicts the last word of passages, given all before it."""
 
     accuracy: float
-    """Share of passages whose last word, every token of it, is what the model finds most probable."""
+    """Share of passages for which every token of the last word is the most probable one."""
     standard_error: float
     """Of the accuracy, over passages."""
     perplexity: float
-    """exp of the mean over passages of the nats the word costs, all its tokens together."""
+    """exp of the mean over passages of the last word's cross-entropy in nats, summed over its tokens."""
     passages: int
 
 
 def zero_shot(model: LanguageModel, tokenizer: Tokenizer, name: str, source: str, *, batch: int) -> dict[str, Any]:
-    """Everything measured on one text, as it goes into evaluation.json.
+    """All measurements on one text, as written to evaluation.json.
 
     `name` is one of `CORPORA`, or the path of a text; `source` is a folder that holds the corpora, or `hub`.
     """
     texts = read_texts(name, source)
-    found = asdict(token_loss(model, tokenizer, texts, batch=batch, what=name))
+    result = asdict(token_loss(model, tokenizer, texts, batch=batch, what=name))
     if name in LAST_WORD:
-        found["last_word"] = asdict(last_word(model, tokenizer, texts, batch=batch))
-    return found
+        result["last_word"] = asdict(last_word(model, tokenizer, texts, batch=batch))
+    return result
 
 
 def read_texts(name: str, source: str) -> list[str]:
@@ -86,11 +86,11 @@ def read_texts(name: str, source: str) -> list[str]:
     path = Path(source) / CORPORA[name].file if name in CORPORA else Path(name)
     if not path.exists():
         known = f"{', '.join(CORPORA)}, or a text file"
-        missing = f"{path} is not there" if name in CORPORA else f"there is no text {name} (known: {known})"
+        missing = f"{path} is missing" if name in CORPORA else f"there is no text {name} (known: {known})"
         raise CrateError(f"{missing}. Give a folder that holds {CORPORA['lambada'].file} and the like, or hub")
     texts = [document.text for document in stream_documents([str(path)])]
     if not texts:
-        raise CrateError(f"{path} holds no text")
+        raise CrateError(f"{path} is empty. Give a file with text")
     return texts
 
 
@@ -99,8 +99,8 @@ def token_loss(
 ) -> Evaluation:
     """Cross-entropy of every token of the texts, one after the other as in training: each ends with `<|endoftext|>`.
 
-    One more stands in front, so that the first token is predicted, too. The standard error is over the texts, or,
-    where there is one text, over stretches of it as long as the model's context.
+    Another one precedes the first text, so that its first token is predicted too. The standard error is over the texts,
+    or for a single text over stretches as long as the model's context.
     """
     end = end_of_text_id(tokenizer)
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -140,17 +140,17 @@ def last_word(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], 
 
 
 def _split(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids of a text before and from its last word, which are those of the whole text."""
+    """The token ids of a text, split before its last word."""
     before, space, _ = text.rstrip().rpartition(" ")
     if not space or not before.strip():
-        raise CrateError(f"a passage has one word only, and no last word to predict: {text[:60]!r}")
+        raise CrateError(f"a passage must have at least two words, got {text[:60]!r}")
     ids = tokenizer.encode(text.rstrip(), add_special_tokens=False).ids
     cut = len(tokenizer.encode(before.rstrip(), add_special_tokens=False).ids)
     return ids[:cut], ids[cut:]
 
 
 def _predict(model: LanguageModel, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
-    """The nats that each last word costs, and whether it is the most probable one. Rows are padded at their end."""
+    """Cross-entropy in nats of each last word, and whether it is the most probable. Rows are padded on the right."""
     longest = model.config.context_length + 1
     rows = [(before + word)[-longest:] for before, word in pairs]
     width = max(map(len, rows)) - 1
@@ -167,7 +167,7 @@ def _predict(model: LanguageModel, pairs: Sequence[tuple[list[int], list[int]]])
 
 
 def check_vocabulary(model: LanguageModel, tokens: np.ndarray) -> None:
-    """Refuse tokens that the model has no embedding of."""
+    """Raise CrateError if a token has no embedding in the model."""
     if tokens.max(initial=0) >= model.config.vocab_size:
         raise CrateError(
             f"the tokenizer gives id {tokens.max()}, the model's vocabulary has {model.config.vocab_size} rows. "

@@ -1,12 +1,12 @@
-"""A circuit: the few neurons and positions that matter most for a predicted token, and the share they explain.
+"""A circuit: the neurons and positions with the largest effect on a predicted token, and the share they explain.
 
 The measured quantity is m = log p(target | prompt). To ablate a neuron at a position is to set its code there to a
 baseline (0, or its mean over text) while everything after it is computed again.
 
-    effect of a node u        m - m(u ablated)                            positive: it speaks for the target
-    its gradient              (a_u - baseline) dm / da_u                  to first order, for all nodes in one pass
+    effect of a node u        m - m(u ablated)                            positive: it raises the target's probability
+    its gradient              (a_u - baseline) dm / da_u                  first-order estimate, all nodes in one pass
     edge from u to v          a_v - a_v(u ablated)                        v in the next layer; times v's effect per unit
-                                                                          of its own code: what u does through v
+                                                                          of its code: the effect of u through v
     share kept                (m(all others ablated) - m_none) / (m - m_none)
     share lost                (m - m(these ablated)) / (m - m_none)       m_none: every neuron of every layer ablated
 """
@@ -40,7 +40,7 @@ class CircuitConfig:
     candidates: int = 512
     """Most nodes to ablate per layer, those with the largest gradients; 0 for all active ones."""
     integration_steps: int = 16
-    """Points on the way from the baseline to the code, for `integrated`."""
+    """Points between the baseline and the code, for `integrated`."""
     batch: int = 64
     """Ablations per forward pass."""
 
@@ -103,13 +103,13 @@ class Subject:
         return change
 
     def keeping(self, nodes: Sequence[Node], *, others: bool = False) -> dict[int, Callable[[Tensor], Tensor]]:
-        """Changes that ablate every neuron except these; with `others`, only these."""
+        """Changes that ablate all neurons except the nodes; with `others`, only the nodes."""
         changes = {}
         for layer, code in self.codes.items():
-            kept = torch.zeros_like(code[0], dtype=torch.bool)
+            chosen = torch.zeros_like(code[0], dtype=torch.bool)
             for _, position, neuron in (node for node in nodes if node[0] == layer):
-                kept[position, neuron] = True
-            changes[layer] = _only(~kept if others else kept, self.baselines[layer])
+                chosen[position, neuron] = True
+            changes[layer] = _ablate_others(~chosen if others else chosen, self.baselines[layer])
         return changes
 
 
@@ -118,13 +118,13 @@ def _batched(rows: int, code: Tensor) -> Float[Tensor, "rows seq neurons"]:
     return code.unflatten(0, (rows, -1)) if code.ndim == 2 else code
 
 
-def _only(kept: Tensor, baseline: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda code: torch.where(kept, code, baseline)
+def _ablate_others(chosen: Tensor, baseline: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda code: torch.where(chosen, code, baseline)
 
 
 def gradients(subject: Subject, config: CircuitConfig) -> dict[int, Float[Tensor, "seq neurons"]]:
     """(a - baseline) dm/da of every node, at its code or averaged over points between baseline and code."""
-    found = {}
+    attributed = {}
     points = config.integration_steps if config.method == "integrated" else 1
     along = (torch.arange(points) + 0.5) / points if points > 1 else torch.ones(1)
     for layer, code in subject.codes.items():
@@ -135,8 +135,8 @@ def gradients(subject: Subject, config: CircuitConfig) -> dict[int, Float[Tensor
         with torch.enable_grad():
             measured = subject.measured(points, {layer: _plus(moved, start)})
             (gradient,) = torch.autograd.grad(measured.sum(), start)
-        found[layer] = (difference * gradient.mean(dim=0)).detach()
-    return found
+        attributed[layer] = (difference * gradient.mean(dim=0)).detach()
+    return attributed
 
 
 def _plus(code: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
@@ -146,7 +146,7 @@ def _plus(code: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
 def rank(subject: Subject, config: CircuitConfig, *, bar: ProgressBar) -> dict[Node, float]:
     """The effect of every candidate node by the configured method, strongest first."""
     attributed = gradients(subject, config)
-    found: dict[Node, float] = {}
+    effects: dict[Node, float] = {}
     for layer, values in attributed.items():
         active = (subject.codes[layer][0] != subject.baselines[layer]).flatten()
         order = values.abs().flatten().argsort(descending=True)
@@ -156,21 +156,21 @@ def rank(subject: Subject, config: CircuitConfig, *, bar: ProgressBar) -> dict[N
         width = values.shape[1]
         nodes = [(layer, index // width, index % width) for index in order.tolist()]
         if config.method == "ablation":
-            found |= ablated(subject, nodes, config, bar=bar)
+            effects |= ablated(subject, nodes, config, bar=bar)
         else:
-            found |= {node: float(values[node[1], node[2]]) for node in nodes}
-    return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
+            effects |= {node: float(values[node[1], node[2]]) for node in nodes}
+    return dict(sorted(effects.items(), key=lambda item: -abs(item[1])))
 
 
 @torch.no_grad()
 def ablated(subject: Subject, nodes: Sequence[Node], config: CircuitConfig, *, bar: ProgressBar) -> dict[Node, float]:
     """The exact effect of each node."""
-    found: dict[Node, float] = {}
-    for some in _batches(nodes, config.batch):
-        measured = subject.measured(len(some), subject.ablating(some))
-        found |= dict(zip(some, (subject.full - measured).tolist(), strict=True))
-        bar.advance(len(some))
-    return found
+    effects: dict[Node, float] = {}
+    for batch in _batches(nodes, config.batch):
+        measured = subject.measured(len(batch), subject.ablating(batch))
+        effects |= dict(zip(batch, (subject.full - measured).tolist(), strict=True))
+        bar.advance(len(batch))
+    return effects
 
 
 def choose(ranked: Mapping[Node, float], config: CircuitConfig) -> list[Node]:
@@ -184,13 +184,13 @@ def choose(ranked: Mapping[Node, float], config: CircuitConfig) -> list[Node]:
 @torch.no_grad()
 def edges(subject: Subject, chosen: Mapping[Node, float], config: CircuitConfig) -> list[dict[str, Any]]:
     """Edges from each chosen node to the chosen nodes of the next layer, measured by ablation."""
-    found = []
+    result = []
     layers = sorted(subject.codes)
     for layer, following in zip(layers, layers[1:], strict=False):
-        sources, readers = ([node for node in chosen if node[0] == one] for one in (layer, following))
-        for some in _batches(sources, config.batch) if readers else ():
-            codes, _ = subject._codes(len(some), subject.ablating(some))
-            for row, source in enumerate(some):
+        sources, readers = ([node for node in chosen if node[0] == number] for number in (layer, following))
+        for batch in _batches(sources, config.batch) if readers else ():
+            codes, _ = subject._codes(len(batch), subject.ablating(batch))
+            for row, source in enumerate(batch):
                 for reader in readers:
                     _, position, neuron = reader
                     code = float(subject.codes[following][0, position, neuron])
@@ -198,8 +198,8 @@ def edges(subject: Subject, chosen: Mapping[Node, float], config: CircuitConfig)
                     span = code - float(subject.baselines[following][neuron])
                     if change != 0:
                         effect = change * chosen[reader] / span if span else 0.0
-                        found.append({"from": list(source), "to": list(reader), "change": change, "effect": effect})
-    return sorted(found, key=lambda edge: -abs(edge["effect"]))
+                        result.append({"from": list(source), "to": list(reader), "change": change, "effect": effect})
+    return sorted(result, key=lambda edge: -abs(edge["effect"]))
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def explained(subject: Subject, ranked: Sequence[Node], chosen: Sequence[Node]) 
     def share(value: float) -> float | None:
         return value / whole if abs(whole) > 1e-6 else None
 
-    kept = float(subject.measured(1, subject.keeping(chosen))[0])
+    with_chosen = float(subject.measured(1, subject.keeping(chosen))[0])
     without = float(subject.measured(1, subject.keeping(chosen, others=True))[0])
     counts = [count for count in (2**power for power in range(20)) if count < len(ranked)] + [len(ranked)]
     curve = []
@@ -219,8 +219,8 @@ def explained(subject: Subject, ranked: Sequence[Node], chosen: Sequence[Node]) 
         value = float(subject.measured(1, subject.keeping(ranked[:count]))[0])
         curve.append({"nodes": count, "log_probability": value, "share": share(value - none)})
     return {
-        "log_probability": subject.full, "none": none, "kept": kept, "without": without,
-        "share_kept": share(kept - none), "share_lost": share(subject.full - without), "curve": curve,
+        "log_probability": subject.full, "none": none, "kept": with_chosen, "without": without,
+        "share_kept": share(with_chosen - none), "share_lost": share(subject.full - without), "curve": curve,
     }  # fmt: skip
 
 

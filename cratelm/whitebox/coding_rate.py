@@ -1,13 +1,12 @@
-"""Coding rates: how many nats it takes to write a set of tokens down to a precision, whole or part by part.
+"""Coding rates: nats needed to encode a set of tokens to a given precision, as a whole or by subspaces.
 
     R(Z)      = 1/2 logdet( I + d / (N eps^2) Z^T Z )                            Z: N tokens of width d
     R^c(Z; U) = sum_k 1/2 logdet( I + p / (N eps^2) (U_k Z)^T (U_k Z) )          U_k: projection of head k to width p
 
-Sparse rate reduction is max R - R^c - lambda ||Z||_0 (arXiv 2306.01129): MSSA is derived as a step that makes R^c
-smaller. R - R^c needs orthonormal bases in the place of U, for both to be in the same units; it is still below 0 where
-subspaces overlap, since R^c counts what lies in several of them once for each. The Gram matrix is the smaller of the
-two, which has the same determinant; everything is float64 and by Cholesky, since in float32 the determinant of a
-thousand dimensions loses its digits.
+Sparse rate reduction is max R - R^c - lambda ||Z||_0 (arXiv 2306.01129): MSSA is derived as a step that lowers R^c.
+R - R^c needs orthonormal bases instead of U, for both to have the same units. It can be negative if subspaces overlap,
+because R^c counts a component once for each subspace that contains it. The smaller of the two Gram matrices is used,
+which has the same determinant, in float64 and by Cholesky: float32 is too imprecise for a thousand dimensions.
 """
 
 import torch
@@ -21,7 +20,7 @@ Rates = Float[Tensor, " sets"]
 EPSILON = 0.1
 """Precision; its square is the 0.01 of the released code for CRATE's figures."""
 EPSILON_RANGE = (1e-6, 1e6)
-"""Beyond, the identity in the determinant is lost to rounding, or nothing else is left of it."""
+"""Outside of it, rounding loses one of the two terms in the determinant."""
 
 
 def coding_rate(z: Float[Tensor, "sets tokens width"], *, epsilon: float = EPSILON) -> Rates:
@@ -54,7 +53,7 @@ def projections(
 
 
 def orthonormal(subspaces: Float[Tensor, "heads p d_model"]) -> Float[Tensor, "heads p d_model"]:
-    """An orthonormal basis of what each head projects to, so that R and R^c are in the same units."""
+    """An orthonormal basis of each head's subspace, so that R and R^c have the same units."""
     return torch.linalg.qr(subspaces.double().mT).Q.mT
 
 
@@ -68,18 +67,18 @@ def sparse_objective(
 def tokens_needed(width: int, context: int) -> int:
     """Tokens of a set: whole contexts, at least as many tokens as the model is wide.
 
-    With fewer the rate says how many tokens there are and not how they lie: no set spans more dimensions than it has
-    tokens.
+    The rate of a smaller set depends on the number of tokens more than on their directions, because a set cannot span
+    more dimensions than it has tokens.
     """
     return -(-width // context) * context
 
 
-def check_tokens(found: int, width: int, context: int) -> None:
-    """Refuse a text that holds no whole set."""
-    if found < (needed := tokens_needed(width, context)):
+def check_tokens(available: int, width: int, context: int) -> None:
+    """Raise CrateError if the tokens do not fill a set."""
+    if available < (needed := tokens_needed(width, context)):
         raise CrateError(
-            f"{found:,} tokens are too few for a coding rate: the model is {width} wide, so a set needs {needed:,} "
-            f"tokens (whole contexts of {context:,}). Give more --tokens, or tokenize more text"
+            f"a coding rate of a model of width {width} needs {needed:,} tokens (whole contexts of {context:,}), "
+            f"got {available:,}. Give more --tokens, or tokenize more text"
         )
 
 
@@ -95,7 +94,7 @@ def _half_log_det(z: Float[Tensor, "sets tokens width"], weight: float) -> Rates
     factor, failed = torch.linalg.cholesky_ex(identity + weight * gram)
     if bool(failed.any()) or not bool(factor.isfinite().all()):
         raise CrateError(
-            "a coding rate has no number: activations are not finite, or so large that the precision is lost in them. "
-            "Give a larger --epsilon, or train again if the loss is not finite either"
+            "a coding rate is undefined: activations are not finite, or too large for this precision. "
+            "Give a larger --epsilon; if the loss is not finite either, train again"
         )
     return factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)

@@ -1,10 +1,9 @@
-"""The sparsity dial: a trained model run with another penalty, step size or number of ISTA steps, nothing retrained.
+"""The sparsity dial: run a trained model with another penalty, step size or number of ISTA steps, without retraining.
 
     a_t = ReLU( a_{t-1} + s eta D^T (x - D a_{t-1}) - s eta m lambda ),   t = 1 .. n
 
-with s, m and n varied. A setting of 1, 1 and the model's own n is exactly the trained model. A model without ISTA, and
-for comparison one with it, has a threshold instead: activations below a multiple of the root mean square of their layer
-are set to 0.
+with s, m and n varied. With s = m = 1 and the model's n it is exactly the trained model. For a model without ISTA, and
+for comparison also with it, a threshold sets activations below a multiple of their layer's root mean square to 0.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from cratelm.model.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Where the dial stands."""
+    """A setting of the dial."""
 
     penalty: float = 1.0
     """m: the penalty of every neuron times this."""
@@ -39,20 +38,20 @@ class Setting:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value}, it must be above 0"
+            f"{name} must be above 0, got {value}"
             for name, value in (("penalty", self.penalty), ("step_size", self.step_size))
             if not (value > 0 and math.isfinite(value))
         ]
         if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}, it must be at least 1")
+            problems.append(f"steps must be at least 1, got {self.steps}")
         if not (self.threshold >= 0 and math.isfinite(self.threshold)):
-            problems.append(f"threshold is {self.threshold}, it must be 0 or more")
+            problems.append(f"threshold must be 0 or more, got {self.threshold}")
         if problems:
             raise CrateError("unusable setting of the dial: " + "; ".join(problems))
 
     @property
-    def turns_ista(self) -> bool:
-        """Whether it changes what ISTA does."""
+    def changes_ista(self) -> bool:
+        """Whether the penalty, the step size or the number of steps differs from the model's."""
         return (self.penalty, self.step_size, self.steps) != (1.0, 1.0, None)
 
 
@@ -61,19 +60,19 @@ def dialled(model: nn.Module, setting: Setting, *, scales: Mapping[str, float] |
     """Run the model at a setting inside the block; `forward` and the weights stay as they are.
 
     `scales` is the root mean square of each tap's activations (`activation_scales`), for a threshold. Raises CrateError
-    where ISTA is to be turned and the model has none, or has a penalty of 0 that no factor changes.
+    if the setting changes ISTA and the model has no ISTA block, or has a penalty of 0, which no factor changes.
     """
     blocks = [part for part in model.modules() if isinstance(part, Shrinkage)]
-    if setting.turns_ista and not blocks:
+    if setting.changes_ista and not blocks:
         raise CrateError(
-            "this model has no ISTA block, so it has no penalty, step size or steps to turn. Use --threshold"
+            "this model has no ISTA block, so it has no penalty, step size or steps to change. Use --threshold"
         )
     if setting.penalty != 1 and any(part.log_penalties is None and part.penalty == 0 for part in blocks):
-        raise CrateError("this model was trained with a penalty of 0, and any multiple of it is 0. Use --threshold")
+        raise CrateError("this model has a penalty of 0, and any multiple of it is 0. Use --threshold")
     with contextlib.ExitStack() as stack:
-        if setting.turns_ista:
+        if setting.changes_ista:
             for block in blocks:
-                stack.callback(block.register_forward_hook(_turn(setting)).remove)
+                stack.callback(block.register_forward_hook(_scale_shrinkage(setting)).remove)
         if setting.threshold > 0:
             assert scales is not None, "a threshold is in units of the activations' scale"
             cuts = {tap: _cut(setting.threshold * scale) for tap, scale in scales.items()}
@@ -81,14 +80,14 @@ def dialled(model: nn.Module, setting: Setting, *, scales: Mapping[str, float] |
         yield
 
 
-def _turn(setting: Setting) -> Any:
-    def turn(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _scale_shrinkage(setting: Setting) -> Any:
+    def scale(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         step_sizes, thresholds = output
         steps = setting.steps or len(step_sizes)
         which = torch.arange(steps, device=step_sizes.device).clamp(max=len(step_sizes) - 1)
         return setting.step_size * step_sizes[which], setting.step_size * setting.penalty * thresholds[which]
 
-    return turn
+    return scale
 
 
 def _cut(least: float) -> Any:
@@ -98,12 +97,9 @@ def _cut(least: float) -> Any:
 @torch.inference_mode()
 def activation_scales(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> dict[str, float]:
     """The root mean square of each layer's activations, zeros included, over one batch of whole contexts."""
-    found = {}
     with capture(model, model.neuron_taps) as codes:
         model.features(_rows(model, tokens))
-    for tap, code in codes.items():
-        found[tap] = float(code.double().square().mean().sqrt())
-    return found
+    return {tap: float(code.double().square().mean().sqrt()) for tap, code in codes.items()}
 
 
 @torch.inference_mode()
@@ -118,5 +114,5 @@ def _rows(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> Tenso
     context = model.config.context_length
     whole = len(tokens) // context * context
     if whole == 0:
-        raise CrateError(f"{len(tokens)} tokens are less than the model's context of {context}. Give more --tokens")
+        raise CrateError(f"--tokens must be at least the model's context of {context}, got {len(tokens)}")
     return torch.from_numpy(tokens[:whole].astype(np.int64)).view(-1, context).to(model.device)

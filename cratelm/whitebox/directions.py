@@ -1,20 +1,20 @@
-"""Directions of neurons: which tokens drive one and which it makes probable, whom it feeds, through which heads.
+"""Directions of neurons: tokens that drive a neuron, tokens it makes probable, neighbours it feeds, and heads.
 
-All from the weights, but for `tokens_alone`. With r_i what neuron i reads and w_i what it writes
-(`parts.py`; in CRATE both are the atom d_i), N a norm with gain g, and N'(v) = g * (v - mean(v)) that norm at a fixed
-scale (an RMSNorm takes no mean away):
+All are computed from the weights, except `tokens_alone`. r_i is the direction that neuron i reads and w_i the one it
+writes (`parts.py`; in CRATE both are the atom d_i), N a norm with gain g, and N'(v) = g * (v - mean(v)) that norm at a
+fixed scale (an RMSNorm does not subtract the mean):
 
     tokens_in      r_i . N(E[t]) + bias_i      the drive of token t's embedding, without position and attention
-    tokens_alone   the code itself             when the model reads <|endoftext|> and t, nothing else
+    tokens_alone   the code itself             when the model reads only <|endoftext|> and t
     tokens_out     H[t] . N'(w_i)              logit of t per unit of code and per unit of scale, N the final norm,
-                                               less the mean over all tokens, which changes no probability
+                                               minus the mean over all tokens, which changes no probability
     successors     r_j . N'(w_i)               drive of neuron j of the next layer per unit of i's code, past its
                                                attention; predecessors are the same numbers seen from j
     heads_in       |O_k^T N'^T(r_i)|^2         share of head k of the same layer in what can drive i
     heads_out      |U_k N'(w_i)|^2             share of head k of the next layer in what reads i
 
-In CRATE no residual leads around ISTA, so `tokens_in` is a path of its own only in the first layer and `tokens_out`
-only in the last; elsewhere they say where a direction points.
+CRATE has no residual around ISTA, so `tokens_in` is a direct path only in the first layer, and `tokens_out` only in
+the last; in other layers they describe where a direction points.
 """
 
 from collections.abc import Mapping
@@ -36,28 +36,29 @@ Arrays = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def layer_directions(found: Wiring, layer: int, *, vocabulary: int, keep: int = KEEP) -> Arrays:
-    """Everything but `tokens_alone` of one layer's neurons, as it is written."""
-    here = found.layers[layer]
-    before = found.layers[layer - 1] if layer > 0 else None
-    after = found.layers[layer + 1] if layer + 1 < len(found.layers) else None
+def layer_directions(weights: Wiring, layer: int, *, vocabulary: int, keep: int = KEEP) -> Arrays:
+    """The arrays of one layer's file, except `tokens_alone`."""
+    this = weights.layers[layer]
+    before = weights.layers[layer - 1] if layer > 0 else None
+    after = weights.layers[layer + 1] if layer + 1 < len(weights.layers) else None
     arrays: Arrays = {
-        "read_norm": _numpy(here.read.norm(dim=1)), "write_norm": _numpy(here.write.norm(dim=1)),
-        "read_write_cosine": _numpy(nn.functional.cosine_similarity(here.read, here.write, dim=1)),
+        "read_norm": _numpy(this.read.norm(dim=1)), "write_norm": _numpy(this.write.norm(dim=1)),
+        "read_write_cosine": _numpy(nn.functional.cosine_similarity(this.read, this.write, dim=1)),
     }  # fmt: skip
-    if found.embedding is not None:
-        arrays |= ranked("tokens_in", here.read, here.norm.module(found.embedding[:vocabulary]), here.read_bias, keep)
-    if found.head is not None and found.final_norm is not None:
-        head = found.head[:vocabulary]
-        arrays |= ranked("tokens_out", found.final_norm.along(here.write), head - head.mean(dim=0), None, keep)
+    if weights.embedding is not None:
+        embedding = this.norm.module(weights.embedding[:vocabulary])
+        arrays |= ranked("tokens_in", this.read, embedding, this.read_bias, keep)
+    if weights.head is not None and weights.final_norm is not None:
+        head = weights.head[:vocabulary]
+        arrays |= ranked("tokens_out", weights.final_norm.along(this.write), head - head.mean(dim=0), None, keep)
     if after is not None:
-        arrays |= ranked("successors", after.norm.along(here.write), after.read, None, keep)
+        arrays |= ranked("successors", after.norm.along(this.write), after.read, None, keep)
         if after.attention_norm is not None:
-            arrays |= _shares_out(after.subspaces, after.attention_norm, here.write)
+            arrays |= _shares_out(after.subspaces, after.attention_norm, this.write)
     if before is not None:
-        arrays |= ranked("predecessors", here.norm.before(here.read), before.write, None, keep)
-    if here.output is not None:
-        arrays["heads_in"] = _shares(torch.einsum("kdp,nd->nkp", here.output, here.norm.before(here.read)))
+        arrays |= ranked("predecessors", this.norm.before(this.read), before.write, None, keep)
+    if this.output is not None:
+        arrays["heads_in"] = _shares(torch.einsum("kdp,nd->nkp", this.output, this.norm.before(this.read)))
     return arrays
 
 
@@ -98,9 +99,9 @@ def tokens_alone(
     subject: Subject, *, vocabulary: int, start: int | None, device: torch.device, bar: ProgressBar,
     keep: int = KEEP, batch: int = 256,
 ) -> dict[int, Arrays]:  # fmt: skip
-    """The tokens on which each neuron is strongest when the model reads nothing but `start` and that token.
+    """The tokens on which each neuron is strongest when the model reads only `start` and that token.
 
-    Without a `start` (a tokenizer that has none), the token alone. Only codes above 0 are listed; -1 fills up.
+    Without a `start`, the model reads only the token. Codes above 0 are listed; the rest of a list is -1.
     """
     best: dict[int, tuple[Tensor, Tensor]] = {}
     for first in range(0, vocabulary, batch):

@@ -1,7 +1,7 @@
 """The wiring of a Hugging Face causal language model, found in its modules and in a forward pass of a few tokens.
 
-A norm belongs to the map that reads exactly what it gave. That is how the norms before the attention, before the MLP
-and before the head are found, whatever they are called.
+A norm belongs to the linear map whose input equals the norm's output. This identifies the norms before the attention,
+the MLP and the head without relying on names.
 """
 
 import re
@@ -66,7 +66,7 @@ class _Watched:
             self.given.append((module, output.detach().reshape(-1, output.shape[-1])))
 
     def norm_before(self, module: nn.Module) -> Norm | None:
-        """The norm whose output the map reads."""
+        """The norm whose output the map reads; None if it reads another."""
         read = self.read.get(module)
         for norm, output in self.given:
             if read is not None and output.shape == read.shape and torch.equal(output, read):
@@ -75,7 +75,7 @@ class _Watched:
 
 
 def _reading_map(parent: nn.Module, down: str, neurons: int) -> nn.Module:
-    """The map that leads to the neurons; of a gated MLP its gate, which may lie before `up` in one matrix."""
+    """The linear map into the neurons; in a gated MLP the gate, which may be the first half of a matrix with `up`."""
     maps = {
         name: part for name, part in parent.named_children()
         if name != down.rpartition(".")[2] and (shape := map_shape(part)) and shape[1] in (neurons, 2 * neurons)
@@ -84,20 +84,20 @@ def _reading_map(parent: nn.Module, down: str, neurons: int) -> nn.Module:
     return (gates or list(maps.values()))[0]
 
 
-def _attended(model: Any, block: nn.Module, watched: _Watched, found: dict[str, Any]) -> LayerWiring:
-    """A layer with its heads where their maps are known."""
+def _attended(model: Any, block: nn.Module, watched: _Watched, neurons: dict[str, Any]) -> LayerWiring:
+    """A layer, with its heads if their linear maps are recognised."""
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
-    size = int(getattr(config, "head_dim", None) or found["write"].shape[1] // heads)
+    size = int(getattr(config, "head_dim", None) or neurons["write"].shape[1] // heads)
     maps = {name: part for name, part in block.named_modules() if "att" in name.lower() and map_shape(part)}
     parts = _subspaces(maps, heads, size)
     first = next((part for part in maps.values() if watched.norm_before(part) is not None), None)
     behind = [part for part in maps.values() if watched.norm_before(part) is None]  # what reads the heads
     output = None
-    if len(behind) == 1 and map_shape(behind[0]) == (heads * size, found["write"].shape[1]):
+    if len(behind) == 1 and map_shape(behind[0]) == (heads * size, neurons["write"].shape[1]):
         output = _rows(behind[0]).unflatten(1, (heads, size)).permute(1, 0, 2)
     norm = None if first is None else watched.norm_before(first)
-    return LayerWiring(**found, attention_norm=norm, subspaces=parts if norm else {}, output=output)
+    return LayerWiring(**neurons, attention_norm=norm, subspaces=parts if norm else {}, output=output)
 
 
 def _subspaces(maps: dict[str, nn.Module], heads: int, size: int) -> dict[str, Tensor]:
@@ -120,5 +120,5 @@ def _subspaces(maps: dict[str, nn.Module], heads: int, size: int) -> dict[str, T
 
 
 def _rows(module: Any) -> Tensor:
-    """(out, in), whichever way the map lies in memory."""
+    """The weights as (out, in)."""
     return map_matrix(module).T

@@ -1,6 +1,6 @@
-"""The white-box view of a model: what each layer does to the objective it was derived from, on real tokens.
+"""White-box measurements: how each layer changes the objective that CRATE is derived from, on real tokens.
 
-Sets of tokens are whole contexts of consecutive text; a rate is taken for each set, a sparsity for each token.
+Sets of tokens are whole contexts of consecutive text. Rates are computed per set, sparsities per token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ from cratelm.whitebox.wiring import own_subspaces
 
 _PASS_TOKENS = 4096  # of a forward pass, or one set if that is more
 PENALTY = 0.1
-"""lambda of the sparse objective for a model that has none: CRATE's own, so that both can be compared."""
+"""lambda of the sparse objective for a model without one: CRATE's default, so that the two can be compared."""
 CONVERGED_TOKENS = 256
 """Tokens on which the objective is followed until it converges."""
 
@@ -50,11 +50,11 @@ class MeasureConfig:
     """What to measure on."""
 
     tokens: int = 32_768
-    """Tokens to read, at most; whole sets of them."""
+    """Most tokens to read, in whole sets."""
     epsilon: float = EPSILON
     """Precision of the coding rates."""
     tolerance: float = 1e-3
-    """A code up to this counts as zero where a share is said to be within tolerance."""
+    """Codes up to this value count as zero in `active_within_tolerance`."""
     converged: bool = True
     """Whether to follow the LASSO objective on some tokens until it converges."""
 
@@ -64,13 +64,13 @@ def measure(
 ) -> dict[str, Any]:
     """All measurements of all layers, as whitebox.json holds them (`docs/formats.md`).
 
-    Raises CrateError where the stream holds no whole set: as many tokens as the model is wide, in whole contexts.
+    Raises CrateError if the stream is shorter than a set: as many tokens as the model is wide, in whole contexts.
     """
     width, context = model.config.d_model, model.config.context_length
     size = tokens_needed(width, context)
-    found = min(len(tokens), config.tokens)
-    check_tokens(found, width, context)
-    sets = found // size
+    available = min(len(tokens), config.tokens)
+    check_tokens(available, width, context)
+    sets = available // size
     layers = [_Layer(model, layer, config) for layer in range(model.config.num_layers)]
     together = max(1, _PASS_TOKENS // size)
     for first in range(0, sets, together):
@@ -86,7 +86,7 @@ def measure(
 
 @torch.no_grad()
 def _read(model: LanguageModel, rows: Int[Tensor, "rows context"], sets: int, layers: Sequence["_Layer"]) -> None:
-    """One forward pass over some sets; each layer takes note of what passed through it."""
+    """Run a forward pass over some sets and add its activations to the measurements of every layer."""
     with capture(model, [tap for layer in layers for tap in layer.taps]) as seen:
         model.features(rows)
     for layer in layers:
@@ -94,7 +94,7 @@ def _read(model: LanguageModel, rows: Int[Tensor, "rows context"], sets: int, la
 
 
 class _Layer:
-    """What is known of one layer so far."""
+    """Running measurements of one layer."""
 
     def __init__(self, model: LanguageModel, layer: int, config: MeasureConfig) -> None:
         self.layer, self.config = layer, config
@@ -113,7 +113,7 @@ class _Layer:
         self.sets = 1
 
     def see(self, seen: Mapping[str, Float[Tensor, "tokens width"]], sets: int) -> None:
-        """Take in some sets, one after the other."""
+        """Add the activations of some sets."""
         self.sets = sets
         normed, code = seen[self.normed], seen[self.neurons]
         before = self._see_rates("before", normed)
@@ -130,21 +130,21 @@ class _Layer:
             self._see_steps(self.ista, seen[self.coded])
 
     def _see_rates(self, when: str, z: Float[Tensor, "tokens d_model"]) -> dict[str, Float[Tensor, " sets"]]:
-        """Rates of the tokens, always by the normalisation that stands before the attention.
+        """Add the rates of tokens after the norm before the attention.
 
-        Gives the rate reduction of each set, by the projection of the heads.
+        Returns the rate reduction of each set, by the name of the heads' projection.
         """
-        one, epsilon = z.unflatten(0, (self.sets, -1)).cpu(), self.config.epsilon
-        rate, reductions = coding_rate(one, epsilon=epsilon), {}
+        tokens, epsilon = z.unflatten(0, (self.sets, -1)).cpu(), self.config.epsilon
+        rate, reductions = coding_rate(tokens, epsilon=epsilon), {}
         self._note(self.rates, f"rate.{when}", rate)
         for name, heads in self.subspaces.items():
             heads = heads.cpu()
-            self._note(self.rates, f"subspace_rate.{when}.{name}", subspace_rate(one, heads, epsilon=epsilon))
-            turned = subspace_rate(one, orthonormal(heads), epsilon=epsilon)
-            self._note(self.rates, f"orthonormal_rate.{when}.{name}", turned)
-            reductions[name] = rate - turned
+            self._note(self.rates, f"subspace_rate.{when}.{name}", subspace_rate(tokens, heads, epsilon=epsilon))
+            orthonormal_rate = subspace_rate(tokens, orthonormal(heads), epsilon=epsilon)
+            self._note(self.rates, f"orthonormal_rate.{when}.{name}", orthonormal_rate)
+            reductions[name] = rate - orthonormal_rate
             self._note(self.rates, f"rate_reduction.{when}.{name}", reductions[name])
-            unit = normalised_rate(projections(one, heads), epsilon=epsilon)
+            unit = normalised_rate(projections(tokens, heads), epsilon=epsilon)
             self._note(self.rates, f"normalised_rate.{when}.{name}", unit)
         return reductions
 
@@ -173,11 +173,11 @@ class _Layer:
             self.converged = float((start - last) / (start - least).clamp(min=1e-12))
 
     def _note(self, where: dict[str, list[float]], name: str, values: Tensor) -> None:
-        """Keep the mean over each set."""
+        """Append the mean over each set."""
         where.setdefault(name, []).extend(values.double().unflatten(0, (self.sets, -1)).mean(dim=1).tolist())
 
     def result(self) -> dict[str, Any]:
-        """The layer's part of whitebox.json."""
+        """The layer's entry in whitebox.json."""
         nested: dict[str, Any] = {"layer": self.layer}
         for name, values in self.rates.items():
             kind, when, *projection = name.split(".")
@@ -204,7 +204,7 @@ def _estimate(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def summary(layer: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of one layer that a curve over training follows, by name."""
+    """The numbers of one layer that `--measure whitebox` logs during training, by name."""
     name = next(iter(layer["normalised_rate"]["before"]))
     name = "value" if "value" in layer["normalised_rate"]["before"] else name
     yield "rate", layer["rate"]["before"]["mean"]

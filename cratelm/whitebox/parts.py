@@ -1,4 +1,4 @@
-"""The parts of a model's wiring: what a neuron reads with and writes with, and through which normalisations.
+"""The parts of a model's wiring: the directions that neurons read and write, and the norms around them.
 
 A model is seen as layers around a residual stream. Neuron i of a layer reads the stream z (after the attention) as
 r_i . norm(z), and a code a_i adds a_i w_i to the stream that the next layer gets. In CRATE r_i = w_i, the atom d_i of
@@ -24,11 +24,11 @@ class Norm:
     centres: bool
 
     def along(self, directions: Rows) -> Rows:
-        """What the norm makes of directions that are added to its input, times the scale of that input."""
+        """The change of the norm's output per direction added to its input, times the scale of the input."""
         return (directions - directions.mean(dim=-1, keepdim=True) if self.centres else directions) * self.gain
 
     def before(self, reading: Rows) -> Rows:
-        """The transpose of `along`: directions read after the norm, as directions in its input."""
+        """The transpose of `along`: directions in the norm's input that correspond to directions in its output."""
         scaled = reading * self.gain
         return scaled - scaled.mean(dim=-1, keepdim=True) if self.centres else scaled
 
@@ -43,13 +43,13 @@ class LayerWiring:
     write: Float[Tensor, "neurons d_model"]
     """w_i."""
     norm: Norm
-    """What stands before the reading."""
+    """The norm before the neurons."""
     attention_norm: Norm | None
-    """What stands before the attention; None where it is not known."""
+    """The norm before the attention; None if it was not recognised."""
     subspaces: Mapping[str, Float[Tensor, "heads p d_model"]] = field(default_factory=dict)
-    """The heads' projections: `shared` for MSSA's U, else `query`, `key`, `value`; empty where they are not known."""
+    """The heads' projections: `shared` for MSSA's U, else `query`, `key`, `value`; empty if not recognised."""
     output: Float[Tensor, "heads d_model p"] | None = None
-    """Per head, what leads from its values to the stream."""
+    """Per head, the map from its values to the residual stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,21 +58,21 @@ class Wiring:
 
     layers: tuple[LayerWiring, ...]
     embedding: Float[Tensor, "vocab d_model"] | None
-    """None where embeddings are not as wide as the stream."""
+    """None if embeddings have another width than the residual stream."""
     head: Float[Tensor, "vocab d_model"] | None
     final_norm: Norm | None
 
 
 def seen_norm(module: nn.Module, like: Tensor) -> Norm:
-    """The gain of a norm, and whether it takes the mean away; of an unknown kind from what it does to some vectors."""
+    """The gain of a norm, and whether it subtracts the mean; of an unknown kind, measured on some vectors."""
     if isinstance(module, nn.LayerNorm) and module.weight is not None:
         return Norm(module=module, gain=module.weight.detach(), centres=True)
     signs = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
     signs[1::2] = -1
-    signs[-1] = 0 if len(signs) % 2 else -1  # as many up as down
+    signs[-1] = 0 if len(signs) % 2 else -1  # as many +1 as -1
     signs = signs / signs.square().mean().sqrt()
-    there, back, shifted = module(signs), module(-signs), module(signs + 3)
-    gain = torch.where(signs == 0, torch.nan, (there - back) / (2 * signs))
+    plus, minus, shifted = module(signs), module(-signs), module(signs + 3)
+    gain = torch.where(signs == 0, torch.nan, (plus - minus) / (2 * signs))
     if signs[-1] == 0:
         gain[-1] = ((module(signs.roll(1)) - module(-signs.roll(1))) / (2 * signs.roll(1)))[-1]
-    return Norm(module=module, gain=gain, centres=bool(torch.allclose(shifted, there, rtol=1e-3, atol=1e-4)))
+    return Norm(module=module, gain=gain, centres=bool(torch.allclose(shifted, plus, rtol=1e-3, atol=1e-4)))

@@ -1,4 +1,4 @@
-"""What the ISTA block does to its own objective: codes after each step, the LASSO, the dictionary's properties.
+"""The ISTA block and its objective: codes after each step, the LASSO, properties of the dictionary.
 
 1/2 ||x - D a||^2 + sum_i lambda_i a_i,   a >= 0
 """
@@ -66,9 +66,9 @@ def reconstruction_error(x: Tokens, atoms: Float[Tensor, "neurons d_model"], cod
 def least_objective(
     x: Tokens, atoms: Float[Tensor, "neurons d_model"], penalty: Tensor, *, steps: int = CONVERGED_STEPS
 ) -> PerToken:
-    """The LASSO that an unlimited number of steps comes to, by accelerated ones (FISTA) of size 1 / ||D||^2.
+    """The converged LASSO of each token, by accelerated steps (FISTA) of size 1 / ||D||^2, in float64.
 
-    In float64. The smallest value seen, since accelerated steps may overshoot.
+    At most the LASSO of a zero code, since accelerated steps may overshoot.
     """
     x, atoms, penalty = x.double(), atoms.double(), penalty.double()
     size = 1 / float(torch.linalg.eigvalsh(atoms.T @ atoms)[-1])
@@ -83,7 +83,7 @@ def least_objective(
 
 
 def dictionary_of(ista: Any) -> Dictionary:
-    """The dictionary a block codes with."""
+    """Properties of a block's dictionary."""
     atoms = ista.atoms.detach().double()
     step_sizes, _ = ista.shrinkage(ista.atoms)
     squared = float(torch.linalg.eigvalsh(atoms.T @ atoms)[-1])

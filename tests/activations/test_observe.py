@@ -189,9 +189,9 @@ def test_folders_of_different_taps_differ() -> None:
     [
         ("blocks.{layer}.msa.output", r"no modules 'blocks.\{layer\}.msa.output'.*blocks.\{layer\}.mssa.output"),
         ("blocks.{layer}.mssa.outptu:input", r"no modules .*blocks.\{layer\}.mssa.output"),
-        ("blocks.7.ista.neurons", "no module 'blocks.7.ista.neurons' .*blocks.1.ista.neurons"),
-        ("quite.{layer}.else", r"there are, for example: .*blocks.\{layer\}.norm_1"),
-        ("positions", "positions takes no part in the model's forward pass"),
+        ("blocks.7.ista.neurons", "no module 'blocks.7.ista.neurons'.*blocks.1.ista.neurons"),
+        ("quite.{layer}.else", r"Similar: .*blocks.\{layer\}.norm_1"),
+        ("positions", "positions does not run in the model's forward pass"),
         ("blocks", "no module 'blocks'"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_tap_that_is_not_there_is_an_error_that_lists_what_is(tap: str, said: 
 
 
 def test_a_layer_that_is_not_there_is_refused(rng: np.random.Generator) -> None:
-    with pytest.raises(CrateError, match=r"no layer 5 at this tap \(there are 0, 1\)"):
+    with pytest.raises(CrateError, match=r"--layer must be a layer with this tap \(0, 1\), got 5"):
         observe(random_model(tiny_config(), rng), model_hash="h", layers=(0, 5))
 
 
@@ -223,7 +223,7 @@ def test_a_mixture_of_experts_asks_for_a_tap(rng: np.random.Generator) -> None:
     config = transformers.MixtralConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                         num_key_value_heads=1, intermediate_size=40, num_local_experts=2)  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
-    with pytest.raises(CrateError, match=r"neurons are not recognised. Name a module: --tap 'model.layers"):
+    with pytest.raises(CrateError, match=r"neurons are not recognised. Give a module: --tap 'model.layers"):
         observe(model, model_hash="h")
     assert observe(model, model_hash="h", tap="residual").layers == {0: 16}
 

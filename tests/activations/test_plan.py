@@ -17,13 +17,13 @@ def corpus(rng: np.random.Generator, lengths: list[int]) -> tuple[np.ndarray, np
 
 def windows_of(plan: Plan, width: int) -> list[tuple[int, int, int]]:
     """(document, first, last) of every window, in the corpus."""
-    found = []
+    actual = []
     for row, count in enumerate(plan.windows(width)):
         length = plan.window_length(slice(row, row + 1), width)[0]
         for index in range(count):
             first = plan.row_position[row] + plan.warmup + index * width
-            found.append((int(plan.row_document[row]), int(first), int(first + length)))
-    return found
+            actual.append((int(plan.row_document[row]), int(first), int(first + length)))
+    return actual
 
 
 @pytest.mark.parametrize("width", [64, 8])
@@ -37,7 +37,7 @@ def test_windows_are_disjoint_and_lie_inside_one_document_without_its_end(rng: n
     assert covered.max() == 1
 
 
-def test_a_long_document_is_covered_but_for_its_first_tokens_and_less_than_one_window_at_its_end(
+def test_a_long_document_is_covered_except_its_first_tokens_and_less_than_one_window_at_its_end(
     rng: np.random.Generator,
 ) -> None:
     tokens, documents = corpus(rng, [1000])
@@ -89,5 +89,7 @@ def test_max_tokens_takes_the_first_whole_documents(rng: np.random.Generator) ->
 
 def test_a_context_without_room_for_an_excerpt_is_refused(rng: np.random.Generator) -> None:
     tokens, documents = corpus(rng, [100])
-    with pytest.raises(CrateError, match="context of 64 tokens has no room for an excerpt of 64"):
+    with pytest.raises(
+        CrateError, match="context must be at least 68 tokens .an excerpt of 64 after 4 of warm-up., got 64"
+    ):
         make_plan(tokens, documents, context=64)

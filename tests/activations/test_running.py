@@ -101,7 +101,7 @@ def test_sampled_windows_are_distinct_equally_likely_and_found_again_batch_by_ba
     assert np.allclose(chance, keep / total, atol=5 * np.sqrt(keep / total / neurons))
 
 
-def test_a_sample_of_more_than_there_is_takes_everything() -> None:
+def test_a_sample_larger_than_the_corpus_takes_everything() -> None:
     sample = SampledExcerpts(3, 4, 10, 2, (0,), CPU)
     slot, number = sample.wanted(0, 4)
     assert sorted(number.tolist()) == sorted([0, 1, 2, 3] * 3)
@@ -117,11 +117,11 @@ def test_nearest_neurons_equal_brute_force(rng: np.random.Generator) -> None:
     both = fires.astype(int).T @ fires.astype(int)
     count = fires.sum(axis=0)
     jaccard = both / np.maximum(count[:, None] + count - both, 1)
-    for found, similarity in (
+    for actual, similarity in (
         (nearest_directions(torch.from_numpy(directions)), unit @ unit.T),
         (nearest_cofiring(torch.from_numpy(fires)), jaccard),
     ):
         np.fill_diagonal(similarity, -np.inf)
-        index, value = found
+        index, value = actual
         assert np.allclose(value, -np.sort(-similarity, axis=1)[:, :KEEP], atol=1e-5)
         assert np.allclose(np.take_along_axis(similarity, index.astype(int), axis=1), value, atol=1e-5)

@@ -93,7 +93,7 @@ def test_layers_that_were_not_recorded_differ_from_those_that_were(data: TokenDi
     collect.run(options(run, data, layer=(1,)))
     assert snapshot(records_folder(run, "fixed") / "neurons") == before
     assert "(layers [1] -> [0, 1]). Remove" in message(options(run, data))
-    assert "no layer 4 at this tap (there are 0, 1)" in message(options(run, data, layer=(4,)))
+    assert "--layer must be a layer with this tap (0, 1), got 4" in message(options(run, data, layer=(4,)))
 
 
 def test_records_of_another_model_are_not_mixed(data: TokenDirectory, tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_records_of_another_model_are_not_mixed(data: TokenDirectory, tmp_path: 
     [
         ({"tokens": "many"}, "--tokens must be all or a number such as"),
         ({"tokens": "0"}, "got '0'"),
-        ({"tokens": "200"}, "documents fall to the half for .* Collect over more documents"),
-        ({"batch_rows": 0}, "--batch-rows is 0, it must be at least 1"),
+        ({"tokens": "200"}, "the half for .* must have at least .* Collect from more documents"),
+        ({"batch_rows": 0}, "--batch-rows must be at least 1, got 0"),
         ({"split": "test"}, "has no split test"),
-        ({"tap": "blocks.{layer}.mpl"}, r"no modules 'blocks.\{layer\}.mpl' .* blocks.\{layer\}.mlp"),
+        ({"tap": "blocks.{layer}.mpl"}, r"no modules 'blocks.\{layer\}.mpl'.*blocks.\{layer\}.mlp"),
         ({"context": 4000}, "--context must be 1 to 128 tokens .* got 4000"),
-        ({"context": 60}, "the model's context of 60 tokens has no room for an excerpt of 64"),
-        ({"layer": (9,)}, "no layer 9"),
-        ({"runs": ()}, "no run and no model was named"),
+        ({"context": 60}, "the model's context must be at least 68 tokens"),
+        ({"layer": (9,)}, "--layer must be a layer with this tap .*, got 9"),
+        ({"runs": ()}, "no run or model was given"),
     ],
 )
 def test_a_bad_option_gets_one_line_and_changes_nothing(

@@ -39,13 +39,13 @@ def activations_of(model: Any, module: str, corpus: np.ndarray, position: int, l
     while start > 0 and corpus[start - 1] != end:
         start -= 1
     row = torch.tensor([[end, *corpus[start : position + length].tolist()]])
-    found: list[Tensor] = []
-    handle = model.get_submodule(module).register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    actual: list[Tensor] = []
+    handle = model.get_submodule(module).register_forward_hook(lambda _module, _inputs, output: actual.append(output))
     with torch.no_grad():
         model(row)
     handle.remove()
     assert row.shape[1] <= CONTEXT
-    return found[0][0, -length:]
+    return actual[0][0, -length:]
 
 
 def test_records_of_a_foreign_model_are_its_own_activations(
@@ -54,9 +54,9 @@ def test_records_of_a_foreign_model_are_its_own_activations(
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
     run = tmp_path / "runs" / "neox"
     collect.run(options(foreign, data, out=run))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "neurons has negative activations" in said
-    assert "--sign negative" in said
+    expected_message = " ".join(capsys.readouterr().err.split())
+    assert "neurons has negative activations" in expected_message
+    assert "--sign negative" in expected_message
     model = transformers.AutoModelForCausalLM.from_pretrained(foreign).eval()
     corpus = np.asarray(data.tokens("val")).astype(np.int64)
     records = read_records(run, 1)
@@ -75,9 +75,9 @@ def test_records_of_a_foreign_model_are_its_own_activations(
             np.testing.assert_allclose(excerpt.activations, expected[:, neuron].numpy(), rtol=1e-4, atol=1e-5)
             checked += 1
     assert checked > 5
-    found = read_collection(run)
-    assert found["signed"] is True
-    assert found["taps"] == {"neurons": {"layers": [0, 1], "signed": True}}
+    actual = read_collection(run)
+    assert actual["signed"] is True
+    assert actual["taps"] == {"neurons": {"layers": [0, 1], "signed": True}}
 
 
 def test_the_run_of_a_foreign_model_says_what_it_is_and_remembers_where_it_came_from(
@@ -85,13 +85,13 @@ def test_the_run_of_a_foreign_model_says_what_it_is_and_remembers_where_it_came_
 ) -> None:
     run = tmp_path / "neox"
     collect.run(options(foreign, data, out=run, layer=(1,)))
-    found = read_json(run / "run.json", made_by="")
-    assert (found["arch"], found["name"], found["source"]) == ("gpt_neox", "neox", str(foreign.resolve()))
-    assert found["model"] == {
+    actual = read_json(run / "run.json", made_by="")
+    assert (actual["arch"], actual["name"], actual["source"]) == ("gpt_neox", "neox", str(foreign.resolve()))
+    assert actual["model"] == {
         "num_layers": 2, "d_model": 16, "num_heads": 2, "num_neurons": 40, "vocab_size": data.vocab_size,
         "context_length": 128,
     }  # fmt: skip
-    assert found["model_hash"] == read_collection(run)["model_hash"]
+    assert actual["model_hash"] == read_collection(run)["model_hash"]
     assert TokenDirectory.open(data.path, tokenizer=str(records_folder(run, "fixed") / "tokenizer.json"))
     collect.run(options(run, data, tap="residual"))
     assert read_collection(run)["taps"].keys() == {"neurons", "residual"}
@@ -114,7 +114,7 @@ def test_a_foreign_model_needs_a_run_and_a_run_has_one(foreign: Path, data: Toke
     assert "--out must be left out for a run" in message(options(ours, data, out=tmp_path / "other"))
     assert "is not a run directory" in message(options(tmp_path / "nowhere", data))
     several = Options(runs=(foreign, foreign), data=data.path, out=tmp_path / "x")
-    assert "--out is the run of one model, 2 were named" in message(several)
+    assert "--out needs a single model, got 2" in message(several)
 
 
 def test_two_models_do_not_share_a_run(foreign: Path, data: TokenDirectory, tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_two_models_do_not_share_a_run(foreign: Path, data: TokenDirectory, tmp_
 
 def test_the_tokens_must_be_the_models(foreign: Path, data: TokenDirectory, tmp_path: Path) -> None:
     others = make_tokens(tmp_path / "others", np.random.default_rng(7), documents=40, vocab=266)
-    said = message(options(foreign, others, out=tmp_path / "run"))
-    assert f"tokens of {others.path} come from another tokenizer than the model of {foreign}" in said
-    assert f"cratelm tokenize SOURCE --tokenizer {foreign} --out DIR" in said
+    expected_message = message(options(foreign, others, out=tmp_path / "run"))
+    assert f"tokens of {others.path} come from another tokenizer than the model of {foreign}" in expected_message
+    assert f"cratelm tokenize SOURCE --tokenizer {foreign} --out DIR" in expected_message
     assert not (tmp_path / "run").exists()
     bare = save(build("gpt_neox", np.random.default_rng(3), vocab=data.vocab_size), tmp_path / "bare")
     assert "has no tokenizer.json" in message(options(bare, data, out=tmp_path / "run"))
@@ -149,8 +149,8 @@ def test_a_crate_directory_from_elsewhere_needs_no_transformers(
                          np.random.default_rng(1))  # fmt: skip
     save_model(model, tmp_path / "crate", data.tokenizer())
     collect.run(options(tmp_path / "crate", data, out=tmp_path / "run"))
-    found = read_json(tmp_path / "run" / "run.json", made_by="")
-    assert (found["arch"], found["parameters"]) == ("crate", model.config.num_parameters)
+    actual = read_json(tmp_path / "run" / "run.json", made_by="")
+    assert (actual["arch"], actual["parameters"]) == ("crate", model.config.num_parameters)
     other = tmp_path / "llama"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))

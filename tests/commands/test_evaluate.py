@@ -53,19 +53,19 @@ def run_evaluate(stream: Stream, batch: int = 4) -> Evaluation:
 def test_the_evaluation_equals_brute_force(stream: Stream) -> None:
     model, tokens, documents = stream
     losses = brute_losses(model, tokens)
-    found = run_evaluate(stream)
+    actual = run_evaluate(stream)
     mean = losses.mean()
-    assert (found.tokens, found.documents) == (len(tokens) - 1, 23)
-    assert found.nats_per_token == pytest.approx(mean, rel=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(losses.sum() / math.log(2) / 1234, rel=1e-6)
+    assert (actual.tokens, actual.documents) == (len(tokens) - 1, 23)
+    assert actual.nats_per_token == pytest.approx(mean, rel=1e-6)
+    assert actual.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+    assert actual.bits_per_byte == pytest.approx(losses.sum() / math.log(2) / 1234, rel=1e-6)
     of_position = np.concatenate([[0.0], losses])
     residuals = []
     for start, stop in zip(documents[:-1], documents[1:], strict=True):
         mine = of_position[max(start, 1) : stop]
         residuals.append(mine.sum() - mean * len(mine))
     error = math.sqrt(23 / 22 * np.square(residuals).sum()) / len(losses)
-    assert found.standard_error == pytest.approx(error, rel=1e-5)
+    assert actual.standard_error == pytest.approx(error, rel=1e-5)
 
 
 def test_the_standard_error_is_the_spread_over_samples_of_documents(rng: np.random.Generator) -> None:
@@ -76,11 +76,11 @@ def test_the_standard_error_is_the_spread_over_samples_of_documents(rng: np.rand
         # A document is one token again and again, so that losses within it agree and between documents differ.
         sizes = rng.integers(2, 12, size=40)
         tokens = np.repeat(rng.integers(272, size=40), sizes).astype(np.uint16)
-        found = evaluate(
+        actual = evaluate(
             model, tokens, np.concatenate([[0], np.cumsum(sizes)]), text_bytes=1, batch=64, bar=hidden_bar()
         )
-        errors.append(found.standard_error)
-        losses.append(found.nats_per_token)
+        errors.append(actual.standard_error)
+        losses.append(actual.nats_per_token)
     assert np.std(losses) == pytest.approx(np.mean(errors), rel=0.3)
 
 
@@ -99,10 +99,10 @@ def test_each_token_is_predicted_once_whatever_the_batch(stream: Stream, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(LanguageModel, "token_losses", spy)
-            found = run_evaluate(stream, batch=batch)
+            actual = run_evaluate(stream, batch=batch)
         assert seen == tokens[1:].tolist()
-        assert found.nats_per_token == pytest.approx(expected.nats_per_token, rel=1e-6)
-        assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-5)
+        assert actual.nats_per_token == pytest.approx(expected.nats_per_token, rel=1e-6)
+        assert actual.standard_error == pytest.approx(expected.standard_error, rel=1e-5)
     assert run_evaluate(stream, batch=1) == expected
 
 
@@ -115,13 +115,13 @@ def test_the_held_out_loss_is_the_mean_of_the_same_losses(stream: Stream) -> Non
 
 def test_one_document_has_no_standard_error(stream: Stream) -> None:
     model, tokens, documents = stream
-    found = evaluate(model, tokens, documents[[0, -1]], text_bytes=1, batch=4, bar=hidden_bar())
-    assert math.isnan(found.standard_error)
-    assert found.nats_per_token == pytest.approx(run_evaluate(stream).nats_per_token)
+    actual = evaluate(model, tokens, documents[[0, -1]], text_bytes=1, batch=4, bar=hidden_bar())
+    assert math.isnan(actual.standard_error)
+    assert actual.nats_per_token == pytest.approx(run_evaluate(stream).nats_per_token)
 
 
 def test_nothing_to_predict_is_refused(stream: Stream) -> None:
-    with pytest.raises(CrateError, match="1 tokens hold nothing to predict"):
+    with pytest.raises(CrateError, match="a text must have at least 2 tokens, got 1"):
         evaluate(stream[0], stream[1][:1], np.array([0, 1]), text_bytes=1, batch=4, bar=hidden_bar())
 
 
@@ -195,7 +195,7 @@ def test_the_command_keeps_the_loss_of_every_document(tmp_path: Path, rng: np.ra
     assert loss.data_hash == data.splits["val"].sha256
 
 
-def test_numbers_that_are_none_are_null_in_evaluation_json(
+def test_numbers_that_are_not_finite_are_null_in_evaluation_json(
     made: tuple[TokenDirectory, Path], rng: np.random.Generator
 ) -> None:
     data, run = made
@@ -205,10 +205,10 @@ def test_numbers_that_are_none_are_null_in_evaluation_json(
     save_model(model, run / "model", data.tokenizer())
     (run / "evaluation.json").write_text('{"zero_shot": {"old": {"standard_error": NaN}}}')
     assert cli.main(["evaluate", str(run), "--data", str(data.path)]) == 0
-    found = strictly((run / "evaluation.json").read_text())
-    assert found["perplexity"] is None
-    assert found["nats_per_token"] > 700
-    assert found["zero_shot"] == {"old": {"standard_error": None}}
+    actual = strictly((run / "evaluation.json").read_text())
+    assert actual["perplexity"] is None
+    assert actual["nats_per_token"] > 700
+    assert actual["zero_shot"] == {"old": {"standard_error": None}}
     loss = read_loss(run)
     assert loss is not None
     assert loss.perplexity is None
@@ -224,7 +224,7 @@ def test_an_unreadable_evaluation_is_refused_with_a_whole_command(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("{run} --data {other}", "come from another tokenizer than the model"),
         ("{small} --data {tokens}", "has 270 tokens, the model of .* has 99"),
@@ -235,7 +235,7 @@ def test_an_unreadable_evaluation_is_refused_with_a_whole_command(
     ],
 )
 def test_a_mistake_gets_one_line_and_writes_nothing(
-    arguments: str, said: str, made: tuple[TokenDirectory, Path], capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, made: tuple[TokenDirectory, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, run = made
     folders = {"run": run, "tokens": data.path, "other": run / "other", "small": run / "small"}
@@ -245,7 +245,7 @@ def test_a_mistake_gets_one_line_and_writes_nothing(
         save_model(LanguageModel(tiny_config(vocab_size=99)).initialise(0), folders["small"])
     assert cli.main(["evaluate", *arguments.format(**folders).split()]) == 2
     err = capsys.readouterr().err
-    assert re.search(said, err)
+    assert re.search(message, err)
     assert err.count("\n") == 1
     assert not list(run.rglob("evaluation.json"))
 

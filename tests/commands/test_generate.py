@@ -30,12 +30,12 @@ def test_greedy_generation_takes_the_largest_logit_and_slides_over_the_context(
 ) -> None:
     model = random_model(tiny_config(arch), rng)
     tokens = torch.from_numpy(rng.integers(272, size=(2, 10)))
-    found = model.generate(tokens, 14, temperature=0)
+    actual = model.generate(tokens, 14, temperature=0)
     expected = tokens
     for _ in range(14):
         best = model(expected[:, -16:])[:, -1].argmax(dim=1)
         expected = torch.cat([expected, best[:, None]], dim=1)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_a_seed_decides_the_text_and_without_one_it_varies(rng: np.random.Generator) -> None:
@@ -128,7 +128,7 @@ def test_a_hugging_face_model_continues_a_text(
 
 
 @pytest.mark.parametrize("text", ["жар→漢字", "漢字 😀😀!", "ends in half a smile \N{GRINNING FACE}"])
-def test_a_character_of_several_tokens_is_written_when_it_is_whole(
+def test_a_character_of_several_tokens_is_written_when_it_is_complete(
     text: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = make_tokenizer()
@@ -141,7 +141,7 @@ def test_a_character_of_several_tokens_is_written_when_it_is_whole(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or more"),
@@ -149,13 +149,13 @@ def test_a_character_of_several_tokens_is_written_when_it_is_whole(
         (["--prompt", "a", "--tokens", "0"], "--tokens and"),
     ],
 )
-def test_an_impossible_wish_gets_one_line(
-    flags: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_an_impossible_option_gets_one_line(
+    flags: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["generate", str(folder), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 

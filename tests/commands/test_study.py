@@ -50,35 +50,35 @@ def test_the_plan_is_every_variant_at_every_size_from_every_seed(data: TokenDire
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("mine", "must be crate, gpt2 or NAME"),
         ("mine:penalty", "got 'penalty' in"),
         ("mine:penality=1", "no field 'penality'.*penalty"),
-        ("mine:penalty=much", "penalty is 'much', it must be float"),
-        ("mine:arch=gpt3", "arch is 'gpt3', it must be crate or gpt2"),
-        ("mine:arch=gpt2,bias=1", "bias is '1', it must be bool"),
+        ("mine:penalty=much", "penalty must be float, got 'much'"),
+        ("mine:arch=gpt3", "arch must be crate or gpt2, got 'gpt3'"),
+        ("mine:arch=gpt2,bias=1", "bias must be bool, got '1'"),
         ("mine:num_heads=3", "not a multiple of num_heads 3"),
     ],
 )
-def test_a_variant_that_makes_no_sense_is_refused(text: str, said: str) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_a_variant_that_makes_no_sense_is_refused(text: str, message: str) -> None:
+    with pytest.raises(CrateError, match=message):
         study.variant(text, "1l", vocab_size=320, context=64)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        ({"sizes": "1l,4l"}, "unknown size '4l'"),
-        ({"seeds": 0}, "--seeds is 0"),
+        ({"sizes": "1l,4l"}, "--sizes must be of 1l, 2l, 3l, s, b, got '4l'"),
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
         ({"variant": ("a:bias=true", "a:bias=false")}, "variants must have different names"),
-        ({"collect_tokens": 500}, "documents fall to the half"),
+        ({"collect_tokens": 500}, "must have at least 25 documents"),
     ],
 )
-def test_a_study_that_cannot_be_is_refused_before_it_starts(
-    more: dict[str, Any], said: str, data: TokenDirectory, tmp_path: Path
+def test_an_impossible_study_is_refused_before_it_starts(
+    more: dict[str, Any], message: str, data: TokenDirectory, tmp_path: Path
 ) -> None:
-    with pytest.raises(CrateError, match=said):
+    with pytest.raises(CrateError, match=message):
         study.run(options(data, tmp_path / "out", **more))
     assert not (tmp_path / "out").exists()
 
@@ -89,9 +89,9 @@ def test_a_study_estimates_trains_reports_and_repeats_nothing(
 ) -> None:
     out = tmp_path / "out"
     study.run(options(data, out, dry_run=True))
-    said = " ".join(capsys.readouterr().err.split())
-    assert "crate-1l: " in said
-    assert "4 trainings, about " in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "crate-1l: " in message
+    assert "4 trainings, about " in message
     assert not out.exists()
     study.run(options(data, out))
     assert "CRATE minus GPT-2 at equal size" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_study_estimates_trains_reports_and_repeats_nothing(
     assert before.items() <= after.items()
     assert len(after) > len(before)
     other = options(data, out)
-    with pytest.raises(CrateError, match="holds another run .*learning_rate"):
+    with pytest.raises(CrateError, match="is another run .*learning_rate"):
         study.run(replace(other, training=replace(other.training, learning_rate=0.5)))
 
 
@@ -117,10 +117,10 @@ def test_students_quantile(freedom: int, expected: float) -> None:
 
 
 def test_an_estimate_is_the_mean_with_students_interval() -> None:
-    found = estimate([1.0, 2.0, 6.0])
-    assert found is not None
+    actual = estimate([1.0, 2.0, 6.0])
+    assert actual is not None
     half = 4.303 * np.std([1, 2, 6], ddof=1) / np.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half))
+    assert (actual.mean, actual.low, actual.high) == pytest.approx((3, 3 - half, 3 + half))
     single = estimate([5.0])
     assert single is not None
     assert (single.mean, single.interval, single.seeds) == (5.0, None, 1)
@@ -182,8 +182,8 @@ def test_a_variant_is_compared_with_the_paper_s_model_too_and_rows_without_an_an
         object.__setattr__(group, "flops_per_token", 1)
     dear = Study(empty, tuple(groups))
     assert {one.basis for one in dear.differences if one.other == "gpt2"} == {"size"}
-    said = study_sentences(dear)
-    assert not any("no two models" in sentence for sentence in said)
+    message = study_sentences(dear)
+    assert not any("no two models" in sentence for sentence in message)
     object.__setattr__(groups[2], "size", (7, 128, 4))
     alone = Study(empty, tuple(groups))
     assert "sparser minus GPT-2: no two models to compare." in study_sentences(alone)
@@ -196,9 +196,9 @@ def seeds(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
     for seed in range(3):
         for arch in ("crate", "gpt2"):
             run = make_run(tmp_path / f"{arch}-2l-seed{seed}", rng, name=f"{arch}-2l-seed{seed}", layers=2)
-            found = json.loads((run / "run.json").read_text())
-            found["training"]["seed"] = seed
-            rundir.write_json(run / "run.json", found)
+            actual = json.loads((run / "run.json").read_text())
+            actual["training"]["seed"] = seed
+            rundir.write_json(run / "run.json", actual)
             runs.append(run)
     return runs
 
@@ -206,18 +206,18 @@ def seeds(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
 @pytest.mark.usefixtures("quick_report")
 def test_runs_that_differ_in_their_seed_are_one_group(seeds: list[Path], tmp_path: Path) -> None:
     results = scored(seeds)
-    found = study_of(results)
-    assert found is not None
-    assert {group.title: sorted(group.runs) for group in found.groups} == {
+    actual = study_of(results)
+    assert actual is not None
+    assert {group.title: sorted(group.runs) for group in actual.groups} == {
         "CRATE-2L": [0, 1, 2], "GPT-2-2L": [0, 1, 2]
     }  # fmt: skip
-    assert found.pairs == [("crate", "gpt2")]
-    assert len(found.first_seeds.models) == 2
-    table = study_tables(found)[0]
+    assert actual.pairs == [("crate", "gpt2")]
+    assert len(actual.first_seeds.models) == 2
+    table = study_tables(actual)[0]
     mine = next(row for row in table.rows if row[:2] == ("CRATE-2L", "top-and-random"))
-    means = [run.scores["top-and-random"].mean for run in found.groups[0].runs.values()]
+    means = [run.scores["top-and-random"].mean for run in actual.groups[0].runs.values()]
     assert mine[2] == pytest.approx(np.mean([mean for mean in means if mean is not None]))
-    assert any("at equal size" in sentence for sentence in study_sentences(found))
+    assert any("at equal size" in sentence for sentence in study_sentences(actual))
     page = write_report(ReportContents(results), tmp_path / "report").read_text()
     assert "Differences, seed by seed" in page
     assert "steadiness" in page

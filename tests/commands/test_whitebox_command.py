@@ -103,14 +103,14 @@ def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.rand
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tokens", "15"], "15 tokens are too few for a coding rate: the model is 16 wide, so a set needs 16 tokens"),
+        (["--tokens", "15"], "a coding rate of a model of width 16 needs 16 tokens"),
         (["--tokens", "0"], "got '0'"),
-        (["--epsilon", "0"], "--epsilon is 0, it must be between 1e-06 and 1e+06"),
-        (["--epsilon", "nan"], "--epsilon is nan"),
-        (["--epsilon", "1e-200"], "--epsilon is 1e-200"),
-        (["--epsilon", "inf"], "--epsilon is inf"),
-        (["--tolerance", "nan"], "--tolerance is nan, it must be a number, 0 or more"),
-        (["--tolerance", "inf"], "--tolerance is inf"),
+        (["--epsilon", "0"], "--epsilon must be 1e-06 to 1e+06, got 0"),
+        (["--epsilon", "nan"], "--epsilon must be 1e-06 to 1e+06, got nan"),
+        (["--epsilon", "1e-200"], "--epsilon must be 1e-06 to 1e+06, got 1e-200"),
+        (["--epsilon", "inf"], "--epsilon must be 1e-06 to 1e+06, got inf"),
+        (["--tolerance", "nan"], "--tolerance must be 0 or more, got nan"),
+        (["--tolerance", "inf"], "--tolerance must be 0 or more, got inf"),
         (["--split", "nothing"], "nothing"),
     ],
 )

@@ -30,7 +30,7 @@ def test_tokens_of_letters_by_nanogpt_get_the_command_that_tokenizes_them_again(
 def test_a_bare_folder_needs_its_tokenizer_and_ids_inside_it(tmp_path: Path, bpe: Tokenizer) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
     np.array([5, 6, 400, 0], dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(CrateError, match=r"has no tokens.json: name its tokenizer"):
+    with pytest.raises(CrateError, match=r"has no tokens.json, so --tokenizer is needed"):
         TokenDirectory.open(tmp_path)
     directory = TokenDirectory.open(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(CrateError, match=r"train.bin: id 400 at token 2 is outside the vocabulary of \d+"):

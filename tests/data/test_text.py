@@ -199,7 +199,7 @@ def test_stdlib_leaves_out_what_a_build_made_and_nothing_that_is_only_named_alik
     assert len(list_files(str(tmp_path))) == 5
 
 
-def test_stdlib_goes_past_an_undecodable_file_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib_skips_an_undecodable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "good.py").write_text("good")
     (tmp_path / "bad.py").write_bytes(b"x = 1\ny = '\xe9'\n")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -213,8 +213,8 @@ def test_real_text_of_the_piles_schema_is_read_whole(real_data: Path) -> None:
     with zstandard.open(file, "rt", encoding="utf-8") as lines:
         expected = [json.loads(line)["text"] for line in lines]
     heard: list[int] = []
-    found = [document.text for document in stream_documents([str(file)], on_bytes=heard.append)]
-    assert found == expected
+    actual = [document.text for document in stream_documents([str(file)], on_bytes=heard.append)]
+    assert actual == expected
     assert sum(heard) == source_bytes([str(file)]) == file.stat().st_size
 
 
@@ -238,15 +238,15 @@ BAD_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "said"), BAD_LINES)
-def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, line: bytes, said: str) -> None:
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, line: bytes, message: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
-    with pytest.raises(CrateError, match=f"{said}. Repair or remove it, or go past it with --skip-bad"):
+    with pytest.raises(CrateError, match=f"{message}. Repair or remove it, or go past it with --skip-bad"):
         texts(file)
     skipped: list[str] = []
-    found = [document.text for document in stream_documents([str(file)], skip_bad=True, on_bad=skipped.append)]
-    assert found == ["one", "three"]
+    actual = [document.text for document in stream_documents([str(file)], skip_bad=True, on_bad=skipped.append)]
+    assert actual == ["one", "three"]
     assert len(skipped) == 1
 
 
@@ -268,9 +268,9 @@ def test_a_truncated_file_is_refused_or_read_up_to_the_cut(
     file.write_bytes(file.read_bytes()[: int(rng.integers(file.stat().st_size // 2, file.stat().st_size))])
     assert f"a{suffix}: truncated or damaged after" in refusal(file)
     (tmp_path / "b.txt").write_text("more")
-    found = texts(file, tmp_path / "b.txt", skip_bad=True)
-    assert found[-1] == "more"
-    assert found[:-1] == rows[: len(found) - 1]
+    actual = texts(file, tmp_path / "b.txt", skip_bad=True)
+    assert actual[-1] == "more"
+    assert actual[:-1] == rows[: len(actual) - 1]
 
 
 def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
 
 def test_a_parquet_without_the_column_lists_its_columns(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    assert "has no column 'text' (columns: body, id). Name" in refusal(tmp_path / "a.parquet")
+    assert "has no column 'text' (columns: body, id). Give another --text-field" in refusal(tmp_path / "a.parquet")
     assert [d.text for d in stream_documents([str(tmp_path / "a.parquet")], text_field="body")] == ["x"]
 
 
@@ -290,9 +290,9 @@ def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path: Path) ->
     (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "b.png").write_text("x")
-    assert "nowhere is not there" in refusal("nowhere")
-    assert "no source of text was named" in refusal()
-    assert "no source of text was named" in refusal("")
+    assert "nowhere does not exist" in refusal("nowhere")
+    assert "no source of text was given" in refusal()
+    assert "no source of text was given" in refusal("")
     assert "no document with text in" in refusal(tmp_path / "e.txt")
     assert "a.pdf is of an unknown type. Known are .txt .md" in refusal(tmp_path / "a.pdf")
     assert "holds no text file (saw 1 .png)" in refusal(tmp_path / "folder")
@@ -300,7 +300,7 @@ def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path: Path) ->
 
 def test_sources_are_checked_before_the_first_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(CrateError, match="nowhere is not there"):
+    with pytest.raises(CrateError, match="nowhere does not exist"):
         stream_documents([str(tmp_path / "a.txt"), "nowhere"])
 
 
@@ -320,7 +320,7 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
-def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_cannot_be_loaded_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert refusal("hf:a/b") == "hf:a/b needs the package datasets. Run: pip install 'cratelm[hf]'"
 

@@ -28,7 +28,7 @@ def test_the_same_folder_under_another_spelling_is_made_already(
     for spelling in ("texts", "./texts", "texts//", str(tmp_path / "texts")):
         assert tokenize([spelling], Path("out"), bpe, held_out=0.2) == first
     Path("texts", "0.txt").write_text("changed")
-    with pytest.raises(CrateError, match=r"holds other tokens \(files "):
+    with pytest.raises(CrateError, match=r"has other tokens \(files "):
         tokenize(["texts"], Path("out"), bpe, held_out=0.2)
 
 

@@ -188,10 +188,10 @@ def test_a_file_that_is_not_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CrateError, match=r"tokenizer.json is not a readable tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(CrateError, match=r"no.such.json is not there"):
+    with pytest.raises(CrateError, match=r"no.such.json does not exist"):
         load_tokenizer(str(tmp_path / "no.such.json"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CrateError, match=r"holds no GPT-2 tokenizer. It needs encoder.json \+ vocab.bpe or vocab.json"):
+    with pytest.raises(CrateError, match=r"has no GPT-2 tokenizer. It needs encoder.json \+ vocab.bpe or vocab.json"):
         load_tokenizer(tmp_path / "empty")
 
 
@@ -210,5 +210,5 @@ def test_a_hub_name_offline_says_what_to_give_instead(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CrateError, match=r"tokenizer gpt2 is neither here nor .* bpe:4096"):
+    with pytest.raises(CrateError, match=r"tokenizer gpt2 is not a local file and could not be fetched .* bpe:4096"):
         load_tokenizer("gpt2")

@@ -157,7 +157,7 @@ def test_a_seed_decides_the_text_and_each_token_is_streamed(rng: np.random.Gener
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": 0}, "top_k 0"),
@@ -166,8 +166,10 @@ def test_a_seed_decides_the_text_and_each_token_is_streamed(rng: np.random.Gener
         ({"mask": torch.tensor([[True, False]])}, "Pad on the left"),
     ],
 )
-def test_impossible_options_say_what_is_possible(options: dict[str, Any], said: str, rng: np.random.Generator) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_impossible_options_say_what_is_possible(
+    options: dict[str, Any], message: str, rng: np.random.Generator
+) -> None:
+    with pytest.raises(CrateError, match=message):
         made(rng, arch="crate").generate(torch.zeros((1, 2), dtype=torch.int64), 1, **options)
 
 

@@ -75,7 +75,7 @@ def test_frozen_atoms_leave_the_gradient_of_the_tokens(rng: np.random.Generator)
     torch.testing.assert_close(ours, theirs)
 
 
-def test_there_is_no_second_derivative_and_it_says_so(rng: np.random.Generator) -> None:
+def test_a_second_derivative_is_refused(rng: np.random.Generator) -> None:
     x, *rest = problem(rng)
     (first,) = torch.autograd.grad(sparse_code(x, *rest).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -156,8 +156,8 @@ def test_autocast_gives_bfloat16_near_the_float32_result(tokens: tuple[int, int]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = ista(x)
     assert output.dtype == torch.bfloat16
-    found = torch.autograd.grad(output.float().square().sum(), [x, ista.atoms])
-    for ours, theirs in zip([output, *found], [expected, *gradients], strict=True):
+    actual = torch.autograd.grad(output.float().square().sum(), [x, ista.atoms])
+    for ours, theirs in zip([output, *actual], [expected, *gradients], strict=True):
         assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 

@@ -42,8 +42,8 @@ def test_loss_and_gradients_equal_the_plain_form(
     expected = torch.autograd.grad(3 * plain, [features, head])
     ours = mean_loss(features, head, targets, rows=rows)
     torch.testing.assert_close(ours, plain)
-    for found, wanted in zip(torch.autograd.grad(3 * ours, [features, head]), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
+    for actual, wanted in zip(torch.autograd.grad(3 * ours, [features, head]), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol)
 
 
 def test_the_gradients_of_each_tokens_loss_are_those_of_finite_differences(rng: np.random.Generator) -> None:
@@ -57,10 +57,10 @@ def test_the_loss_of_each_token_equals_the_plain_form(rng: np.random.Generator) 
     ours = token_losses(features, head, targets, rows=10)
     torch.testing.assert_close(ours, plain)
     weights = torch.from_numpy(rng.random(37).astype(np.float32))
-    for found, wanted in zip(
+    for actual, wanted in zip(
         *(torch.autograd.grad((weights * losses).sum(), [features, head]) for losses in (ours, plain)), strict=True
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_large_logits_stay_finite() -> None:
@@ -90,7 +90,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(
     assert most.elements == 4 * 32 * 1000
 
 
-def test_what_waits_for_the_backward_pass_is_as_small_as_the_head(rng: np.random.Generator) -> None:
+def test_the_tensors_saved_for_the_backward_pass_are_as_small_as_the_head(rng: np.random.Generator) -> None:
     features, head, targets = problem(rng)
     kept = []
 
@@ -120,6 +120,6 @@ def test_autocast_gives_a_float32_loss_near_the_plain_one(rng: np.random.Generat
         each = token_losses(features, head, targets, rows=10)
     assert loss.dtype == each.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
-    for found, wanted in zip(torch.autograd.grad(loss, [features, head]), gradients, strict=True):
-        assert found.dtype == torch.float32
-        assert (found - wanted).norm() < 0.02 * wanted.norm()
+    for actual, wanted in zip(torch.autograd.grad(loss, [features, head]), gradients, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - wanted).norm() < 0.02 * wanted.norm()

@@ -106,9 +106,9 @@ def test_a_model_equals_its_formulas_written_out(variant: dict[str, Any], rng: n
                 assert 0.05 < (code > 0).mean() < 0.95
 
 
-def relative_error(found: torch.Tensor, expected: np.ndarray) -> float:
+def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
     """The largest difference, in units of the largest value (at least 1)."""
-    return float(np.abs(found.double().numpy() - expected).max() / max(1.0, np.abs(expected).max()))
+    return float(np.abs(actual.double().numpy() - expected).max() / max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -248,7 +248,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"num_heads": 3}, "d_model 16 is not a multiple of num_heads 3"),
         ({"num_heads": 0}, "num_heads is 0, at least 1 is needed"),
@@ -257,8 +257,8 @@ def unchecked() -> Iterator[None]:
         ({"activation": "swish"}, "activation is 'swish', known are relu and gelu"),
     ],
 )
-def test_an_impossible_configuration_says_everything_that_is_wrong(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_an_impossible_configuration_says_everything_that_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CrateError, match=message):
         tiny_config(**{"arch": "crate", **changes})
 
 

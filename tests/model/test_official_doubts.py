@@ -43,17 +43,17 @@ def test_a_file_without_check_sums_is_read(
     assert_same(model, tokens, released.crate(state, tokens, HEADS))
 
 
-def test_a_best_loss_that_was_never_measured_is_none(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_best_loss_that_was_never_measured_is_absent(tmp_path: Path, rng: np.random.Generator) -> None:
     content = released.checkpoint(released.crate_state(rng, **SIZE), heads=HEADS) | {"best_val_loss": math.inf}
     assert read_official(save(content, tmp_path / "ckpt.pt"))[1].best_val_loss is None
 
 
 @pytest.mark.parametrize(
-    ("activation", "said"), [("relu", "nanoGPT's own models: --activation gelu"), ("gelu", "GELU")]
+    ("activation", "message"), [("relu", "nanoGPT's own models: --activation gelu"), ("gelu", "GELU")]
 )
-def test_the_assumed_activation_is_said(
-    activation: str, said: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+def test_the_assumed_activation_is_reported(
+    activation: str, message: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(released.checkpoint(released.gpt_state(rng, **SIZE, bias=False), heads=HEADS), tmp_path / "ckpt.pt")
     assert cli.main(["import", str(path), "--out", str(tmp_path / "run"), "--activation", activation]) == 0
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

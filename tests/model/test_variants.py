@@ -183,7 +183,7 @@ def test_top_k_keeps_the_largest_activations_of_each_token(rng: np.random.Genera
         assert sorted(after[after > 0].tolist()) == expected
 
 
-def test_the_l1_term_is_reported_beside_the_loss(rng: np.random.Generator) -> None:
+def test_the_l1_term_is_reported_next_to_the_loss(rng: np.random.Generator) -> None:
     model = shaken(tiny(arch="gpt2", activation_l1=0.25), rng)
     tokens, targets = torch.from_numpy(rng.integers(60, size=(2, 3, 12)))
     with capture(model, model.neuron_taps) as codes:
@@ -221,7 +221,7 @@ def test_a_description_gives_the_configuration_back(variant: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"arch": "gpt2", "attention": "qkv", "untied_decoder": True}, "attention does not belong to gpt2; untied"),
         ({"arch": "crate", "top_k_activations": 3}, "top_k_activations does not belong to crate"),
@@ -232,6 +232,6 @@ def test_a_description_gives_the_configuration_back(variant: dict[str, Any]) -> 
         ({"arch": "crate", "ista_step_size": 0.0}, "start above 0"),
     ],
 )
-def test_switches_that_do_not_go_together_are_named(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_switches_that_do_not_go_together_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CrateError, match=message):
         tiny(**changes)

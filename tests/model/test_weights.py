@@ -48,9 +48,9 @@ def test_a_saved_model_comes_back_exactly(config: ModelConfig, tmp_path: Path, r
     again = load_model(tmp_path / "m")
     assert again.config == config
     assert not again.training
-    state, found = model.state_dict(), again.state_dict()
-    assert list(state) == list(found)
-    assert all(torch.equal(state[name], found[name]) and found[name].dtype == torch.float32 for name in state)
+    state, actual = model.state_dict(), again.state_dict()
+    assert list(state) == list(actual)
+    assert all(torch.equal(state[name], actual[name]) and actual[name].dtype == torch.float32 for name in state)
     assert weights_hash(again) == weights_hash(model)
     tokens = torch.from_numpy(rng.integers(272, size=(2, 16)))
     assert torch.equal(model(tokens), again(tokens))
@@ -154,10 +154,10 @@ def crate(tmp_path: Path, rng: np.random.Generator) -> Path:
     return tmp_path / "run" / "model"
 
 
-def refused(source: Path | str, said: str) -> None:
-    with pytest.raises(CrateError, match=said) as told:
+def refused(source: Path | str, message: str) -> None:
+    with pytest.raises(CrateError, match=message) as raised:
         cratelm.load(source)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_damaged_weights_are_refused(crate: Path) -> None:
@@ -169,11 +169,11 @@ def test_damaged_weights_are_refused(crate: Path) -> None:
     file.unlink()
     refused(crate, "has a config.json but no model.safetensors")
     (crate / "model.safetensors.index.json").write_text("{")
-    refused(crate, r"index.json is not readable .*\. Put back the model.safetensors.index.json that was written with")
+    refused(crate, r"index.json is not readable .*\. Restore the model.safetensors.index.json that belongs to")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: state | {"surplus": torch.ones(2)}, r"surplus is \(2,\), expected nothing of that name"),
         (
@@ -184,9 +184,9 @@ def test_damaged_weights_are_refused(crate: Path) -> None:
         (lambda state: {k: v for k, v in state.items() if k[:12] != "model.blocks"}, "is missing, .* and 15 more"),
     ],
 )
-def test_weights_that_do_not_fit_the_configuration_are_named(crate: Path, change: Any, said: str) -> None:
+def test_weights_that_do_not_fit_the_configuration_are_named(crate: Path, change: Any, message: str) -> None:
     rewrite(crate, change)
-    refused(crate, said)
+    refused(crate, message)
 
 
 @pytest.mark.parametrize("name", ["surplus", "score.weight", "transformer.h.0.attn.q.weight", "h.0", "h.x.ln_1.weight"])
@@ -197,13 +197,13 @@ def test_weights_that_no_gpt2_has_are_named(name: str, tmp_path: Path, rng: np.r
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("{", r"config.json is not readable .*\. Put back the config.json that was written with the weights"),
-        ("[]", r"config.json lacks or misspells a field .*list\)\. Put back the config.json"),
+        ("{", r"config.json is not readable .*\. Restore the config.json that belongs to the weights"),
+        ("[]", r"config.json must be a JSON object, got a list\. Restore the config.json"),
         ("{}", "describes a None model; this command reads crate and gpt2"),
         ('{"model_type": "llama"}', "describes a 'llama' model"),
-        ('{"model_type": "crate"}', r"lacks or misspells a field .*num_layers.*\. Put back the config.json"),
+        ('{"model_type": "crate"}', r"lacks or misspells a field .*num_layers.*\. Restore the config.json"),
         ('{"model_type": "crate", "format_version": 99}', "has format version 99, this cratelm reads up to 1"),
         ('{"model_type": "gpt2"}', "lacks or misspells a field .*n_embd"),
         ('{"model_type": "gpt2", "activation_function": "silu"}', "has activation_function 'silu'"),
@@ -211,13 +211,13 @@ def test_weights_that_no_gpt2_has_are_named(name: str, tmp_path: Path, rng: np.r
         ('{"model_type": "gpt2", "tie_word_embeddings": false}', "has tie_word_embeddings False"),
     ],
 )
-def test_an_unusable_config_is_refused(crate: Path, text: str, said: str) -> None:
+def test_an_unusable_config_is_refused(crate: Path, text: str, message: str) -> None:
     (crate / "config.json").write_text(text)
-    refused(crate, said)
+    refused(crate, message)
 
 
 FIELDS = [
-    ("crate", "num_layers", 2.0, "num_layers is 2.0, a whole number is needed. Put back the config.json"),
+    ("crate", "num_layers", 2.0, "num_layers is 2.0, a whole number is needed. Restore the config.json"),
     ("crate", "num_layers", True, "num_layers is True, a whole number is needed"),
     ("crate", "num_layers", 10**9, "1000000000 layers"),
     ("crate", "d_model", 1e9, "d_model is 1000000000.0, a whole number is needed"),
@@ -254,8 +254,8 @@ def test_a_field_of_another_type_or_size_is_named(tmp_path: Path, rng: np.random
     command = [sys.executable, "-c", LOAD_ALL, *map(str, folders)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(lines) == len(FIELDS), lines
-    for line, (*_, said) in zip(lines, FIELDS, strict=True):
-        assert said in line
+    for line, (*_, message) in zip(lines, FIELDS, strict=True):
+        assert message in line
 
 
 def test_a_damaged_tokenizer_is_refused(crate: Path) -> None:
@@ -276,11 +276,11 @@ def test_load_takes_a_run_or_a_model_directory(crate: Path) -> None:
 def test_a_path_without_a_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(tmp_path, r"no model in .* \(no config.json there or in model/\). Run: cratelm train --data DIR --out")
-    refused(tmp_path / "nowhere", r"nowhere is not there. Run: cratelm train --data DIR --out .*nowhere$")
+    refused(tmp_path / "nowhere", r"nowhere does not exist. Run: cratelm train --data DIR --out .*nowhere$")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for path in ("./x", "a/b/c", "~/x", "runs/crate-2l"):
-        refused(path, rf"{path} is not there. Run: cratelm train")
+        refused(path, rf"{path} does not exist. Run: cratelm train")
 
 
 def test_a_file_in_the_place_of_a_model_is_not_to_be_trained_into(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_file_in_the_place_of_a_model_is_not_to_be_trained_into(tmp_path: Path
 def test_a_hub_name_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("someone/gpt2", r"is not a folder here, and hub names need an extra. Run: pip install 'cratelm\[hf\]'")
+    refused("someone/gpt2", r"is not a local folder, and hub names need an extra. Run: pip install 'cratelm\[hf\]'")
 
 
 def test_a_hub_name_is_fetched_and_a_failure_is_one_line(
@@ -313,7 +313,7 @@ def test_a_hub_name_is_fetched_and_a_failure_is_one_line(
     assert find_model("someone/gpt2") == crate
     refused(
         "gone",
-        r"gone is neither a folder here nor reachable on the hub \(offline\)\. Check name .* cratelm train --data",
+        r"gone is neither a local folder nor reachable on the hub \(offline\)\. Check name .* cratelm train --data",
     )
     assert asked == ["someone/gpt2", "gone"]
 

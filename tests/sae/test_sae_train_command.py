@@ -149,7 +149,7 @@ def test_invalid_input_of_the_command_raises_one_line(
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "--tokens must be at least --batch-tokens (4096), got 900" in refused("--tokens", "900")
-    assert "the model has no layer 7 at this tap (there are 0, 1)" in refused("--layer", "7", *FEW)
+    assert "--layer must be a layer with this tap (0, 1), got 7" in refused("--layer", "7", *FEW)
     assert "no module 'nowhere'" in refused("--tap", "nowhere", *FEW)
     assert "--tokens must be a number such as 2M, got all" in refused("--tokens", "all")
     assert "--name must be letters, digits, - and _, and go with a single --layer, got '../a'" in refused(

@@ -69,7 +69,7 @@ def test_a_run_whose_checkpoints_were_damaged_keeps_its_new_ones(
     assert not [name for name in names(tmp_path) if name.startswith("damaged")]
 
 
-def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(
+def test_the_next_best_checkpoint_replaces_a_damaged_best_one(
     data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of four evaluations the second looks best and the third next; the second's checkpoint is damaged."""
@@ -89,11 +89,11 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(
     train_quietly(config, tiny_config(), data, tmp_path)
     assert weights_of(tmp_path) == last
     assert weights_hash(load_model(tmp_path / "model-best")) == weights_hash(expected)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "was changed after it was written); taking the next best" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "was changed after it was written); trying the next" in message
 
 
-def test_without_a_best_that_can_be_read_there_is_a_model_still(
+def test_without_a_readable_best_checkpoint_the_model_is_still_written(
     data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([1.0, 2.0])
@@ -158,17 +158,17 @@ def test_a_description_of_another_shape_is_damage_too(text: str, data: TokenDire
 
 
 @pytest.mark.parametrize(
-    ("every", "said", "step"),
+    ("every", "message", "step"),
     [(3, "the loss became nan at step 2", 2), (1, "the held-out loss became nan at step 1", 1)],
 )
-def test_a_batch_that_ruins_the_weights_is_recorded_though_no_line_was_due(
-    every: int, said: str, step: int, data: TokenDirectory, tmp_path: Path
+def test_a_batch_that_ruins_the_weights_is_recorded_at_a_step_without_a_log_line(
+    every: int, message: str, step: int, data: TokenDirectory, tmp_path: Path
 ) -> None:
     config = short_training(learning_rate=1e30, log_every=10, evaluate_every=every, checkpoint_every=10)
-    with pytest.raises(CrateError, match=said):
+    with pytest.raises(CrateError, match=message):
         train_quietly(config, tiny_config(), data, tmp_path)
-    found = json.loads((tmp_path / "diverged.json").read_text())
-    assert (found["step"], found["batch"], found["seed"]) == (step, step - 1, config.seed)
+    actual = json.loads((tmp_path / "diverged.json").read_text())
+    assert (actual["step"], actual["batch"], actual["seed"]) == (step, step - 1, config.seed)
 
 
 def test_weights_that_are_not_finite_are_not_measured(data: TokenDirectory, tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def test_a_job_that_lost_a_rank_stops_and_one_process_resumes(
 
 @pytest.mark.slow
 @linux
-def test_what_one_process_began_two_finish(data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path) -> None:
+def test_two_processes_finish_the_collection_that_one_began(
+    data: TokenDirectory, alone: list[dict[str, float]], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     with job(data, run, processes=1) as process:
         wait_for_step(run, 10, process)
@@ -161,8 +163,8 @@ def test_a_mistake_is_reported_once_and_stops_all_processes(data: TokenDirectory
     run = tmp_path / "run"
     with job(data, run, "--batch-tokens", "480", "--micro-batch", "3", processes=2) as process:
         assert process.wait(60) != 0
-        said = process.stderr.read()  # type: ignore[union-attr]
-    assert said.count("error: 2 processes do not divide a batch of 15 sequences") == 1
+        message = process.stderr.read()  # type: ignore[union-attr]
+    assert message.count("error: 2 processes do not divide a batch of 15 sequences") == 1
     assert not (run / "run.json").exists()
 
 
@@ -180,12 +182,12 @@ def test_the_rows_of_all_processes_are_the_batch(size: int, rng: np.random.Gener
 
 
 @pytest.mark.parametrize(
-    ("size", "micro", "said"),
-    [(5, 3, "5 processes do not divide a batch of 24 sequences"), (2, 8, "not a multiple of micro_batch 8")],
+    ("size", "micro", "message"),
+    [(5, 3, "5 processes do not divide a batch of 24 sequences"), (2, 8, "--micro-batch must divide 12")],
 )
-def test_processes_that_do_not_fit_the_batch_are_refused(size: int, micro: int, said: str) -> None:
+def test_processes_that_do_not_fit_the_batch_are_refused(size: int, micro: int, message: str) -> None:
     config = TrainConfig(context=16, batch_tokens=16 * 24, micro_batch=micro, tokens=1600)
-    with pytest.raises(CrateError, match=said):
+    with pytest.raises(CrateError, match=message):
         config.rows_of(0, size)
 
 
@@ -196,7 +198,10 @@ def test_a_process_without_a_separate_gpu_is_reported(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(CrateError, match=r"process 3 .* needs a GPU, the machine has 2"), join_world("cuda"):
+    with (
+        pytest.raises(CrateError, match=r"each process needs a GPU, got 4 or more processes and 2 GPUs"),
+        join_world("cuda"),
+    ):
         pass
 
 

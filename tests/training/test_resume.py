@@ -140,8 +140,8 @@ def test_a_damaged_checkpoint_costs_only_time(
     for folder in broken:
         damage(folder)
     train_quietly(short_training(), tiny_config(), data, run)
-    said = "".join(capsys.readouterr().err.split())
-    assert all(f"{folder}isnotreadable" in said for folder in broken)
+    message = "".join(capsys.readouterr().err.split())
+    assert all(f"{folder}isnotreadable" in message for folder in broken)
     assert rows(run) == rows(whole)
     assert weights_of(run) == weights_of(whole)
     assert checkpoints(run) == ["step_0000008", "step_0000012"]
@@ -175,7 +175,7 @@ def spoil(model: LanguageModel, taken: StepResult) -> StepResult:
 
 
 @pytest.mark.parametrize(
-    ("step", "change", "said", "kept"),
+    ("step", "change", "message", "kept"),
     [
         (5, spoil, "the held-out loss became nan at step 5", 4),
         (6, spoil, "the loss became nan at step 7", 4),
@@ -189,13 +189,19 @@ def spoil(model: LanguageModel, taken: StepResult) -> StepResult:
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    step: int, change: Any, said: str, kept: int, data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    change: Any,
+    message: str,
+    kept: int,
+    data: TokenDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fail_at(monkeypatch, step, change)
     good = f"checkpoints/step_{kept:07d}"
-    with pytest.raises(CrateError, match=f"{said} of .*; the last good checkpoint is .*{good}. Train again") as told:
+    with pytest.raises(CrateError, match=f"{message} of .*; the last checkpoint is .*{good}. Train again") as error:
         train_quietly(short_training(), tiny_config(), data, tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "model").exists()
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
     model, _, step = opened(tmp_path, data).resume(fresh)
@@ -203,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_a_loss_lost_between_two_lines_of_the_log_is_noticed_before_a_checkpoint(
+def test_a_loss_that_is_not_finite_between_two_log_lines_is_noticed_before_a_checkpoint(
     data: TokenDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_at(monkeypatch, 5, spoil)
@@ -218,7 +224,7 @@ def test_a_run_that_fails_at_once_says_that_there_is_no_checkpoint(data: TokenDi
 
 
 @pytest.mark.parametrize(
-    ("config", "model", "said"),
+    ("config", "model", "message"),
     [
         ({"learning_rate": 0.5}, {}, r"\(learning_rate 0.01 -> 0.5\)"),
         ({"seed": 1, "tokens": 640}, {}, r"\(seed 1337 -> 1, tokens 768 -> 640\)"),
@@ -227,17 +233,17 @@ def test_a_run_that_fails_at_once_says_that_there_is_no_checkpoint(data: TokenDi
     ],
 )
 def test_another_configuration_is_refused_and_the_fields_named(
-    config: dict[str, Any], model: dict[str, Any], said: str, data: TokenDirectory, whole: Path
+    config: dict[str, Any], model: dict[str, Any], message: str, data: TokenDirectory, whole: Path
 ) -> None:
     before = (whole / "run.json").read_bytes()
-    with pytest.raises(CrateError, match=f"holds another run .*{said}.*Use another --out"):
+    with pytest.raises(CrateError, match=f"is another run .*{message}.*Use another --out"):
         train_quietly(short_training(**config), tiny_config(**model), data, whole)
     assert (whole / "run.json").read_bytes() == before
 
 
 def test_other_tokens_are_refused(whole: Path, tmp_path: Path) -> None:
     other = make_tokens(tmp_path / "other", np.random.default_rng(1))
-    with pytest.raises(CrateError, match=r"holds another run \(data_hash '\w+' -> '\w+'"):
+    with pytest.raises(CrateError, match=r"is another run \(data_hash '\w+' -> '\w+'"):
         train_quietly(short_training(), tiny_config(), other, whole)
 
 
@@ -247,13 +253,13 @@ def test_a_run_in_use_is_refused(data: TokenDirectory, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "model", "said"),
+    ("config", "model", "message"),
     [
-        ({}, {"context_length": 8}, "training sequences of 16 tokens are longer than the model's context of 8"),
+        ({}, {"context_length": 8}, "--context must be at most the model's context of 8, got 16"),
         (
             {},
             {"vocab_size": 269},
-            "come from a vocabulary of 270, the model has 269 rows. Give --vocab-size 270 or more",
+            "--vocab-size must be at least 270",
         ),
         (
             {"context": 65536, "batch_tokens": 131072},
@@ -263,9 +269,9 @@ def test_a_run_in_use_is_refused(data: TokenDirectory, tmp_path: Path) -> None:
     ],
 )
 def test_data_that_does_not_fit_is_refused_before_anything_is_written(
-    config: dict[str, Any], model: dict[str, Any], said: str, data: TokenDirectory, tmp_path: Path
+    config: dict[str, Any], model: dict[str, Any], message: str, data: TokenDirectory, tmp_path: Path
 ) -> None:
-    with pytest.raises(CrateError, match=said):
+    with pytest.raises(CrateError, match=message):
         train_quietly(short_training(**config), tiny_config(**model), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -288,7 +294,7 @@ def test_two_models_train_in_two_threads_and_torch_is_quiet(data: TokenDirectory
         assert weights_of(tmp_path / name) == weights_of(whole)
 
 
-def test_a_disk_that_fills_up_keeps_the_checkpoints_there_are(data: TokenDirectory, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_earlier_checkpoints(data: TokenDirectory, tmp_path: Path) -> None:
     model, optimizers = fresh()
     with small_disk(tmp_path / "disk", 1000) as disk:
         saved = opened(disk, data)

@@ -64,8 +64,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     total = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
     assert norm.item() == pytest.approx(math.sqrt(total), rel=1e-5)
-    for found, parameter in zip(optimizer.gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+    for actual, parameter in zip(optimizer.gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_are_clipped_to_the_norm(data: TokenDirectory) -> None:
@@ -113,10 +113,10 @@ def test_weight_decay_is_for_tensors_of_two_dimensions(arch: Any) -> None:
         id(p): group["weight_decay"] for group in build_optimizers(model, short_training())[0].param_groups
         for p in group["params"]
     }  # fmt: skip
-    found = {name: decay[id(p)] for name, p in model.named_parameters()}
-    assert found == {name: 0.0 if p.dim() == 1 else 0.1 for name, p in model.named_parameters()}
-    assert found["embedding.weight"] == found["positions.weight"] == 0.1
-    assert found["norm.weight"] == found["blocks.0.norm_1.weight"] == found["norm.bias"] == 0
+    actual = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert actual == {name: 0.0 if p.dim() == 1 else 0.1 for name, p in model.named_parameters()}
+    assert actual["embedding.weight"] == actual["positions.weight"] == 0.1
+    assert actual["norm.weight"] == actual["blocks.0.norm_1.weight"] == actual["norm.bias"] == 0
 
 
 def test_the_paper_is_the_default() -> None:
@@ -141,20 +141,20 @@ def test_any_warm_up_gives_a_rate(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"micro_batch": 0}, "micro_batch is 0, at least 1 is needed"),
-        ({"context": 0, "tokens": -1}, "tokens is -1, at least 1 is needed; context is 0, at least 1 is needed"),
-        ({"evaluate_every": 0}, "evaluate_every is 0"),
-        ({"evaluate_tokens": 0}, "evaluate_tokens is 0"),
-        ({"batch_tokens": 100}, "batch_tokens 100 is not a multiple of context 16"),
-        ({"micro_batch": 3}, "a batch of 4 sequences is not a multiple of micro_batch 3"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0, it must be above 0"),
-        ({"clip": math.nan}, "clip is nan, it must be above 0"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
+        ({"context": 0, "tokens": -1}, "tokens must be at least 1, got -1; context must be at least 1, got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"evaluate_tokens": 0}, "evaluate_tokens must be at least 1, got 0"),
+        ({"batch_tokens": 100}, "batch_tokens must be a multiple of context 16, got 100"),
+        ({"micro_batch": 3}, "micro_batch must divide the 4 sequences of a batch, got 3"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0 and finite, got -1.0"),
+        ({"clip": math.nan}, "clip must be above 0, got nan"),
     ],
 )
-def test_an_impossible_configuration_says_everything_that_is_wrong(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_an_impossible_configuration_says_everything_that_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CrateError, match=message):
         short_training(**changes)
 
 
@@ -164,25 +164,25 @@ def test_a_model_learns_a_small_language(arch: Any, data: TokenDirectory, tmp_pa
         tokens=150 * 256, batch_tokens=256, micro_batch=16, log_every=10, evaluate_every=50, checkpoint_every=150
     )
     train_quietly(config, tiny_config(arch), data, tmp_path / "run")
-    found = rows(tmp_path / "run")
-    losses = [row["loss"] for row in found if "loss" in row]
+    actual = rows(tmp_path / "run")
+    losses = [row["loss"] for row in actual if "loss" in row]
     assert losses[0] > 3
     assert losses[-1] < 1.5
-    assert [row["step"] for row in found] == list(range(10, 151, 10))
-    assert [row["step"] for row in found if "held_out_loss" in row] == [50, 100, 150]
-    assert found[-1]["held_out_loss"] == pytest.approx(losses[-1], abs=0.3)
+    assert [row["step"] for row in actual] == list(range(10, 151, 10))
+    assert [row["step"] for row in actual if "held_out_loss" in row] == [50, 100, 150]
+    assert actual[-1]["held_out_loss"] == pytest.approx(losses[-1], abs=0.3)
 
 
 def test_the_log_has_a_line_per_step_with_what_the_step_did(data: TokenDirectory, tmp_path: Path) -> None:
     train_quietly(short_training(), tiny_config(), data, tmp_path)
-    found = rows(tmp_path)
-    assert [row["step"] for row in found] == list(range(1, 13))
-    assert [row["tokens"] for row in found] == [64 * step for step in range(1, 13)]
-    assert [row["learning_rate"] for row in found] == [short_training().learning_rate_at(step) for step in range(12)]
+    actual = rows(tmp_path)
+    assert [row["step"] for row in actual] == list(range(1, 13))
+    assert [row["tokens"] for row in actual] == [64 * step for step in range(1, 13)]
+    assert [row["learning_rate"] for row in actual] == [short_training().learning_rate_at(step) for step in range(12)]
     model = LanguageModel(tiny_config()).initialise(1337)
     batch = sample_batch(data.tokens("train"), seed=1337, step=0, rows=range(4), context=16)
-    assert found[0]["loss"] == pytest.approx(model.loss(*map(torch.from_numpy, batch)).item(), rel=1e-6)
-    assert [row["step"] for row in found if "held_out_loss" in row] == [5, 10, 12]
+    assert actual[0]["loss"] == pytest.approx(model.loss(*map(torch.from_numpy, batch)).item(), rel=1e-6)
+    assert [row["step"] for row in actual if "held_out_loss" in row] == [5, 10, 12]
 
 
 FLAGS = "--size 1l --context 16 --tokens 384 --batch-tokens 64 --micro-batch 2 --log-every 1 --warmup-steps 2 --seed 7"
@@ -206,13 +206,13 @@ def test_the_command_trains_and_writes_a_run_directory(
     assert tokenizer_hash(tokenizer) == data.tokenizer_hash
     assert (model.config.arch, model.config.activation) == ("gpt2", "gelu")
     assert (model.config.vocab_size, model.config.context_length) == (320, 16)
-    found = json.loads((run / "run.json").read_text())
-    assert found["name"] == "gpt"
-    assert found["control"] is found["of"] is None
-    assert found["model"] == model.config.as_dict()
-    assert found["parameters"] == model.config.num_parameters
-    assert found["training"]["data_hash"] == data.splits["train"].sha256
-    assert (found["training"]["seed"], found["training"]["tokens"]) == (7, 384)
+    actual = json.loads((run / "run.json").read_text())
+    assert actual["name"] == "gpt"
+    assert actual["control"] is actual["of"] is None
+    assert actual["model"] == model.config.as_dict()
+    assert actual["parameters"] == model.config.num_parameters
+    assert actual["training"]["data_hash"] == data.splits["train"].sha256
+    assert (actual["training"]["seed"], actual["training"]["tokens"]) == (7, 384)
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -221,9 +221,9 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
 ) -> None:
     assert command(data, tmp_path / "run", "--dry-run") == 0
     config = sized("crate", "1l", vocab_size=320, context_length=16)
-    said = f"{human(config.num_parameters)} parameters, on 384 tokens: 6 steps of 64, "
+    message = f"{human(config.num_parameters)} parameters, on 384 tokens: 6 steps of 64, "
     flops = human(3 * config.flops_per_token() * 384)
-    assert f"{said}{flops}FLOP" in " ".join(capsys.readouterr().err.split())
+    assert f"{message}{flops}FLOP" in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,22 +237,22 @@ def test_a_diverging_run_ends_with_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        ("--vocab-size 99", "come from a vocabulary of 270, the model has 99 rows"),
-        ("--batch-tokens 100", "batch_tokens 100 is not a multiple of context 16"),
-        ("--arch crate --activation gelu", "--activation is of GPT-2"),
+        ("--vocab-size 99", "--vocab-size must be at least 270"),
+        ("--batch-tokens 100", "batch_tokens must be a multiple of context 16, got 100"),
+        ("--arch crate --activation gelu", "--activation is an option of GPT-2 only"),
         ("--data nowhere", "nowhere is not a token directory"),
         ("--size xl", "invalid choice"),
     ],
 )
 def test_a_wrong_flag_gets_one_line_and_writes_nothing(
-    flags: str, said: str, data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: str, message: str, data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(data, tmp_path / "run", flags) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
-    assert said in last
+    assert message in last
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -277,27 +277,29 @@ def test_a_control_is_the_model_before_its_first_step(trained: Path, tmp_path: P
         own = load(trained)[1]
         assert own is not None
         assert tokenizer.to_str() == own.to_str()
-        found = json.loads((tmp_path / "random" / "run.json").read_text())
-        assert (found["control"], found["of"], found["training"]) == ("random-init", "crate", None)
-        assert found["model"] == model.config.as_dict()
+        actual = json.loads((tmp_path / "random" / "run.json").read_text())
+        assert (actual["control"], actual["of"], actual["training"]) == ("random-init", "crate", None)
+        assert actual["model"] == model.config.as_dict()
     shutil.rmtree(tmp_path / "random" / "model")  # killed in between
     assert control(trained, tmp_path / "random") == 0
     assert weights_hash(load(tmp_path / "random")[0]) == weights_hash(model)
 
 
-def test_a_control_goes_with_one_trained_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_control_belongs_to_one_trained_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert control(trained, tmp_path / "random") == 0
     other = shutil.copytree(trained, tmp_path / "other")
     unfinished = shutil.copytree(trained, tmp_path / "unfinished")
     shutil.rmtree(unfinished / "model")
-    for of, out, said in (
-        (other, tmp_path / "random", "holds another run (of 'crate' -> 'other')"),
-        (trained, other, "holds another run (control None -> 'random-init', of None -> 'crate')"),
+    for of, out, message in (
+        (other, tmp_path / "random", "is another run (of 'crate' -> 'other')"),
+        (trained, other, "is another run (control None -> 'random-init', of None -> 'crate')"),
         (tmp_path / "random", tmp_path / "new", "is not a trained model (control: random-init)"),
         (unfinished, tmp_path / "new", "is not finished (no model/ there). Run: cratelm train"),
         (tmp_path / "nowhere", tmp_path / "new", "nowhere/run.json is not there. Run: cratelm train"),
     ):
         capsys.readouterr()
         assert control(of, out) == 2
-        assert said in capsys.readouterr().err.splitlines()[-1]
+        assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()

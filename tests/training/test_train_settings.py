@@ -27,7 +27,7 @@ from cratelm.training.config import Execution, TrainConfig
     ],
 )  # fmt: skip
 def test_a_setting_out_of_its_range_is_named(name: str, value: Any) -> None:
-    with pytest.raises(CrateError, match=f"unusable training configuration: {name} is ") as refusal:
+    with pytest.raises(CrateError, match=f"unusable training configuration: {name} must be ") as refusal:
         TrainConfig(**{name: value})
     assert "\n" not in str(refusal.value)
 
@@ -41,7 +41,7 @@ def test_settings_at_the_ends_of_their_ranges_are_taken() -> None:
 
 @pytest.mark.parametrize("prefetch", [0, -1])
 def test_a_queue_without_an_end_is_refused(prefetch: int) -> None:
-    with pytest.raises(CrateError, match=f"prefetch is {prefetch}, at least 1 is needed"):
+    with pytest.raises(CrateError, match=f"prefetch must be at least 1, got {prefetch}"):
         Execution(prefetch=prefetch)
 
 
@@ -54,7 +54,7 @@ def test_the_command_line_refuses_them_in_one_line(flag: tuple[str, str], capsys
     assert flag[0].removeprefix("--") in error
 
 
-def test_a_cosine_is_the_released_one_which_ends_a_step_after_the_last() -> None:
+def test_the_cosine_schedule_is_the_released_one_and_ends_one_step_after_the_last() -> None:
     config = short_training(tokens=64 * 100, warmup_steps=10)
     for step in range(10, 101):
         falling = 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))
@@ -75,13 +75,13 @@ def test_a_warm_up_that_meets_the_decay_turns_without_a_jump(warmup: int, share:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "said"),
+    ("schedule", "warmup", "message"),
     [("cosine", 100, False), ("cosine", 101, True), ("cosine", 0, False), ("wsd", 80, False), ("wsd", 81, True)],
 )
-def test_a_rate_that_never_reaches_its_peak_is_reported(schedule: Any, warmup: int, said: bool) -> None:
+def test_a_rate_that_never_reaches_its_peak_is_reported(schedule: Any, warmup: int, message: bool) -> None:
     config = short_training(tokens=64 * 100, warmup_steps=warmup, schedule=schedule)
     highest = max(map(config.learning_rate_at, range(100)))
-    assert (config.schedule_note() is not None) == said == (highest < 1e-2 * (1 - 1e-12))
+    assert (config.schedule_note() is not None) == message == (highest < 1e-2 * (1 - 1e-12))
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def nothing_timed(*_: Any, **__: Any) -> None:
 
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize(
-    ("verb", "flags", "said"),
+    ("verb", "flags", "message"),
     [
-        ("train", ["--size", "1l", "--vocab-size", "10"], "from a vocabulary of 270, the model has 10 rows"),
-        ("study", ["--sizes", "1l", "--vocab-size", "10"], "from a vocabulary of 270, the model has 10 rows"),
+        ("train", ["--size", "1l", "--vocab-size", "10"], "--vocab-size must be at least 270"),
+        ("study", ["--sizes", "1l", "--vocab-size", "10"], "--vocab-size must be at least 270"),
         (
             "train",
             ["--size", "1l", "--context", "5000000", "--batch-tokens", "5000000", "--micro-batch", "1"],
@@ -109,11 +109,11 @@ def nothing_timed(*_: Any, **__: Any) -> None:
             ["--sizes", "1l", "--context", "5000000", "--batch-tokens", "5000000", "--micro-batch", "1"],
             "fewer than",
         ),
-        ("study", ["--sizes", "1l", "--variant", "small:context_length=8"], "longer than the model's context of 8"),
+        ("study", ["--sizes", "1l", "--variant", "small:context_length=8"], "must be at most the model's context of 8"),
     ],
 )
 def test_data_and_model_are_checked_before_anything_is_timed_or_written(
-    verb: str, flags: list[str], said: str, dry_run: bool, data: TokenDirectory, tmp_path: Path,
+    verb: str, flags: list[str], message: str, dry_run: bool, data: TokenDirectory, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr("cratelm.training.forecast.forecast", nothing_timed)
@@ -122,7 +122,7 @@ def test_data_and_model_are_checked_before_anything_is_timed_or_written(
     assert cli.main([*command, "--dry-run"] if dry_run else command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert said in error
+    assert message in error
     assert not (tmp_path / "run").exists()
 
 
@@ -132,10 +132,10 @@ def test_a_dry_run_over_another_run_is_refused(
     train_quietly(short_training(tokens=64), tiny_config(), data, tmp_path / "run")
     command = ["train", "--data", str(data.path), "--out", str(tmp_path / "run"), "--size", "1l", "--device", "cpu"]
     assert cli.main([*command, "--context", "16", "--batch-tokens", "128", "--dry-run"]) == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "is another run" in capsys.readouterr().err
 
 
-def test_the_schedule_is_remarked_on_before_the_first_step(
+def test_the_note_on_the_schedule_is_printed_before_the_first_step(
     data: TokenDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--data", str(data.path), "--out", str(tmp_path / "run"), "--size", "1l", "--device", "cpu"]

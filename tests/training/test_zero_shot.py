@@ -68,13 +68,13 @@ def run(tmp_path: Path, model: LanguageModel) -> Path:
 
 def costs(model: LanguageModel, ids: list[int]) -> list[float]:
     """The nats of every token but the first, each predicted from what its window of CONTEXT tokens holds before it."""
-    found = []
+    actual = []
     for position in range(1, len(ids)):
         start = (position - 1) // CONTEXT * CONTEXT
         with torch.no_grad():
             logits = model(torch.tensor([ids[start:position]]))[0, -1].double()
-        found.append(-logits.log_softmax(-1)[ids[position]].item())
-    return found
+        actual.append(-logits.log_softmax(-1)[ids[position]].item())
+    return actual
 
 
 def stream_of(texts: list[str], tokenizer: Tokenizer) -> list[int]:
@@ -84,35 +84,35 @@ def stream_of(texts: list[str], tokenizer: Tokenizer) -> list[int]:
 
 def test_every_token_of_the_texts_is_predicted_once(model: LanguageModel, passages: list[str]) -> None:
     tokenizer = make_tokenizer()
-    found = token_loss(model, tokenizer, passages[:7], batch=3)
+    actual = token_loss(model, tokenizer, passages[:7], batch=3)
     ids = stream_of(passages[:7], tokenizer)
     expected = costs(model, ids)
-    assert found.tokens == len(expected) == len(ids) - 1
-    assert found.documents == 7
-    assert found.nats_per_token == pytest.approx(np.mean(expected), abs=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
+    assert actual.tokens == len(expected) == len(ids) - 1
+    assert actual.documents == 7
+    assert actual.nats_per_token == pytest.approx(np.mean(expected), abs=1e-5)
+    assert actual.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
     size = sum(len(passage.encode()) for passage in passages[:7])
-    assert found.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / size, rel=1e-4)
+    assert actual.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / size, rel=1e-4)
     ends = [i for i, token in enumerate(ids[1:]) if token == ids[0]]
     sums = [sum(expected[a:b]) for a, b in zip([0, *(i + 1 for i in ends)], [i + 1 for i in ends], strict=False)]
     sizes = np.diff([-1, *ends])
     spread = sum((s - n * np.mean(expected)) ** 2 for s, n in zip(sums, sizes, strict=True)) * 7 / 6
-    assert found.standard_error == pytest.approx(math.sqrt(spread) / len(expected), rel=1e-3)
-    assert token_loss(model, tokenizer, passages[:7], batch=16) == found
+    assert actual.standard_error == pytest.approx(math.sqrt(spread) / len(expected), rel=1e-3)
+    assert token_loss(model, tokenizer, passages[:7], batch=16) == actual
 
 
 def test_one_text_has_an_error_over_its_stretches(model: LanguageModel, passages: list[str]) -> None:
     tokenizer = make_tokenizer()
     text = " \n ".join(passages)
-    found = token_loss(model, tokenizer, [text], batch=4)
+    actual = token_loss(model, tokenizer, [text], batch=4)
     expected = costs(model, stream_of([text], tokenizer))
-    assert found.nats_per_token == pytest.approx(np.mean(expected), abs=1e-5)
-    assert found.documents == math.ceil(len(expected) / CONTEXT)
-    assert 0 < found.standard_error < 1
+    assert actual.nats_per_token == pytest.approx(np.mean(expected), abs=1e-5)
+    assert actual.documents == math.ceil(len(expected) / CONTEXT)
+    assert 0 < actual.standard_error < 1
 
 
 @pytest.mark.parametrize("batch", [1, 7])
-def test_the_last_word_is_predicted_whole_from_what_the_context_holds(
+def test_the_last_word_is_predicted_whole_from_the_text_that_fits_the_context(
     batch: int, model: LanguageModel, passages: list[str]
 ) -> None:
     tokenizer = make_tokenizer()
@@ -126,11 +126,11 @@ def test_the_last_word_is_predicted_whole_from_what_the_context_holds(
         word = range(len(window) - len(ids) + cut - 1, len(window) - 1)
         nats.append(-sum(log_p[i, window[i + 1]].item() for i in word))
         hits.append(all(log_p[i].argmax().item() == window[i + 1] for i in word))
-    found = last_word(model, tokenizer, passages, batch=batch)
-    assert found.passages == 30
-    assert found.accuracy == pytest.approx(np.mean(hits))
-    assert found.perplexity == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
-    assert found.standard_error == pytest.approx(np.std(hits, ddof=1) / math.sqrt(30))
+    actual = last_word(model, tokenizer, passages, batch=batch)
+    assert actual.passages == 30
+    assert actual.accuracy == pytest.approx(np.mean(hits))
+    assert actual.perplexity == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+    assert actual.standard_error == pytest.approx(np.std(hits, ddof=1) / math.sqrt(30))
 
 
 def test_a_model_that_knows_the_words_is_right(model: LanguageModel) -> None:
@@ -144,7 +144,7 @@ def test_a_model_that_knows_the_words_is_right(model: LanguageModel) -> None:
     assert last_word(model, tokenizer, texts, batch=2).accuracy == 1.0
 
 
-def test_the_command_writes_and_prints_every_text_and_keeps_what_was_there(
+def test_the_command_writes_and_prints_every_text_and_keeps_earlier_results(
     run: Path, folder: Path, passages: list[str], model: LanguageModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "evaluation.json").write_text(json.dumps({"split": "val", "nats_per_token": 3.25}))
@@ -152,35 +152,35 @@ def test_the_command_writes_and_prints_every_text_and_keeps_what_was_there(
     texts = f"lambada, wikitext2,ptb,{folder.parent / 'own.txt'}"
     assert cli.main(["evaluate", str(run), "--zero-shot", texts, "--eval-data", str(folder)]) == 0
     printed = capsys.readouterr().out
-    found = json.loads((run / "evaluation.json").read_text())
-    assert found["nats_per_token"] == 3.25
-    assert list(found["zero_shot"]) == ["lambada", "wikitext2", "ptb", str(folder.parent / "own.txt")]
+    actual = json.loads((run / "evaluation.json").read_text())
+    assert actual["nats_per_token"] == 3.25
+    assert list(actual["zero_shot"]) == ["lambada", "wikitext2", "ptb", str(folder.parent / "own.txt")]
     tokenizer = make_tokenizer()
-    for name, row in found["zero_shot"].items():
+    for name, row in actual["zero_shot"].items():
         assert f"{row['nats_per_token']:.4f}" in printed
         assert ("last_word" in row) == (name == "lambada")
     expected = token_loss(model, tokenizer, passages, batch=16)
-    assert found["zero_shot"]["lambada"]["nats_per_token"] == pytest.approx(expected.nats_per_token, abs=1e-6)
+    assert actual["zero_shot"]["lambada"]["nats_per_token"] == pytest.approx(expected.nats_per_token, abs=1e-6)
     assert cli.main(["evaluate", str(run), "--zero-shot", "ptb", "--eval-data", str(folder)]) == 0
     again = json.loads((run / "evaluation.json").read_text())
     strip = {name: {k: v for k, v in row.items() if k != "origin"} for name, row in again["zero_shot"].items()}
-    assert strip == {name: {k: v for k, v in row.items() if k != "origin"} for name, row in found["zero_shot"].items()}
+    assert strip == {name: {k: v for k, v in row.items() if k != "origin"} for name, row in actual["zero_shot"].items()}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ([], "nothing to evaluate on"),
+        ([], "no text to evaluate on"),
         (["--zero-shot", "lambda", "--eval-data", "{folder}"], "there is no text lambda (known: lambada"),
-        (["--zero-shot", "ptb", "--eval-data", "{folder}/none"], "ptb-test.txt is not there"),
+        (["--zero-shot", "ptb", "--eval-data", "{folder}/none"], "ptb-test.txt is missing"),
     ],
 )
-def test_a_text_that_is_not_there_gets_one_line(
-    arguments: list[str], said: str, run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_missing_text_gets_one_line(
+    arguments: list[str], message: str, run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["evaluate", str(run), *(argument.format(folder=folder) for argument in arguments)]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
@@ -193,7 +193,7 @@ def test_a_model_without_a_fitting_tokenizer_is_refused(
     small = LanguageModel(ModelConfig(arch="crate", num_layers=1, d_model=8, num_heads=1, vocab_size=20))
     with pytest.raises(CrateError, match="vocabulary has 20 rows"):
         token_loss(small, make_tokenizer(), ["the neuron"], batch=1)
-    with pytest.raises(CrateError, match="has one word only"):
+    with pytest.raises(CrateError, match="must have at least two words"):
         last_word(model, make_tokenizer(), ["the neuron", "word"], batch=1)
 
 
@@ -264,6 +264,6 @@ def test_lm_eval_finds_the_same_on_the_same_file(
         tasks=["local_last_word"], task_manager=TaskManager(include_path=str(tmp_path / "tasks")), batch_size=4,
         bootstrap_iters=0, cache_requests=False,
     )["results"]["local_last_word"]  # fmt: skip
-    found = last_word(model, make_tokenizer(), passages, batch=8)
-    assert results["acc,none"] == pytest.approx(found.accuracy)
-    assert results["perplexity,none"] == pytest.approx(found.perplexity, rel=1e-4)
+    actual = last_word(model, make_tokenizer(), passages, batch=8)
+    assert results["acc,none"] == pytest.approx(actual.accuracy)
+    assert results["perplexity,none"] == pytest.approx(actual.perplexity, rel=1e-4)

@@ -41,10 +41,10 @@ def by_hand(subject: Subject, layer: int, mask: Tensor, seen: str = "") -> tuple
             mask, subject.baselines[layer], code.view(1, *mask.shape)
         ).view_as(code)
     }
-    with torch.no_grad(), edit(model, change), capture(model, [seen] if seen else []) as found:
+    with torch.no_grad(), edit(model, change), capture(model, [seen] if seen else []) as actual:
         logits = model(subject.prompt[None])
     logits = logits if isinstance(logits, Tensor) else logits.logits
-    return float(logits[0, -1].log_softmax(0)[subject.target]), found.get(seen)
+    return float(logits[0, -1].log_softmax(0)[subject.target]), actual.get(seen)
 
 
 def one(subject: Subject, layer: int, position: int, neuron: int) -> Tensor:
@@ -105,9 +105,9 @@ def test_edges_are_changes_of_codes_and_shares_are_what_is_left(arch: Architectu
     config = CircuitConfig(nodes=3, candidates=0)
     ranked = rank(subject, config, bar=hidden_bar())
     chosen = choose(ranked, config)
-    found = edges(subject, {node: ranked[node] for node in chosen}, config)
-    assert {tuple(edge["from"]) for edge in found} <= set(chosen)
-    for edge in found[:3]:
+    actual = edges(subject, {node: ranked[node] for node in chosen}, config)
+    assert {tuple(edge["from"]) for edge in actual} <= set(chosen)
+    for edge in actual[:3]:
         source, (_, position, neuron) = edge["from"], edge["to"]
         _, code = by_hand(subject, 0, one(subject, *source), subject.places[1])
         assert code is not None
@@ -156,46 +156,46 @@ def run(tmp_path: Path, rng: np.random.Generator) -> Path:
     return folder
 
 
-def test_the_command_writes_draws_and_tells(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_draws_and_prints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["circuit", str(run), "--prompt", "a crate holds", "--device", "cpu", "--nodes", "3"]
     assert main([*arguments, "--candidates", "20"]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     (path,) = (run / "circuits").glob("*.json")
     assert path.with_suffix(".svg").exists()
     assert path.with_suffix(".png").exists()
-    found = json.loads(path.read_text())
-    assert len(found["nodes"]) == 6
-    assert found["origin"]["versions"]["torch"]
-    assert "".join(found["tokens"]) == "a crate holds"
-    assert f"probability {100 * math.exp(found['explained']['log_probability']):.2f} %" in said
-    assert said.splitlines()[-1].endswith(".svg")
-    assert list(circuit_lines(found))[0] in said
-    figure = circuit_figure(found, "crate-2l")
+    actual = json.loads(path.read_text())
+    assert len(actual["nodes"]) == 6
+    assert actual["origin"]["versions"]["torch"]
+    assert "".join(actual["tokens"]) == "a crate holds"
+    assert f"probability {100 * math.exp(actual['explained']['log_probability']):.2f} %" in message
+    assert message.splitlines()[-1].endswith(".svg")
+    assert list(circuit_lines(actual))[0] in message
+    figure = circuit_figure(actual, "crate-2l")
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert sorted(texts[:-1]) == sorted(str(node["neuron"]) for node in found["nodes"])
+    assert sorted(texts[:-1]) == sorted(str(node["neuron"]) for node in actual["nodes"])
     assert main([*arguments, "--method", "gradient", "--token", "a"]) == 0
     assert len(list((run / "circuits").glob("*.json"))) == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--token", "zzzz qqqq"], "must be one token of this model"),
         (["--prompt", "a crate holds rain. " * 9], "the model's context is 16"),
-        (["--nodes", "0"], "--nodes is 0, it must be at least 1"),
-        (["--candidates", "-1"], "--candidates is -1"),
+        (["--nodes", "0"], "--nodes must be at least 1, got 0"),
+        (["--candidates", "-1"], "--candidates must be 0 or more, got -1"),
         (["--baseline", "mean"], "no fixed records of layer 0"),
         (["--prompt", ""], "the prompt is empty. Give some text with --prompt"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
-    arguments: list[str], said: str, run: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = arguments if "--prompt" in arguments else ["--prompt", "a crate", *arguments]
     assert main(["circuit", str(run), "--device", "cpu", *given]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert said in err
+    assert message in err
     assert not (run / "circuits").exists()
 
 
@@ -209,7 +209,7 @@ def test_a_model_whose_logits_are_not_finite_has_no_circuit(run: Path, capsys: p
 
 
 @pytest.mark.parametrize("words", [["circuit", "--prompt", "a crate"], ["directions"]], ids=lambda words: words[0])
-def test_a_hugging_face_model_by_its_path_is_told_the_way(
+def test_a_hugging_face_model_given_by_its_path_gets_a_hint(
     words: list[str], tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(build("llama", rng), tmp_path / "hf-llama")

@@ -93,11 +93,11 @@ def test_a_threshold_silences_what_is_below_so_many_times_the_rms(arch: Architec
 @pytest.mark.parametrize(
     ("turned", "said"),
     [
-        ({"penalty": 0.0}, "penalty is 0.0, it must be above 0"),
-        ({"penalty": -1.0}, "penalty is -1.0"),
-        ({"step_size": float("inf")}, "step_size is inf"),
-        ({"steps": 0}, "steps is 0, it must be at least 1"),
-        ({"threshold": -0.1}, "threshold is -0.1"),
+        ({"penalty": 0.0}, "penalty must be above 0, got 0.0"),
+        ({"penalty": -1.0}, "penalty must be above 0, got -1.0"),
+        ({"step_size": float("inf")}, "step_size must be above 0, got inf"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"threshold": -0.1}, "threshold must be 0 or more, got -0.1"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(turned: dict[str, Any], said: str) -> None:
@@ -109,7 +109,7 @@ def test_what_a_model_does_not_have_cannot_be_turned(rng: np.random.Generator) -
     gpt2, free = random_model(tiny_config("gpt2"), rng), random_model(tiny_config(penalty=0.0), rng)
     with pytest.raises(CrateError, match="no ISTA block"), dialled(gpt2, Setting(steps=3)):
         pass
-    with pytest.raises(CrateError, match="trained with a penalty of 0"), dialled(free, Setting(penalty=2.0)):
+    with pytest.raises(CrateError, match="this model has a penalty of 0"), dialled(free, Setting(penalty=2.0)):
         pass
 
 
@@ -227,8 +227,8 @@ def test_only_what_was_measured_is_drawn(runs: tuple[list[Path], Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--penalty", "0"], "penalty is 0.0, it must be above 0"),
-        (["--steps", "0"], "steps is 0, it must be at least 1"),
+        (["--penalty", "0"], "penalty must be above 0, got 0.0"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--tokens", "no"], "got 'no'"),
     ],
 )
@@ -243,4 +243,4 @@ def test_mistakes_get_one_line(
     assert not (found[0] / "dial.json").exists()
     none = ["--threshold", "--penalty", "2"]
     assert main(["dial", str(found[1]), "--data", str(data), "--device", "cpu", *none]) == 2
-    assert "of a GPT-2 only --threshold can be turned" in capsys.readouterr().err
+    assert "Use --threshold, the only dial of a GPT-2" in capsys.readouterr().err

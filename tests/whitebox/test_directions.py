@@ -59,9 +59,9 @@ def test_tokens_in_are_the_drive_of_an_embedding_in_the_first_layer_without_atte
             weight.zero_()
     arrays = layer_directions(wiring(model), 0, vocabulary=250, keep=7)
     seen = "blocks.0.ista:input" if arch == "crate" else "blocks.0.mlp.up"
-    with torch.no_grad(), capture(model, [seen]) as found:
+    with torch.no_grad(), capture(model, [seen]) as actual:
         model.features(torch.arange(250)[:, None])
-    drive = found[seen][:, 0] @ block.ista.atoms.T if arch == "crate" else found[seen][:, 0]
+    drive = actual[seen][:, 0] @ block.ista.atoms.T if arch == "crate" else actual[seen][:, 0]
     for neuron in rng.integers(64, size=5).tolist():
         scores = scores_of(arrays, "tokens_in", neuron)
         assert scores.keys() == extremes(drive[:, neuron], 7)
@@ -79,9 +79,9 @@ def test_tokens_out_of_the_last_layer_are_the_exact_change_of_the_logits_at_the_
     arrays = layer_directions(wiring(model), 2, vocabulary=272, keep=272)
     tokens, neuron = torch.from_numpy(rng.integers(272, size=(1, 9))), int(rng.integers(model.config.num_neurons))
     # At a fixed scale a norm is linear. Then N'(w) is what w adds behind it.
-    with torch.no_grad(), capture(model, ["norm:input"]) as found:
+    with torch.no_grad(), capture(model, ["norm:input"]) as actual:
         model.features(tokens)
-    stream = found["norm:input"][0, -1]
+    stream = actual["norm:input"][0, -1]
     write = wiring(model).layers[2].write[neuron]
     complete = model.config.dictionary == "complete"
     scale = torch.ones(()).double() if complete else (stream.var(correction=0) + 1e-5).sqrt()
@@ -106,8 +106,8 @@ def test_a_neuron_drives_the_next_layer_as_its_map_says(
     with torch.no_grad():
         for weight in (second.mssa if hasattr(second, "mssa") else second.attention).output.parameters():
             weight.zero_()
-    found = wiring(model)
-    between = found.layers[1].read @ found.layers[1].norm.along(found.layers[0].write).T
+    actual = wiring(model)
+    between = actual.layers[1].read @ actual.layers[1].norm.along(actual.layers[0].write).T
     neuron = int(rng.integers(model.config.num_neurons))
     tokens = torch.from_numpy(rng.integers(272, size=(2, 9)))
     places = ["blocks.1.norm_2:input", "blocks.1.ista:input" if crate else "blocks.1.mlp.up"]
@@ -126,21 +126,21 @@ def test_a_neuron_drives_the_next_layer_as_its_map_says(
     (before, scale), (after, later) = drive(0.0), drive(0.7)
     change = after * later[..., None] - before * scale[..., None]
     assert torch.allclose(change, 0.7 * between[:, neuron].expand_as(change), atol=1e-6)
-    arrays = [layer_directions(found, layer, vocabulary=272, keep=6) for layer in (0, 1)]
+    arrays = [layer_directions(actual, layer, vocabulary=272, keep=6) for layer in (0, 1)]
     assert scores_of(arrays[0], "successors", neuron).keys() == extremes(between[:, neuron], 6)
     assert scores_of(arrays[1], "predecessors", neuron).keys() == extremes(between[neuron], 6)
-    assert "successors.largest.index" not in layer_directions(found, 2, vocabulary=272, keep=6)
+    assert "successors.largest.index" not in layer_directions(actual, 2, vocabulary=272, keep=6)
     assert "predecessors.largest.index" not in arrays[0]
 
 
 @both
 def test_head_shares_are_squared_lengths_in_each_heads_subspace(arch: Architecture, rng: np.random.Generator) -> None:
     model = model_of(arch, rng)
-    found = wiring(model)
-    arrays = layer_directions(found, 0, vocabulary=272)
+    actual = wiring(model)
+    arrays = layer_directions(actual, 0, vocabulary=272)
     block: Any = model.blocks[1]
     neuron = int(rng.integers(64))
-    write = found.layers[0].write[neuron]
+    write = actual.layers[0].write[neuron]
     moved = (write - write.mean()) * block.norm_1.weight
     if arch == "crate":
         projected = {"shared": block.mssa.subspaces.weight @ moved}
@@ -155,17 +155,19 @@ def test_head_shares_are_squared_lengths_in_each_heads_subspace(arch: Architectu
     assert arrays["heads_in"].sum(axis=1) == pytest.approx(np.ones(64), abs=1e-5)
     own: Any = model.blocks[0]
     attention = own.mssa if arch == "crate" else own.attention
-    read = found.layers[0].read[neuron] * own.norm_2.weight
+    read = actual.layers[0].read[neuron] * own.norm_2.weight
     fed = ((read - read.mean()) @ attention.output.weight).detach().view(2, 8).square().sum(dim=1)
     assert arrays["heads_in"][neuron] == pytest.approx((fed / fed.sum()).numpy(), abs=1e-5)
 
 
 @both
 @pytest.mark.parametrize("start", [None, 3])
-def test_tokens_alone_are_what_the_model_does(arch: Architecture, start: int | None, rng: np.random.Generator) -> None:
+def test_tokens_alone_are_the_strongest_codes_of_the_model(
+    arch: Architecture, start: int | None, rng: np.random.Generator
+) -> None:
     model = random_model(tiny_config(arch), rng)
     subject = observe(model, model_hash="")
-    found = tokens_alone(
+    actual = tokens_alone(
         subject, vocabulary=200, start=start, device=torch.device("cpu"), bar=hidden_bar(), keep=4, batch=17
     )
     neuron = int(rng.integers(64))
@@ -174,8 +176,8 @@ def test_tokens_alone_are_what_the_model_does(arch: Architecture, start: int | N
         rows = rows if start is None else torch.cat([torch.full_like(rows, start), rows], dim=1)
         codes = subject.forward(rows)[layer][:, -1, neuron]
         best = codes.topk(4)
-        index = found[layer]["tokens_alone.largest.index"][neuron]
-        assert found[layer]["tokens_alone.largest.value"][neuron] == pytest.approx(best.values.numpy(), abs=1e-5)
+        index = actual[layer]["tokens_alone.largest.index"][neuron]
+        assert actual[layer]["tokens_alone.largest.value"][neuron] == pytest.approx(best.values.numpy(), abs=1e-5)
         assert index[best.values.numpy() <= 0].tolist() == [-1] * int((best.values <= 0).sum())
         assert [float(codes[i]) for i in index if i >= 0] == pytest.approx(best.values[best.values > 0].tolist())
 
@@ -196,16 +198,16 @@ def test_the_command_writes_what_numpy_reads_and_neurons_shows(
     described = described_directions(trained)
     assert described["layers"]["1"] == ["predecessors", "tokens_alone", "tokens_in", "tokens_out"]
     assert described["origin"]["versions"]["torch"]
-    found = read_directions(trained, 0)
-    assert found.lists == ("tokens_in", "tokens_alone", "tokens_out", "successors")
-    assert found.num_neurons == 64
-    assert len(found.ranked("tokens_in", 5)) == 9
-    scores = [value for _, value in found.ranked("tokens_out", 5)]
+    actual = read_directions(trained, 0)
+    assert actual.lists == ("tokens_in", "tokens_alone", "tokens_out", "successors")
+    assert actual.num_neurons == 64
+    assert len(actual.ranked("tokens_in", 5)) == 9
+    scores = [value for _, value in actual.ranked("tokens_out", 5)]
     assert scores == sorted(scores, reverse=True)
-    assert found.ranked("predecessors", 5) == []
-    assert found.head_shares(3)["heads_out.shared"].sum() == pytest.approx(1)
+    assert actual.ranked("predecessors", 5) == []
+    assert actual.head_shares(3)["heads_out.shared"].sum() == pytest.approx(1)
     with pytest.raises(CrateError, match="neurons 0 to 63, not 64"):
-        found.ranked("tokens_in", 64)
+        actual.ranked("tokens_in", 64)
     with pytest.raises(CrateError, match="found layers: 0, 1"):
         read_directions(trained, 7)
 
@@ -220,29 +222,29 @@ def test_the_command_writes_what_numpy_reads_and_neurons_shows(
     assert main(["collect", str(trained), "--data", str(tokens), "--device", "cpu"]) == 0
     capsys.readouterr()
     assert main(["neurons", str(trained), "--layer", "1", "--neuron", "5"]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     for line in ("tokens in (their", "alone in a document:", "tokens out (its", "driven by neurons of layer 0: "):
-        assert line in said
-    assert "drives neurons" not in said
+        assert line in message
+    assert "drives neurons" not in message
     assert main(["neurons", str(trained), "--layer", "0", "--neuron", "5"]) == 0
     assert "read by heads of layer 1: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ([], "no run directory was named"),
+        ([], "no run directory was given"),
         (["nowhere"], "there is no run directory nowhere"),
-        (["RUN", "--keep", "0"], "--keep is 0"),
+        (["RUN", "--keep", "0"], "--keep must be at least 1, got 0"),
     ],
 )
 def test_mistakes_get_one_line(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["directions", *(str(tmp_path) if word == "RUN" else word for word in arguments)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert said in err
+    assert message in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,9 +253,9 @@ def test_directions_of_an_untied_decoder_are_the_ones_it_writes(rng: np.random.G
 
     untied, complete = (random_model(tiny_config(**changes), rng) for changes in VARIANTS[1:3])
     blocks: list[Any] = [untied.blocks[0], complete.blocks[0]]
-    found = decoders(untied, find_places(untied, "neurons"))
-    assert found is not None
-    assert torch.equal(found[0], blocks[0].ista.decoder)
-    found = decoders(complete, find_places(complete, "neurons"))
-    assert found is not None
-    assert torch.equal(found[0], torch.eye(16))
+    actual = decoders(untied, find_places(untied, "neurons"))
+    assert actual is not None
+    assert torch.equal(actual[0], blocks[0].ista.decoder)
+    actual = decoders(complete, find_places(complete, "neurons"))
+    assert actual is not None
+    assert torch.equal(actual[0], torch.eye(16))

@@ -79,13 +79,13 @@ def read_fields(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CrateError(f"{path} is not readable ({error}). {put_back(path)}") from None
     if not isinstance(fields, dict):
-        raise CrateError(f"{path} lacks or misspells a field (it holds a {type(fields).__name__}). {put_back(path)}")
+        raise CrateError(f"{path} must be a JSON object, got a {type(fields).__name__}. {put_back(path)}")
     return fields
 
 
 def put_back(path: Path) -> str:
     """The hint for a file that does not fit the weights."""
-    return f"Put back the {path.name} that was written with the weights, or make the model again"
+    return f"Restore the {path.name} that belongs to the weights, or fetch or make the model again"
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def test_a_best_loss_that_was_never_measured_is_absent(tmp_path: Path, rng: np.r
 
 
 @pytest.mark.parametrize(
-    ("activation", "message"), [("relu", "nanoGPT's own models: --activation gelu"), ("gelu", "GELU")]
+    ("activation", "message"), [("relu", "nanoGPT uses gelu: --activation gelu"), ("gelu", "GELU")]
 )
 def test_the_assumed_activation_is_reported(
     activation: str, message: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]

@@ -63,13 +63,13 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 def _interruptible(work: Callable[[Iterator[str]], object], texts: Iterator[str]) -> None:
     """Let a thread work on the texts: code in Rust does not notice Ctrl-C, which the main thread does."""
-    stopped, read, failures = threading.Event(), threading.Event(), list[BaseException]()
+    stopped, read, done, failures = threading.Event(), threading.Event(), threading.Event(), list[BaseException]()
 
     def feed() -> Iterator[str]:
         try:
             for text in texts:
                 if stopped.is_set():
-                    return
+                    raise InterruptedError
                 yield text
         finally:
             read.set()
@@ -81,15 +81,16 @@ def _interruptible(work: Callable[[Iterator[str]], object], texts: Iterator[str]
             failures.append(error)
         finally:
             read.set()
+            done.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        threading.Thread(target=run, daemon=True).start()
+        while not done.wait(0.2):
+            pass
     except BaseException:
         stopped.set()
         read.wait(5)  # the caller closes the texts, which must not be in use
+        done.wait(0.5)  # Rust aborts a process that exits while a thread of Rust returns from reading
         raise
     if failures:
         raise failures[0]

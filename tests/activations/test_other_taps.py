@@ -55,7 +55,7 @@ def test_a_report_shows_each_tap_in_separate_rows(run: Path, tmp_path: Path, rng
     latents = results.models[1]
     assert [one.layer for one in latents.scores["anthropic"].layers] == [1]
     assert {one.layer for one in latents.examples} == {1}  # by the one protocol that all have
-    assert "costs more" in " ".join(tables.interpretability(results).notes)
+    assert "do not include a sparse autoencoder" in " ".join(tables.interpretability(results).notes)
     report.run(report.Options(runs=(run, other), tap=("neurons", TAP), out=tmp_path / "report"))
     assert f"CRATE\N{NON-BREAKING HYPHEN}2L, {TAP}" in (tmp_path / "report" / "report.html").read_text()
     assert [one.title for one in gather([run]).models] == ["CRATE-2L"]

@@ -65,6 +65,24 @@ def test_ctrl_c_interrupts_the_training_of_a_tokenizer() -> None:
     assert (result.returncode, result.stdout) == (0, "interrupted\n"), result.stderr
 
 
+def test_ctrl_c_while_texts_are_read_waits_for_the_thread_that_reads_them() -> None:
+    code = (
+        "import os, signal, time; from cratelm.data.tokenizer import _interruptible\n"
+        "def texts():\n"
+        "    yield 'a text'\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.3)\n"
+        "    yield 'another text'\n"
+        "def work(texts):\n"
+        "    try:\n        print(*texts)\n"
+        "    finally:\n        time.sleep(0.1)\n        print('the thread ends')\n"
+        "try:\n    _interruptible(work, texts())\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "the thread ends\ninterrupted\n"), result.stderr
+
+
 def test_a_failure_while_the_texts_are_read_reaches_the_caller() -> None:
     def documents() -> Iterator[Document]:
         yield Document(text="a text", origin="")

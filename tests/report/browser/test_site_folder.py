@@ -78,14 +78,14 @@ def test_a_name_of_any_letters_gives_a_whole_site(tmp_path: Path, rng: np.random
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--tap", "nonsense"], "so --tap would"), (["--explainer", "nobody"], "so --explainer would"),
-        (["--tap", "x", "--simulator", "y"], "so --tap and --simulator would"),
+        (["--tap", "nonsense"], "without --tap:"), (["--explainer", "nobody"], "without --explainer:"),
+        (["--tap", "x", "--simulator", "y"], "without --tap and --simulator:"),
     ],
 )  # fmt: skip
 def test_what_a_site_would_ignore_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: str
 ) -> None:
     assert cli.main(["report", str(tmp_path / "run"), "--site", *options]) == 2
-    said = capsys.readouterr().err
-    assert named in " ".join(said.split())
+    error = capsys.readouterr().err
+    assert f"--site must be given {named}" in " ".join(error.split())
     assert not (tmp_path / "run").exists()

@@ -9,8 +9,11 @@ for an explanation, and vote on explanations. The server works offline and accep
 with `--host` it accepts others, which need the token in the printed address. Ctrl-C stops it.
 """
 
+import os
+import re
 import secrets
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +31,10 @@ if TYPE_CHECKING:
     from cratelm.report.server.application import Parts
     from cratelm.report.server.requests import Limits
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CONNECTIONS = 800
-"""Limit of open connections; a process may usually open 1,024 files."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+STOP_SECONDS = 3.0
+"""Longest wait at the end for models that still compute, after 2 seconds for requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,10 @@ class Options:
     """Address to listen on. For an address other than localhost, visitors need the printed token."""
     port: int = 8080
     """Port to listen on; 0 takes a free port."""
+    allow_host: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """Further names that a proxy passes in the `Host` header. Visitors then need the printed token."""
+    root_path: Annotated[str, tyro.conf.arg(metavar="/PREFIX", help_behavior_hint="")] = ""
+    """Path at which a proxy shows this server, such as /user/ann/proxy/8080."""
     mode: Mode = "fixed"
     """Mode of the records to show."""
     votes: Path | None = None
@@ -69,21 +77,39 @@ def run(options: Options) -> None:
         import uvicorn
 
         from cratelm.report.server.application import application
+        from cratelm.report.server.connections import CONNECTIONS, limited_protocol
     except ImportError as error:
         raise CrateError(f"cratelm serve needs {error.name}. Hint: pip install 'cratelm[serve]'") from None
     with listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]
-        parts = application_parts(options, port)
+        parts = application_parts(options)
         app = application(parts)
         console.print(f"{address(options.host, port, parts.access)}   (Ctrl-C ends it)", markup=False, soft_wrap=True)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=10,
-            timeout_graceful_shutdown=2, limit_concurrency=CONNECTIONS, ws="none",
+            timeout_graceful_shutdown=2, limit_concurrency=CONNECTIONS, ws="none", http=limited_protocol(),
         )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        returned = threading.Event()
+
+        def end() -> None:
+            """End the process although a model computes: stores and votes are written in transactions."""
+            if not returned.is_set() or not threading.main_thread().is_alive():
+                os._exit(130)
+
+        class Server(uvicorn.Server):  # type: ignore[misc]
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().shutdown(sockets)
+                timer = threading.Timer(STOP_SECONDS, end)
+                timer.daemon = True
+                timer.start()
+
+        try:
+            Server(config).run(sockets=[listening])
+        finally:
+            returned.set()
 
 
-def application_parts(options: Options, port: int) -> "Parts":
+def application_parts(options: Options) -> "Parts":
     """The parts that the application is built from."""
     from cratelm.report.server.application import Parts
     from cratelm.report.server.requests import Limits
@@ -94,10 +120,12 @@ def application_parts(options: Options, port: int) -> "Parts":
     for name in ("text_tokens", "new_tokens", "in_flight"):
         if getattr(options, name) < 1:
             raise CrateError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    check_addresses(options)
     limits = Limits(
         text_tokens=options.text_tokens, new_tokens=options.new_tokens, in_flight=options.in_flight
     )  # fmt: skip
     exposed, explain = options.host not in LOOPBACK, None
+    hosts = (*LOOPBACK, *(name.lower() for name in options.allow_host))
     if options.llm:
         from cratelm.workflows.llm.live_explain import LiveExplainer
 
@@ -109,15 +137,18 @@ def application_parts(options: Options, port: int) -> "Parts":
     return Parts(
         runs=options.runs, mode=options.mode, limits=limits, live=live,
         explain=explain, explainer="" if explain is None else explain.name,
-        votes=votes, hosts=None if exposed else own_hosts(port),
-        access=secrets.token_urlsafe(24) if exposed else None,
+        votes=votes, hosts=None if exposed else hosts, root_path=options.root_path,
+        access=secrets.token_urlsafe(24) if exposed or options.allow_host else None,
     )  # fmt: skip
 
 
-def own_hosts(port: int) -> tuple[str, ...]:
-    """The `Host` headers of a browser on this machine for this port. Browsers leave out the default port 80."""
-    names = ("127.0.0.1", "localhost", "[::1]")
-    return (*(f"{name}:{port}" for name in names), *(names if port == 80 else ()))
+def check_addresses(options: Options) -> None:
+    """Raise `CrateError` for a name or a prefix that no request can have."""
+    for name in options.allow_host:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]", name):
+            raise CrateError(f"--allow-host must be a name such as hub.example.org, got {name}")
+    if not re.fullmatch(r"(/[A-Za-z0-9._~@%-]+)*", options.root_path):
+        raise CrateError(f"--root-path must be a path such as /user/ann/proxy/8080, got {options.root_path}")
 
 
 def live_models(options: Options, limits: "Limits") -> "LiveModels | None":

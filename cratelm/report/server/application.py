@@ -58,9 +58,11 @@ class Parts:
     """Name of the language model behind `explain`."""
     limits: Limits = Limits()
     hosts: Sequence[str] | None = None
-    """Accepted values of `Host`; None for any."""
+    """Names that `Host` may have, with any port; None for any name."""
     access: str | None = None
     """A token that every visitor needs."""
+    root_path: str = ""
+    """Prefix of the addresses at a proxy."""
 
 
 def application(parts: Parts) -> Guard:
@@ -70,6 +72,7 @@ def application(parts: Parts) -> Guard:
     guard = Guard(
         app, policy=policy_of(served=True), hosts=parts.hosts, access=parts.access,
         requests=parts.limits.requests, body_bytes=parts.limits.body_bytes, body_seconds=parts.limits.body_seconds,
+        root_path=parts.root_path,
     )  # fmt: skip
     app.state.page_token = guard.page_token
     server.chunks.begin()

@@ -11,6 +11,7 @@ import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -38,11 +39,13 @@ class Guard:
 
     def __init__(
         self, app: App, *, policy: str, hosts: Iterable[str] | None, access: str | None, requests: int, body_bytes: int,
-        body_seconds: float = 10.0,
+        body_seconds: float = 10.0, root_path: str = "",
     ) -> None:  # fmt: skip
-        """`hosts` are the accepted values of `Host`, None for any; `access` is a token that every visitor needs."""
+        """`hosts` are the names that `Host` may have, with any port; None for any name. `access` is a token that every
+        visitor needs. `root_path` is the prefix of a proxy, which may leave it in the paths or not.
+        """
         self.app, self.access, self.requests, self.body_bytes = app, access, requests, body_bytes
-        self.body_seconds = body_seconds
+        self.body_seconds, self.root_path = body_seconds, root_path
         self.headers = [(k.encode(), v.encode()) for k, v in (HEADERS | {"content-security-policy": policy}).items()]
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self.page_token = secrets.token_urlsafe(24)
@@ -53,11 +56,18 @@ class Guard:
         if scope["type"] != "http":
             return
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message.get("headers", ()), *self.headers]
             await send(message)
 
+        prefix, path = unquote(self.root_path), scope["path"]
+        if prefix and f"{path}/".startswith(f"{prefix}/"):
+            scope = {**scope, "path": path.removeprefix(prefix)}
         self.under_way += 1
         try:
             answer = await self._answer(Request(scope, receive))
@@ -67,6 +77,9 @@ class Guard:
             await refusal(scope, receive, send_with_headers)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:  # the server stops
+            stopped = JSONResponse({"error": "the server stops"}, 503, CLOSE)
+            await (send({"type": "http.response.body"}) if started else stopped(scope, receive, send_with_headers))
         finally:
             self.under_way -= 1
 
@@ -74,15 +87,26 @@ class Guard:
         """The application that answers the request. Raises `HTTPException` if the request is refused."""
         if self.under_way > self.requests:
             raise HTTPException(429, "the server is busy. Try again in a moment", BUSY)
-        if self.hosts is not None and request.headers.get("host", "").lower() not in self.hosts:
-            raise HTTPException(421, "this server answers to its own address only. Open the address it printed", CLOSE)
+        host, port = _host_and_port(request)
+        if self.hosts is not None and host not in self.hosts:
+            raise HTTPException(
+                421, "this server answers to its own address only. Open the address it printed, or start it with "
+                "--allow-host NAME", CLOSE,
+            )  # fmt: skip
+        if not request.scope["path"]:  # without its slash, the page's relative links would lead elsewhere
+            return Response(status_code=307, headers={"location": f"{self.root_path}/"})
         if self.access is not None:
-            token, cookie = request.query_params.get("token"), f"{COOKIE}{_port(request)}"
+            token, cookie = request.query_params.get("token"), f"{COOKIE}_{port}" if port else COOKIE
             admitted = _equal(request.cookies.get(cookie), self.access)
             if token is not None and request.method == "GET" and (admitted or _equal(token, self.access)):
                 # A cookie replaces the token, which then does not stay in the address.
-                to_start = Response(status_code=303, headers={"location": "/"})
-                to_start.set_cookie(cookie, self.access, httponly=True, samesite="strict")
+                start = (
+                    f"{self.root_path}/" if self.root_path else "../" * (request.scope["path"].count("/") - 1) or "./"
+                )
+                to_start = Response(status_code=303, headers={"location": start})
+                to_start.set_cookie(
+                    cookie, self.access, path=self.root_path or "/", httponly=True, samesite="strict"
+                )  # fmt: skip
                 return to_start
             if not admitted:
                 raise HTTPException(401, "this server requires a token. Open the whole address that it printed", CLOSE)
@@ -149,7 +173,8 @@ def _equal(given: str | None, expected: str) -> bool:
     return given is not None and hmac.compare_digest(given.encode(), expected.encode())
 
 
-def _port(request: Request) -> str:
-    """`_8080` for the port in `Host`; empty without a port."""
-    port = request.headers.get("host", "").rpartition(":")[2]
-    return f"_{port}" if port.isascii() and port.isdigit() else ""
+def _host_and_port(request: Request) -> tuple[str, str]:
+    """The name in `Host`, in small letters, and the port; an empty port if there is none."""
+    host = request.headers.get("host", "").lower()
+    name, _, port = host.rpartition(":")
+    return (name, port) if port.isascii() and port.isdigit() else (host, "")

@@ -184,6 +184,8 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
         if len(endpoint.served) != 1:
             listed = ", ".join(endpoint.served[:20]) or "no models listed"
             raise CrateError(f"{where} serves several models. Choose one with --model NAME: {listed}")
+        if not endpoint.served[0].isprintable():
+            raise CrateError(f"the name of the model at {where} must be printable, got {endpoint.served[0]!r}")
         return await _open(where, endpoint.served[0], explaining, spending, usage)
     if counter is None:
         console.print("tokens are estimated from a text that the server counted; --llm-tokenizer counts them exactly")

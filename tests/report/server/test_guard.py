@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cratelm.commands.serve import own_hosts
+from cratelm.commands.serve import LOOPBACK, Options, check_addresses
 from cratelm.errors import CrateError
 from cratelm.report.server.guard import COOKIE, Guard
 from cratelm.report.server.requests import Limits, read_steer_request, read_text_request
@@ -28,7 +28,13 @@ async def echo(_scope: Any, receive: Any, send: Any) -> None:
 
 
 def guard(app: Any = echo, **options: Any) -> Guard:
-    given: dict[str, Any] = {"hosts": [HOST], "access": None, "requests": 2, "body_bytes": 100, "policy": "p"} | options
+    given: dict[str, Any] = {
+        "hosts": LOOPBACK,
+        "access": None,
+        "requests": 2,
+        "body_bytes": 100,
+        "policy": "p",
+    } | options
     return Guard(app, **given)
 
 
@@ -69,7 +75,7 @@ def test_every_answer_carries_the_policy() -> None:
         assert found[1]["x-content-type-options"] == "nosniff"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "127.0.0.1:81", "127.0.0.1:8080.evil.example", ""])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1:8080.evil.example", ""])
 def test_another_host_is_refused(host: str) -> None:
     status, _, body = one(guard(), host=host)
     assert status == 421
@@ -130,7 +136,7 @@ def test_access_by_token_only_and_the_token_leaves_the_address() -> None:
     assert one(app)[0] == 401
     assert one(app, query="token=wrong")[0] == 401
     status, head, _ = one(app, query="token=s3cret")
-    assert (status, head["location"]) == (303, "/")
+    assert (status, head["location"]) == (303, "./")
     own = f"{COOKIE}_8080"
     assert head["set-cookie"].startswith(f"{own}=s3cret;")
     assert "HttpOnly" in head["set-cookie"]
@@ -145,7 +151,7 @@ def test_the_token_leaves_the_address_of_who_is_let_in_already_too() -> None:
     app = guard(hosts=None, access="s3cret")
     for token in ("s3cret", "of+another+start"):
         status, head, _ = one(app, query=f"token={token}", cookie=f"{COOKIE}_8080=s3cret")
-        assert (status, head["location"]) == (303, "/")
+        assert (status, head["location"]) == (303, "./")
     assert one(app, path="/api/search", query="q=token", cookie=f"{COOKIE}_8080=s3cret")[0] == 200
 
 
@@ -166,15 +172,68 @@ def test_who_is_not_let_in_is_not_kept_connected() -> None:
     assert "connection" not in one(guard())[1]
 
 
-@pytest.mark.parametrize(
-    ("port", "hosts"), [(80, ["127.0.0.1", "localhost:80", "[::1]"]), (8080, [HOST, "[::1]:8080"])]
-)
-def test_this_machine_is_answered_at_every_port(port: int, hosts: list[str]) -> None:
-    for host in hosts:
-        assert one(guard(hosts=own_hosts(port)), host=host)[0] == 200
-    for host in ("evil.example", "evil.example:80", "127.0.0.1:81"):
-        assert one(guard(hosts=own_hosts(port)), host=host)[0] == 421
-    assert one(guard(hosts=own_hosts(8080)), host="127.0.0.1")[0] == 421
+@pytest.mark.parametrize("port", ["", ":80", ":8080", ":9000"])
+def test_this_machine_is_answered_at_every_port_and_other_names_are_refused(port: str) -> None:
+    """A tunnel (`ssh -L 9000:localhost:8080`) changes the port."""
+    for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
+        assert one(guard(), host=name + port)[0] == 200
+    for name in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]", ""):
+        assert one(guard(), host=name + port)[0] == 421
+    assert one(guard(hosts=[*LOOPBACK, "hub.example"]), host=f"hub.example{port}")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:x", "localhost:80:80", "localhost@evil.example", "[::1", "::1:"])
+def test_a_host_that_is_not_a_name_and_a_port_is_refused(host: str) -> None:
+    assert one(guard(), host=host)[0] == 421
+
+
+def test_a_proxys_prefix_may_stay_in_the_path_or_not() -> None:
+    paths: list[str] = []
+
+    async def note(scope: Any, receive: Any, send: Any) -> None:
+        paths.append(scope["path"])
+        await echo(scope, receive, send)
+
+    app = guard(note, root_path="/user/a%40b")
+    for path in ("/user/a@b/api/search", "/api/search", "/user/a@b/", "/user/a@bc"):
+        assert one(app, path=path)[0] == 200
+    assert paths == ["/api/search", "/api/search", "/", "/user/a@bc"]
+    status, head, _ = one(app, path="/user/a@b")
+    assert (status, head["location"]) == (307, "/user/a%40b/")
+
+
+def test_behind_a_proxy_the_token_leads_to_the_start_of_its_prefix() -> None:
+    app = guard(access="s3cret", root_path="/lab")
+    _, head, _ = one(app, path="/lab/", query="token=s3cret")
+    assert head["location"] == "/lab/"
+    assert "; Path=/lab;" in head["set-cookie"]
+    for path, start in (("/", "./"), ("/api/search", "../")):  # a prefix that the proxy took away
+        assert one(guard(access="s3cret"), path=path, query="token=s3cret")[1]["location"] == start
+
+
+def test_names_and_prefixes_that_no_request_can_have_are_refused() -> None:
+    check_addresses(Options(runs=(), allow_host=("hub.example.org", "[fe80::1]"), root_path="/user/a%40b/proxy/8080"))
+    for wrong in ("https://hub.example.org", "hub:80", "", "*"):
+        with pytest.raises(CrateError, match="--allow-host must be a name"):
+            check_addresses(Options(runs=(), allow_host=(wrong,)))
+    for wrong in ("lab", "/", "/lab/", "//evil.example", "/a b", "/a\r\nb"):
+        with pytest.raises(CrateError, match="--root-path must be a path"):
+            check_addresses(Options(runs=(), root_path=wrong))
+
+
+def test_a_request_that_is_cancelled_gets_an_answer() -> None:
+    """At the server's end; a traceback in the terminal would be the alternative."""
+
+    async def stopped() -> int:
+        async def wait(_scope: Any, _receive: Any, _send: Any) -> None:
+            await asyncio.sleep(60)
+
+        asking = asyncio.create_task(ask(guard(wait)))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        return (await asking)[0]
+
+    assert asyncio.run(stopped()) == 503
 
 
 def test_more_requests_than_allowed_get_retry_after() -> None:

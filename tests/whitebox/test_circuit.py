@@ -217,4 +217,4 @@ def test_a_hugging_face_model_given_by_its_path_gets_a_hint(
     assert main([words[0], str(folder), *words[1:]]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"Make one with cratelm collect {folder} --data DIR --out RUN, then give it that RUN" in err
+    assert f"must be a run, got a Hugging Face model (llama). Hint: cratelm collect {folder} --data DIR" in err

@@ -1,5 +1,6 @@
 """Random draws of tokens for every neuron, in bounded memory: sequences, priorities, and candidates of intervals."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,36 @@ def random_sequences(neurons: int, tokens: int, generator: np.random.Generator) 
     return np.where(again, -1, drawn)
 
 
+class RowBlocks:
+    """RowBlocks that arrive batch by batch, held in large blocks.
+
+    Small tensors that stay, between large ones that do not, would fragment the heap: it grew with the corpus.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Of 32 MiB on, glibc maps a block on its own, and untouched pages take no memory.
+        self.block_bytes = 1 << (25 if device.type == "cpu" else 20)
+        self.blocks: list[tuple[Tensor, ...]] = []
+        self.used: list[int] = []
+
+    def add(self, *columns: Tensor) -> None:
+        """Copy rows, given as columns of equal length."""
+        rows = len(columns[0])
+        if not self.blocks or self.used[-1] + rows > len(self.blocks[-1][0]):
+            row_bytes = max(column.element_size() * math.prod(column.shape[1:]) for column in columns)
+            size = max(rows, self.block_bytes // row_bytes + 1)
+            self.blocks.append(tuple(column.new_empty(size, *column.shape[1:]) for column in columns))
+            self.used.append(0)
+        for column, block in zip(columns, self.blocks[-1], strict=True):
+            block[self.used[-1] : self.used[-1] + rows] = column
+        self.used[-1] += rows
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """All rows, in the order in which they were added."""
+        filled = [[column[:used] for column in block] for block, used in zip(self.blocks, self.used, strict=True)]
+        return tuple(torch.cat(parts) for parts in zip(*filled, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """Tokens that may be drawn from an interval; those with the smallest priorities are drawn."""
@@ -51,10 +82,8 @@ class Candidates:
 
     def where(self, keep: Bool[Tensor, " some"]) -> "Candidates":
         """The candidates where `keep` is true."""
-        return Candidates(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return Candidates(*(column[keep] for column in self.columns()))
 
-    @staticmethod
-    def join(parts: "list[Candidates]") -> "Candidates":
-        """Concatenate candidates."""
-        names = Candidates.__dataclass_fields__
-        return Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    def columns(self) -> tuple[Tensor, ...]:
+        """The fields in their order."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)

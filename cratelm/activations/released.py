@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cratelm.activations.draws import DRAWS, EDGE, OUTSIDE, Candidates, priorities, random_sequences
+from cratelm.activations.draws import DRAWS, EDGE, OUTSIDE, Candidates, RowBlocks, priorities, random_sequences
 from cratelm.activations.records import ABSENT
 from cratelm.activations.running import Moments, TopExcerpts
 
@@ -58,10 +58,8 @@ class ReleasedLayer:
         self.moments = Moments(neurons, device)
         self.leading: list[Tensor] = []  # activations of the first tokens, to fill up the top lists of rare neurons
         self.zeros = torch.zeros(neurons, dtype=torch.int64, device=device)
-        self.candidates: list[Candidates] = []
-        self.edges: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.candidates, self.edges, self.windows = RowBlocks(device), RowBlocks(device), RowBlocks(device)
         self.waiting: list[tuple[Tensor, Tensor]] = []  # (neuron, position) of tokens whose window is not cut yet
-        self.windows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.tail = torch.zeros(0, neurons, device=device)
 
     def count(self, activations: Float[Tensor, "tokens neurons"], first: int) -> None:
@@ -143,7 +141,7 @@ class ReleasedLayer:
         key = _key(activations)
         for edge in self.edge_keys:
             token, neuron = (key == edge).nonzero(as_tuple=True)
-            self.edges.append((neuron, token + first, activations[token, neuron]))
+            self.edges.add(neuron, token + first, activations[token, neuron])
         zero = activations == 0
         rank_of_zero = self.positive + self.zeros + zero.cumsum(dim=0, dtype=torch.int32) - 1
         self.zeros += zero.sum(dim=0)
@@ -179,7 +177,7 @@ class ReleasedLayer:
         """Keep the candidates that may be drawn: the right kind for their interval, and a small enough priority."""
         likely = self._likely(candidates) | (candidates.interval == EDGE)
         candidates = candidates.where(likely & (candidates.priority < self.rate.amax(dim=1)[candidates.neuron]))
-        self.candidates.append(candidates)
+        self.candidates.add(*candidates.columns())
         self.waiting.append((candidates.neuron, candidates.position))
 
     def _likely(self, candidates: Candidates) -> Bool[Tensor, " some"]:
@@ -203,7 +201,7 @@ class ReleasedLayer:
         columns = torch.arange(self.width, device=self.device)
         token = (begin[:, None] - start + columns).clamp(max=len(joined) - 1)
         values = torch.where(columns < length[:, None], joined[token, neuron[:, None]], 0.0)
-        self.windows.append((neuron, position, values))
+        self.windows.add(neuron, position, values)
 
     def _window(self, position: Int[Tensor, "*some"]) -> tuple[Int[Tensor, "*some"], Int[Tensor, "*some"]]:
         """First position and length of a token's window, which the ends of the corpus make shorter."""
@@ -215,7 +213,7 @@ class ReleasedLayer:
     def result(self) -> dict[str, np.ndarray]:
         """Position, length and activations of every neuron's top, random and quantile windows, -1 if absent."""
         quantile = self._quantile_positions()
-        neuron, position, values = (torch.cat(parts) for parts in zip(*self.windows, strict=True))
+        neuron, position, values = self.windows.columns()
         code, order = (neuron * self.tokens + position).sort()
         arrays: dict[str, np.ndarray] = {}
         for kind, chosen in (("top", self.fixed[:, :TOP]), ("random", self.fixed[:, TOP:]), ("quantile", quantile)):
@@ -230,7 +228,7 @@ class ReleasedLayer:
 
     def _quantile_positions(self) -> Int[Tensor, "neurons chosen"]:
         """The PER_INTERVAL candidates of smallest priority in each interval, -1 where an interval has fewer tokens."""
-        candidates = self._settle(Candidates.join(self.candidates))
+        candidates = self._settle(Candidates(*self.candidates.columns()))
         candidates = candidates.where(self._likely(candidates))
         cell = candidates.neuron * self.intervals + candidates.interval
         order = candidates.priority.argsort(stable=True)
@@ -245,7 +243,7 @@ class ReleasedLayer:
 
     def _settle(self, candidates: Candidates) -> Candidates:
         """Rank the tokens at whose value an interval ends, and set the intervals of the candidates among them."""
-        neuron, position, value = (torch.cat(parts) for parts in zip(*self.edges, strict=True))
+        neuron, position, value = self.edges.columns()
         order = position.argsort(stable=True)
         order = order[value[order].argsort(descending=True, stable=True)]
         order = order[neuron[order].argsort(stable=True)]

@@ -1,0 +1,34 @@
+"""Peak memory of a `compat` collection in a real process, at two sizes of the corpus."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cratelm.activations.draws import RowBlocks
+
+GROWN = 500
+"""MiB by which five times as much text may raise the peak; with fragments of the heap it was 930 or more."""
+
+
+def peak(mode: str, tokens: int) -> int:
+    command = [sys.executable, "-m", "fixtures.collection_peak", mode, str(tokens), "768"]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units")
+def test_the_peak_does_not_grow_with_the_corpus() -> None:
+    small, large = (peak("compat", tokens) for tokens in (20_480, 102_400))
+    assert large < small + GROWN, (small, large)
+
+
+def test_rows_are_those_of_a_concatenation_in_few_blocks() -> None:
+    generator, rows = torch.Generator().manual_seed(0), RowBlocks(torch.device("cpu"))
+    rows.block_bytes = 4096
+    parts = [(torch.arange(n), torch.rand(n, 8, generator=generator)) for n in (0, 3, 70, 500, 1, 0, 90)]
+    for part in parts:
+        rows.add(*part)
+    assert all(map(torch.equal, rows.columns(), (torch.cat(column) for column in zip(*parts, strict=True))))
+    assert 1 < len(rows.blocks) < len(parts)

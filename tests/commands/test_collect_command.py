@@ -89,7 +89,7 @@ def test_layers_that_were_not_recorded_differ_from_those_that_were(data: TokenDi
     run, _ = make_run(tmp_path / "run", data)
     collect.run(options(run, data, layer=(1,)))
     before = snapshot(records_folder(run, "fixed") / "neurons")
-    assert before.keys() == {"layer_01.safetensors"}
+    assert before.keys() == {"layer_01.safetensors", "checksums.json"}
     collect.run(options(run, data, layer=(1,)))
     assert snapshot(records_folder(run, "fixed") / "neurons") == before
     assert "(layers [1] -> [0, 1]). Remove" in message(options(run, data))
@@ -165,6 +165,11 @@ def test_a_truncated_records_file_is_named(data: TokenDirectory, tmp_path: Path)
     collect.run(options(run, data, layer=(0,)))
     file = layer_file(run, "fixed", "neurons", 0)
     whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CrateError, match=r"layer_00.safetensors is damaged or was changed"):
+        read_records(run, 0)
+    for checksums in (run / "records").rglob("checksums.json"):  # records of earlier versions have none
+        checksums.unlink()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
         with pytest.raises(CrateError, match=r"layer_00.safetensors is not readable ") as told:

@@ -227,7 +227,7 @@ def test_an_unreadable_evaluation_is_refused_with_a_whole_command(
     ("arguments", "message"),
     [
         ("{run} --data {other}", "come from another tokenizer than the model"),
-        ("{small} --data {tokens}", "has 270 tokens, the model of .* has 99"),
+        ("{small} --data {tokens}", "must have at most the 99 tokens of the model .*, got 270"),
         ("{run} --data {tokens} --batch 0", "--batch must be at least 1, got 0"),
         ("{run} --data {tokens} --split test", "has no split test"),
         ("{run} --data {run}", "is not a token directory"),

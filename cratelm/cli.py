@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python flushes once more at exit, which must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
+    except BaseException as error:
         if (line := _system_error(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
@@ -113,6 +113,8 @@ def _system_error(error: BaseException | None) -> str | None:
     """The line for a path that the system refuses, or for a lack of memory; None for every other error."""
     if isinstance(error, OSError) and error.filename is not None and error.errno != errno.ENOMEM:
         return f"{error.filename}: {error.strerror}. Give another path"
+    if type(error).__name__ == "PanicException":  # a library in Rust: the regular expression of a tokenizer, mostly
+        return f"a library stopped ({' '.join(str(error).split())[:120]}). Hint: the tokenizer.json may be malformed"
     while error is not None:
         text = " ".join(str(error).split())[:120]
         if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):

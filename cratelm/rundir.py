@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cratelm.errors import CrateError
+from cratelm.json_fields import JSON_FIELDS
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -38,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     to `path`, because some libraries write further files next to the requested one.
     """
     with _space_for(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_inside(path).parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         _make(folder, path)
@@ -49,6 +51,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _replace(temporary, path)
         finally:
             _remove(folder)
+
+
+def check_inside(path: Path) -> Path:
+    """Return a path that is to be written. Raises CrateError if links lead from its run to a place outside the run."""
+    run = next((folder for folder in path.parents if (folder / "run.json").is_file()), None)
+    if run is not None and not path.parent.resolve().is_relative_to(run.resolve()):
+        raise CrateError(f"{path} must lie in {run}, got a link to {path.parent.resolve()}. Hint: remove the link")
+    return path
+
+
+def check_writable(path: Path) -> Path:
+    """Return the path of a file that is written in place. Raises CrateError for a link, and for all but a file."""
+    if path.is_symlink():
+        raise CrateError(f"{path} must be a file, got a link. Hint: remove the link")
+    return check_inside(check_regular(path) if path.exists() else path)
+
+
+def _open_writable(path: Path, flags: int) -> TextIO:
+    """Open a file, made if it is missing, to write in place."""
+    check_writable(path).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    return open(descriptor, "a" if flags & os.O_APPEND else "r+", encoding="utf-8")
 
 
 def _make(folder: Path, path: Path) -> None:
@@ -138,46 +162,112 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps({"format_version": FORMAT_VERSION, **value}, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, *, made_by: str) -> dict[str, Any]:
-    """Read a JSON object of ours. `made_by` is the command named when the file is missing."""
+def check_regular(path: Path) -> Path:
+    """Return the path of a file. A folder, FIFO, socket or device raises CrateError before anything opens it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        mode = path.stat().st_mode
+    except ValueError:  # a null byte in the name
+        raise CrateError(f"{str(path)!r} must be the name of a file") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise CrateError(f"{path} must be a file, got {kind}. Hint: remove it, or give another path")
+    return path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Text that is not JSON, nested too deeply or with endless numbers raises ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path, *, made_by: str = "", hint: str = "") -> dict[str, Any]:
+    """Read a JSON object; its fields have the types of `JSON_FIELDS`.
+
+    `made_by` is the command, or `hint` the advice, that the error of a missing or malformed file ends with.
+    """
+    absent, malformed = (hint, hint) if hint else (f"Run: {made_by}", f"Remove it and run: {made_by}")
+    try:
+        value = parse_json(check_regular(path).read_bytes())
     except FileNotFoundError:
-        raise CrateError(f"{path} is not there. Run: {made_by}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CrateError(f"{path} is not readable JSON ({error}). Remove it and run: {made_by}") from None
+        raise CrateError(f"{path} is not there. {absent}") from None
+    except ValueError as error:
+        raise CrateError(f"{path} is not readable JSON ({_brief(error)}). {malformed}") from None
     if not isinstance(value, dict):
-        raise CrateError(f"{path} holds a {type(value).__name__}, not a JSON object. Remove it and run: {made_by}")
+        raise CrateError(f"{path} holds a {type(value).__name__}, not a JSON object. {malformed}")
     check_format_version(path, value.get("format_version", FORMAT_VERSION))
+    if problem := _mismatch(value, JSON_FIELDS.get(path.name, {}), ""):
+        raise CrateError(f"{path}: {problem}. {malformed}")
     return value
 
 
-def check_format_version(path: Path, version: int | str) -> None:
-    """Raise CrateError for a file that a newer cratelm wrote."""
-    if int(version) > FORMAT_VERSION:
+def check_format_version(path: Path, found: object) -> None:
+    """Refuse a file written by a newer cratelm, and a version that is not a whole number."""
+    if not re.fullmatch(r"\d{1,9}", str(found), re.ASCII):
         raise CrateError(
-            f"{path} has format version {version}, this cratelm reads up to {FORMAT_VERSION}. "
+            f"{path}: format_version must be a whole number, got {str(found)[:40]!r}. Write the file again"
+        )
+    if int(str(found)) > FORMAT_VERSION:
+        raise CrateError(
+            f"{path} has format version {found}, this cratelm reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U cratelm"
         )
 
 
+def _mismatch(value: Any, expected: Any, where: str) -> str:
+    """The first field of a value that does not have its type, in words; empty if all have theirs."""
+    if isinstance(expected, tuple):
+        problems = [_mismatch(value, alternative, where) for alternative in expected]
+        return "" if "" in problems else problems[0]
+    if expected is None or isinstance(expected, type):
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if expected in (int, float) and number:
+            fits = abs(value) < 1 << 63
+        else:
+            fits = value is None if expected is None else expected is not int and isinstance(value, expected)
+        return "" if fits else f"{where} must be {_KINDS[expected]}, got {_brief(repr(value))}"
+    if not isinstance(value, type(expected)):
+        return f"{where or 'it'} must be {_KINDS[type(expected)]}, got {_brief(repr(value))}"
+    if isinstance(expected, list):
+        parts = [(f"{where}[{index}]", item, expected[0]) for index, item in enumerate(value)]
+    else:
+        names = value if ... in expected else expected
+        parts = [(f"{where}.{key}".lstrip("."), value.get(key), expected.get(key, expected.get(...))) for key in names]
+    return next((problem for name, item, kind in parts if (problem := _mismatch(item, kind, name))), "")
+
+
+_KINDS: dict[Any, str] = {
+    None: "null", int: "a whole number", float: "a number", str: "a text", dict: "an object", list: "a list",
+    bool: "true or false",
+}  # fmt: skip
+
+
+def _brief(error: object) -> str:
+    return " ".join(str(error).split())[:100]
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line and push it to the operating system, so that a killed process loses no earlier line."""
-    with _space_for(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    with _space_for(path), _open_writable(path, os.O_APPEND | os.O_WRONLY) as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a last line cut off by a kill is left out."""
+    """Read JSON lines, their fields of the types of `JSON_FIELDS`; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1] if line]
-    except json.JSONDecodeError as error:
-        raise CrateError(f"{path} has a line that is not JSON ({error.doc[:40]!r}). Remove the line") from None
+    rows = []
+    for line in check_regular(path).read_bytes().split(b"\n")[:-1]:
+        if line:
+            try:
+                row = parse_json(line)
+            except ValueError:
+                raise CrateError(f"{path} has a line that is not JSON ({_brief(line[:40])}). Remove the line") from None
+            if problem := _mismatch(row, JSON_FIELDS.get(path.name, {}), ""):
+                raise CrateError(f"{path}: {problem} in the line {_brief(line[:40])}. Remove the line")
+            rows.append(row)
+    return rows
 
 
 def rewind_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -211,8 +301,7 @@ def claim(run: Path, *, part: int = 0) -> Iterator[None]:
     """
     import fcntl
 
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / (f".lock.part-{part}" if part else ".lock"), "a+", encoding="utf-8") as file:
+    with _open_writable(run / (f".lock.part-{part}" if part else ".lock"), os.O_RDWR) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -145,5 +145,5 @@ def test_a_malformed_list_of_checksums_is_one_line(tmp_path: Path) -> None:
     with checked_path(path) as temporary:
         temporary.write_bytes(b"some bytes")
     (tmp_path / CHECKSUMS).write_text(json.dumps({"format_version": 1, "sha256": {"file.bin": 3}}))
-    with pytest.raises(CrateError, match="must map file names to lists of sha256"):
+    with pytest.raises(CrateError, match="sha256.file.bin must be a list, got 3"):
         verify(path)

@@ -36,6 +36,7 @@ FLOORS = {
     "checksums": 1.6,
     "rundir": 1.5,
     "runtime": 1.5,
+    "json_fields": 1.0,
     "errors": 1.0,
 }
 """A room (a file or a folder of the package) -> its floor. A room imports from lower floors and from itself."""

@@ -17,7 +17,7 @@ from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
 from cratelm.model.weight_files import read_fields
 from cratelm.model.weights import digest, find_model, load, weights_hash
-from cratelm.rundir import differing_fields, origin, read_json, write_json
+from cratelm.rundir import check_regular, differing_fields, origin, read_json, write_json
 
 _STORAGE_FIELDS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Fields of a config.json that describe storage and do not affect the numbers."""
@@ -41,6 +41,9 @@ class ForeignModel:
 def load_foreign(source: str | Path) -> ForeignModel:
     """Load a model directory or a name on the hub: CRATE with this package, other models with `transformers`."""
     folder = find_model(source)
+    for file in folder.glob("*.*"):
+        if not file.is_dir():
+            check_regular(file)
     fields = read_fields(folder / "config.json")
     arch, name = str(fields.get("model_type")), str(Path(source).resolve()) if Path(source).exists() else str(source)
     model: nn.Module
@@ -87,8 +90,8 @@ def _load_with_transformers(folder: Path) -> nn.Module:
     with _quiet(transformers):
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False,
+            )  # fmt: skip
         except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CrateError(

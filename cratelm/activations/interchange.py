@@ -7,7 +7,6 @@ does not name documents either, so each distinct excerpt counts as a document.
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,15 @@ from tokenizers import Tokenizer, models
 from cratelm.activations.records import ABSENT, Mode, layer_file, records_folder
 from cratelm.checksums import write_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import atomic_path, origin, read_json, remove_leftovers, write_json
+from cratelm.rundir import (
+    atomic_path,
+    check_regular,
+    origin,
+    parse_json,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from cratelm.runtime import ProgressBar, progress_bar
 
 Half = Literal["explain", "score"]
@@ -205,7 +212,7 @@ def _read_layer(files: Mapping[int, Path], mode: Mode, text: _Text, digest: Any,
     names = ("density", *MOMENTS, "maximum", "minimum")
     layer = _Layer(statistics={name: np.full(neurons, np.nan, np.float32) for name in names})
     for index, path in files.items():
-        content = path.read_bytes()
+        content = check_regular(path).read_bytes()
         digest(content)
         record = _parse(path, content)
         for name, value in _statistics(record).items():
@@ -221,14 +228,14 @@ def _read_layer(files: Mapping[int, Path], mode: Mode, text: _Text, digest: Any,
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     """The contents of a file, with its excerpts as arrays."""
     try:
-        record = json.loads(content)
+        record = parse_json(content)
         return {
             **{name: record.get(name) for name in MOMENTS},
             "top": [_excerpt(value) for value in record["most_positive_activation_records"]],
             "random": [_excerpt(value) for value in record.get("random_sample") or []],
             "quantile": [[_excerpt(value) for value in part] for part in record.get("random_sample_by_quantile") or []],
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CrateError(
             f"{path} is not a NeuronRecord ({type(error).__name__}: {error}). Remove it, or give another folder"
         ) from None

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
+from cratelm.activations.record_checks import WINDOW_NAMES, problem_of_layer, problem_of_windows
 from cratelm.checksums import read_tensors
 from cratelm.errors import CrateError
 from cratelm.rundir import read_json
@@ -163,6 +164,8 @@ class Windows:
         columns = np.arange(width)
         inside = columns < length[..., None]
         index = np.where(inside, first[..., None] + columns, 0)
+        if index.size and not 0 <= index.min() <= index.max() < max(len(self.tokens), 1):
+            raise CrateError("an excerpt lies outside windows.safetensors. Hint: remove the records and collect again")
         return np.where(inside, self.tokens[index].astype(np.int64), ABSENT)
 
     def document_of(self, position: Int[np.ndarray, "neurons excerpts"]) -> Int[np.ndarray, "neurons excerpts"]:
@@ -300,6 +303,8 @@ def read_records(run: str | Path, layer: int, *, mode: Mode = "fixed", tap: str 
             f"Run: cratelm collect {run} --data DIR{option}"
         )
     arrays = read_tensors(path, hint=_collect_again(run, mode))
+    if problem := problem_of_layer(arrays):
+        raise CrateError(f"{path}: {problem}. {_collect_again(run, mode)}")
     per_neuron = {name: value for name, value in arrays.items() if "." not in name and value.ndim == 1}
     tables = {name: value for name, value in arrays.items() if "." not in name and value.ndim > 1}
     excerpts = {name: value for name, value in arrays.items() if "." in name}
@@ -312,7 +317,23 @@ def read_records(run: str | Path, layer: int, *, mode: Mode = "fixed", tap: str 
 def read_windows(run: Path, mode: Mode) -> Windows:
     """Read the tokens that a run's excerpts point into."""
     path = records_folder(run, mode) / "windows.safetensors"
-    return Windows(**read_tensors(path, hint=_collect_again(run, mode)))
+    arrays = read_tensors(path, hint=_collect_again(run, mode))
+    if problem := problem_of_windows(arrays):
+        raise CrateError(f"{path}: {problem}. {_collect_again(run, mode)}")
+    return Windows(**{name: arrays[name] for name in WINDOW_NAMES})
+
+
+def records_strings(run: Path, mode: Mode) -> list[str]:
+    """Text of each token id of the records. Raises CrateError if they have ids beyond their tokenizer."""
+    from cratelm.data.tokenizer import load_tokenizer, token_strings
+
+    path = records_tokenizer(run, mode)
+    strings, largest = token_strings(load_tokenizer(path)), read_windows(run, mode).tokens.max(initial=0)
+    if largest >= len(strings):
+        raise CrateError(
+            f"{path} must have the token ids of the records, got none for {largest}. {_collect_again(run, mode)}"
+        )
+    return strings
 
 
 def _collect_again(run: Path, mode: Mode) -> str:

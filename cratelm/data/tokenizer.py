@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from cratelm.data.text import Document
 from cratelm.errors import CrateError
+from cratelm.rundir import check_regular, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 """The only special token; it follows every document."""
@@ -20,6 +21,9 @@ END_OF_TEXT = "<|endoftext|>"
 LONGEST_WORD = 1000
 """Longest word, or run of spaces, from which a byte-level BPE learns merges; ordinary text has no longer ones."""
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
+
+LARGEST_VOCABULARY = 1 << 22
+"""Bound of token ids, eight times those of any known tokenizer: tables are as long as the largest id."""
 
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -142,7 +146,10 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: ids may have holes, and a table indexed by id must reach the last."""
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= LARGEST_VOCABULARY:
+        raise CrateError(f"the ids of a tokenizer must be below {LARGEST_VOCABULARY:,}, got {largest:,}")
+    return 1 + largest
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -191,9 +198,9 @@ def _byte_level(model: models.Model) -> Tokenizer:
 
 def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     try:
-        vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        vocab = read_json(vocab_path, hint="Fetch it again")
+        lines = check_regular(merges_path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
         raise CrateError(f"{vocab_path.parent} holds no readable GPT-2 tokenizer ({error}). Fetch it again") from None
     merges = [
         (first, second) for first, _, second in (line.partition(" ") for line in lines if line[:9] != "#version:")
@@ -211,7 +218,7 @@ def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 def _from_json(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(check_regular(path).read_text(encoding="utf-8"))
     except Exception as error:  # the library raises a bare Exception for every fault of the content
         if type(error) not in (Exception, UnicodeDecodeError):
             raise

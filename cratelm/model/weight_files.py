@@ -1,6 +1,5 @@
 """Files of weights, safetensors or of `torch.save`: read without running code in them, names without wrappers."""
 
-import json
 import pickle
 import re
 import struct
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from cratelm.checksums import verify
 from cratelm.errors import CrateError
+from cratelm.rundir import check_regular, read_json
 
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What `torch.compile`, DDP, FSDP and activation checkpointing insert into the names of weights, at any depth."""
@@ -73,14 +73,8 @@ def _check_sums(path: Path) -> None:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CrateError(f"{path} is not readable ({error}). {put_back(path)}") from None
-    if not isinstance(fields, dict):
-        raise CrateError(f"{path} must be a JSON object, got a {type(fields).__name__}. {put_back(path)}")
-    return fields
+    """The fields of a config.json or of an index of weights."""
+    return read_json(path, hint=put_back(path))
 
 
 def put_back(path: Path) -> str:
@@ -95,6 +89,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         verify(path)
         try:
+            check_regular(path)
             tensors = load_file(path) if path.suffix == ".safetensors" else read_pickled(path)
             state |= {plain_name(full): tensor for full, tensor in tensors.items()}
         except FileNotFoundError:
@@ -110,10 +105,10 @@ def _weight_files(folder: Path) -> list[str]:
     """Safetensors where the folder has them, else what `torch.save` wrote; each may be cut into several files."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{name}.index.json").exists():
-            files = read_fields(index).get("weight_map")
-            if not isinstance(files, dict):
-                raise CrateError(f"{index} lacks or misspells a field (weight_map). {put_back(index)}")
-            return sorted(set(map(str, files.values())))
+            files = sorted(set(read_fields(index)["weight_map"].values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise CrateError(f"{index} must name files of its folder, got {outside[0]!r}. {put_back(index)}")
+            return files
         if (folder / name).exists():
             return [name]
     return ["model.safetensors"]

@@ -21,7 +21,7 @@ from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weight_files import put_back, read_fields, read_state
-from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version
+from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version, check_regular
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -81,7 +81,7 @@ def load_model(folder: Path) -> LanguageModel:
     fields, state = read_fields(path), read_state(folder)
     try:
         config, state = _fit(path, fields, state)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CrateError(f"{path} lacks or misspells a field ({error}). {put_back(path)}") from None
     head = state.pop("lm_head.weight", None)
     if head is not None and "embedding.weight" in state and not torch.equal(head, state["embedding.weight"]):
@@ -153,7 +153,7 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer | None]:
 def _read_tokenizer(path: Path) -> Tokenizer:
     verify(path)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(check_regular(path)))
     except Exception as error:  # the library raises a bare Exception for every fault of the content
         if type(error) is not Exception:
             raise

@@ -23,9 +23,8 @@ from cratelm.activations.records import (
     join,
     read_collection,
     read_records,
-    records_tokenizer,
+    records_strings,
 )
-from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainers.explanation import DEAD
 from cratelm.interpretation.lookup.tables import EXPLAINER
@@ -169,7 +168,7 @@ def open_table(
     scored = [name for name, interpretation in interpretations.items() if interpretation.scores is not None]
     shown = protocol or [*scored, *interpretations, PROTOCOLS[0]][0]
     return NeuronTable(
-        records=records, strings=token_strings(load_tokenizer(records_tokenizer(run, mode))),
+        records=records, strings=records_strings(run, mode),
         interpretations=interpretations, protocol=shown,
         hint="" if shown in scored else _hint(
             run, SetKey(mode=mode, tap=tap, layer=layer, protocol=shown, explainer=explainer)

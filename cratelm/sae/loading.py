@@ -4,7 +4,6 @@ RUN/saes/NAME/cfg.json, sae_weights.safetensors     the format of sae-lens
 RUN/saes/NAME/sae.json                              ours: tap, layer, settings, hashes of data and model, origin
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from cratelm.checksums import sha256_of, verify
 from cratelm.errors import CrateError
-from cratelm.rundir import read_json
+from cratelm.rundir import check_regular, read_json
 from cratelm.sae.autoencoder import Autoencoder, check_fields, check_state, normal_fields
 
 CONFIG, WEIGHTS_FILE, DESCRIPTION_FILE = "cfg.json", "sae_weights.safetensors", "sae.json"
@@ -53,15 +52,11 @@ def load_sae(
     verify(folder / CONFIG)
     verify(folder / WEIGHTS_FILE)
     try:
-        fields = normal_fields(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        fields = normal_fields(read_json(folder / CONFIG, hint="Hint: train the autoencoder again"))
         state, digest = _read_weights(folder / WEIGHTS_FILE)
         check_fields(source, fields)
         check_state(source, fields, state)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise CrateError(
-            f"{folder / CONFIG} must be a JSON file, got {error}. Hint: train the autoencoder again"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CrateError(f"{folder / CONFIG} has a missing or invalid field: {error}") from None
     description = _described(folder)
     place = (description.get("tap"), description.get("layer")) if description else _place_of_hook(fields)
@@ -100,7 +95,7 @@ def find_sae(run: Path, name: str | Path) -> Path:
 def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], str]:
     """The tensors, and the SHA-256 of the file."""
     try:
-        return load_file(path), sha256_of(path)
+        return load_file(check_regular(path)), sha256_of(path)
     except FileNotFoundError:
         raise CrateError(f"{path.parent} must have the file {path.name}. Hint: train the autoencoder again") from None
     except (SafetensorError, OSError) as error:

@@ -18,17 +18,26 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cratelm.checksums import checked_path
+from cratelm.checksums import checked_path, verify, write_checksums
 from cratelm.errors import CrateError
-from cratelm.rundir import append_jsonl, atomic_path, differing_fields, origin, read_json, rewind_jsonl, write_json
-from cratelm.runtime import ProgressBar
+from cratelm.rundir import (
+    append_jsonl,
+    atomic_path,
+    check_regular,
+    differing_fields,
+    origin,
+    read_json,
+    rewind_jsonl,
+    write_json,
+)
+from cratelm.runtime import ProgressBar, console
 from cratelm.sae.config import SaeConfig
 from cratelm.sae.library import import_sae_lens, quiet, untrained
 from cratelm.sae.loading import CONFIG, DESCRIPTION_FILE, WEIGHTS_FILE
 
 CHECKPOINT_SECONDS = 60
 """Seconds between checkpoints: the most that a killed training repeats."""
-CHECKPOINT = "checkpoint"
+CHECKPOINT, DAMAGED = "checkpoint", "damaged_checkpoint"
 
 ResamplingInputs = Callable[["Trainer", int, int], Tensor]
 """(trainer, count, step) to `count` activations at which resampled latents start."""
@@ -144,11 +153,14 @@ class Trainer:
             save_file(state, temporary / WEIGHTS_FILE)
             self.inner.save_trainer_state(temporary)
             write_json(temporary / "checkpoint.json", {"step": self.step, "settings": dict(settings)})
+            write_checksums(temporary)
 
-    def load(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Load a checkpoint; refused if its settings differ."""
-        _check_settings(folder / "checkpoint.json", settings)
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint. Its optimizer state is a pickle, of which only tensors and plain values are accepted."""
+        for file in folder.iterdir():
+            verify(check_regular(file))
         self.sae.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
         with quiet():
             self.inner.load_trainer_state(folder)
 
@@ -189,10 +201,8 @@ def train_sae(
     settings = settings_of(config, place, tokens)
     if is_trained(folder, settings):
         return
-    trainer = Trainer(config, place, tokens, device=device)
     checkpoint = folder / CHECKPOINT
-    if checkpoint.exists():
-        trainer.load(checkpoint, settings)
+    trainer = _resumed(lambda: Trainer(config, place, tokens, device=device), checkpoint, settings)
     folder.mkdir(parents=True, exist_ok=True)
     rewind_jsonl(folder / "metrics.jsonl", lambda row: 0 < row["step"] <= trainer.step)
     bar.advance(trainer.step * config.batch_tokens)
@@ -216,7 +226,31 @@ def train_sae(
             append_jsonl(folder / "metrics.jsonl", row | {"tokens_per_second": rate})
         bar.advance(config.batch_tokens, note)
     trainer.finish(folder, _description(trainer, settings, folder.name))
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    for name in (CHECKPOINT, DAMAGED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _resumed(start: Callable[[], Trainer], checkpoint: Path, settings: Mapping[str, Any]) -> Trainer:
+    """The trainer of a checkpoint, or a new trainer; a damaged checkpoint is renamed to `damaged_checkpoint`."""
+    trainer = start()
+    if not checkpoint.exists():
+        return trainer
+    try:
+        read_json(checkpoint / "checkpoint.json", made_by="cratelm sae train")
+    except CrateError as error:
+        problem = str(error)
+    else:
+        _check_settings(checkpoint / "checkpoint.json", settings)
+        try:
+            trainer.load(checkpoint)
+            return trainer
+        except Exception as error:  # the libraries raise every kind of error for a damaged file
+            problem = " ".join(str(error).split())[:120]
+    aside = checkpoint.with_name(DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    console.print(f"{checkpoint} is not readable ({problem}), now {aside.name}; starting again", markup=False)
+    return start()
 
 
 def settings_of(config: SaeConfig, place: TrainingPlace, tokens: int) -> dict[str, Any]:
@@ -237,7 +271,7 @@ def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
     """Raise CrateError if the settings in the file differ."""
-    saved = read_json(file, made_by="cratelm sae train").get("settings", {})
+    saved = read_json(file, made_by="cratelm sae train").get("settings") or {}
     if different := differing_fields(saved, json.loads(json.dumps(settings))):
         raise CrateError(
             f"{file} has other settings than this command ({different}). Hint: use another --name, or remove "

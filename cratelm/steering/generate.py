@@ -116,5 +116,9 @@ def all_logits(model: nn.Module, tokens: Int[Tensor, "batch seq"]) -> Float[Tens
 def check_finite(logits: Float[Tensor, "batch vocab"], intervention: Intervention) -> Float[Tensor, "batch vocab"]:
     """Return the logits; raise `CrateError` if one is inf or NaN, naming the changes."""
     if not bool(logits.isfinite().all()):
+        if not intervention.changes:
+            raise CrateError(
+                "the logits are not finite: the weights of the model are damaged. Hint: another checkpoint"
+            )
         raise CrateError(f"the logits are not finite with {intervention}. Use a smaller strength, such as 2x")
     return logits

@@ -6,7 +6,6 @@ written to `checkpoints/.step_N.tmp`, on a file system that all processes share,
 """
 
 import errno
-import json
 import os
 import shutil
 import warnings
@@ -25,6 +24,7 @@ from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.rundir import differing_fields, read_json, write_json
 from cratelm.runtime import console
+from cratelm.training.checkpoint_reader import load_state
 from cratelm.training.config import settled
 from cratelm.training.distributed import ALONE, World
 from cratelm.training.optimizer import Optimizers
@@ -178,7 +178,7 @@ class Checkpoints:
         try:
             self._check_configuration(folder, description)
             files = [(name, size, crc) for name, (size, crc) in description["files"].items()]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             return f"{DESCRIPTION} lacks or misspells a field ({error})"
         for name, size, crc in files:
             file = folder / name
@@ -221,10 +221,10 @@ def _ranked(run: Path) -> list[Path]:
     losses: list[tuple[float, Path]] = []
     for folder in checkpoints(run):
         try:
-            loss = json.loads((folder / DESCRIPTION).read_text())["held_out_loss"]
-        except (OSError, ValueError, KeyError, TypeError):
+            loss = read_json(folder / DESCRIPTION, made_by="cratelm train").get("held_out_loss")
+        except CrateError:
             continue
-        if isinstance(loss, int | float):
+        if loss is not None:
             losses.append((loss, folder))
     return [folder for _, folder in sorted(reversed(losses), key=lambda pair: pair[0])]
 
@@ -232,7 +232,7 @@ def _ranked(run: Path) -> list[Path]:
 def read_weights(folder: Path, model: LanguageModel) -> None:
     """Load only the weights of a checkpoint, in one process."""
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    load_state(state, folder, alone=True)
     model.load_state_dict(state["model"])
 
 
@@ -248,7 +248,7 @@ def _snapshot(model: LanguageModel, optimizers: Optimizers) -> dict[str, Any]:
 def _load(folder: Path, model: LanguageModel, optimizers: Optimizers) -> str | None:
     """Load model and optimizers from a checkpoint; return the reason if that fails."""
     weights, moments = get_state_dict(model, optimizers)
-    problem = _reading(lambda: dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder))
+    problem = _reading(lambda: load_state({"model": weights, "optimizer": moments}, folder))
     if problem is None:
         set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
     return problem
@@ -258,7 +258,7 @@ def _reading(read: Callable[[], None]) -> str | None:
     """Call `read`; return the reason if it fails."""
     try:
         read()
-    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+    except (CrateError, dcp.api.CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().splitlines()
         return reason[-1][:80] if reason else type(error).__name__
     return None

@@ -200,7 +200,7 @@ def test_weights_that_no_gpt2_has_are_named(name: str, tmp_path: Path, rng: np.r
     ("text", "message"),
     [
         ("{", r"config.json is not readable .*\. Restore the config.json that belongs to the weights"),
-        ("[]", r"config.json must be a JSON object, got a list\. Restore the config.json"),
+        ("[]", r"config.json holds a list, not a JSON object\. Restore the config.json"),
         ("{}", "describes a None model; this command reads crate and gpt2"),
         ('{"model_type": "llama"}', "describes a 'llama' model"),
         ('{"model_type": "crate"}', r"lacks or misspells a field .*num_layers.*\. Restore the config.json"),

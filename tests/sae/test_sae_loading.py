@@ -155,7 +155,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, rng: np.random.Generato
         with pytest.raises(CrateError, match=output):
             load_sae(tmp_path, tmp_path / f"b{number}", tap="residual", layer=0)
     (tmp_path / "saes" / "good" / "cfg.json").write_text("{")
-    with pytest.raises(CrateError, match="must be a JSON file"):
+    with pytest.raises(CrateError, match="cfg.json is not readable JSON"):
         load_sae(tmp_path, "good")
     (tmp_path / "saes" / "fine" / "sae_weights.safetensors").write_bytes(b"1234567890")
     with pytest.raises(CrateError, match="is damaged"):

@@ -1,7 +1,7 @@
 """Training autoencoders: schedules, checkpoints, every kind loaded by sae-lens, and error messages."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +217,42 @@ def test_the_schedules_follow_their_formulas() -> None:
 def test_invalid_settings_raise_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CrateError, match=message):
         SaeConfig(**settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("damage", ["cut", "planted", "description", "not described"])
+def test_a_damaged_checkpoint_is_set_aside_and_runs_no_code(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sae_lens", reason=NEEDED)
+    train("standard", tmp_path / "whole", 1)
+    folder, made = tmp_path / "stopped", tmp_path / "made"
+    with pytest.raises(KeyboardInterrupt):
+        train("standard", folder, 1, stop_after=9)
+    state = folder / "checkpoint" / "trainer_state.pt"
+    match damage:
+        case "cut":
+            state.write_bytes(state.read_bytes()[:-100])
+        case "planted":
+            (folder / "checkpoint" / "checksums.json").unlink()
+            torch.save(Planted(made), state)
+        case "description":
+            (folder / "checkpoint" / "checkpoint.json").write_text("[" * 100_000)
+        case _:
+            (folder / "checkpoint" / "checkpoint.json").unlink()
+    train("standard", folder, 1)
+    assert "now damaged_checkpoint" in " ".join(capsys.readouterr().err.split())
+    assert not made.exists()
+    assert not list(folder.glob("*checkpoint*"))
+    weights = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
+class Planted:
+    """A pickle of this makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")

@@ -25,7 +25,17 @@ from cratelm.interpretation.explainers.explanation import Explanation, LayerExpl
 from cratelm.interpretation.lookup.tables import tables_of
 from cratelm.interpretation.scoring.correlation import LayerScores, Score
 from cratelm.interpretation.simulators.simulation import LayerSimulations, Simulation
-from cratelm.interpretation.store.schema import KEY_COLUMNS, MADE, SCHEMA, SetKey, Stage, packed, unpacked, upgrade
+from cratelm.interpretation.store.schema import (
+    KEY_COLUMNS,
+    MADE,
+    SCHEMA,
+    SetKey,
+    Stage,
+    packed,
+    reading_rows,
+    unpacked,
+    upgrade,
+)
 
 _NUMBERS = {
     "neuron": np.int64, "correlation": np.float64, "r_squared": np.float64, "absolute_deviation": np.float64,
@@ -67,7 +77,7 @@ class Store:
     def _check_format(self) -> None:
         with self.transaction() as connection:
             version = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
-        rundir.check_format_version(self.path, version[0])
+        rundir.check_format_version(self.path, version and version[0])
         with self.transaction() as connection:
             upgrade(connection)
 
@@ -92,6 +102,8 @@ class Store:
         and flushing at every commit costs milliseconds for a set that took longer to compute.
         """
         try:
+            for file in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+                rundir.check_writable(file)
             with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection, connection:
                 # Without spilling, changes stay in memory until the commit, and other processes can read meanwhile.
                 connection.execute("PRAGMA cache_spill = OFF")
@@ -104,7 +116,7 @@ class Store:
                 ) from error
             if "full" in str(error):
                 raise CrateError(f"no space left for {self.path}. Free some and run the same command again") from error
-            if type(error) is not sqlite3.DatabaseError and "no such table" not in str(error):
+            if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
                 raise
             remedy = f"Move it away and run: cratelm interpret {self.run}"
             raise CrateError(f"{self.path} is not a store of interpretations ({error}). {remedy}") from None
@@ -183,6 +195,7 @@ class Store:
                 [number, stage, identity(self.run, key.mode), made_by()],
             )
 
+    @reading_rows()
     def explanations(self, key: SetKey) -> LayerExplanations:
         """Read a set of explanations. Raises `CrateError` if it is missing or outdated."""
         self.check(key, "explain")
@@ -192,6 +205,7 @@ class Store:
             tables=tables_of([(unpacked(row[2], "<i4"), unpacked(row[3], "<f4")) for row in rows]),
         )  # fmt: skip
 
+    @reading_rows()
     def simulations(self, key: SetKey) -> LayerSimulations:
         """Read a set of simulations. Raises `CrateError` if it is missing or outdated."""
         self.check(key, "simulate")
@@ -204,6 +218,7 @@ class Store:
             activations=np.concatenate(vectors or [np.empty(0, dtype=np.float32)]),
         )  # fmt: skip
 
+    @reading_rows()
     def scores(self, key: SetKey) -> LayerScores:
         """Read a set of scores. Raises `CrateError` if it is missing or outdated."""
         self.check(key, "score", verb="interpret")
@@ -221,6 +236,7 @@ class Store:
         """The explanations of one layer in words, by neuron; `others` are further fields of `SetKey`."""
         return self.texts(SetKey(layer=layer, protocol=protocol, **others))
 
+    @reading_rows()
     def texts(self, key: SetKey) -> dict[int, str]:
         """The explanations of a set in words, by neuron index; for a control, those that were simulated instead."""
         self.check(key.explained, "explain")
@@ -231,6 +247,7 @@ class Store:
         sources = self.rows(key, "SELECT neuron, source FROM simulations WHERE set_id = ?")
         return {neuron: texts[source] for neuron, source in sources}
 
+    @reading_rows()
     def read_neuron(self, key: SetKey, index: int) -> tuple[Explanation | None, Simulation | None, Score | None]:
         """Read one neuron without its layer; None for rows that do not exist."""
         key_fields: dict[str, Any] = {"mode": key.mode, "protocol": key.protocol, "explainer": key.explainer}

@@ -19,7 +19,7 @@ from cratelm import rundir
 from cratelm.interpretation.explainers.explanation import LayerExplanations
 from cratelm.interpretation.simulators.simulation import LayerSimulations
 from cratelm.interpretation.store.database import Store, add_set, identity, made_by, records_of, set_id
-from cratelm.interpretation.store.schema import MADE, SetKey, Stage, packed, unpacked
+from cratelm.interpretation.store.schema import MADE, SetKey, Stage, packed, reading_rows, unpacked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +157,7 @@ class Begun(NamedTuple):
     neurons: np.ndarray
     """All neurons of the set, ascending."""
 
+    @reading_rows()
     def difference(self, other: "Begun") -> str:
         """The settings that differ; empty if none does."""
         return rundir.differing_fields(json.loads(self.settings), json.loads(other.settings))
@@ -192,6 +193,7 @@ def mark_whole(connection: sqlite3.Connection, number: int, stage: Stage, record
     connection.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?)", [number, stage, records, made_by()])
 
 
+@reading_rows()
 def read_set(connection: sqlite3.Connection, number: int | None, stage: Stage) -> dict[int, Row]:
     """The rows of a set, by neuron."""
     if stage == "explain":
@@ -261,6 +263,7 @@ def write_simulations(store: Store, key: SetKey, made: LayerSimulations) -> None
     GrowingSet.begin(store, key, "simulate", rows, settings={}).add(rows, whole=True)
 
 
+@reading_rows()
 def _without(settings: str, names: tuple[str, ...]) -> dict[str, Any]:
     """Settings, given as JSON, without some of them."""
     return {name: value for name, value in json.loads(settings).items() if name not in names}

@@ -3,9 +3,10 @@
 A *set* is the result of one stage for one layer by one protocol, with one explainer and one simulator.
 """
 
+import contextlib
 import sqlite3
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.activations.records import Mode
+from cratelm.errors import CrateError
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.store.identities import (
     JudgeName,
@@ -20,6 +22,9 @@ from cratelm.interpretation.store.identities import (
     parse_explainer,
     parse_simulator,
 )
+
+REMAKE = "Hint: move interpretation.sqlite away and run: cratelm interpret RUN"
+"""What to do about a damaged store."""
 
 Stage = str
 """`explain`, `simulate`, `score`, `firing`, or the name of a scorer (`scorers/registry.py`)."""
@@ -127,9 +132,12 @@ class SetKey:
     """Number of the explanation if each neuron has several (`--samples`)."""
 
     @classmethod
-    def of_row(cls, columns: Sequence[Any]) -> "SetKey":
-        """Read the columns `KEY_COLUMNS`."""
-        return cls(**dict(zip(cls.__slots__, columns, strict=True)))
+    def of_row(cls, row: Sequence[Any]) -> "SetKey":
+        """The set of a row of the table `sets`."""
+        fields = dict(zip(cls.__slots__, row, strict=True))
+        if not all(isinstance(value, int if name in ("layer", "sample") else str) for name, value in fields.items()):
+            raise CrateError(f"a set of the store must have texts and whole numbers, got {row}. {REMAKE}")
+        return cls(**fields)
 
     @property
     def explained(self) -> "SetKey":
@@ -177,6 +185,15 @@ def asking(explainer: str) -> str:
     return f" --llm URL --model {name.model}{rounding}"
 
 
+@contextlib.contextmanager
+def reading_rows() -> Iterator[None]:
+    """Convert the errors of rows that have other types than cratelm writes to a `CrateError`."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise CrateError(f"the store has a malformed row ({' '.join(str(error).split())[:80]}). {REMAKE}") from error
+
+
 def packed(values: np.ndarray, dtype: str) -> bytes:
     """An array as a compressed blob. The fastest level: simulations are mostly 0, which any level makes small."""
     return zlib.compress(np.ascontiguousarray(values, dtype=dtype).tobytes(), 1)
@@ -184,4 +201,7 @@ def packed(values: np.ndarray, dtype: str) -> bytes:
 
 def unpacked(blob: bytes | None, dtype: str) -> np.ndarray:
     """The array of a blob; empty for NULL, as for an explanation without a table."""
-    return np.frombuffer(zlib.decompress(blob) if blob is not None else b"", dtype=dtype)
+    try:
+        return np.frombuffer(zlib.decompress(blob) if blob is not None else b"", dtype=dtype)
+    except (zlib.error, ValueError, TypeError) as error:
+        raise CrateError(f"the store has damaged arrays ({error}). {REMAKE}") from None

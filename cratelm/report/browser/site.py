@@ -21,8 +21,7 @@ from string import Template
 from typing import Any
 
 from cratelm.activations.direction_files import directions_file
-from cratelm.activations.records import Mode, layer_file, records_tokenizer
-from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.activations.records import Mode, layer_file, records_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.listing import stamps_of
@@ -122,7 +121,7 @@ def _write_layers(models: Sequence[Model], data: Path, bar: ProgressBar) -> None
         for layer in (layer for tap in model.taps for layer in tap.layers):
             folder, made = data / layer.folder, {"format": FORMAT, "from": layer_stamp(layer)}
             if not _is_made(folder, made):
-                strings = strings or token_strings(load_tokenizer(records_tokenizer(model.run, layer.mode)))
+                strings = strings or records_strings(model.run, layer.mode)
                 with atomic_path(folder) as temporary:
                     _write_layer(temporary, layer, strings)
                     (temporary / MADE).write_text(json.dumps(made), encoding="utf-8")

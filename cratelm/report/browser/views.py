@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cratelm.activations.records import LayerRecords, read_records, records_tokenizer
-from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.activations.records import LayerRecords, read_records, records_strings
 from cratelm.interpretation.explainers.explanation import DEAD
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS
@@ -94,7 +93,7 @@ class LayerView:
 
 def open_layer(layer: Layer, strings: Sequence[str] | None = None) -> LayerView:
     """Read a layer's records and interpretations."""
-    strings = token_strings(load_tokenizer(records_tokenizer(layer.run, layer.mode))) if strings is None else strings
+    strings = records_strings(layer.run, layer.mode) if strings is None else strings
     records = read_records(layer.run, layer.layer, mode=layer.mode, tap=layer.tap)
     store = Store.open(layer.run) if Store(layer.run).path.exists() else None
     explained = () if store is None else tuple(_explained(layer, store))

@@ -1,6 +1,5 @@
 """The card of a model, the README.md of its directory on the hub: configuration, training, loss, scores, origin."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -31,28 +30,28 @@ def model_card(folder: Path, *, title: str) -> str:
 
 def _parts(folder: Path, title: str) -> Iterator[list[str]]:
     if not (folder / "run.json").exists():
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        arch = fields.get("arch", fields["model_type"])
-        yield from _heading(title, arch, stock=fields["model_type"] == "gpt2")
+        fields = read_json(folder / "config.json", hint="Put it back")
+        kind = fields.get("model_type", "")
+        yield from _heading(title, fields.get("arch", kind), stock=kind == "gpt2")
         yield ["Its training is not recorded, and nothing was measured."]
         return
     run = read_json(folder / "run.json", made_by=f"cratelm train --out {folder}")
-    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
-    yield from _heading(title, run["arch"], stock=config["model_type"] == "gpt2")
+    config = read_json(folder / "model" / "config.json", hint="Put it back")
+    yield from _heading(title, run["arch"], stock=config.get("model_type") == "gpt2")
     yield _sizes(run)
     yield _training(run)
     evaluation = folder / "evaluation.json"
     measured = read_json(evaluation, made_by=f"cratelm evaluate {folder} --data DIR") if evaluation.exists() else {}
     yield ["## Loss", "", *(_loss(measured) or ["Not evaluated."])]
     yield ["## Interpretability of the neurons", "", *_scores(folder)]
-    yield ["## Origin", "", *_origin(run["origin"])]
+    yield ["## Origin", "", *_origin(run.get("origin"))]
 
 
 def _heading(title: str, arch: str, *, stock: bool) -> Iterator[list[str]]:
     tags = ["cratelm", arch, "interpretability"]
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
     yield ["---", *head, "---"]
-    yield [f"# {title}", "", f"This is {ARCHITECTURES[arch]}. It was made with cratelm."]
+    yield [f"# {title}", "", f"This is {ARCHITECTURES.get(arch, 'a language model')}. It was made with cratelm."]
     lines = ["import cratelm.huggingface  # pip install 'cratelm[hf]'", ""]
     code = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
@@ -85,7 +84,7 @@ def _training(run: Mapping[str, Any]) -> list[str]:
 
 
 def _loss(measured: Mapping[str, Any]) -> list[str]:
-    rows = {f"held-out ({measured['split']})": measured} if "nats_per_token" in measured else {}
+    rows = {f"held-out ({measured.get('split')})": measured} if "nats_per_token" in measured else {}
     rows |= measured.get("zero_shot", {})
     table = [
         f"| {name} | {row['nats_per_token']:.4f}{_error(row)} | {_perplexity(row)} | "
@@ -104,12 +103,12 @@ def _loss(measured: Mapping[str, Any]) -> list[str]:
 
 def _error(row: Mapping[str, Any]) -> str:
     """The standard error; empty for a single document."""
-    error = row["standard_error"]
+    error = row.get("standard_error")
     return f" ± {error:.4f}" if error is not None and math.isfinite(error) else ""
 
 
 def _perplexity(row: Mapping[str, Any]) -> str:
-    value = row["perplexity"]
+    value = row.get("perplexity")
     return f"{value:.2f}" if value is not None and math.isfinite(value) else "too large for a number"
 
 
@@ -122,6 +121,8 @@ def _scores(folder: Path) -> list[str]:
     return [line for table in readable for line in (as_markdown(table).rstrip(), "")]
 
 
-def _origin(origin: Mapping[str, Any]) -> list[str]:
+def _origin(origin: Mapping[str, Any] | None) -> list[str]:
+    if origin is None:
+        return ["Not known."]
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return [f"{origin['date']}, {origin['machine']}, Python {origin['python']}, {versions}: `{origin['command']}`"]

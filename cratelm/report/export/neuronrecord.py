@@ -25,9 +25,8 @@ from cratelm.activations.records import (
     Mode,
     read_collection,
     read_records,
-    records_tokenizer,
+    records_strings,
 )
-from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, origin, write_json
 from cratelm.runtime import ProgressBar, progress_bar
@@ -47,7 +46,7 @@ def export_neuron_records(
     if mode == "compat" and split != "both":
         raise CrateError("--split must be left out with compat records, which have no halves")
     collection = read_collection(run, mode=mode)
-    strings = token_strings(load_tokenizer(records_tokenizer(run, mode)))
+    strings = records_strings(run, mode)
     first = read_records(run, layers[0], mode=mode, tap=tap)
     wide = choose_width(first, width)
     per_interval = int(collection.get("per_quantile", PER_INTERVAL[mode]))

@@ -46,7 +46,7 @@ class Units:
         """Share of the behaviour of the `model` or the `layer` that remains, between 0 and 1."""
         if not self.evaluation:
             return 1.0
-        return min(1.0, max(0.0, self.evaluation["kept_model" if of == "model" else "recovered_mean"] or 0.0))
+        return min(1.0, max(0.0, self.evaluation.get("kept_model" if of == "model" else "recovered_mean") or 0.0))
 
     def adjusted(self, protocol: str, of: str) -> float | None:
         """The score times the share kept, in points; None without a score."""

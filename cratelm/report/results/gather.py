@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cratelm.activations.records import Mode, read_collection, recorded_layers, records_tokenizer
-from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.activations.records import Mode, read_collection, recorded_layers, records_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.scoring.correlation import LayerScores, ModelAggregate, aggregate
@@ -261,13 +260,15 @@ def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: Set
             if control == "shuffled" and name not in elsewhere
         },
         shuffled_elsewhere=tuple(name for name in PROTOCOLS if name in elsewhere), random_init=None, examples=(),
-        token_strings=token_strings(load_tokenizer(records_tokenizer(path, mode))),
+        token_strings=records_strings(path, mode),
         collection=read_collection(path, mode=mode), origin=description.get("origin") or {},
     )  # fmt: skip
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], quantity: str) -> Curve:
-    rows = [row for row in metrics if row.get(quantity) is not None and math.isfinite(row[quantity])]
+    rows = [
+        row for row in metrics if None not in (row.get(quantity), row.get("tokens")) and math.isfinite(row[quantity])
+    ]
     return Curve(tokens=tuple(float(row["tokens"]) for row in rows), loss=tuple(float(row[quantity]) for row in rows))
 
 

@@ -85,9 +85,9 @@ def read_loss(run: Path) -> Loss | None:
     if "nats_per_token" not in found:
         return None
     return Loss(
-        nats_per_token=found["nats_per_token"], standard_error=_finite(found["standard_error"]),
-        perplexity=_finite(found["perplexity"]), bits_per_byte=found["bits_per_byte"], tokens=found["tokens"],
-        documents=found["documents"], split=found["split"], data_hash=found.get("data_hash"),
+        nats_per_token=found["nats_per_token"], standard_error=_finite(found.get("standard_error")),
+        perplexity=_finite(found.get("perplexity")), bits_per_byte=found["bits_per_byte"], tokens=found["tokens"],
+        documents=found.get("documents") or 0, split=found.get("split") or "", data_hash=found.get("data_hash"),
         by_document=_read_documents(run, found),
     )  # fmt: skip
 
@@ -105,8 +105,8 @@ def _read_documents(run: Path, evaluation: dict[str, Any]) -> DocumentLosses | N
     arrays, described = read_tensors_and_metadata(path, hint=f"Run: cratelm evaluate {run} --data DIR")
     nats, tokens = arrays["nats"], arrays["tokens"]
     made = (described.get("split"), described.get("data_hash"), len(nats), len(tokens), int(tokens.sum()))
-    documents = evaluation["documents"]
-    asked = (evaluation["split"], evaluation.get("data_hash") or "", documents, documents, evaluation["tokens"])
+    documents = evaluation.get("documents")
+    asked = (evaluation.get("split"), evaluation.get("data_hash") or "", documents, documents, evaluation["tokens"])
     if made != asked or not math.isclose(nats.sum() / tokens.sum(), evaluation["nats_per_token"], rel_tol=1e-9):
         return None
     return DocumentLosses(nats=nats, tokens=tokens)

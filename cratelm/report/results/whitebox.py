@@ -55,7 +55,7 @@ def views_of(rows: Sequence[RunResult]) -> list[View]:
 def _view(run: Path, title: str, description: Mapping[str, Any]) -> View:
     path = run / FILE
     measurements = read_json(path, made_by=f"cratelm whitebox {run} --data DIR") if path.exists() else {}
-    if measurements and any("rate" not in layer for layer in measurements["layers"]):
+    if measurements and any(layer.get("rate") is None for layer in measurements["layers"]):
         raise CrateError(f"{path} lacks a coding rate. Remove it and run: cratelm whitebox {run} --data DIR")
     return View(
         title=title, name=str(description["name"]), arch=str(description["arch"]), of=description.get("of"),
@@ -69,7 +69,11 @@ def _curves(run: Path) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("whitebox/"))
     curves = {}
     for name in names:
-        points = [(float(row["tokens"]), float(row[name])) for row in rows if row.get(name) is not None]
+        points = [
+            (float(row["tokens"]), float(row[name]))
+            for row in rows
+            if isinstance(row.get(name), int | float) and row.get("tokens") is not None
+        ]
         tokens, values = zip(*points, strict=True)
         curves[name.removeprefix("whitebox/")] = (tokens, values)
     return curves

@@ -69,7 +69,7 @@ def test_every_neuron_is_there_as_the_run_has_it(tmp_path: Path, rng: np.random.
             assert np.isnan(scores.correlation[index]) == (score["correlation"] is None)
             if score["correlation"] is not None:
                 assert score["correlation"] == pytest.approx(scores.correlation[index], rel=1e-5)
-        strings = site.token_strings(site.load_tokenizer(site.records_tokenizer(run, "fixed")))
+        strings = site.records_strings(run, "fixed")
         for group in found["excerpts"]:
             expected = record.excerpts[64, group["part"], group["kind"]]
             if group["kind"] != "quantile":

@@ -1,0 +1,75 @@
+"""The types of the fields that readers of our JSON files depend on; `docs/formats.md` describes all fields.
+
+A type is a Python type, a dictionary of fields (`...` is every other field), `[items]`, or a tuple of alternatives. A
+field that may be None may be missing, and fields that are not named here are ignored, so newer files stay readable.
+"""
+
+from typing import Any
+
+_TEXT, _WHOLE, _NUMBER, _OBJECT = (str, None), (int, None), (float, None), (dict, None)
+_MEAN = {"mean": float}
+_STEPS = ({...: _MEAN}, None)
+_BY_PROJECTION = ({"before": {...: _MEAN}, "after": {...: _MEAN}}, None)
+_LOSS: dict[Any, Any] = {
+    "split": _TEXT, "nats_per_token": float, "standard_error": _NUMBER, "perplexity": _NUMBER, "bits_per_byte": float,
+    "tokens": int, "documents": _WHOLE, "data_hash": _TEXT,
+}  # fmt: skip
+_WORD = ({"accuracy": float, "standard_error": _NUMBER, "perplexity": _NUMBER, "passages": int}, None)
+_ZERO_SHOT = ({...: {**_LOSS, "last_word": _WORD}}, None)
+_OF_SAE = {
+    "sae_hash": str, "layer": int, "tokens": int, "ce": float, "ce_mean": float, "ce_unigram": float,
+    "ce_added": float, "fvu": _NUMBER, "kept_model": _NUMBER, "recovered_mean": _NUMBER, "parameters": _WHOLE,
+}  # fmt: skip
+_DICTIONARY = {
+    "stability": [float], "squared_norm": float, "coherence": float, "mean_coherence": float, "atom_norm": [float],
+}  # fmt: skip
+_LAYER = {
+    "layer": int, "rate": ({"before": _MEAN, "after": _MEAN}, None), "orthonormal_rate": _BY_PROJECTION,
+    "normalised_rate": _BY_PROJECTION, "rate_reduction": ({...: {...: _MEAN}}, None), "sparse_objective": _STEPS,
+    "objective": _STEPS, "objective_at_zero": (_MEAN, None), "active": {...: _MEAN}, "hoyer": {...: _MEAN},
+    "support_overlap": _STEPS, "reconstruction_error": _STEPS, "dead": float, "converged": _NUMBER, "penalty": _NUMBER,
+    "dictionary": (_DICTIONARY, None),
+}  # fmt: skip
+_POINT = {
+    "dial": str, "tokens": _WHOLE, "penalty": float, "step_size": float, "steps": _WHOLE, "threshold": float,
+    "loss": _NUMBER, "active": ([float], None), "lookup": {"points": _NUMBER, "scored": _NUMBER},
+}  # fmt: skip
+_TAP = {"layers": [int], "sae_hash": _TEXT, "signed": (bool, None)}
+_SPLIT = {"tokens": int, "documents": _WHOLE, "text_bytes": _WHOLE, "sha256": _TEXT}
+
+JSON_FIELDS: dict[str, Any] = {
+    "run.json": {
+        "name": str, "arch": str, "model": {"num_layers": _WHOLE}, "parameters": int, "flops_per_token": int,
+        "control": _TEXT, "of": _TEXT, "source": _TEXT, "imported": _OBJECT,
+        "training": ({"tokens": _WHOLE, "batch_tokens": _WHOLE, "seed": _WHOLE}, None),
+        "origin": ({"date": str, "command": str, "machine": str, "python": str, "versions": dict}, None),
+    },
+    "metrics.jsonl": {"step": int, "tokens": _WHOLE, "loss": _NUMBER, "held_out_loss": _NUMBER},
+    "evaluation.json": (
+        {**_LOSS, "zero_shot": _ZERO_SHOT}, {"nats_per_token": None, "ce": None, "zero_shot": _ZERO_SHOT}, _OF_SAE,
+    ),
+    "records.json": {
+        "tokens": _WHOLE, "documents": _WHOLE, "num_layers": _WHOLE, "per_quantile": _WHOLE, "model_hash": _TEXT,
+        "data_hash": _TEXT, "tokenizer_hash": _TEXT, "mode": _TEXT, "taps": ({...: _TAP}, [str], None),
+    },
+    "tokens.json": {
+        "tokenizer": str, "tokenizer_hash": str, "end_of_text": int, "vocab_size": int, "dtype": str,
+        "splits": {...: _SPLIT}, "source": {"settings": _OBJECT},
+    },
+    "whitebox.json": {"layers": [_LAYER], "tokens_per_set": int, "sets": int},
+    "dial.json": {"width": int, "tokens": _WHOLE, "points": [_POINT]},
+    "directions.json": {"layers": {...: [str]}, "model_hash": _TEXT, "tokenizer_hash": _TEXT},
+    "sae.json": {
+        "tap": _TEXT, "layer": _WHOLE, "kind": _TEXT, "training_flops": _NUMBER, "parameters": _WHOLE,
+        "settings": ({"model_hash": _TEXT}, None), "origin": _OBJECT,
+    },
+    "checkpoint.json": {"step": int, "settings": _OBJECT, "held_out_loss": _NUMBER},
+    "export.json": {"mode": _TEXT},
+    "model.safetensors.index.json": {"weight_map": {...: str}},
+    "pytorch_model.bin.index.json": {"weight_map": {...: str}},
+    "checksums.json": {"sha256": ({...: [str]}, None)},
+    "ablation.jsonl": {
+        "neurons": [str], "kind": str, "nats": float, "standard_error": _NUMBER, "density": _NUMBER,
+    },
+}  # fmt: skip
+"""Name of a file -> its fields."""

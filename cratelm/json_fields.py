@@ -73,3 +73,36 @@ JSON_FIELDS: dict[str, Any] = {
     },
 }  # fmt: skip
 """Name of a file -> its fields."""
+
+
+def mismatch(value: Any, expected: Any, where: str = "") -> str:
+    """The first field of a value that does not have its type, in words; empty if all have theirs."""
+    if isinstance(expected, tuple):
+        problems = [mismatch(value, alternative, where) for alternative in expected]
+        return "" if "" in problems else problems[0]
+    if expected is None or isinstance(expected, type):
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if expected in (int, float) and number:
+            fits = abs(value) < 1 << 63
+        else:
+            fits = value is None if expected is None else expected is not int and isinstance(value, expected)
+        return "" if fits else f"{where} must be {_KINDS[expected]}, got {brief(repr(value))}"
+    if not isinstance(value, type(expected)):
+        return f"{where or 'it'} must be {_KINDS[type(expected)]}, got {brief(repr(value))}"
+    if isinstance(expected, list):
+        parts = [(f"{where}[{index}]", item, expected[0]) for index, item in enumerate(value)]
+    else:
+        names = value if ... in expected else expected
+        parts = [(f"{where}.{key}".lstrip("."), value.get(key), expected.get(key, expected.get(...))) for key in names]
+    return next((problem for name, item, kind in parts if (problem := mismatch(item, kind, name))), "")
+
+
+_KINDS: dict[Any, str] = {
+    None: "null", int: "a whole number", float: "a number", str: "a text", dict: "an object", list: "a list",
+    bool: "true or false",
+}  # fmt: skip
+
+
+def brief(error: object) -> str:
+    """The beginning of a text, on one line."""
+    return " ".join(str(error).split())[:100]

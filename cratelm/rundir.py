@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cratelm.errors import CrateError
-from cratelm.json_fields import JSON_FIELDS
+from cratelm.json_fields import JSON_FIELDS, brief, mismatch
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -193,11 +193,11 @@ def read_json(path: Path, *, made_by: str = "", hint: str = "") -> dict[str, Any
     except FileNotFoundError:
         raise CrateError(f"{path} is not there. {absent}") from None
     except ValueError as error:
-        raise CrateError(f"{path} is not readable JSON ({_brief(error)}). {malformed}") from None
+        raise CrateError(f"{path} is not readable JSON ({brief(error)}). {malformed}") from None
     if not isinstance(value, dict):
         raise CrateError(f"{path} holds a {type(value).__name__}, not a JSON object. {malformed}")
     check_format_version(path, value.get("format_version", FORMAT_VERSION))
-    if problem := _mismatch(value, JSON_FIELDS.get(path.name, {}), ""):
+    if problem := mismatch(value, JSON_FIELDS.get(path.name, {})):
         raise CrateError(f"{path}: {problem}. {malformed}")
     return value
 
@@ -213,38 +213,6 @@ def check_format_version(path: Path, found: object) -> None:
             f"{path} has format version {found}, this cratelm reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U cratelm"
         )
-
-
-def _mismatch(value: Any, expected: Any, where: str) -> str:
-    """The first field of a value that does not have its type, in words; empty if all have theirs."""
-    if isinstance(expected, tuple):
-        problems = [_mismatch(value, alternative, where) for alternative in expected]
-        return "" if "" in problems else problems[0]
-    if expected is None or isinstance(expected, type):
-        number = isinstance(value, int) and not isinstance(value, bool)
-        if expected in (int, float) and number:
-            fits = abs(value) < 1 << 63
-        else:
-            fits = value is None if expected is None else expected is not int and isinstance(value, expected)
-        return "" if fits else f"{where} must be {_KINDS[expected]}, got {_brief(repr(value))}"
-    if not isinstance(value, type(expected)):
-        return f"{where or 'it'} must be {_KINDS[type(expected)]}, got {_brief(repr(value))}"
-    if isinstance(expected, list):
-        parts = [(f"{where}[{index}]", item, expected[0]) for index, item in enumerate(value)]
-    else:
-        names = value if ... in expected else expected
-        parts = [(f"{where}.{key}".lstrip("."), value.get(key), expected.get(key, expected.get(...))) for key in names]
-    return next((problem for name, item, kind in parts if (problem := _mismatch(item, kind, name))), "")
-
-
-_KINDS: dict[Any, str] = {
-    None: "null", int: "a whole number", float: "a number", str: "a text", dict: "an object", list: "a list",
-    bool: "true or false",
-}  # fmt: skip
-
-
-def _brief(error: object) -> str:
-    return " ".join(str(error).split())[:100]
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -263,9 +231,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = parse_json(line)
             except ValueError:
-                raise CrateError(f"{path} has a line that is not JSON ({_brief(line[:40])}). Remove the line") from None
-            if problem := _mismatch(row, JSON_FIELDS.get(path.name, {}), ""):
-                raise CrateError(f"{path}: {problem} in the line {_brief(line[:40])}. Remove the line")
+                raise CrateError(f"{path} has a line that is not JSON ({brief(line[:40])}). Remove the line") from None
+            if problem := mismatch(row, JSON_FIELDS.get(path.name, {})):
+                raise CrateError(f"{path}: {problem} in the line {brief(line[:40])}. Remove the line")
             rows.append(row)
     return rows
 

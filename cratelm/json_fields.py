@@ -86,9 +86,9 @@ def mismatch(value: Any, expected: Any, where: str = "") -> str:
             fits = abs(value) < 1 << 63
         else:
             fits = value is None if expected is None else expected is not int and isinstance(value, expected)
-        return "" if fits else f"{where} must be {_KINDS[expected]}, got {brief(repr(value))}"
+        return "" if fits else f"{where} must be {_KINDS[expected]}, got {shortened(repr(value))}"
     if not isinstance(value, type(expected)):
-        return f"{where or 'it'} must be {_KINDS[type(expected)]}, got {brief(repr(value))}"
+        return f"{where or 'it'} must be {_KINDS[type(expected)]}, got {shortened(repr(value))}"
     if isinstance(expected, list):
         parts = [(f"{where}[{index}]", item, expected[0]) for index, item in enumerate(value)]
     else:
@@ -103,6 +103,6 @@ _KINDS: dict[Any, str] = {
 }  # fmt: skip
 
 
-def brief(error: object) -> str:
+def shortened(error: object) -> str:
     """The beginning of a text, on one line."""
     return " ".join(str(error).split())[:100]

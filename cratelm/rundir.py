@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cratelm.errors import CrateError
-from cratelm.json_fields import JSON_FIELDS, brief, mismatch
+from cratelm.json_fields import JSON_FIELDS, mismatch, shortened
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -193,7 +193,7 @@ def read_json(path: Path, *, made_by: str = "", hint: str = "") -> dict[str, Any
     except FileNotFoundError:
         raise CrateError(f"{path} is not there. {absent}") from None
     except ValueError as error:
-        raise CrateError(f"{path} is not readable JSON ({brief(error)}). {malformed}") from None
+        raise CrateError(f"{path} is not readable JSON ({shortened(error)}). {malformed}") from None
     if not isinstance(value, dict):
         raise CrateError(f"{path} holds a {type(value).__name__}, not a JSON object. {malformed}")
     check_format_version(path, value.get("format_version", FORMAT_VERSION))
@@ -231,9 +231,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = parse_json(line)
             except ValueError:
-                raise CrateError(f"{path} has a line that is not JSON ({brief(line[:40])}). Remove the line") from None
+                raise CrateError(
+                    f"{path} has a line that is not JSON ({shortened(line[:40])}). Remove the line"
+                ) from None
             if problem := mismatch(row, JSON_FIELDS.get(path.name, {})):
-                raise CrateError(f"{path}: {problem} in the line {brief(line[:40])}. Remove the line")
+                raise CrateError(f"{path}: {problem} in the line {shortened(line[:40])}. Remove the line")
             rows.append(row)
     return rows
 

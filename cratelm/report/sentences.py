@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cratelm.interpretation.firing.means import Mean
+from cratelm.interpretation.firing.means import ALL, Mean
 from cratelm.interpretation.scoring.correlation import ModelAggregate
+from cratelm.interpretation.scoring.small_samples import pooled_freedom
 from cratelm.interpretation.scoring.statistics import interval
 from cratelm.report.results.firing import RunFiring
 from cratelm.report.results.gather import Outcome, Results, RunResult, listed, matched_pairs, outcome
@@ -182,4 +183,9 @@ def difference(ours: Mean, theirs: Mean, names: Sequence[str]) -> tuple[float, f
     def samples(mean: Mean) -> np.ndarray:
         return np.subtract(mean.column(first), sum(mean.column(name) for name in others))
 
-    return value(ours) - value(theirs), *interval(samples(ours) - samples(theirs))
+    def freedom(mean: Mean) -> float:
+        return min(float(mean.freedom[ALL.index(name)]) for name in names)
+
+    parts = samples(ours), samples(theirs)
+    pooled = pooled_freedom(parts, [freedom(ours), freedom(theirs)])
+    return value(ours) - value(theirs), *interval(parts[0] - parts[1], pooled)

@@ -13,6 +13,7 @@ from cratelm.interpretation.scoring.correlation import (
     ModelAggregate,
     aggregate,
 )
+from cratelm.interpretation.scoring.small_samples import few_neurons
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.runtime import progress_bar
@@ -77,7 +78,7 @@ def score_lines(models: Sequence[ModelAggregate], *, whole_model: bool, columns:
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
             lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval_text(model.low, model.high)) + note)
-    return lines
+    return [*lines, *few_neurons(layer.scored for model in models for layer in model.layers)]
 
 
 def _layer_row(name: str, line: LayerAggregate, columns: Columns) -> str:

@@ -16,10 +16,11 @@ from cratelm import rundir
 from cratelm.commands import study
 from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
+from cratelm.interpretation.scoring.small_samples import student
 from cratelm.report.contents import ReportContents
 from cratelm.report.page.html import write_report
 from cratelm.report.results.gather import Results, RunResult, gather
-from cratelm.report.results.study import Group, Study, estimate, student, study_of
+from cratelm.report.results.study import Group, Study, estimate, study_of
 from cratelm.report.sentences import study_sentences
 from cratelm.report.tables.study import study_tables
 

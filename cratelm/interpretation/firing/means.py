@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
 from cratelm.interpretation.firing.measures import KINDS, MEASURES, STATED, Counts, LayerFiring, measured
+from cratelm.interpretation.scoring.small_samples import freedom_of, pooled_freedom, unbiased
 from cratelm.interpretation.scoring.statistics import generator, interval, sets_each, shown_layers
 
 FIRING_RESAMPLES = 64
@@ -27,6 +28,8 @@ class Mean:
     """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
     samples: Float32[np.ndarray, "resamples 6"] = field(repr=False)
     """Bootstrap means at the stated threshold (neurons and excerpts resampled), shifted to the observed mean."""
+    freedom: Float64[np.ndarray, " 6"]
+    """Degrees of freedom of each of `ALL`; infinite where no small-sample correction applies (`small_samples.py`)."""
     neurons: int
     """Neurons counted."""
     unpredicted: int
@@ -45,7 +48,12 @@ class Mean:
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """95 % interval of a measure, at the stated threshold."""
-        return None if self.of(name) is None else interval(self.column(name))
+        return None if self.of(name) is None else interval(self.column(name), self.freedom[ALL.index(name)])
+
+    @property
+    def fewest(self) -> int:
+        """Neurons behind the mean with the fewest: consistency or distinctiveness, whichever has more undefined."""
+        return self.neurons - max(self.unpredicted, self.silent)
 
     def curve(self, name: str) -> Float64[np.ndarray, " thresholds"]:
         """The means of a measure at every threshold."""
@@ -90,8 +98,11 @@ def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
     values = _nanmean(observed)
     samples = _resampled(counts, rng, resamples) if len(observed) else np.full((resamples, len(ALL)), np.nan)
     moved = 100 * (samples - _nanmean(samples) + values[STATED])
+    defined = (~np.isnan(observed[:, STATED])).sum(axis=0).tolist()
+    columns = [unbiased(column, count) for column, count in zip(moved.T, defined, strict=True)]
     return Mean(
-        values=100 * values, samples=moved.astype(np.float32), neurons=len(observed),
+        values=100 * values, samples=np.stack(columns, axis=1).astype(np.float32), neurons=len(observed),
+        freedom=np.array([freedom_of(count) for count in defined]),
         unpredicted=int(np.isnan(observed[:, STATED, 0]).sum()), silent=int(np.isnan(observed[:, STATED, 2]).sum()),
     )  # fmt: skip
 
@@ -100,6 +111,10 @@ def _over_layers(means: Sequence[Mean]) -> Mean:
     return Mean(
         values=_nanmean(np.stack([mean.values for mean in means])),
         samples=_nanmean(np.stack([mean.samples for mean in means])).astype(np.float32),
+        freedom=np.array([
+            pooled_freedom([mean.column(name) for mean in means], [float(mean.freedom[place]) for mean in means])
+            for place, name in enumerate(ALL)
+        ]),
         neurons=sum(mean.neurons for mean in means), unpredicted=sum(mean.unpredicted for mean in means),
         silent=sum(mean.silent for mean in means),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from cratelm.interpretation.scorers.embedding import Encoder, embedding, example
 from cratelm.interpretation.scorers.results import Judged
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
 from cratelm.interpretation.scorers.windows import Contrast, contrast
+from cratelm.interpretation.scoring.small_samples import freedom_of, unbiased
 from cratelm.interpretation.scoring.statistics import interval, sets_each
 
 SIMULATION = "simulation"
@@ -168,8 +169,10 @@ def aggregate_scorer(
         if other not in (scorer.number, "low", "high", "chance")
     }
     low, high = (
-        interval(100 * _resampled([result for result, _ in defined], scorer.number, values, rng, resamples))
-        if defined else (None, None)
+        interval(
+            100 * _resampled([result for result, _ in defined], scorer.number, values, rng, resamples),
+            freedom_of(len(defined)),
+        ) if defined else (None, None)
     )  # fmt: skip
     asked = max((result.options for result in results.values()), default=0)  # none where no neuron could be judged
     return ScorerAggregate(
@@ -198,7 +201,7 @@ def _resampled(
     table = np.where(np.isnan(table), values[:, None], table)
     table += (values - table.mean(axis=1))[:, None]
     drawn = rng.integers(len(results), size=(resamples, len(results)))
-    return table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1)
+    return unbiased(table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1), len(results))
 
 
 def _resample_items(result: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:

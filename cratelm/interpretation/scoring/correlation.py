@@ -20,6 +20,7 @@ from cratelm.activations.records import Excerpts, LayerRecords, Mode, NeuronId
 from cratelm.interpretation.explainers.explanation import unexplained
 from cratelm.interpretation.protocols import Protocol, draw
 from cratelm.interpretation.scoring.ranks import rank_scores
+from cratelm.interpretation.scoring.small_samples import freedom_of, pooled_freedom
 from cratelm.interpretation.scoring.statistics import (
     bootstrap_means,
     generator,
@@ -308,7 +309,8 @@ def aggregate(
     mean, variance = paper_table([line.points for line in lines])
     mean_all_layers, variance_all_layers = mean_and_variance([line.points for line in lines])
     means = [sample for sample in samples[:shown] if sample is not None]
-    low, high = interval(np.mean(means, axis=0)) if means else (None, None)
+    freedom = pooled_freedom(means, [freedom_of(line.scored) for line in lines[:shown] if line.scored])
+    low, high = interval(np.mean(means, axis=0), freedom) if means else (None, None)
     return ModelAggregate(
         protocol=protocol, layers=tuple(lines), mean=mean, variance=variance, low=low, high=high,
         mean_all_layers=mean_all_layers, variance_all_layers=variance_all_layers,
@@ -331,7 +333,7 @@ def _aggregate_layer(
     defined = ~np.isnan(scores.correlation)
     points = 100 * scores.correlation[defined]
     samples = 100 * bootstrap_means(scores.sums[defined], rng, resamples) if len(points) else None
-    low, high = interval(samples) if samples is not None else (None, None)
+    low, high = interval(samples, freedom_of(len(points))) if samples is not None else (None, None)
     return LayerAggregate(
         layer=scores.layer, points=layer_points(scores.correlation), low=low, high=high,
         points_undefined_zero=float(points.sum()) / len(scores.neuron), scored=len(points), total=len(scores.neuron),

@@ -1,10 +1,13 @@
 """Statistics of scores: the paper's table rule, and the two-level bootstrap that puts an interval around a mean."""
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
+
+from cratelm.interpretation.scoring.small_samples import unbiased, widened
 
 EXCERPT_RESAMPLES = 256
 """Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
@@ -51,7 +54,8 @@ def bootstrap_means(
     one draw from all of them. An undefined resampled correlation is left out, as in the mean itself. A resample of
     five excerpts has three or four distinct ones, which lowers correlations on average, so the resampled means are
     shifted to the observed mean. Their spread counts the excerpts' noise twice, because the differences between neurons
-    contain it too: the interval is rather too wide.
+    contain it too: the interval is rather too wide. Fewer than 100 neurons are
+    corrected (`small_samples.py`); from 100 on the means are those of the plain bootstrap, to the last digit.
     """
     correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
     known = ~np.isnan(correlations)
@@ -61,7 +65,7 @@ def bootstrap_means(
         drawn = rng.integers(len(values), size=(min(CHUNK, resamples - start), len(sums)))
         counts = len(sums) if all_known else np.maximum(known[drawn].sum(axis=1), 1)
         means[start : start + CHUNK] = values[drawn].sum(axis=1) / counts
-    return means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1)))
+    return unbiased(means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1))), len(sums))
 
 
 def sets_each(neurons: int, resamples: int, least: int) -> int:
@@ -115,9 +119,9 @@ def generator(seed: int, protocol: str, layer: int, model: str = "") -> np.rando
     return np.random.default_rng([seed, *words])
 
 
-def interval(samples: Float[np.ndarray, " samples"]) -> tuple[float, float]:
-    """The 95 % percentile interval."""
-    low, high = np.percentile(samples, [2.5, 97.5])
+def interval(samples: Float[np.ndarray, " samples"], freedom: float = math.inf) -> tuple[float, float]:
+    """The 95 % percentile interval; `freedom`: degrees of freedom of a mean over few neurons (`small_samples.py`)."""
+    low, high = np.percentile(widened(samples, freedom), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -130,8 +134,13 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def p_value(difference: Float64[np.ndarray, " resamples"]) -> float:
-    """Two-sided bootstrap p-value: the share of resampled differences on the other side of 0, doubled."""
+def p_value(difference: Float64[np.ndarray, " resamples"], freedom: float = math.inf) -> float:
+    """Two-sided bootstrap p-value: the share of resampled differences on the other side of 0, doubled.
+
+    With few neurons (`freedom`) the differences are widened as for the interval, so that p is below 0.05 where the
+    interval excludes 0.
+    """
+    difference = widened(difference, freedom)
     beyond = min(float((difference <= 0).mean()), float((difference >= 0).mean()))
     return min(1.0, 2 * max(beyond, 1 / (len(difference) + 1)))
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cratelm.interpretation.scoring.correlation import LayerScores, layer_points
+from cratelm.interpretation.scoring.small_samples import Z_95, freedom_of, pooled_freedom
 from cratelm.interpretation.scoring.statistics import (
     bootstrap_means,
     components,
@@ -27,8 +28,8 @@ from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.results.gather import RESAMPLES, SEED, Results, RunResult
 
-Z_95, Z_POWER = 1.959964, 0.841621
-"""Standard errors of a two-sided 95 % test, and of a power of 80 %."""
+Z_POWER = 0.841621
+"""Standard errors of a power of 80 %, above the `Z_95` of a two-sided 95 % test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class Measured:
     def is_main(self) -> bool:
         """Whether the scores are of first explanations, and not of a control."""
         return not self.key.control and not self.key.sample
+
+    @property
+    def scored(self) -> list[int]:
+        """Neurons with a score, by layer."""
+        return [int(np.isfinite(layer.correlation).sum()) for layer in self.layers]
 
 
 def score_groups(results: Results) -> list[Measured]:
@@ -108,6 +114,10 @@ class ModelDifference:
     """Zero-based layers in which both models have a score."""
     difference: Float64[np.ndarray, " resamples"] = field(repr=False)
     """Resampled means over these layers of the differences of layer means, in points; empty without such a layer."""
+    freedom: float
+    """Degrees of freedom of the difference; infinite where no small-sample correction applies."""
+    fewest: int
+    """Neurons behind the layer mean with the fewest; 0 without such a layer."""
     deviation: float
     """Standard deviation over neurons within these layers, pooled, in points."""
     left_out: str
@@ -121,12 +131,12 @@ class ModelDifference:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the difference."""
-        return interval(self.difference) if self.layers else None
+        return interval(self.difference, self.freedom) if self.layers else None
 
     @property
     def p(self) -> float | None:
         """Two-sided p value of the difference."""
-        return p_value(self.difference) if self.layers else None
+        return p_value(self.difference, self.freedom) if self.layers else None
 
     @property
     def neurons_needed(self) -> int | None:
@@ -148,9 +158,13 @@ def model_difference(first: Measured, second: Measured) -> ModelDifference:
     for layer in shown:
         without = [m.run.title for m, by_layer in zip(models, scored, strict=True) if layer not in by_layer]
         left_out += [f"{layer}: no score in {' and '.join(without)}"] if without else []
-    differences = [_resampled_mean(scored[0][i], first) - _resampled_mean(scored[1][i], second) for i in layers]
+    pairs = [(_resampled_mean(scored[0][i], first), _resampled_mean(scored[1][i], second)) for i in layers]
+    neurons = [int(np.isfinite(by_layer[i].correlation).sum()) for i in layers for by_layer in scored]
     return ModelDifference(
-        layers=layers, difference=100 * np.mean(differences, axis=0) if layers else np.empty(0),
+        layers=layers,
+        difference=100 * np.mean([ours - theirs for ours, theirs in pairs], axis=0) if layers else np.empty(0),
+        freedom=pooled_freedom([mean for pair in pairs for mean in pair], [freedom_of(count) for count in neurons]),
+        fewest=min(neurons, default=0),
         deviation=_deviation([by_layer[layer] for by_layer in scored for layer in layers]),
         left_out="; ".join(left_out),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cratelm.interpretation.scoring.small_samples import student
 from cratelm.report.results.gather import Results, RunResult, display_name
 from cratelm.rundir import read_json
 
@@ -28,9 +29,6 @@ SIZE_FIELDS = ("num_layers", "d_model", "num_heads")
 
 TOLERANCE = 0.005
 """Largest distance (as a share) of a cost from the other variant's range that still counts as the end of the range."""
-
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5 % quantile of Student's t by degrees of freedom."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,13 +172,6 @@ def estimate(values: Sequence[float]) -> Estimate | None:
         return Estimate(mean=mean, low=None, high=None, seeds=1)
     half = student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=len(values))
-
-
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution."""
-    z = 1.959964
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return _T.get(freedom, z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
 
 
 def over_seeds(group: Group, quantity: Quantity) -> Estimate | None:

@@ -8,10 +8,12 @@ from dataclasses import replace
 
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.scoring.correlation import NO_EXPLANATION, NO_SIMULATION, aggregate
+from cratelm.interpretation.scoring.small_samples import few_neurons
 from cratelm.interpretation.scoring.statistics import holm
 from cratelm.interpretation.store.identities import SimulatorName
 from cratelm.report.results.explainers import (
     Measured,
+    ModelDifference,
     find,
     mean_on_same_neurons,
     model_difference,
@@ -24,6 +26,8 @@ from cratelm.report.tables.form import Cell, Column, Table
 CONTROLS = ("shuffled", "constant")
 """By explanation, in the order of their columns."""
 KIND = (Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"))
+Compared = tuple[str, list[tuple[str, ModelDifference]]]
+"""A pair of models in words, and its differences by protocol."""
 SIDE_BY_SIDE = (
     *KIND, Column("Layers", "count"), Column("Mean", "0.1", "points"), Column("95 % interval", "interval", "points"),
     Column("Scored", "share", "of those chosen"), Column("Failed", "count"), Column("Shuffled", "0.1", "points"),
@@ -51,6 +55,7 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
     pairs of models. Empty tables are left out.
     """
     groups = score_groups(results)
+    compared = _compared(results, groups)
     tables = (
         Table(
             name="explainers", caption=f"Explainers and simulators side by side ({results.mode} mode)",
@@ -62,6 +67,7 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
                 "Failed: neurons for which a language model gave no usable answer; no score counts them. Lookup, same "
                 "neurons: lookup's mean over the neurons scored in the row.",
                 *_missing(groups), *_of_other_neurons(groups, results),
+                *few_neurons(scored for group in groups if group.is_main for scored in group.scored),
             ),
         ),
         Table(
@@ -79,11 +85,12 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
         ),
         Table(
             name="paired", caption=f"Models layer by layer ({results.described})", columns=PAIRED,
-            rows=tuple(_paired(results, groups)), notes=(
+            rows=tuple(_paired(compared)), notes=(
                 "The mean over layers of the differences of layer means, over the layers in which both models have a "
                 "score; from 6 layers on without the last. Interval and p by two-level bootstrap, each model resampled "
                 "separately; p corrected for the protocols of a pair by Holm. Neurons for 2 points: the number with "
                 "which a layer's mean shows a difference of 2 points (two-sided 5 %, power 80 %).",
+                *few_neurons(difference.fewest for _, pairs in compared for _, difference in pairs),
             ),
         ),
     )  # fmt: skip
@@ -167,21 +174,28 @@ def _simulators(groups: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
             yield (key.protocol, group.run.title, explainer, names, *variance)
 
 
-def _paired(results: Results, groups: Sequence[Measured]) -> Iterator[tuple[Cell, ...]]:
+def _compared(results: Results, groups: Sequence[Measured]) -> list[Compared]:
+    """Each pair of models of equal depth with its difference by every protocol in which both have scores."""
     shown = {(id(group.run), group.key): group for group in groups}
+    compared: list[Compared] = []
     for pair in matched_pairs(results.models):
-        if pair[0].num_layers != pair[1].num_layers:
-            continue
-        differences = []
-        for name in results.protocols:
-            both = [shown.get((id(run), replace(results.asked, tap=run.tap, protocol=name))) for run in pair]
-            if both[0] is not None and both[1] is not None:
-                differences.append((name, model_difference(both[0], both[1])))
+        if pair[0].num_layers == pair[1].num_layers:
+            differences = []
+            for name in results.protocols:
+                both = [shown.get((id(run), replace(results.asked, tap=run.tap, protocol=name))) for run in pair]
+                if both[0] is not None and both[1] is not None:
+                    differences.append((name, model_difference(both[0], both[1])))
+            compared.append((f"{pair[0].title} less {pair[1].title}", differences))
+    return compared
+
+
+def _paired(compared: Sequence[Compared]) -> Iterator[tuple[Cell, ...]]:
+    for title, differences in compared:
         corrected = iter(holm([difference.p for _, difference in differences if difference.p is not None]))
         for name, difference in differences:
             known = bool(difference.layers)
             yield (
-                name, f"{pair[0].title} less {pair[1].title}", difference.mean, difference.interval, difference.p,
+                name, title, difference.mean, difference.interval, difference.p,
                 next(corrected) if known else None, difference.deviation if known else None,
                 difference.neurons_needed, len(difference.layers), difference.left_out or "none",
             )  # fmt: skip

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cratelm.interpretation.firing.means import Mean
 from cratelm.interpretation.firing.measures import KINDS, STATED, THRESHOLDS
+from cratelm.interpretation.scoring.small_samples import few_neurons
 from cratelm.report.results.firing import RunFiring
 from cratelm.report.tables.form import Cell, Column, Table
 
@@ -24,7 +25,7 @@ def firing_tables(entries: Sequence[RunFiring]) -> tuple[Table, ...]:
     """By model, and by layer; empty where no run has simulations."""
     if not entries:
         return ()
-    rows, layers = list[tuple[Cell, ...]](), list[tuple[Cell, ...]]()
+    rows, layers, fewest = list[tuple[Cell, ...]](), list[tuple[Cell, ...]](), list[int]()
     kinds = [kind for kind in KINDS if any(kind in entry.own.overall for entry in entries)]
     for kind in kinds:
         for entry in entries:
@@ -35,11 +36,12 @@ def firing_tables(entries: Sequence[RunFiring]) -> tuple[Table, ...]:
                     rows.append((*head, *_cells(firing.overall[kind])))
                     by_layer = zip(firing.layers, firing.by_layer[kind], strict=True)
                     layers += [(*head, layer, *_cells(mean)) for layer, mean in by_layer]
+                    fewest += [mean.fewest for mean in firing.by_layer[kind]]
     protocol = entries[0].protocol
     return (
         Table(
             name="firing", caption=f"Firing on relevant tokens ({protocol})", columns=_columns(), rows=tuple(rows),
-            notes=_notes(protocol, kinds),
+            notes=(*_notes(protocol, kinds), *few_neurons(fewest)),
         ),
         Table(
             name="firing_layers", caption=f"Firing on relevant tokens by layer ({protocol})", rows=tuple(layers),

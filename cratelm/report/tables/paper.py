@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from cratelm.interpretation.scoring.correlation import LayerAggregate, ModelAggregate
+from cratelm.interpretation.scoring.small_samples import few_neurons
 from cratelm.report.results.gather import Results, RunResult
 from cratelm.report.tables.form import Cell, Column, Table, without_columns, written
 
@@ -46,8 +47,14 @@ def summary(results: Results) -> Table:
     return Table(
         name="summary", caption=f"Mean score over layers, with 95 % intervals ({results.mode} mode)",
         columns=(Column("Model"), *(Column(name, "0.1", "points") for name in results.protocols), *COST),
-        rows=tuple(rows), notes=results.of_other_neurons,
+        rows=tuple(rows), notes=(*results.of_other_neurons, *_of_few_neurons(results)),
     )  # fmt: skip
+
+
+def _of_few_neurons(results: Results) -> tuple[str, ...]:
+    """A warning if a layer's mean is over few neurons."""
+    scores = [run.scores[name] for run in results.rows for name in results.protocols if name in run.scores]
+    return few_neurons(layer.scored for aggregate in scores for layer in aggregate.layers)
 
 
 def _with_interval(scores: ModelAggregate | None) -> Cell:
@@ -94,7 +101,9 @@ def interpretability(results: Results) -> Table:
     ]
     table = Table(
         name="interpretability", caption=f"Interpretability ({results.mode} mode, {results.described})",
-        columns=columns, rows=tuple(rows), notes=(*_interpretability_notes(results), *results.of_other_neurons),
+        columns=columns, rows=tuple(rows), notes=(
+            *_interpretability_notes(results), *results.of_other_neurons, *_of_few_neurons(results),
+        ),
     )  # fmt: skip
     shallow = all(run.num_layers < 6 for run in results.rows)
     return without_columns(table, "Mean, all layers", "Variance, all layers") if shallow else table
@@ -116,7 +125,7 @@ def by_layer(results: Results) -> Table:
     ]
     return Table(
         name="layers", caption="Interpretability by layer", columns=columns, rows=tuple(rows),
-        notes=results.of_other_neurons,
+        notes=(*results.of_other_neurons, *_of_few_neurons(results)),
     )  # fmt: skip
 
 

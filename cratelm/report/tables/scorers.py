@@ -7,6 +7,7 @@ import numpy as np
 
 from cratelm.interpretation.scorers.registry import SCORERS, ScorerAggregate
 from cratelm.interpretation.scorers.windows import TOO_FEW
+from cratelm.interpretation.scoring.small_samples import few_neurons
 from cratelm.interpretation.scoring.statistics import shown_layers
 from cratelm.interpretation.stages.judge import aggregate_judged, judged_sets
 from cratelm.interpretation.store.database import Store
@@ -21,6 +22,7 @@ SCORER_COLUMNS = (
     Column("Too few excerpts", "count"), Column("Failed", "count"), Column("Answers", "count"),
     Column("Unreadable", "count"),
 )  # fmt: skip
+JUDGED = [column.title for column in SCORER_COLUMNS].index("Judged")
 
 
 def judged_tables(results: Results) -> tuple[Table, ...]:
@@ -34,6 +36,7 @@ def judged_tables(results: Results) -> tuple[Table, ...]:
         "Too few excerpts: neurons without enough windows in which they fire, or in which they are silent. Failed: "
         "neurons without enough readable answers. Unreadable: answers in a wrong format and refusals; no score counts "
         "them.",
+        *few_neurons(neurons[0] for row in rows if isinstance(neurons := row[JUDGED], tuple)),
     )
     order = list(SCORERS)
     ordered = tuple(sorted(rows, key=lambda row: order.index(str(row[0]))))

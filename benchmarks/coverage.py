@@ -1,6 +1,6 @@
 """Coverage of the 95 % intervals, and false alarms of the test of two models, by simulation on two-level data.
 
-    OMP_NUM_THREADS=1 python benchmarks/coverage.py [SIMULATIONS]
+    OMP_NUM_THREADS=1 python benchmarks/coverage.py [SIMULATIONS [score | firing | detection | test] ...]
 
 Neurons are drawn from a population and each has its own excerpts or items: drawn again for every simulation, an
 interval should cover the mean of the whole population in 95 % of them, and the test of two models from one population
@@ -8,7 +8,7 @@ should reject in 5 %. Bounds of a share p from N simulations: p +- 2 sqrt(p (1 -
 """
 
 import sys
-from collections.abc import Callable
+import zlib
 
 import numpy as np
 
@@ -23,9 +23,9 @@ from cratelm.interpretation.scoring.small_samples import freedom_of, pooled_free
 from cratelm.interpretation.scoring.statistics import bootstrap_means, generator, p_value
 
 NEURONS, TESTED = (5, 10, 20, 50, 200), (2, 3, 5, 10, 20)
-EXCERPTS, WIDTH, ITEMS, RESAMPLES = 10, 32, 20, 400
-LARGE = 20_000
-"""Neurons whose mean stands for the population."""
+EXCERPTS, WIDTH, ITEMS, RESAMPLES = 10, 32, 20, 1000
+LARGE, PARTS = 10_000, 12
+"""Neurons at a time, and how often: their mean stands for the population."""
 Ends = tuple[float | None, float | None]
 
 
@@ -36,11 +36,11 @@ def excerpts_of(a: np.ndarray) -> Excerpts:
 
 
 def neurons(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations and simulations: each neuron has its own skill, and each excerpt its own strength."""
-    skill = rng.uniform(0.0, 1.0, (number, 1, 1))
+    """Activations and simulations: each neuron has its own skill and density, and each excerpt its own strength."""
+    skill, noise = rng.uniform(0.0, 1.0, (number, 1, 1)), rng.uniform(0.02, 0.5, (number, 1, 1))
     shape = (number, EXCERPTS, WIDTH)
     s = np.maximum(rng.normal(-0.5, 1, shape), 0) * rng.uniform(0.5, 1.5, (number, EXCERPTS, 1))
-    fires = np.where(s > 0, rng.random(shape) < 0.15 + 0.8 * skill, rng.random(shape) < 0.15)
+    fires = np.where(s > 0, rng.random(shape) < 0.1 + 0.85 * skill, rng.random(shape) < noise)
     return (fires * (skill * s + 0.5 * rng.random(shape))).astype(np.float32), s.astype(np.float32)
 
 
@@ -72,78 +72,102 @@ def judged(rng: np.random.Generator, number: int) -> dict[int, Judged]:
     return {i: Judged(truth=truth_of_all, answer=tuple(row)) for i, row in enumerate(answers.tolist())}
 
 
-def score_ends(rng: np.random.Generator, number: int, layers: int = 1) -> Ends:
-    """The interval of a mean score over layers."""
+def score_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
+    """The intervals of the scores of three layers, and of their mean."""
     model = aggregate(
-        [scores_of(rng, number, layer) for layer in range(layers)], protocol="random-only",
+        [scores_of(rng, number, layer) for layer in range(3)], protocol="random-only",
         seed=int(rng.integers(1 << 30)), resamples=RESAMPLES,
     )  # fmt: skip
-    return model.low, model.high
+    return [[(layer.low, layer.high) for layer in model.layers], [(model.low, model.high)]]
 
 
-def firing_ends(rng: np.random.Generator, number: int) -> list[Ends]:
+def firing_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
     """The intervals of consistency and distinctiveness."""
     mean = mean_firing([firing_of(rng, number)], seed=int(rng.integers(1 << 30)), resamples=RESAMPLES)
-    return [mean.overall["random"].interval(name) or (None, None) for name in ("consistency", "distinctiveness")]
+    return [[mean.overall["random"].interval(name) or (None, None)] for name in ("consistency", "distinctiveness")]
 
 
-def judged_ends(rng: np.random.Generator, number: int) -> Ends:
+def judged_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
     """The interval of another scorer's mean."""
     scorer = aggregate_scorer("detection", judged(rng, number), rng=rng, resamples=RESAMPLES)
-    return scorer.low, scorer.high
+    return [[(scorer.low, scorer.high)]]
 
 
-def rejected(rng: np.random.Generator, number: int, layers: int) -> bool:
-    """Whether the paired test finds a difference of two models from one population."""
-    parts, seed = [], int(rng.integers(1 << 30))
-    for model in "ab":
-        for layer in range(layers):
-            draws = generator(seed, "random-only", layer, model)
-            parts.append(bootstrap_means(scores_of(rng, number, layer).sums, draws, RESAMPLES))
-    difference = np.mean(parts[:layers], axis=0) - np.mean(parts[layers:], axis=0)
-    return p_value(difference, pooled_freedom(parts, [freedom_of(number)] * len(parts))) < 0.05
+def truths(rng: np.random.Generator, kind: str) -> list[float]:
+    """The means of the population that the intervals of a kind should cover."""
+    if kind == "detection":
+        return [75.0]
+    if kind == "score":
+        return 2 * [float(np.mean([100 * scores_of(rng, LARGE).correlation.mean() for _ in range(PARTS)]))]
+    means = [mean_firing([firing_of(rng, LARGE)], resamples=2).overall["random"] for _ in range(PARTS)]
+    return [float(np.mean([mean.of(name) or 0.0 for mean in means])) for name in ("consistency", "distinctiveness")]
 
 
-def covered(ends: Ends, truth: float) -> bool:
-    """Whether an interval covers the truth."""
-    low, high = ends
-    return low is not None and high is not None and low <= truth <= high
+def alarms(rng: np.random.Generator, number: int) -> list[list[bool]]:
+    """Whether the test finds a difference of two models from one population, in each of two layers and over both."""
+    seed = int(rng.integers(1 << 30))
+    means = [
+        [
+            bootstrap_means(scores_of(rng, number).sums, generator(seed, "random-only", layer, model), RESAMPLES)
+            for model in "ab"
+        ]
+        for layer in range(2)
+    ]
+
+    def rejects(layers: list[list[np.ndarray]]) -> bool:
+        parts = [mean for pair in layers for mean in pair]
+        freedom = pooled_freedom(parts, [freedom_of(number)] * len(parts))
+        return p_value(np.mean([ours - theirs for ours, theirs in layers], axis=0), freedom) < 0.05
+
+    return [[rejects([pair]) for pair in means], [rejects(means)]]
 
 
-def print_row(name: str, shares: list[float]) -> None:
-    """A row of shares in per cent."""
-    print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |", flush=True)
+KINDS = {
+    "score": (score_ends, ("score of a layer", "score, mean of 3 layers")),
+    "firing": (firing_ends, ("consistency", "distinctiveness")),
+    "detection": (judged_ends, ("detection",)),
+}
+"""Kind -> its intervals in one simulation, and their names."""
 
 
-def print_tables(rng: np.random.Generator, simulations: int, sizes: tuple[int, ...], tested: tuple[int, ...]) -> None:
-    """Coverage of every kind of interval, and false alarms of the paired test."""
-    points = 100 * float(scores_of(rng, LARGE).correlation.mean())
-    firing = mean_firing([firing_of(rng, LARGE)], resamples=2).overall["random"]
-    measures = firing.of("consistency") or 0.0, firing.of("distinctiveness") or 0.0
-    kinds: dict[str, tuple[tuple[float, ...], Callable[[int], list[Ends]]]] = {
-        "score of a layer": ((points,), lambda n: [score_ends(rng, n)]),
-        "score, mean of 3 layers": ((points,), lambda n: [score_ends(rng, n, layers=3)]),
-        "consistency, distinctiveness": (measures, lambda n: firing_ends(rng, n)),
-        "detection": ((75.0,), lambda n: [judged_ends(rng, n)]),
-    }
-    print("\n| coverage, %, by neurons | " + " | ".join(map(str, sizes)) + " |\n|---|" + "---|" * len(sizes))
-    for names, (truths, ends_of) in kinds.items():
-        cells = [np.mean([list(map(covered, ends_of(n), truths)) for _ in range(simulations)], axis=0) for n in sizes]
-        for name, shares in zip(names.split(", ") if len(truths) > 1 else [names], np.transpose(cells), strict=True):
-            print_row(name, shares.tolist())
-    print("\n| the test rejects, %, by neurons | " + " | ".join(map(str, tested)) + " |\n|---|" + "---|" * len(tested))
-    for layers in (1, 2):
-        alarms = [float(np.mean([rejected(rng, n, layers) for _ in range(simulations)])) for n in tested]
-        print_row(f"layers compared: {layers}", alarms)
+def print_rows(heading: str, rows: list[str], sizes: tuple[int, ...], shares: list[list[float]]) -> None:
+    """A table of shares in per cent: a row per name, a column per number of neurons."""
+    print(f"\n| {heading} | " + " | ".join(map(str, sizes)) + " |\n|---|" + "---|" * len(sizes))
+    for row, name in enumerate(rows):
+        print(f"| {name} | " + " | ".join(f"{100 * column[row]:.1f}" for column in shares) + " |", flush=True)
+
+
+def print_tables(wanted: list[str], simulations: int, sizes: tuple[int, ...], tested: tuple[int, ...]) -> None:
+    """Coverage of every kind of interval, and false alarms of the test."""
+    for kind, (ends_of, names) in KINDS.items():
+        if kind in wanted:
+            rng = np.random.default_rng(zlib.crc32(kind.encode()))
+            true, shares = truths(rng, kind), []
+            for size in sizes:
+                drawn = [ends_of(rng, size) for _ in range(simulations)]
+                shares.append([
+                    float(np.mean([low is not None and high is not None and low <= truth <= high
+                                   for ends in drawn for low, high in ends[row]]))
+                    for row, truth in enumerate(true)
+                ])  # fmt: skip
+            print_rows("coverage, %, by neurons", list(names), sizes, shares)
+    if "test" in wanted:
+        rng = np.random.default_rng(1)
+        shares = []
+        for size in tested:
+            tests = [alarms(rng, size) for _ in range(simulations)]
+            shares.append([float(np.mean([rejections[row] for rejections in tests])) for row in range(2)])
+        print_rows("the test rejects, %, by neurons", ["1 layer", "2 layers"], tested, shares)
 
 
 def main() -> None:
     """Print the tables with the correction, and for few neurons without it."""
     simulations = int(sys.argv[1]) if len(sys.argv) > 1 else 400
-    print_tables(np.random.default_rng(0), simulations, NEURONS, TESTED)
+    wanted = sys.argv[2:] or [*KINDS, "test"]
+    print_tables(wanted, simulations, NEURONS, TESTED)
     small_samples.FEW_NEURONS = 0
     print("\nWithout the correction:")
-    print_tables(np.random.default_rng(1), simulations, NEURONS[:3], TESTED[:3])
+    print_tables(wanted, simulations, NEURONS[:3], TESTED[:3])
 
 
 if __name__ == "__main__":

@@ -60,8 +60,19 @@ def orthonormal(subspaces: Float[Tensor, "heads p d_model"]) -> Float[Tensor, "h
 def sparse_objective(
     reduction: Rates, code: Float[Tensor, "sets tokens neurons"], penalty: Float[Tensor, " #neurons"]
 ) -> Rates:
-    """R - R^c - lambda ||A||_0 of each set, in nats, from its rate reduction and the codes of its tokens."""
-    return reduction - ((code != 0) * penalty.double().to(code.device)).sum(dim=(1, 2)).to(reduction)
+    """R - R^c - lambda ||A||_0 of each set, in nats: the paper's form, with the codes of all N tokens of the set.
+
+    R - R^c is a rate per token and ||A||_0 a sum over N tokens, so the second term grows with N. `penalty_per_token`
+    is the term to compare layers by: R - R^c - lambda ||A||_0 / N.
+    """
+    return reduction - penalty_per_token(code, penalty).sum(dim=1).to(reduction)
+
+
+def penalty_per_token(
+    code: Float[Tensor, "*sets tokens neurons"], penalty: Float[Tensor, " #neurons"]
+) -> Float[Tensor, "*sets tokens"]:
+    """lambda ||a||_0 of each token, in nats; its mean over N tokens is lambda ||A||_0 / N."""
+    return ((code != 0) * penalty.double().to(code.device)).sum(dim=-1)
 
 
 def tokens_needed(width: int, context: int) -> int:

@@ -21,6 +21,7 @@ from cratelm.whitebox.coding_rate import (
     coding_rate,
     normalised_rate,
     orthonormal,
+    penalty_per_token,
     projections,
     sparse_objective,
     subspace_rate,
@@ -123,6 +124,7 @@ class _Layer:
             self._note(self.rates, f"rate_reduction.change.{name}", after[name] - before[name])
             whole = sparse_objective(after[name], code.unflatten(0, (sets, -1)), penalty)
             self._note(self.rates, f"sparse_objective.{name}", whole)
+        self._note(self.values, "penalty_per_token", penalty_per_token(code, penalty))
         self.fired |= (code != 0).any(dim=0)
         if self.ista is None:
             self._see_code(1, code)
@@ -212,6 +214,8 @@ def summary(layer: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"orthonormal_rate_{when}", layer["orthonormal_rate"][when][name]["mean"]
         yield f"rate_reduction_{when}", layer["rate_reduction"][when][name]["mean"]
     yield "sparse_objective", layer["sparse_objective"][name]["mean"]
+    reduction = layer["rate_reduction"]["after"][name]["mean"]
+    yield "sparse_objective_per_token", reduction - layer["penalty_per_token"]["mean"]
     yield "subspace_rate_before", layer["normalised_rate"]["before"][name]["mean"]
     yield "subspace_rate_after", layer["normalised_rate"]["after"][name]["mean"]
     last = max(layer["active"], key=int)

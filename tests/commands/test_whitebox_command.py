@@ -12,7 +12,7 @@ from fixtures.tiny import hidden_bar, make_tokens, random_model, short_training,
 from cratelm.cli import main
 from cratelm.model.config import Architecture
 from cratelm.report.figures.whitebox import PANELS, whitebox_figures
-from cratelm.report.results.whitebox import View, open_views
+from cratelm.report.results.whitebox import View, _view, objective_per_token, open_views, penalty_term
 from cratelm.report.tables.form import written
 from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import write_json
@@ -74,6 +74,10 @@ def test_the_command_writes_measurements_tables_and_figures(
     assert of_layer["ΔR after"] == pytest.approx(of_layer["R after"] - of_layer["Rᶜ after"])
     assert of_layer["ΔR change"] == pytest.approx(of_layer["ΔR after"] - of_layer["ΔR before"])
     assert of_layer["Sparse objective"] == views[0].layers[0]["sparse_objective"]["shared"]["mean"]
+    penalty = of_layer["Penalty per token"]
+    assert of_layer["Objective per token"] == pytest.approx(of_layer["ΔR after"] - penalty)
+    whole = of_layer["ΔR after"] - of_layer["Tokens per set"] * penalty
+    assert of_layer["Sparse objective"] == pytest.approx(whole, rel=1e-5)
     assert views[0].curves["layer_1.rate_reduction_after"][1][0] == pytest.approx(
         dict(summary(views[2].layers[1]))["rate_reduction_after"], rel=0.05, abs=0.5
     )
@@ -176,3 +180,18 @@ def test_a_file_from_before_still_gives_tables_and_figures(rng: np.random.Genera
     assert compression.rows[0][titles.index("ΔR after")] is None
     assert sparsification.rows[0][[column.title for column in sparsification.columns].index("Objective step 2")] > 0  # type: ignore[operator]
     whitebox_figures([old])
+
+
+def test_a_file_without_the_penalty_per_token_gives_it_from_its_other_numbers(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = random_model(tiny_config(), rng)
+    measured = measure(model, rng.integers(272, size=64).astype(np.uint16), MeasureConfig(), bar=hidden_bar())
+    old = json.loads(json.dumps(measured))
+    for layer in old["layers"]:
+        del layer["penalty_per_token"]
+    (tmp_path / "whitebox.json").write_text(json.dumps(old))
+    view = _view(tmp_path, "old", {"name": "old", "arch": "crate"})
+    for layer, new in zip(view.layers, measured["layers"], strict=True):
+        assert penalty_term(layer) == pytest.approx(new["penalty_per_token"]["mean"], rel=1e-6)
+        assert objective_per_token(layer) == pytest.approx(objective_per_token(new), rel=1e-6)

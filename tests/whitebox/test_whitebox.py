@@ -18,6 +18,7 @@ from cratelm.whitebox.coding_rate import (
     coding_rate,
     normalised_rate,
     orthonormal,
+    penalty_per_token,
     projections,
     sparse_objective,
     subspace_rate,
@@ -74,6 +75,7 @@ def test_the_rate_reduction_and_the_sparse_objective_by_hand() -> None:
     assert float(rate - subspace_rate(z, orthonormal(same), epsilon=0.5)) < 0  # counted twice
     code = torch.tensor([[[0.0, 2, 0], [1, 0, 3]]])
     assert sparse_objective(reduction, code, torch.tensor([0.1])).tolist() == pytest.approx([by_hand - 0.3])
+    assert penalty_per_token(code, torch.tensor([0.1])).tolist() == [pytest.approx([0.1, 0.2])]
     own = torch.tensor([0.1, 0.2, 0.4])
     assert sparse_objective(reduction, code, own).tolist() == pytest.approx([by_hand - 0.7])
 
@@ -241,6 +243,7 @@ def test_a_layers_measurements_are_what_its_modules_give(
         if "learned_penalty" not in changes:
             whole = float(reductions[1].mean()) - penalty * active
             assert layer["sparse_objective"][name]["mean"] == pytest.approx(whole, rel=1e-5)
+            assert layer["penalty_per_token"]["mean"] == pytest.approx(penalty * active / 16, rel=1e-5)
         unit = normalised_rate(projections(seen["normed"], heads))
         assert layer["normalised_rate"]["before"][name]["mean"] == pytest.approx(float(unit.mean()), rel=1e-5)
     if arch == "crate":

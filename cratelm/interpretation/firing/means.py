@@ -28,6 +28,8 @@ class Mean:
     """Means of `ALL` at every threshold, each over the neurons for which it is defined; NaN where there is none."""
     samples: Float32[np.ndarray, "resamples 6"] = field(repr=False)
     """Bootstrap means at the stated threshold (neurons and excerpts resampled), shifted to the observed mean."""
+    permuted: Float64[np.ndarray, " 2"]
+    """Chance level of consistency and distinctiveness, the simulation permuted within excerpts (`Counts.permuted`)."""
     freedom: Float64[np.ndarray, " 6"]
     """Degrees of freedom of each of `ALL`; infinite where no small-sample correction applies (`small_samples.py`)."""
     neurons: int
@@ -102,7 +104,7 @@ def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
     columns = [unbiased(column, count) for column, count in zip(moved.T, defined, strict=True)]
     return Mean(
         values=100 * values, samples=np.stack(columns, axis=1).astype(np.float32), neurons=len(observed),
-        freedom=np.array([freedom_of(count) for count in defined]),
+        permuted=100 * _nanmean(counts.permuted[:, STATED]), freedom=np.array([freedom_of(count) for count in defined]),
         unpredicted=int(np.isnan(observed[:, STATED, 0]).sum()), silent=int(np.isnan(observed[:, STATED, 2]).sum()),
     )  # fmt: skip
 
@@ -111,6 +113,7 @@ def _over_layers(means: Sequence[Mean]) -> Mean:
     return Mean(
         values=_nanmean(np.stack([mean.values for mean in means])),
         samples=_nanmean(np.stack([mean.samples for mean in means])).astype(np.float32),
+        permuted=_nanmean(np.stack([mean.permuted for mean in means])),
         freedom=np.array([
             pooled_freedom([mean.column(name) for mean in means], [float(mean.freedom[place]) for mean in means])
             for place, name in enumerate(ALL)

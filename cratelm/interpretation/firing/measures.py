@@ -12,6 +12,11 @@ The paper attributes CRATE's scores to neurons that fire consistently and distin
 Chance levels: with the explanation of another neuron, consistency is close to the share of all tokens on which the
 neuron fires, and distinctiveness close to the share of tokens that are relevant. Top excerpts and random excerpts are
 measured separately: the neuron fires in every top excerpt.
+
+A neuron fires more in some excerpts than in others, so an explanation of the right topic that marks the wrong tokens is
+above these levels. `Counts.permuted` is the chance level for it: the simulation permuted within each excerpt. Of an
+excerpt with n tokens, r of them relevant and f on which the neuron fires, r f / n are both on average over all
+permutations, so the level is exact and needs no random numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,6 +70,15 @@ class Counts:
     def relevance(self) -> Float64[np.ndarray, "neurons thresholds"]:
         """Share of all tokens that are relevant: the chance level of distinctiveness."""
         return _ratio(self.relevant[..., 0].sum(axis=1), self.base[:, :, 0].sum(axis=1)[:, None])
+
+    @property
+    def permuted(self) -> Float64[np.ndarray, "neurons thresholds 2"]:
+        """Mean consistency and distinctiveness over all permutations of the simulation within each excerpt."""
+        tokens, fires, _ = np.moveaxis(self.base, -1, 0)
+        share = np.divide(fires, tokens, out=np.zeros_like(fires), where=tokens > 0)
+        both = (self.relevant[..., 0] * share[:, :, None]).sum(axis=1)
+        whole = self.relevant[..., 0].sum(axis=1), fires.sum(axis=1)[:, None]
+        return np.stack([_ratio(both, whole[0]), _ratio(both, whole[1])], axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

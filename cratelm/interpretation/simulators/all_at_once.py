@@ -14,7 +14,6 @@ import numpy as np
 from cratelm.activations.records import Mode
 from cratelm.interpretation.llm import LLM, Prompt
 from cratelm.interpretation.prompts import simulator as prompts
-from cratelm.interpretation.prompts.escaping import REPLACEMENT_CHARACTER
 from cratelm.interpretation.prompts.few_shot import FewShotNeuron
 from cratelm.interpretation.simulators.prompt_fitting import (
     examples_to_leave_out,
@@ -65,26 +64,17 @@ class AllAtOnce:
         tables = [prompts.all_at_once_rows(tokens, unknown=self.unknown) for tokens in excerpts]
         rests = [rest for rest, _ in tables]
         prefix = fitting_prefix(partial(self._prefix, explanation), rests, self.llm, self.counts, self.left_out)
-        offsets = [
-            tuple(place for place, token in zip(places, tokens, strict=True) if self._is_read(token))
-            for (_, places), tokens in zip(tables, excerpts, strict=True)
-        ]
-        questions = [
-            Prompt(prefix=prefix, rest=rest, at=at, numbers=True) for rest, at in zip(rests, offsets, strict=True)
-        ]
+        questions = [Prompt(prefix=prefix, rest=rest, at=places, numbers=True) for rest, places in tables]
         answers = await self.llm.prompt_logprobs(questions, top=self.read_out.candidates)
         reads = [
-            read_activations(self.read_out, answer, at, self.llm) for answer, at in zip(answers, offsets, strict=True)
+            read_activations(self.read_out, answer, places, self.llm)
+            for answer, (_, places) in zip(answers, tables, strict=True)
         ]
         count_unread(self.counts, reads, self.read_out, self.llm)
-        # A token without an offset is one that the released code skips.
         return [
-            np.array([values.get(place) or 0.0 for place in places])
+            np.array([values[place] or 0.0 for place in places])
             for values, (_, places) in zip(reads, tables, strict=True)
         ]
-
-    def _is_read(self, token: str) -> bool:
-        return self.read_out.escaped or REPLACEMENT_CHARACTER not in token
 
     def _prefix(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
         top, escaped = self.read_out.top, self.read_out.escaped

@@ -30,7 +30,7 @@ class ReadOut:
     spaces: bool = True
     """Whether a number with spaces around it counts."""
     escaped: bool = True
-    """Whether tokens are shown escaped. If not, a token that holds part of a character is not read and counts as 0."""
+    """Whether tokens are shown escaped. If not, part of a character is shown as U+FFFD."""
     strict: bool = True
     """Whether a missing read-out is an error; if not, it counts as 0."""
 

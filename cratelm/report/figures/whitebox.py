@@ -21,7 +21,7 @@ from cratelm.report.figures.form import (
     note,
     training_axis,
 )
-from cratelm.report.results.whitebox import View, last_step, maybe_rate, objective_share
+from cratelm.report.results.whitebox import View, last_step, maybe_rate, objective_per_token, objective_share
 
 Quantity = Callable[[Mapping[str, Any]], float | None]
 """From a layer's measurements to a number; None where the number was not measured."""
@@ -84,7 +84,8 @@ PANELS = (
           second=_rate("rate_reduction", "after"), curve="rate_reduction_before", second_curve="rate_reduction_after"),
     Panel(title="Unit Rᶜ", unit="nats, not those of R", first=_rate("normalised_rate", "before"),
           second=_rate("normalised_rate", "after"), curve="subspace_rate_before", second_curve="subspace_rate_after"),
-    Panel(title="Objective ΔR - λ‖A‖₀", unit="nats", first=_rate("sparse_objective"), curve="sparse_objective"),
+    Panel(title="Objective ΔR - λ‖A‖₀ / N", unit="nats per token", first=objective_per_token,
+          curve="sparse_objective_per_token"),
     Panel(title="Active neurons", unit="%", first=_percent("active"), curve="active"),
     Panel(title="Hoyer sparseness", unit="0 flat, 1 one neuron", first=_last("hoyer"), curve="hoyer"),
     Panel(title="LASSO objective", unit="% of a = 0", first=_objective(None), second=_objective(1), curve="objective"),

@@ -57,6 +57,8 @@ def _view(run: Path, title: str, description: Mapping[str, Any]) -> View:
     measurements = read_json(path, made_by=f"cratelm whitebox {run} --data DIR") if path.exists() else {}
     if measurements and any(layer.get("rate") is None for layer in measurements["layers"]):
         raise CrateError(f"{path} lacks a coding rate. Remove it and run: cratelm whitebox {run} --data DIR")
+    for layer in measurements.get("layers", ()):
+        _add_penalty(layer, int(measurements["tokens_per_set"]))
     return View(
         title=title, name=str(description["name"]), arch=str(description["arch"]), of=description.get("of"),
         measurements=measurements, curves=_curves(run),
@@ -92,6 +94,25 @@ def maybe_rate(layer: Mapping[str, Any], *path: str) -> float | None:
     for step in path:
         rates = rates.get(step, {})
     return next((float(rates[name]["mean"]) for name in SHOWN if name in rates), None)
+
+
+def _add_penalty(layer: dict[str, Any], tokens: int) -> None:
+    """lambda ||A||_0 / N of a file without it, from the two numbers whose difference it is part of."""
+    reduction, whole = maybe_rate(layer, "rate_reduction", "after"), maybe_rate(layer, "sparse_objective")
+    if "penalty_per_token" not in layer and reduction is not None and whole is not None:
+        layer["penalty_per_token"] = {"mean": (reduction - whole) / tokens, "deviation": None}
+
+
+def penalty_term(layer: Mapping[str, Any]) -> float | None:
+    """lambda ||A||_0 / N, in nats; None in files without the numbers."""
+    penalty = layer.get("penalty_per_token")
+    return None if penalty is None else float(penalty["mean"])
+
+
+def objective_per_token(layer: Mapping[str, Any]) -> float | None:
+    """The rate reduction after attention minus lambda ||A||_0 / N, both per token; None in files without them."""
+    reduction, penalty = maybe_rate(layer, "rate_reduction", "after"), penalty_term(layer)
+    return None if reduction is None or penalty is None else reduction - penalty
 
 
 def last_step(layer: Mapping[str, Any], name: str) -> float | None:

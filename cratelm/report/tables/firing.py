@@ -14,9 +14,11 @@ ENDS = Column("95 % interval", "interval", "%")
 def _columns(*more: Column) -> tuple[Column, ...]:
     return (
         Column("Excerpts"), Column("Model"), *more, Column("Consistency", "0.1", "%"), ENDS,
-        Column("Fires on any token", "0.1", "%"), Column("Strength", "0.1", "% of maximum"),
+        Column("Fires on any token", "0.1", "%"), Column("Consistency, permuted", "0.1", "%"),
+        Column("Strength", "0.1", "% of maximum"),
         Column("Distinctiveness", "0.1", "%"), ENDS, Column("Of mass", "0.1", "%"), ENDS,
-        Column("Any token is relevant", "0.1", "%"), Column("Neurons", "count"),
+        Column("Any token is relevant", "0.1", "%"), Column("Distinctiveness, permuted", "0.1", "%"),
+        Column("Neurons", "count"),
         Column("Nothing predicted", "count"), Column("Silent", "count"),
     )  # fmt: skip
 
@@ -57,16 +59,19 @@ def _notes(protocol: str, kinds: Sequence[str]) -> tuple[str, ...]:
         "prediction for this neuron. Consistency: share of the relevant tokens on which the neuron fires; by chance, "
         "the share of all tokens on which it fires. Strength: mean activation on relevant tokens. Distinctiveness: "
         "share of the tokens on which the neuron fires, and of its activation (mass), that is relevant; by chance, the "
-        "share of all tokens that is relevant. Means over neurons, then over layers; intervals by two-level bootstrap, "
-        "over neurons and over the excerpts of each neuron.",
+        "share of all tokens that is relevant. Permuted: both with the simulation permuted within each excerpt, the "
+        "chance level of an explanation of the right topic that marks the wrong tokens. Means over neurons, then over "
+        "layers; intervals by two-level bootstrap, over neurons and over the excerpts of each neuron.",
         f"Excerpts of {protocol}{separate}. Nothing predicted: neurons without a relevant token. Silent: neurons that "
         "do not fire in these excerpts. Shuffled: explanations of other neurons of the layer.",
     )
 
 
 def _cells(mean: Mean) -> tuple[Cell, ...]:
+    consistency, distinctiveness = mean.permuted.tolist()
     return (
-        mean.of("consistency"), mean.interval("consistency"), mean.of("firing"), mean.of("strength"),
+        mean.of("consistency"), mean.interval("consistency"), mean.of("firing"), consistency, mean.of("strength"),
         mean.of("distinctiveness"), mean.interval("distinctiveness"), mean.of("distinctiveness_mass"),
-        mean.interval("distinctiveness_mass"), mean.of("relevant"), mean.neurons, mean.unpredicted, mean.silent,
+        mean.interval("distinctiveness_mass"), mean.of("relevant"), distinctiveness, mean.neurons,
+        mean.unpredicted, mean.silent,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def judged_tables(results: Results) -> tuple[Table, ...]:
         "Too few excerpts: neurons without enough windows in which they fire, or in which they are silent. Failed: "
         "neurons without enough readable answers. Unreadable: answers in a wrong format and refusals; no score counts "
         "them.",
-        *few_neurons(neurons[0] for row in rows if isinstance(neurons := row[JUDGED], tuple)),
+        *few_neurons(int(neurons[0]) for row in rows if isinstance(neurons := row[JUDGED], tuple)),
     )
     order = list(SCORERS)
     ordered = tuple(sorted(rows, key=lambda row: order.index(str(row[0]))))

@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from cratelm.report.results.whitebox import View, last_step, maybe_rate, objective_share, shown_rate
+from cratelm.report.results.whitebox import (
+    View,
+    last_step,
+    maybe_rate,
+    objective_per_token,
+    objective_share,
+    penalty_term,
+    shown_rate,
+)
 from cratelm.report.tables.form import Cell, Column, Table
 
 
@@ -20,6 +28,7 @@ def _compression(views: Sequence[View]) -> Table:
         Column("Model"), Column("Layer", "count"), Column("R before", "0.1", "nats"), Column("R after", "0.1", "nats"),
         Column("Rᶜ before", "0.1", "nats"), Column("Rᶜ after", "0.1", "nats"),
         Column("ΔR before", "0.1", "nats"), Column("ΔR after", "0.1", "nats"), Column("ΔR change", "0.1", "nats"),
+        Column("Penalty per token", "0.1", "nats"), Column("Objective per token", "0.1", "nats"),
         Column("Sparse objective", "0.1", "nats"),
         Column("Unit Rᶜ before", "0.1", "nats"), Column("Unit Rᶜ after", "0.1", "nats"),
         Column("Tokens per set", "count"), Column("Sets", "count"),
@@ -29,7 +38,7 @@ def _compression(views: Sequence[View]) -> Table:
             view.title, layer["layer"], layer["rate"]["before"]["mean"], layer["rate"]["after"]["mean"],
             shown_rate(layer, "orthonormal_rate", "before"), shown_rate(layer, "orthonormal_rate", "after"),
             *(maybe_rate(layer, "rate_reduction", when) for when in ("before", "after", "change")),
-            maybe_rate(layer, "sparse_objective"),
+            penalty_term(layer), objective_per_token(layer), maybe_rate(layer, "sparse_objective"),
             shown_rate(layer, "normalised_rate", "before"), shown_rate(layer, "normalised_rate", "after"),
             view.measurements["tokens_per_set"], view.measurements["sets"],
         )
@@ -41,9 +50,11 @@ def _compression(views: Sequence[View]) -> Table:
             "Coding rates of sets of tokens before attention (the normalised input of a layer) and after it (that "
             "input plus the output of attention), so that both have one scale. R is the rate of the whole tokens, Rᶜ "
             "the sum over the heads' subspaces with orthonormal bases; ΔR = R - Rᶜ is the rate reduction, below 0 "
-            "where subspaces overlap and Rᶜ counts the overlap more than once. The sparse objective is ΔR after "
-            "attention - lambda ||A||_0, where A is the codes of all tokens of a set and lambda the model's penalty "
-            "(0.1 for GPT-2). Unit Rᶜ scales each token's projection to each head to unit length, as the released "
+            "where subspaces overlap and Rᶜ counts the overlap more than once. The penalty per token is lambda "
+            "||A||_0 / N with A the codes of the N tokens of a set and lambda the model's penalty (0.1 for GPT-2); the "
+            "objective per token is ΔR after attention minus it, both per token. The sparse objective is the paper's "
+            "form ΔR - lambda ||A||_0, whose second term is a sum over N tokens: its trend over layers depends on N, "
+            "the tokens per set. Unit Rᶜ scales each token's projection to each head to unit length, as the released "
             "code for CRATE's figures does. GPT-2's subspaces are its value projections.",
         ),
     )  # fmt: skip

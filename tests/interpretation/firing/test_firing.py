@@ -51,6 +51,26 @@ def test_a_neuron_by_hand() -> None:
     assert at_half == pytest.approx([1, 0.5, 1 / 3, 5 / 8])
 
 
+def test_the_permuted_level_is_the_mean_over_permutations_within_excerpts(rng: np.random.Generator) -> None:
+    """A neuron of a topic fires on half of the tokens of its excerpts, on few of the others, and not as predicted."""
+    topic = np.array([0.5, 0.5, 0.05, 0.05])[:, None]
+    a = (rng.random((6, 4, 20)) < topic).astype(float)
+    s = rng.random((6, 4, 20)) * (rng.random((6, 4, 20)) < topic)
+    lengths = np.array([[20, 17, 20, 3]] * 6)
+    s *= np.arange(20) < lengths[..., None]
+    level = counted(a, s, lengths).permuted[:, STATED]
+    drawn = []
+    for _ in range(400):
+        permuted = s.copy()
+        for neuron, excerpt in np.ndindex(6, 4):
+            permuted[neuron, excerpt, : lengths[neuron, excerpt]] = rng.permutation(
+                s[neuron, excerpt, : lengths[neuron, excerpt]]
+            )
+        drawn.append(counted(a, permuted, lengths).measures[:, STATED][:, [0, 2]])
+    np.testing.assert_allclose(level, np.mean(drawn, axis=0), atol=0.03)
+    assert level[:, 0].mean() > counted(a, s, lengths).firing.mean() + 0.05
+
+
 def test_what_nothing_is_predicted_for_or_never_fires_is_undefined() -> None:
     a, s, whole = np.array([[[1.0, 0, 2]]]), np.zeros((1, 1, 3)), np.array([[3]])
     nothing = counted(a, s, whole).measures[0, STATED]

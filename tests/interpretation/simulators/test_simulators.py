@@ -125,12 +125,12 @@ def test_a_model_that_writes_10_as_two_tokens_is_asked_for_0_to_9() -> None:
     assert simulated(released, "brackets", ["(", "a"]) == [[1.0, 0.0]]  # 10 is read as the 1 it begins with
 
 
-def test_the_released_read_out_skips_invalid_characters() -> None:
+def test_the_released_read_out_reads_tokens_with_parts_of_characters() -> None:
     tokens = ["(", "\N{REPLACEMENT CHARACTER}", "[\N{REPLACEMENT CHARACTER}", "]"]
     simulator = opened("all-at-once", RuleFollower(), "compat")
     assert simulator.strings_mode == "compat"
-    assert simulated(simulator, "brackets", tokens) == [[10.0, 0.0, 0.0, 10.0]]
-    assert simulator.counts["tokens"] == 2
+    assert simulated(simulator, "brackets", tokens) == [[10.0, 0.0, 10.0, 10.0]]
+    assert simulator.counts["tokens"] == 4
     assert opened("all-at-once", RuleFollower()).strings_mode == "fixed"
 
 

@@ -63,7 +63,7 @@ def released_expectations(llm: Any, prefix: str, rest: str, tokens: list[str]) -
         following = "".join(texts[i + 1 : i + 12])
         if texts[i].endswith("\t") and following.startswith("unknown\n"):
             current += texts[i][:-1]
-            known = current == tokens[len(found)] and "\N{REPLACEMENT CHARACTER}" not in current
+            known = current == tokens[len(found)]
             best = np.argsort(-logits[i], kind="stable")[:5]
             seen = {strings[one]: float(logits[i, one]) for one in reversed(best)}
             numbers = {int(text): logit for text, logit in seen.items() if text in [str(v) for v in range(11)]}

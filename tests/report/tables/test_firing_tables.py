@@ -22,6 +22,8 @@ from cratelm.interpretation.firing.measures import STATED, THRESHOLDS, count_set
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.classification import Questions
 from cratelm.interpretation.scorers.registry import SCORERS, Scorer
+from cratelm.interpretation.scoring.small_samples import pooled_freedom
+from cratelm.interpretation.scoring.statistics import interval
 from cratelm.interpretation.stages.judge import JudgeContext, judge_set, judged_key
 from cratelm.interpretation.stages.set_task import SetTask
 from cratelm.interpretation.store.database import Store
@@ -96,7 +98,8 @@ def test_a_difference_is_of_means_and_its_interval_of_resampled_ones(found: tupl
     expected = [(one.of("consistency") or 0) - (one.of("firing") or 0) for one in (ours, theirs)]
     assert value == pytest.approx(expected[0] - expected[1])
     samples = [one.column("consistency") - one.column("firing") for one in (ours, theirs)]
-    assert (low, high) == tuple(np.percentile(samples[0] - samples[1], [2.5, 97.5]))
+    freedom = pooled_freedom(samples, [float(one.freedom.min()) for one in (ours, theirs)])
+    assert (low, high) == interval(samples[0] - samples[1], freedom)
     assert low < value < high
     same = difference(ours, ours, ("distinctiveness",))
     assert same == (0, 0, 0)

@@ -71,7 +71,7 @@ def limited_protocol(
             self.deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
         def is_idle(self) -> bool:
-            """Whether the connection waits for a request; `cycle` is the current or the last one."""
-            return self.cycle is None or self.cycle.response_complete
+            """Whether the connection waits for a request: no answer is computed (`cycle`: the last request) or sent."""
+            return not self.flow.write_paused and (self.cycle is None or self.cycle.response_complete)
 
     return LimitedProtocol

@@ -99,7 +99,9 @@ def test_three_hundred_idle_connections_shut_out_no_visitor() -> None:
 
 def test_the_oldest_idle_connection_is_replaced_and_a_busy_one_is_not() -> None:
     with running(per_address=2, head_seconds=60.0) as port, contextlib.ExitStack() as opened:
-        busy, idle, new = (opened.enter_context(connect(port, sent=sent)) for sent in (REQUEST % b"/large", b"", b""))
+        busy = opened.enter_context(connect(port, sent=REQUEST % b"/large"))
+        assert busy.recv(12, socket.MSG_PEEK)  # the request has arrived before the others connect
+        idle, new = (opened.enter_context(connect(port)) for _ in range(2))
         assert is_closed(idle)
         assert is_answered(new)
         received = 0

@@ -17,7 +17,7 @@ from report.tables.test_tables import cells, scored_runs
 
 from cratelm import read_records
 from cratelm.commands import interpret
-from cratelm.interpretation.firing.means import mean_firing
+from cratelm.interpretation.firing.means import ALL, mean_firing
 from cratelm.interpretation.firing.measures import STATED, THRESHOLDS, count_sets
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.classification import Questions
@@ -98,7 +98,10 @@ def test_a_difference_is_of_means_and_its_interval_of_resampled_ones(found: tupl
     expected = [(one.of("consistency") or 0) - (one.of("firing") or 0) for one in (ours, theirs)]
     assert value == pytest.approx(expected[0] - expected[1])
     samples = [one.column("consistency") - one.column("firing") for one in (ours, theirs)]
-    freedom = pooled_freedom(samples, [float(one.freedom.min()) for one in (ours, theirs)])
+    freedom = pooled_freedom(
+        samples,
+        [min(float(one.freedom[ALL.index(name)]) for name in ("consistency", "firing")) for one in (ours, theirs)],
+    )
     assert (low, high) == interval(samples[0] - samples[1], freedom)
     assert low < value < high
     same = difference(ours, ours, ("distinctiveness",))

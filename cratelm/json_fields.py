@@ -67,6 +67,8 @@ JSON_FIELDS: dict[str, Any] = {
     "export.json": {"mode": _TEXT},
     "model.safetensors.index.json": {"weight_map": {...: str}},
     "pytorch_model.bin.index.json": {"weight_map": {...: str}},
+    "encoder.json": {...: int},
+    "vocab.json": {...: int},
     "checksums.json": {"sha256": ({...: [str]}, None)},
     "ablation.jsonl": {
         "neurons": [str], "kind": str, "nats": float, "standard_error": _NUMBER, "density": _NUMBER,

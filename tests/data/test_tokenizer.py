@@ -219,7 +219,7 @@ def test_broken_gpt2_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CrateError, match="vocab.bpe joins a b, which"):
         gpt2_bpe(tmp_path)
     (tmp_path / "encoder.json").write_text('{"a": ')
-    with pytest.raises(CrateError, match="holds no readable GPT-2 tokenizer"):
+    with pytest.raises(CrateError, match="encoder.json is not readable JSON"):
         gpt2_bpe(tmp_path)
 
 

@@ -54,7 +54,9 @@ def write_checksums(folder: Path, files: Mapping[str, list[str]] | None = None) 
     write_json(path, {"sha256": dict(sorted((_read(folder) | dict(files)).items()))})
 
 
-def verify(path: Path, expected: str | None = None) -> None:
+def verify(
+    path: Path, expected: str | None = None, *, hint: str = "Write it again with the command that made it."
+) -> None:
     """Raise CrateError if a file does not have its checksum: `expected`, or the one in `checksums.json` next to it."""
     checksums = _expected(path) if expected is None else [expected]
     if not checksums or os.environ.get(VERIFY_SWITCH) == "0" or not path.is_file():
@@ -62,7 +64,7 @@ def verify(path: Path, expected: str | None = None) -> None:
     if (found := _remembered_sha256(path)) not in checksums:
         raise CrateError(
             f"{path} is damaged or was changed: its sha256 must be {checksums[-1][:12]}..., got {found[:12]}.... "
-            "Hint: write it again with the command that made it, or read it as it is with --no-verify"
+            f"{hint.rstrip('.')}. Or read it as it is: --no-verify"
         )
 
 
@@ -81,7 +83,7 @@ def read_tensors(path: Path, *, hint: str) -> dict[str, np.ndarray]:
 
 def read_tensors_and_metadata(path: Path, *, hint: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays and the metadata of a safetensors file of ours."""
-    verify(path)
+    verify(path, hint=hint)
     try:
         with safe_open(check_regular(path), framework="np") as file:
             metadata = file.metadata() or {}

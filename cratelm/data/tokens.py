@@ -83,7 +83,7 @@ class TokenDirectory:
             )
         shard = self.path / f"{split}.bin"
         if (expected := self.splits[split].sha256) is not None:
-            verify(shard, expected)
+            verify(shard, expected, hint="Tokenize again")
         return np.memmap(shard, dtype=little_endian(self.dtype), mode="r")
 
     def documents(self, split: str) -> Int64[np.ndarray, " boundaries"]:

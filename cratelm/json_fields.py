@@ -11,10 +11,10 @@ _MEAN = {"mean": float}
 _STEPS = ({...: _MEAN}, None)
 _BY_PROJECTION = ({"before": {...: _MEAN}, "after": {...: _MEAN}}, None)
 _LOSS: dict[Any, Any] = {
-    "split": _TEXT, "nats_per_token": float, "standard_error": _NUMBER, "perplexity": _NUMBER, "bits_per_byte": float,
-    "tokens": int, "documents": _WHOLE, "data_hash": _TEXT,
+    "split": _TEXT, "nats_per_token": _NUMBER, "standard_error": _NUMBER, "perplexity": _NUMBER,
+    "bits_per_byte": _NUMBER, "tokens": _WHOLE, "documents": _WHOLE, "data_hash": _TEXT,
 }  # fmt: skip
-_WORD = ({"accuracy": float, "standard_error": _NUMBER, "perplexity": _NUMBER, "passages": int}, None)
+_WORD = ({"accuracy": _NUMBER, "standard_error": _NUMBER, "perplexity": _NUMBER, "passages": _WHOLE}, None)
 _ZERO_SHOT = ({...: {**_LOSS, "last_word": _WORD}}, None)
 _OF_SAE = {
     "sae_hash": str, "layer": int, "tokens": int, "ce": float, "ce_mean": float, "ce_unigram": float,
@@ -39,10 +39,11 @@ _SPLIT = {"tokens": int, "documents": _WHOLE, "text_bytes": _WHOLE, "sha256": _T
 
 JSON_FIELDS: dict[str, Any] = {
     "run.json": {
-        "name": str, "arch": str, "model": {"num_layers": _WHOLE}, "parameters": int, "flops_per_token": int,
+        "name": _TEXT, "arch": _TEXT, "model": ({"num_layers": _WHOLE}, None), "parameters": _WHOLE,
+        "flops_per_token": _WHOLE,
         "control": _TEXT, "of": _TEXT, "source": _TEXT, "imported": _OBJECT,
         "training": ({"tokens": _WHOLE, "batch_tokens": _WHOLE, "seed": _WHOLE}, None),
-        "origin": ({"date": str, "command": str, "machine": str, "python": str, "versions": dict}, None),
+        "origin": ({"date": _TEXT, "command": _TEXT, "machine": _TEXT, "python": _TEXT, "versions": _OBJECT}, None),
     },
     "metrics.jsonl": {"step": int, "tokens": _WHOLE, "loss": _NUMBER, "held_out_loss": _NUMBER},
     "evaluation.json": (

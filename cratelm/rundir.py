@@ -250,7 +250,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems without locks answer, some NFS and Lustre among them."""
 
 
-def _check_holder(run: Path, file: TextIO, error: OSError) -> None:
+def _check_holder(run: Path, lock: Path, file: TextIO, error: OSError) -> None:
     """Without a lock, trust the note of the process that claimed the run; warn that two may start at once."""
     file.seek(0)
     holder = file.read().strip()
@@ -258,7 +258,7 @@ def _check_holder(run: Path, file: TextIO, error: OSError) -> None:
     if known and (known[2] != socket.gethostname() or _alive(int(known[1]))):
         raise CrateError(
             f"{run} is in use by {holder}, and its file system has no locks ({error.strerror}). Hint: wait for it; if "
-            f"that process has ended, remove {file.name}"
+            f"that process has ended, remove {lock}"
         ) from None
     sys.stderr.write(f"warning: {run} cannot be locked ({error.strerror}). Start no second command in it\n")
 
@@ -271,7 +271,8 @@ def claim(run: Path, *, part: int = 0) -> Iterator[None]:
     """
     import fcntl
 
-    with _open_writable(run / (f".lock.part-{part}" if part else ".lock"), os.O_RDWR) as file:
+    lock = run / (f".lock.part-{part}" if part else ".lock")
+    with _open_writable(lock, os.O_RDWR) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -282,7 +283,7 @@ def claim(run: Path, *, part: int = 0) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _check_holder(run, file, error)
+            _check_holder(run, lock, file, error)
         with _space_for(run):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:120]})")

@@ -1,5 +1,6 @@
 """The tables of scores that `interpret` and `score` print: by protocol and layer, 80 columns wide."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,8 @@ def score_lines(models: Sequence[ModelAggregate], *, whole_model: bool, columns:
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
             lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval_text(model.low, model.high)) + note)
-    return [*lines, *few_neurons(layer.scored for model in models for layer in model.layers)]
+    notes = few_neurons(layer.scored for model in models for layer in model.layers)
+    return [*lines, *(line for note in notes for line in textwrap.wrap(note, 80))]
 
 
 def _layer_row(name: str, line: LayerAggregate, columns: Columns) -> str:

@@ -46,7 +46,7 @@ def test_a_folder_with_pytorch_model_bin_alone_is_read(folder: Path) -> None:
     assert weights_hash(load_model(folder)) == expected
     (folder / names[1]).unlink()
     (folder / names[1]).symlink_to(folder / "nowhere")
-    with pytest.raises(CrateError, match=f"{names[1]} is not a file"):
+    with pytest.raises(CrateError, match=names[1]):
         load_model(folder)
     index.write_text("{}")
     with pytest.raises(CrateError, match=r"index.json lacks or misspells a field \(weight_map\)"):

@@ -272,7 +272,7 @@ def test_bad_options_get_one_line(runs: list[Path], tmp_path: Path, capsys: pyte
         (["serve", str(runs[0]), "--new-tokens", "0"], "at least 1"),
         (["serve", str(runs[0]), "--port", "0", "--allow-host", "http://hub"], "must be a name"),
         (["serve", str(runs[0]), "--port", "0", "--root-path", "lab/"], "must be a path"),
-        (["serve", str(runs[0]), "--port", "0", "--votes", str(tmp_path)], "give --votes FILE"),
+        (["serve", str(runs[0]), "--port", "0", "--votes", str(tmp_path)], "must be a file, got a folder"),
         (["serve", str(runs[0]), "--host", "203.0.113.1"], "cannot listen"),
     ):
         assert main(arguments) == 2

@@ -65,7 +65,9 @@ def check_writable(path: Path) -> Path:
     """Return the path of a file that is written in place. Raises CrateError for a link, and for all but a file."""
     if path.is_symlink():
         raise CrateError(f"{path} must be a file, got a link. Hint: remove the link")
-    return check_inside(check_regular(path) if path.exists() else path)
+    with contextlib.suppress(FileNotFoundError):  # not there yet, or a journal that another process has just removed
+        check_regular(path)
+    return check_inside(path)
 
 
 def _open_writable(path: Path, flags: int) -> TextIO:

@@ -129,7 +129,8 @@ def _split_characters(spans: list[TokenSpan], tokens: Sequence[Sequence[str]], t
         while last < len(spans) and is_piece(last):
             last += 1
         start, end = spans[first].start, spans[max(last - 1, first)].end
-        if start == end and last < len(spans) and last > first and not text[start : start + 1].isascii():
+        silent = all(tokens[i][spans[i].reading] == "" for i in range(first, last))
+        if start == end and first < last < len(spans) and silent and not text[start : start + 1].isascii():
             spans[last] = spans[last]._replace(start=start + 1)
             end = start + 1
         if last - first >= end - start > 0:

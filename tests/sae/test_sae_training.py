@@ -123,7 +123,8 @@ def test_a_saved_autoencoder_reconstructs_as_well_as_the_trained_one(
         return
     fvu = float((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
     assert fvu == pytest.approx(last["fvu"], rel=1e-3)
-    assert float((sae.encode(x) > 0).sum(1).float().mean()) == pytest.approx(last["l0"], rel=1e-3)
+    # A latent whose activation is near 0 may fall on the other side of it after the folding.
+    assert float((sae.encode(x) > 0).sum(1).float().mean()) == pytest.approx(last["l0"], rel=2e-2)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,7 +1,7 @@
 """The tables of scores that `interpret` and `score` print: by protocol and layer, 80 columns wide."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,8 +79,12 @@ def score_lines(models: Sequence[ModelAggregate], *, whole_model: bool, columns:
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
             lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval_text(model.low, model.high)) + note)
-    notes = few_neurons(layer.scored for model in models for layer in model.layers)
-    return [*lines, *(line for note in notes for line in textwrap.wrap(note, 80))]
+    return [*lines, *warning_of_few(layer.scored for model in models for layer in model.layers)]
+
+
+def warning_of_few(counts: Iterable[int]) -> list[str]:
+    """The warning about means over few neurons, if there is one, in lines of 80 columns."""
+    return [line for note in few_neurons(counts) for line in textwrap.wrap(note, 80)]
 
 
 def _layer_row(name: str, line: LayerAggregate, columns: Columns) -> str:

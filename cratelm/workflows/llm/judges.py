@@ -9,11 +9,10 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import Questions
 from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION, ScorerAggregate, check_llm
-from cratelm.interpretation.scoring.small_samples import few_neurons
 from cratelm.interpretation.stages.judge import JudgeContext, aggregate_judged, judged_key, judged_sets
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
-from cratelm.workflows.score_table import interval_text, line_of, set_words
+from cratelm.workflows.score_table import interval_text, line_of, set_words, warning_of_few
 
 FEW = ("too few excerpts",)
 
@@ -111,4 +110,4 @@ def _table(keys: Sequence[SetKey], aggregates: Sequence[ScorerAggregate]) -> lis
         name = key.protocol or "(none)"
         lines.append(line_of("" if name == before else name, *cells))
         before = name
-    return [*lines, *few_neurons(aggregate.judged for aggregate in aggregates)]
+    return [*lines, *warning_of_few(aggregate.judged for aggregate in aggregates)]

@@ -7,8 +7,6 @@ process may open.
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 CONNECTIONS = 800
 """Limit of open connections; a process may usually open 1,024 files."""
 PER_ADDRESS = 200
@@ -27,6 +25,7 @@ def limited_protocol(
     A new connection of an address with too many replaces the oldest one that waits for a request; it is refused if
     every connection of the address has a request.
     """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class LimitedProtocol(H11Protocol):
         deadline: asyncio.TimerHandle | None = None

@@ -172,7 +172,7 @@ def check_regular(path: Path) -> Path:
         raise CrateError(f"{str(path)!r} must be the name of a file") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise CrateError(f"{path} must be a file, got {kind}. Hint: remove it, or give another path")
+        raise CrateError(f"{path} must be a file, got {kind}. Hint: give another path, or move it away")
     return path
 
 

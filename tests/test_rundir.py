@@ -208,9 +208,9 @@ def test_other_system_errors_stay_what_they_are(tmp_path: Path) -> None:
 
 def test_a_temporary_folder_that_cannot_be_made_is_reported_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250)
-    with pytest.raises(OSError, match="too long") as told:
+    with pytest.raises(OSError, match="too long") as refusal:
         write_text(path, "x")
-    assert told.value.filename == str(path)
+    assert refusal.value.filename == str(path)
 
 
 def test_json_comes_back_with_its_version(tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_file_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> Non
 def test_an_unusable_json_file_names_the_command_that_makes_it(text: bytes | None, said: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "a.json").write_bytes(text)
-    with pytest.raises(CrateError, match=said) as told:
+    with pytest.raises(CrateError, match=said) as refusal:
         read_json(tmp_path / "a.json", made_by="cratelm make")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_lines_are_read_without_a_torn_last_one(tmp_path: Path, rng: np.random.Generator) -> None:

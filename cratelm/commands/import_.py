@@ -12,7 +12,6 @@ becomes a run with records but without a model, for interpret, neurons and expor
 import that was stopped.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,6 +103,7 @@ def _is_done(
 
 def _read_checkpoint(path: Path, options: Options) -> "tuple[LanguageModel, Tokenizer | None, dict[str, Any]]":
     """Model, tokenizer and facts about the training, from a checkpoint of the released code or of nanoGPT."""
+    from cratelm.checksums import sha256_of
     from cratelm.data.tokenizer import load_tokenizer
     from cratelm.model.official import read_official
 
@@ -115,9 +115,7 @@ def _read_checkpoint(path: Path, options: Options) -> "tuple[LanguageModel, Toke
             "nanoGPT uses gelu: --activation gelu" if options.activation == "relu" else "the released models use relu"
         )
         console.print(f"nonlinearity: {ACTIVATIONS[options.activation]} (not recorded in the file; {other})")
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {"steps": provenance.iter_num, "validation loss": provenance.best_val_loss, "sha256": sha256}
+    facts = {"steps": provenance.iter_num, "validation loss": provenance.best_val_loss, "sha256": sha256_of(path)}
     if options.tokenizer not in (None, "none"):
         return model, load_tokenizer(str(options.tokenizer)), facts
     if options.tokenizer is None and model.config.vocab_size in GPT2_VOCABULARIES:

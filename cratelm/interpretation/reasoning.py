@@ -3,7 +3,7 @@
     tags        <think>...</think>, <|START_THINKING|>..., [THINK]..., ◁think▷...; also with one of the two tags only
     channels    <|channel|>analysis<|message|>...<|channel|>final<|message|>...; also with the markers removed
 
-Reasoning that a server returns in a field of its own is put into an open tag if there is no answer next to it
+Reasoning that a server returns in a separate field is put into an open tag if there is no answer next to it
 (`clients/responses.py`).
 """
 

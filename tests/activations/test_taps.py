@@ -197,8 +197,8 @@ def test_an_edit_that_changes_the_shape_is_refused(tokens: Tensor, rng: np.rando
 )
 def test_an_unknown_tap_is_refused_with_the_nearest_names(tap: str, near: str) -> None:
     with (
-        pytest.raises(CrateError, match=f"no module '{tap}'".replace("?", r"\?")) as told,
+        pytest.raises(CrateError, match=f"no module '{tap}'".replace("?", r"\?")) as refusal,
         capture(LanguageModel(tiny_config()), [tap]),
     ):
         pytest.fail("the block was entered")
-    assert near in str(told.value).partition("Similar: ")[2].split(", ")
+    assert near in str(refusal.value).partition("Similar: ")[2].split(", ")

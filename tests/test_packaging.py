@@ -17,7 +17,7 @@ import cratelm
 REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-FOR_DEVELOPERS = {"dev", "browser-test", "embed-test"}
+FOR_DEVELOPERS = {"dev", "browser-test", "parts-test"}
 
 
 def pins() -> dict[str, str]:

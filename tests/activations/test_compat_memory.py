@@ -1,7 +1,9 @@
 """Peak memory of a `compat` collection in a real process, at two sizes of the corpus."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ GROWN = 500
 
 def peak(mode: str, tokens: int) -> int:
     command = [sys.executable, "-m", "fixtures.collection_peak", mode, str(tokens), "768"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 @pytest.mark.slow

@@ -133,6 +133,11 @@ class LLM(Protocol):
         ...
 
     @property
+    def price(self) -> tuple[float, float] | None:
+        """Price of a million tokens read and generated, if the server lists it."""
+        ...
+
+    @property
     def remote(self) -> bool:
         """Whether a server runs the model: each call is a request, and the time of a call is mostly waiting."""
         ...
@@ -200,6 +205,7 @@ class InProcess:
     """The part of `LLM` that is the same for every model in this process: an exact count, and no server."""
 
     remote = False
+    price: tuple[float, float] | None = None
     served: tuple[str, ...] = ()
     counts_exactly = True
     logprobs_format: tuple[str, int] | None = None
@@ -245,6 +251,10 @@ class LLMWrapper:
     @property
     def context(self) -> int | None:
         return self.inner.context
+
+    @property
+    def price(self) -> tuple[float, float] | None:
+        return self.inner.price
 
     @property
     def remote(self) -> bool:

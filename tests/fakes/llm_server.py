@@ -42,10 +42,12 @@ class Server:
             disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
-                self.reply(Answer({"object": "list", "data": owner.served}))
+                self.reply(owner.get(self.path))
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                is_json = "json" in self.headers["Content-Type"]
+                body = json.loads(content) if is_json else {"content": content.decode()}
                 with owner.lock:
                     owner.asked.append((self.path, body))
                     owner.keys.append(self.headers.get("Authorization"))
@@ -79,6 +81,11 @@ class Server:
         self.server = Threads(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+
+    def get(self, path: str) -> Answer:
+        """The answer to a GET: the list of models."""
+        found = path.startswith("/v1/models")
+        return Answer({"object": "list", "data": self.served}) if found else refusal(f"no {path}", 404)
 
     @property
     def url(self) -> str:

@@ -1,7 +1,8 @@
 """A language model behind a server: vLLM, llama.cpp, `transformers serve`, or a provider, by its base URL.
 
 Differences between servers are handled here and next to here: how they return prompt logprobs (`prompt_logprobs.py`),
-which parameters they support (`parameters.py`), and the forms of their answers (`responses.py`).
+which parameters they support (`parameters.py`), the forms of their answers (`responses.py`), models that answer at
+`/responses` only (`responses_endpoint.py`), and what they list (`server_facts.py`).
 """
 
 import asyncio
@@ -17,7 +18,9 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.clients.parameters import Attempt, Parameters, chat_body
 from cratelm.interpretation.clients.prompt_logprobs import STYLES, Absent, read, request
 from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text
-from cratelm.interpretation.clients.transport import Refused, Retry, Transport
+from cratelm.interpretation.clients.responses_endpoint import CHAT_LABEL, NO_CHAT, as_chat_completion, responses_body
+from cratelm.interpretation.clients.server_facts import cache_hint, context_in, price_in, slots_in, with_cache_hint
+from cratelm.interpretation.clients.transport import Refused, Retry, T, Transport
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import Declined, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
@@ -29,8 +32,6 @@ UNKNOWN_MODEL = re.compile(
 )
 FACTS = ("root", "parent", "owned_by", "meta", "quantization")
 """Fields of a server's model list that differ between models with the same name."""
-CONTEXTS = ("max_model_len", "context_length", "max_context_length", "n_ctx", "n_ctx_train")
-"""Fields under which servers report the context length."""
 IGNORED = "ignored"
 LENGTH = ("max_tokens", "max_output_tokens", "token_limit", "model_length")
 """Other words of servers for the finish reason `length`."""
@@ -54,6 +55,7 @@ class Endpoint:
         self.name, self.temperature, self.extra = model, temperature, dict(extra or {})
         self.identity = self._identity({})
         self.context: int | None = None
+        self.price: tuple[float, float] | None = None
         self.served: tuple[str, ...] = ()
         self.logprobs_format: tuple[str, int] | None = None
         self.transport = Transport(
@@ -64,6 +66,7 @@ class Endpoint:
         """Measured on few-shot examples by `calibrate`; 0 if not known: then `count` assumes a token per byte."""
         self._counter = counter
         self._no_logprobs = ""
+        self._hint = cache_hint(url, model)
         self._detecting = asyncio.Lock()
         self._parameters = Parameters()
 
@@ -89,8 +92,20 @@ class Endpoint:
         self.served = tuple(sorted(set(by_name) - {"None"}))
         if (facts := by_name.get(self.name)) is not None:
             self.identity = self._identity(facts)
-            facts = facts | (facts["meta"] if isinstance(facts.get("meta"), dict) else {})
-            self.context = next((size for key in CONTEXTS if (size := tokens_in(facts.get(key)))), None)
+            self.context, self.price = context_in(facts), price_in(facts)
+        await self._ask_slots("llama" in str((facts or {}).get("owned_by", "")).lower())
+
+    async def _ask_slots(self, llama_cpp: bool) -> None:
+        """Ask llama.cpp for its slots: no more requests are in flight, and the context is that of one slot."""
+        if self.transport.url.startswith("https:") and not llama_cpp:
+            return
+        for path in ("/props", "/slots") if llama_cpp else ("/props",):
+            with contextlib.suppress(CrateError):
+                slots, context = slots_in(await self.transport.get(path, timeout=5.0, root=True))
+                if slots:
+                    self.transport.limit(slots)
+                    self.context = context or self.context
+                    return
 
     async def close(self) -> None:
         """Close the connections."""
@@ -131,7 +146,7 @@ class Endpoint:
             question = [Message("user", text)], Sampling(max_tokens=4, temperature=self.temperature)
             for attempt in self._attempts(*question):
                 with attempt:
-                    cost = await self.transport.post("/chat/completions", attempt.body, _reported_usage)
+                    cost = await self._post_chat(attempt.body, _reported_usage)
             if attempt.refusal is not None:
                 raise attempt.refusal
         except LLMError:
@@ -146,9 +161,7 @@ class Endpoint:
         size = sum(len(message.text.encode()) for message in messages)
         for attempt in self._attempts(messages, sampling):
             with attempt:
-                return await self.transport.post(
-                    "/chat/completions", attempt.body, partial(self._parse_chat, size), same_500s=attempt.same_500s
-                )
+                return await self._post_chat(attempt.body, partial(self._parse_chat, size), attempt.same_500s)
         assert attempt.refusal is not None
         await self._check_model(attempt.refusal)
         raise attempt.refusal
@@ -157,9 +170,33 @@ class Endpoint:
         def build(without: Set[str]) -> dict[str, Any]:
             supported = without_system(messages) if "system" in without else messages
             turns = [{"role": message.role, "content": message.text} for message in supported]
-            return chat_body(self.name, turns, sampling, without) | self.extra
+            body = chat_body(self.name, turns, sampling, without) | self.extra
+            return with_cache_hint(body, self._hint) if self._hint not in without else body
 
         return self._parameters.attempts(build)
+
+    async def _post_chat(self, body: dict[str, Any], parse: Callable[[dict[str, Any]], T], same_500s: int = 0) -> T:
+        """Post a chat request; at `/responses` if the model does not answer chats at `/chat/completions`."""
+        if CHAT_LABEL not in self.unsupported:
+            try:
+                return await self.transport.post("/chat/completions", body, parse, same_500s=same_500s)
+            except Refused as error:
+                named = NO_CHAT.search(error.detail)
+                unknown = UNKNOWN_MODEL.search(error.detail) or (self.served and self.name not in self.served)
+                if not named and (self.transport.answered or unknown or error.status not in (404, 405)):
+                    raise
+                refusal = error
+        else:
+            named, refusal = None, None
+        try:
+            converted = responses_body(body)
+            answer = await self.transport.post("/responses", converted, lambda found: parse(as_chat_completion(found)))
+        except Refused:
+            if refusal is None or named:
+                raise
+            raise refusal from None
+        self.unsupported.add(CHAT_LABEL)
+        return answer
 
     def _parse_chat(self, size: int, answer: Mapping[str, Any]) -> Reply:
         try:
@@ -258,12 +295,6 @@ class Endpoint:
             raise CrateError(
                 f"{self.transport.url} does not serve {self.name} (it serves: {listed}). {error}"
             ) from None
-
-
-def tokens_in(value: Any) -> int | None:
-    """A number of tokens as servers write it: 4096, 4096.0, "4096", "128k", "1M"; None if it is something else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)", str(value).strip().lower().replace(",", ""))
-    return int(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2]]) or None if match else None
 
 
 def _reported_usage(answer: Mapping[str, Any]) -> tuple[int, int]:

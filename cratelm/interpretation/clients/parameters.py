@@ -21,8 +21,10 @@ NO_SYSTEM = re.compile(
 )
 """Error messages of servers whose chat template has no system message."""
 NAMED: dict[str, str] = {
+    "prompt_cache_key": r"prompt_cache_key",
+    "cache_control": r"cache_control|content.{0,60}(str\b|string)|content.{0,20}(list|array|parts)",
     "prefixItems": r"prefixItems|\bconst\b|schema",
-    "response_format": r"response_format|json_schema|grammar|guided|structured.?output",
+    "response_format": r"response_format|text\.format|json_schema|grammar|guided|structured.?output",
     "top_p": r"top[_-]?p(?![a-z])",
     "seed": r"(?<![a-z])seed(?![a-z])",
     "temperature": r"temperature",
@@ -130,7 +132,8 @@ def features(body: Mapping[str, Any]) -> list[str]:
     turns = body["messages"]
     system = ["system"] if turns[0]["role"] == "system" and len(turns) > 1 else []
     pinned = ["prefixItems"] if "prefixItems" in json.dumps(body.get("response_format")) else []
-    return system + pinned + [_label(name, body[name]) for name in NAMED if name in body]
+    hints = ["cache_control"] if any(not isinstance(turn["content"], str) for turn in turns) else []
+    return hints + system + pinned + [_label(name, body[name]) for name in NAMED if name in body]
 
 
 def _label(name: str, value: Any) -> str:

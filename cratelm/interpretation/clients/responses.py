@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LONGEST_QUOTE = 500
@@ -88,13 +88,23 @@ def _block_text(block: Any) -> str:
 def reported_usage(answer: Mapping[str, Any], sent: int, limit: Any) -> dict[str, int]:
     """The tokens that a server reports, without numbers that cannot be true: they count as not reported.
 
-    `sent`: bytes of the request; `limit`: the most tokens that were requested.
+    `sent`: bytes of the request; `limit`: the most tokens that were requested. `cached_tokens` are those of the prompt
+    that the server did not compute again.
     """
     usage = answer.get("usage")
-    most = {"prompt_tokens": sent, "completion_tokens": limit if isinstance(limit, int) else 0}
-    return {
-        name: int(count)
-        for name, count in (usage.items() if isinstance(usage, dict) else ())
-        if name in most and type(count) in (int, float) and math.isfinite(count)
-        and 0 <= count <= most[name] + MOST_EXTRA_TOKENS
-    }  # fmt: skip
+    usage = usage if isinstance(usage, dict) else {}
+    details = [usage.get(name) for name in ("prompt_tokens_details", "input_tokens_details")]
+    cached = [value.get("cached_tokens") for value in details if isinstance(value, dict)]
+    most = sent + MOST_EXTRA_TOKENS, (limit if isinstance(limit, int) else 0) + MOST_EXTRA_TOKENS
+    counts = {
+        "prompt_tokens": _credible((usage.get("prompt_tokens"), usage.get("input_tokens")), most[0]),
+        "completion_tokens": _credible((usage.get("completion_tokens"), usage.get("output_tokens")), most[1]),
+        "cached_tokens": _credible((*cached, usage.get("prompt_cache_hit_tokens")), most[0]),
+    }
+    return {name: count for name, count in counts.items() if count is not None}
+
+
+def _credible(counts: Iterable[Any], most: int) -> int | None:
+    """The first number of tokens from 0 to `most`; None without one."""
+    numbers = (count for count in counts if type(count) in (int, float) and math.isfinite(count))
+    return next((int(count) for count in numbers if 0 <= count <= most), None)

@@ -161,8 +161,8 @@ class Transport:
                         self.usage.requests += 1
                         async with client.stream("POST", self.url + path, content=content) as response:
                             answer = await self._read(response)
-                limit = body.get("max_tokens", body.get("max_completion_tokens"))
-                answer["usage"] = reported_usage(answer, len(content), limit)
+                limits = (body.get(f"max_{name}tokens") for name in ("", "completion_", "output_"))
+                answer["usage"] = reported_usage(answer, len(content), next(filter(None, limits), None))
                 parsed = parse(answer)
             except Malformed as error:
                 read, generated = (answer.get("usage", {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
@@ -172,7 +172,13 @@ class Transport:
                     raise Refused(f"the server failed (HTTP 500): {error}", 500) from None
                 raise await self._given_up(error) from None
         self.answered = True
+        self.usage.prompt_cached += answer["usage"].get("cached_tokens", 0)
         return parsed
+
+    def limit(self, in_flight: int) -> None:
+        """Lower the number of requests in flight, before any is sent: to the slots of the server."""
+        self.in_flight = min(self.in_flight, in_flight)
+        self._slots = asyncio.Semaphore(self.in_flight)
 
     async def _read(self, response: Any) -> dict[str, Any]:
         """The JSON of a response. Raises `Malformed`, or the error that its status or its body reports."""
@@ -242,17 +248,19 @@ class Transport:
         reason = f"no answer within {self.timeout:g} seconds (--timeout)" if late else "the connection was cut"
         return LLMError(f"{reason}, {times}")
 
-    async def get(self, path: str, *, timeout: float = 30.0) -> dict[str, Any]:
+    async def get(self, path: str, *, timeout: float = 30.0, root: bool = False) -> dict[str, Any]:
         """Get a JSON object, or the list that a server returns in its place as `data`, with two attempts.
 
-        Raises `LLMError` if the server reports an error, and `CrateError` if it cannot be reached.
+        `root`: the path stands next to `/v1`, not below it. Raises `LLMError` if the server reports an error, and
+        `CrateError` if it cannot be reached.
         """
         client, failure = self._connection(), CrateError("")
+        base = self.url.removesuffix("/v1") if root else self.url
         import httpx
 
         for attempt in (1, 2):
             try:
-                async with client.stream("GET", self.url + path, timeout=timeout) as response:
+                async with client.stream("GET", base + path, timeout=timeout) as response:
                     return await self._read(response)
             except Malformed as error:
                 failure = self._unreachable(f"{self.url} does not speak OpenAI's protocol ({self._shown(str(error))})")

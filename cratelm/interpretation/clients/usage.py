@@ -44,6 +44,8 @@ class Usage:
     """Tokens read, as the server counts them."""
     new_tokens: int = 0
     """Tokens generated."""
+    prompt_cached: int = 0
+    """Tokens of prompts that the server took from its cache, as far as it reports them."""
 
     def add(self, prompt_tokens: int, new_tokens: int, *, usable: bool = True) -> None:
         """Count one answer."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,24 @@ async def calibrate_counts(llm: LLM | None, store: Store, usage: Usage) -> None:
         tokens_per_byte = await llm.calibrate(None if known is None else float(known))
     if known is None and store.path.exists():
         store.note(name, repr(tokens_per_byte))
+
+
+def priced(spending: Spending, llms: LLMs) -> Spending:
+    """The spending with the prices that the servers list, unless the user gave prices; the highest of several models.
+
+    Raises `CrateError` if a price is limited and not known.
+    """
+    if spending.price_in or spending.price_out:
+        return spending
+    remote = [llm for llm in (llms.explainer, llms.simulator, llms.judge) if llm is not None and llm.remote]
+    listed = [llm.price for llm in remote if llm.price is not None]
+    if not listed or len(listed) < len(remote):
+        if spending.budget_price is not None:
+            raise CrateError("--budget-price needs the price of tokens. Hint: use --price-in and --price-out")
+        return spending
+    prices = tuple(max(price) for price in zip(*listed, strict=True))
+    console.print(f"price listed by the server: {prices[0]:g} for a million tokens read, {prices[1]:g} generated")
+    return replace(spending, price_in=prices[0], price_out=prices[1])
 
 
 def explains(explaining: Explaining) -> bool:
@@ -179,6 +197,8 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
         timeout=explaining.timeout, temperature=explaining.temperature or 0.0, extra=explaining.extra,
     )  # fmt: skip
     await endpoint.connect()
+    if (slots := endpoint.transport.in_flight) < spending.in_flight and model:
+        console.print(f"the server has {slots} {'slot' if slots == 1 else 'slots'}: as many requests in flight")
     if not model:
         await endpoint.close()
         if len(endpoint.served) != 1:

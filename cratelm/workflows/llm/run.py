@@ -24,7 +24,7 @@ from cratelm.interpretation.store.schema import SetKey
 from cratelm.rundir import claim
 from cratelm.runtime import human, printable
 from cratelm.workflows.llm.judges import print_judged
-from cratelm.workflows.llm.opening import LLMs, explainer_name, open_llms
+from cratelm.workflows.llm.opening import LLMs, explainer_name, open_llms, priced
 from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.llm.run_work import RunWork
 from cratelm.workflows.options.selection import Selection, check_runs, chosen_layers, chosen_protocols
@@ -43,6 +43,7 @@ async def interpret(request: InterpretRequest, *, quiet: bool = False) -> None:
         for run in runs:
             opened.enter_context(claim(run, part=part if parts > 1 else 0))
         llms = await opened.enter_async_context(_open(request, usage))
+        request = replace(request, spending=priced(request.spending, llms))
         for run in runs:
             works.append(work := RunWork(request=request, run=run, llms=llms, usage=usage, quiet=quiet))
             opened.push_async_callback(work.settle)
@@ -173,6 +174,7 @@ def _print_usage(request: InterpretRequest, runs: Sequence[Path], usage: Usage) 
     spending = request.spending
     price = spending.price_in * usage.prompt_tokens + spending.price_out * usage.new_tokens
     line = f"asked: {usage.line()} ({human(usage.prompt_tokens)} read, {human(usage.new_tokens)} written)"
+    line += f", {human(usage.prompt_cached)} of those read from the server's cache" if usage.prompt_cached else ""
     print("\n" + line + (f", price {price / 1e6:.2f}" if price else ""))
     failed = Counter(
         f"{stage}: {printable(failure_kind(message))}"

@@ -115,13 +115,14 @@ class Spending:
     budget_tokens: Number = None
     """Stop after N tokens, prompts and answers together."""
     budget_price: Amount = None
-    """Stop at this price; needs --price-in and --price-out."""
+    """Stop at this price; needs --price-in and --price-out, unless the server lists prices."""
     price_in: float = 0.0
-    """Price per million prompt tokens."""
+    """Price per million prompt tokens; by default what the server lists (OpenRouter and others, in USD)."""
     price_out: float = 0.0
     """Price per million generated tokens."""
     in_flight: int = 32
-    """Number of neurons that are processed concurrently."""
+    """Number of neurons that are processed concurrently, and most requests in flight; fewer if llama.cpp has fewer
+    slots."""
     part: Annotated[str, tyro.conf.arg(metavar="K/N", help_behavior_hint="")] = ""
     """K/N: process only the K-th of N parts of the neurons, into a separate file; run one process per part."""
     merge: bool = False
@@ -134,8 +135,6 @@ class Spending:
             ("--budget-price", self.budget_price), ("--price-in", self.price_in), ("--price-out", self.price_out)
         ):  # fmt: skip
             least(flag, amount, 0)
-        if self.budget_price is not None and not (self.price_in or self.price_out):
-            raise CrateError("--budget-price needs the price of tokens. Hint: use --price-in and --price-out")
         self.share  # noqa: B018 (checks --part before anything runs)
 
     @property

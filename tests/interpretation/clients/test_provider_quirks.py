@@ -12,7 +12,8 @@ from fakes.quirks import ANSWER, ONLY_REASONED, REASONED, Quirk, chat, error, fa
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients import transport
-from cratelm.interpretation.clients.endpoint import Endpoint, tokens_in
+from cratelm.interpretation.clients.endpoint import Endpoint
+from cratelm.interpretation.clients.server_facts import tokens_in
 from cratelm.interpretation.clients.transport import Retry
 from cratelm.interpretation.clients.usage import Metered, Usage
 from cratelm.interpretation.explainers.answers import explanation_of

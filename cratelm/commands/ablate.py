@@ -19,20 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from cratelm.errors import CrateError
+from cratelm.rundir import claim, origin
 from cratelm.runtime import DeviceName, progress_bar
-from cratelm.steering.ablation_file import AblationKind
+from cratelm.steering.ablation_file import AblationFile, AblationKind, AblationRow
+from cratelm.steering.changes import SAE, Change, check_indices
+from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.steering.autoencoders import open_coder
 from cratelm.workflows.steering.printing import plain_console, plain_table
+from cratelm.workflows.token_data import open_tokens, read_count
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from cratelm.steering.ablation import Ablation
-    from cratelm.steering.ablation_file import AblationFile, AblationRow
     from cratelm.steering.place import SparseCoder
-    from cratelm.workflows.opening import OpenModel
 
 Task = tuple[tuple[tuple[int, int], ...], AblationKind]
 """(layer, neuron) of the neurons that are ablated together, and the kind."""
@@ -76,12 +79,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Measure what is missing, then print and draw."""
-    from cratelm.rundir import claim, origin
     from cratelm.steering.ablation import Ablation, held_out
-    from cratelm.steering.ablation_file import AblationFile
     from cratelm.training.document_means import mean_over_documents
-    from cratelm.workflows.opening import open_model
-    from cratelm.workflows.token_data import open_tokens, read_count
 
     limit = read_count(options.tokens)
     if not (options.neuron or options.group or options.layer or options.all):
@@ -127,7 +126,6 @@ def _places(options: Options, opened: "OpenModel") -> tuple[Path, dict[str, str]
             raise CrateError(f"{options.run} is a model, not a run, so --out must name a folder for the numbers")
         return folder, {}, {}, "neurons"
     from cratelm.sae.loading import find_sae, load_sae, saes_folder
-    from cratelm.workflows.steering.autoencoders import open_coder
 
     coder, tap = open_coder(opened, options.sae)
     folder = find_sae(opened.run or Path("."), options.sae)
@@ -140,7 +138,6 @@ def _places(options: Options, opened: "OpenModel") -> tuple[Path, dict[str, str]
 
 def tasks_of(options: Options, opened: "OpenModel", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
     """All measurements without duplicates: groups, single neurons, then whole layers. With `coders`, of latents."""
-    from cratelm.steering.changes import Change, check_indices
     from cratelm.steering.place import neuron_places
 
     sizes = {layer: place.neurons for layer, place in neuron_places(opened.model).items()}
@@ -180,7 +177,6 @@ def _neurons(text: str, flag: str, latent: bool) -> tuple[tuple[int, int], ...]:
 
 
 def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ...], str]:
-    from cratelm.steering.changes import SAE
 
     neurons, kind = task
     return tuple(f"{SAE if layer in coders else ''}{layer}/{neuron}" for layer, neuron in neurons), kind
@@ -188,7 +184,6 @@ def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ..
 
 def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) -> None:
     """Measure groups one by one and single neurons `TOGETHER` at a time, writing each result at once."""
-    from cratelm.steering.ablation_file import AblationRow
     from cratelm.training.document_means import mean_over_documents
 
     def record(task: Task, nats: Any, error: Any, density: float | None) -> None:
@@ -233,7 +228,6 @@ def _print(console: "Console", rows: Sequence["AblationRow"]) -> None:
 
 
 def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
-    from rich.text import Text
 
     table = plain_table()
     table.add_column("neuron", overflow="fold", max_width=max(12, columns - 40))

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.rundir import origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import result_name
+from cratelm.workflows.opening import OpenModel, open_model
 
 if TYPE_CHECKING:
     import torch
 
     from cratelm.whitebox.circuit import CircuitConfig, Subject
-    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,7 @@ def run(options: Options) -> None:
     """Find the circuit, write it, draw it, print it."""
     from cratelm.report.figures.circuit import circuit_figure, circuit_lines
     from cratelm.report.figures.form import write_figures
-    from cratelm.rundir import origin, write_json
     from cratelm.whitebox.circuit import CircuitConfig, rank
-    from cratelm.workflows.opening import open_model
 
     for name in ("nodes", "batch"):
         if getattr(options, name) < 1:

@@ -9,6 +9,7 @@ neurons per token, held-out loss, and the lookup score of some neurons of every 
 each run one by one, so a stopped command resumes and earlier points stay; figures go to the report's folder.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.report.tables.form import write_tables
+from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
+from cratelm.workflows.naming import report_folder
+from cratelm.workflows.opening import open_own
+from cratelm.workflows.printed_tables import print_tables
+from cratelm.workflows.token_data import open_tokens, read_count
 
 if TYPE_CHECKING:
     from cratelm.data.tokens import TokenDirectory
@@ -60,9 +67,6 @@ def run(options: Options) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.report.results.dial import open_dials
     from cratelm.report.tables.dial import dial_table
-    from cratelm.report.tables.form import write_tables
-    from cratelm.workflows.naming import report_folder
-    from cratelm.workflows.printed_tables import print_tables
 
     if not options.runs:
         raise CrateError("no run directory was given. Run: cratelm dial RUN --data DIR")
@@ -88,10 +92,7 @@ def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":
 
 def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Options) -> None:
     """Measure one run at the settings that apply to it and are not measured yet."""
-    from cratelm.rundir import claim, origin, read_json, write_json
     from cratelm.workflows.measurements import lookup
-    from cratelm.workflows.opening import open_own
-    from cratelm.workflows.token_data import open_tokens, read_count
 
     opened, model = open_own(folder, options.device)
     data = open_tokens(opened, options.data)
@@ -128,7 +129,6 @@ def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of earlier commands. Raises CrateError if they are of another model or text, to keep them."""
-    from cratelm.rundir import read_json
 
     if not (folder / FILE).exists():
         return []
@@ -146,7 +146,6 @@ def _point(
     model: "LanguageModel", data: "TokenDirectory", setting: "Setting", count: int, measure: "Measurement | None"
 ) -> dict[str, Any]:
     """Measure the model at one setting; if the loss is not finite, loss and lookup scores are null."""
-    import math
 
     from cratelm.training.evaluate import held_out_loss
     from cratelm.whitebox.dial import activation_scales, active_neurons, dialled

@@ -10,15 +10,14 @@ and the browser read it without the model. Works for Hugging Face models whose p
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.rundir import atomic_path, claim, origin, write_json
 from cratelm.runtime import DeviceName, console, progress_bar
-
-if TYPE_CHECKING:
-    from cratelm.workflows.opening import OpenModel
+from cratelm.workflows.opening import OpenModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,6 @@ def directions_run(folder: Path, options: Options) -> None:
     """Write the directions of one run, unless they exist already."""
     from cratelm.activations.direction_files import directions_folder
     from cratelm.data.tokenizer import tokenizer_hash
-    from cratelm.rundir import claim, origin, write_json
-    from cratelm.workflows.opening import open_model
 
     opened = open_model(folder, options.device, expected="run")
     settings = {
@@ -80,7 +77,6 @@ def _write(opened: "OpenModel", options: Options) -> dict[str, list[str]]:
     from cratelm.activations.observe import observe
     from cratelm.checksums import write_tensors
     from cratelm.data.tokenizer import vocabulary_size
-    from cratelm.rundir import atomic_path
     from cratelm.whitebox.directions import layer_directions, tokens_alone
     from cratelm.whitebox.wiring import wiring
 

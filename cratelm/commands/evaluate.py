@@ -18,7 +18,10 @@ from typing import Annotated, Any
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
+from cratelm.workflows.opening import open_own
+from cratelm.workflows.token_data import open_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,7 @@ def run(options: Options) -> None:
 
 def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[str, object]:
     """Evaluate one run on held-out tokens and write its evaluation.json."""
-    from cratelm.rundir import claim, origin
     from cratelm.training.evaluate import document_losses, summarise
-    from cratelm.workflows.opening import open_own
-    from cratelm.workflows.token_data import open_tokens
 
     if options.batch < 1:
         raise CrateError(f"--batch must be at least 1, got {options.batch}")
@@ -87,9 +87,7 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
 
 def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any]]:
     """Evaluate one run on the named texts and write the losses under `zero_shot` of its evaluation.json."""
-    from cratelm.rundir import claim, origin
     from cratelm.training.zero_shot import zero_shot
-    from cratelm.workflows.opening import open_own
 
     opened, model = open_own(run_folder, options.device)
     tokenizer = opened.tokenizer
@@ -120,7 +118,6 @@ def _names(options: Options) -> list[str]:
 
 
 def _evaluated(run_folder: Path) -> dict[str, Any]:
-    from cratelm.rundir import read_json
 
     path = run_folder / "evaluation.json"
     return read_json(path, made_by=f"cratelm evaluate {run_folder} --data DIR") if path.exists() else {}
@@ -128,7 +125,6 @@ def _evaluated(run_folder: Path) -> dict[str, Any]:
 
 def _write(run_folder: Path, part: dict[str, Any]) -> None:
     """Replace a part of evaluation.json; other parts stay."""
-    from cratelm.rundir import write_json
 
     write_json(run_folder / "evaluation.json", _strict(_evaluated(run_folder) | part))
 

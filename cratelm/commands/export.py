@@ -20,6 +20,7 @@ import tyro
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
+from cratelm.rundir import read_json, remove_leftovers, write_text
 from cratelm.runtime import console
 from cratelm.workflows.recorded import find_layers
 
@@ -70,7 +71,6 @@ def run(options: Options) -> None:
 
 def _export_model(options: Options) -> None:
     from cratelm.hub import push_to_hub, write_directory
-    from cratelm.rundir import remove_leftovers
 
     if options.out is not None:
         if options.out.exists():
@@ -105,7 +105,6 @@ def _write_official(folder: Path, out: Path) -> None:
     """Write a checkpoint of the released code, with the steps and the loss of the run."""
     from cratelm.model.official import Provenance, write_official
     from cratelm.model.weights import find_model, load_model
-    from cratelm.rundir import read_json
 
     path = folder / "run.json"
     run = read_json(path, made_by="cratelm train") if path.exists() else {}
@@ -119,7 +118,6 @@ def _export_neurons(options: Options, out: Path) -> None:
     from cratelm.report.export.neuronpedia import CREATOR_ID, export_neuronpedia
     from cratelm.report.export.neuronrecord import export_neuron_records
     from cratelm.report.neuron_table import neurons_csv, open_table
-    from cratelm.rundir import write_text
 
     run, mode, tap, explainer = options.run, options.mode, options.tap, options.explainer
     layers = find_layers(run, mode, tap, options.layer)

@@ -16,6 +16,7 @@ import tyro
 
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName
+from cratelm.workflows.opening import open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,6 @@ def run(options: Options) -> None:
     import torch
 
     from cratelm.steering.generate import Decoding, generate
-    from cratelm.workflows.opening import open_model
 
     if (
         not 0 <= options.temperature < math.inf

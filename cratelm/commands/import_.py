@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.rundir import claim, read_json, remove_leftovers
 from cratelm.runtime import console, human
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ class Options:
 def run(options: Options) -> None:
     """Read the checkpoint and write a run directory."""
     from cratelm.model.weights import save_model
-    from cratelm.rundir import claim, remove_leftovers
     from cratelm.training.opening import write_run
 
     path = Path(options.checkpoint)
@@ -85,7 +85,6 @@ def _is_done(
     """Whether this import is complete; False after a kill or before the start. CrateError if `run` holds another."""
     from cratelm.data.tokenizer import tokenizer_hash
     from cratelm.model.weights import load, weights_hash
-    from cratelm.rundir import read_json
 
     whole = (run / "model").exists()
     same = not whole

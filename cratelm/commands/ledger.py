@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
 from cratelm.errors import CrateError
+from cratelm.report.shown_text import visible
+from cratelm.rundir import origin, write_json, write_text
 from cratelm.runtime import DeviceName
+from cratelm.steering.ledger_rows import LedgerRow, ledger_csv, ledger_rows
+from cratelm.workflows.naming import result_name
+from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.prompts import read_prompts
+from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cratelm.steering.ledger import Ledger
-    from cratelm.steering.ledger_rows import LedgerRow
-    from cratelm.workflows.opening import OpenModel
 
 EXPLAINED = 72
 """Narrowest terminal, in columns, in which explanations are printed."""
@@ -57,10 +62,6 @@ def run(options: Options) -> None:
     import torch
 
     from cratelm.steering.ledger import ledger
-    from cratelm.steering.ledger_rows import ledger_rows
-    from cratelm.workflows.opening import open_model
-    from cratelm.workflows.prompts import read_prompts
-    from cratelm.workflows.steering.printing import plain_console
 
     if options.show < 1:
         raise CrateError(f"--show must be at least 1, got {options.show}")
@@ -92,10 +93,6 @@ def title_of(opened: "OpenModel", ledger: "Ledger") -> str:
 def _print(
     console: "Console", opened: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
 ) -> None:
-    from rich.text import Text
-
-    from cratelm.report.shown_text import visible
-    from cratelm.workflows.steering.printing import plain_table, tail
 
     console.print(f"{opened.name}, layer {ledger.layer}: {title_of(opened, ledger)} after")
     console.print(tail(visible(opened.tokenizer.decode(tokens[: ledger.position + 1])), console.width), style="bold")
@@ -123,9 +120,6 @@ def _write(
 ) -> None:  # fmt: skip
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ledger_figure
-    from cratelm.rundir import origin, write_json, write_text
-    from cratelm.steering.ledger_rows import ledger_csv
-    from cratelm.workflows.naming import result_name
 
     prompt = str(opened.tokenizer.decode(tokens))
     settings = (opened.name, tokens, ledger.token, ledger.versus, ledger.position)

@@ -12,17 +12,14 @@ NO_COLOR, tokens with a strong activation are marked «like this»; COLUMNS=200 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
+from rich.console import Console
 
 from cratelm.activations.records import Mode
 from cratelm.report.neuron_table import NeuronTable, SortColumn, open_table
+from cratelm.report.shown_text import visible
 from cratelm.workflows.recorded import find_layers, layer_spans
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 NEIGHBOUR_LISTS = {
     "nearest by what they write (cosine)": ("similar_neuron", "similar_cosine"),
@@ -72,7 +69,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the list, or interpretation neuron."""
-    from rich.console import Console
 
     layers = find_layers(options.run, options.mode, options.tap)
     wanted = () if options.layer is None else (options.layer,)
@@ -137,7 +133,6 @@ def _look(console: "Console", table: NeuronTable, options: Options, index: int) 
 
 def _facts(table: NeuronTable, index: int) -> Iterator[str]:
     """Statistics, scores and explanations of interpretation neuron, a line each."""
-    from cratelm.report.shown_text import visible
 
     names = ("density", "max", "min", "mean", "variance", "skewness", "kurtosis")
     values = {name: float(table.column(name)[index]) for name in names}
@@ -161,7 +156,6 @@ def _facts(table: NeuronTable, index: int) -> Iterator[str]:
 def _directions(run: Path, table: NeuronTable, index: int) -> Iterator[str]:
     """The lists that `cratelm directions` wrote for the neuron, one per line; a hint if there are none."""
     from cratelm.activations.direction_files import TOKEN_LISTS, directions_file, read_directions
-    from cratelm.report.shown_text import visible
 
     tap, layer = table.records.tap, table.records.layer
     if not directions_file(run, layer, tap).exists():

@@ -16,16 +16,16 @@ explainer and simulator, so it takes no --tap, --explainer or --simulator.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
+from cratelm.errors import CrateError
+from cratelm.report.tables.form import Table, written
 from cratelm.workflows.naming import report_folder
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-    from cratelm.report.tables.form import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,6 @@ def run(options: Options) -> None:
 
 def _refuse_ignored(options: Options) -> None:
     """Refuse options that select results: the browser shows all results."""
-    from cratelm.errors import CrateError
 
     selecting = {
         "--tap": options.tap != ("neurons",),
@@ -77,7 +76,6 @@ def _refuse_ignored(options: Options) -> None:
 def _report(options: Options) -> None:
     """Write the report, then print its summary and the path of the page."""
     # Reading the options must stay quick; the work needs numpy and matplotlib.
-    from rich.console import Console
 
     from cratelm.report.contents import ReportContents
     from cratelm.report.page.html import write_report
@@ -104,10 +102,6 @@ def _report(options: Options) -> None:
 
 def _printed(table: "Table", caption: str) -> "RichTable":
     """A table of the report for a terminal."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    from cratelm.report.tables.form import written
 
     grid = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
     grid.caption = Text(caption)

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar, select_device
+from cratelm.workflows.opening import open_for_run
+from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,11 +89,8 @@ def evaluate_saes(source: Path, names: Sequence[str], options: Options) -> dict[
     from cratelm.activations.observe import observe
     from cratelm.data.tokens import TokenDirectory
     from cratelm.report.figures.sae import write_density
-    from cratelm.rundir import claim, origin, write_json
     from cratelm.sae.evaluation import evaluate_sae
     from cratelm.sae.loading import check_trained_on, find_sae, load_sae, saes_folder
-    from cratelm.workflows.opening import open_for_run
-    from cratelm.workflows.token_data import open_corpus, read_count
 
     max_tokens, device = read_count(options.tokens), select_device(options.device)
     saes = [load_sae(source, name, tap=options.tap, layer=options.layer, device=device) for name in names]

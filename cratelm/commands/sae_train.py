@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.rundir import claim
 from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.sae.config import SaeConfig
 from cratelm.sae.kinds import SAE_KINDS, describe_kinds
+from cratelm.workflows.opening import OpenModel, open_for_run
+from cratelm.workflows.stopping import stopping
+from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from cratelm.activations.subject import Corpus, Subject
     from cratelm.sae.stream import ActivationStream
     from cratelm.sae.training import Trainer, TrainingPlace
-    from cratelm.workflows.opening import OpenModel
 
     Kind = str
 else:
@@ -43,7 +46,6 @@ class TrainingOptions(SaeConfig):
 
     kind: Kind = "standard"
     """What makes the latents sparse; see the list above."""
-    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,6 @@ class Options:
 def run(options: Options) -> None:
     """Train one autoencoder for each run and layer."""
     from cratelm.sae.library import import_sae_lens
-    from cratelm.workflows.token_data import read_count
 
     if not options.runs:
         raise CrateError(
@@ -152,11 +153,7 @@ class Job:
 
 def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
     from cratelm.activations.foreign import write_foreign_run
-    from cratelm.rundir import claim
     from cratelm.sae.training import is_trained, settings_of, train_sae
-    from cratelm.workflows.opening import open_for_run
-    from cratelm.workflows.stopping import stopping
-    from cratelm.workflows.token_data import open_corpus
 
     opened, home = open_for_run(source, options.device, out=options.out, data=options.data)
     corpus, _ = open_corpus(opened, options.data, options.split, options.tokenizer)

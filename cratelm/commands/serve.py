@@ -23,13 +23,14 @@ import tyro
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
+from cratelm.report.server.requests import Limits
 from cratelm.runtime import DeviceName, console
+from cratelm.workflows.opening import open_model
 from cratelm.workflows.options.language_model import Explaining, Name, Where
 
 if TYPE_CHECKING:
     from cratelm.live_models import LiveModel, LiveModels
     from cratelm.report.server.application import Parts
-    from cratelm.report.server.requests import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
@@ -112,7 +113,6 @@ def run(options: Options) -> None:
 def application_parts(options: Options) -> "Parts":
     """The parts that the application is built from."""
     from cratelm.report.server.application import Parts
-    from cratelm.report.server.requests import Limits
     from cratelm.report.server.votes import Votes
 
     if not options.runs:
@@ -173,7 +173,6 @@ def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
 def _open(run: Path, options: Options) -> "LiveModel":
     from cratelm.activations.records import layer_file, read_records
     from cratelm.live_models import LiveModel
-    from cratelm.workflows.opening import open_model
 
     opened = open_model(run, options.device)
     maxima: dict[int, Sequence[float]] = {}

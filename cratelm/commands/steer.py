@@ -19,17 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
 from cratelm.errors import CrateError
+from cratelm.report.shown_text import visible
+from cratelm.rundir import origin, write_json
 from cratelm.runtime import DeviceName
+from cratelm.workflows.naming import steering_name
+from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.prompts import read_prompts
+from cratelm.workflows.steering.printing import plain_console, plain_table, tail
+from cratelm.workflows.steering.sweep import sweep
+from cratelm.workflows.steering.task import SteeringTask, open_task
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cratelm.steering.effects import Steered
     from cratelm.steering.intervention import Intervention
-    from cratelm.workflows.opening import OpenModel
-    from cratelm.workflows.steering.task import SteeringTask
 
 CONTROL_TOKENS = 10
 """`on_tokens` sums over this many of the tokens that the changes raise most."""
@@ -84,10 +90,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Steer, print, write."""
-    from cratelm.workflows.opening import open_model
-    from cratelm.workflows.prompts import read_prompts
-    from cratelm.workflows.steering.printing import plain_console
-    from cratelm.workflows.steering.task import open_task
 
     for flag, value, least in (
         ("--tokens", options.tokens, 1), ("--show", options.show, 1), ("--temperature", options.temperature, 0),
@@ -102,8 +104,6 @@ def run(options: Options) -> None:
     prompts = [opened.prompt(text) for text in texts]
     task = open_task(opened, options)
     if options.sweep is not None:
-        from cratelm.workflows.steering.sweep import sweep
-
         sweep(plain_console(), task, prompts)
         return
     _steer(plain_console(), task, prompts)
@@ -112,9 +112,7 @@ def run(options: Options) -> None:
 def _steer(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import effect_figure
-    from cratelm.rundir import origin, write_json
     from cratelm.steering.measure import steered_effect
-    from cratelm.workflows.naming import steering_name
 
     opened, options = task.opened, task.options
     intervention, matched = task.intervention(), task.matched()
@@ -188,10 +186,6 @@ def _exactness(
 
 
 def _print_texts(console: "Console", prompt: str, without: str, steered: str) -> None:
-    from rich.text import Text
-
-    from cratelm.report.shown_text import visible
-    from cratelm.workflows.steering.printing import plain_table, tail
 
     console.print(f"\n{tail(visible(prompt), console.width * 2)}", style="bold")
     if console.width < TWO_COLUMNS:
@@ -208,11 +202,9 @@ def _print_texts(console: "Console", prompt: str, without: str, steered: str) ->
 
 def _print_effect(console: "Console", name: str, steered: "Steered", strings: Sequence[str], show: int) -> None:
     """Tokens that rise and fall, and the controls."""
-    from rich.text import Text
 
     from cratelm.report.figures.steering import label
     from cratelm.steering.effects import token_rows
-    from cratelm.workflows.steering.printing import plain_table
 
     effect = steered.effect
     console.print(f"\nnext token {name}, probabilities in %, without -> with", style="bold")
@@ -233,9 +225,6 @@ def _print_effect(console: "Console", name: str, steered: "Steered", strings: Se
 
 def _print_lists(console: "Console", lists: dict[str, list[tuple[str, str]]]) -> None:
     """Lists of pairs side by side; one below the other in a narrow terminal."""
-    from rich.text import Text
-
-    from cratelm.workflows.steering.printing import plain_table
 
     if console.width < TWO_COLUMNS and len(lists) > 1:
         for head, pairs in lists.items():

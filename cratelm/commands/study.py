@@ -23,6 +23,7 @@ from cratelm.model.config import SIZES, ModelConfig, Size, padded_vocabulary, si
 from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, duration, human, progress_bar, select_device
 from cratelm.training.config import Execution, TrainConfig
+from cratelm.workflows.stopping import stopping
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +193,6 @@ def _check_documents(options: Options, data: "TokenDirectory") -> None:
 def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.device") -> None:
     from cratelm.training.opening import open_run
     from cratelm.training.train import train, write_control
-    from cratelm.workflows.stopping import stopping
 
     if (part.run / "run.json").exists():
         open_run(part.run, part.config, part.model, data)

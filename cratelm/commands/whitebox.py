@@ -17,7 +17,13 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.report.tables.form import write_tables
+from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
+from cratelm.workflows.naming import report_folder
+from cratelm.workflows.opening import open_own
+from cratelm.workflows.printed_tables import print_tables
+from cratelm.workflows.token_data import open_tokens, read_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +55,8 @@ def run(options: Options) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.whitebox import whitebox_figures
     from cratelm.report.results.whitebox import open_views
-    from cratelm.report.tables.form import write_tables
     from cratelm.report.tables.whitebox import whitebox_tables
     from cratelm.whitebox.coding_rate import EPSILON_RANGE
-    from cratelm.workflows.naming import report_folder
-    from cratelm.workflows.printed_tables import print_tables
-    from cratelm.workflows.token_data import read_count
 
     if not options.runs:
         raise CrateError("no run directory was given. Run: cratelm whitebox RUN --data DIR")
@@ -78,10 +80,7 @@ def run(options: Options) -> None:
 def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
     """Measure one run and write its whitebox.json."""
     from cratelm.report.results.whitebox import FILE
-    from cratelm.rundir import claim, origin, write_json
     from cratelm.whitebox.measure import MeasureConfig, measure
-    from cratelm.workflows.opening import open_own
-    from cratelm.workflows.token_data import open_tokens
 
     opened, model = open_own(folder, options.device)
     data = open_tokens(opened, options.data, options.tokenizer)

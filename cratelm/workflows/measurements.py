@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import Progress
 
 from cratelm.errors import CrateError
+from cratelm.rundir import append_jsonl, rewind_jsonl
 from cratelm.runtime import ProgressBar
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ def samples(data: "TokenDirectory", run: Path) -> "Measurement":
 
     def measure(model: "LanguageModel", step: int) -> Mapping[str, float]:
         import torch
-
-        from cratelm.rundir import append_jsonl, rewind_jsonl
 
         rewind_jsonl(run / "samples.jsonl", lambda row: row["step"] < step)  # a resumed run repeats some steps
         distinct = []

@@ -5,10 +5,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from cratelm.workflows.opening import OpenModel
+from cratelm.workflows.opening import OpenModel
 
 LEAVE_OUT = ("run", "prompt", "prompts", "show", "out", "device")
 """Options of `cratelm steer` that do not affect the numbers, or are in the name already."""

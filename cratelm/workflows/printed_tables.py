@@ -1,21 +1,17 @@
 """Tables of the report, printed to fit the terminal."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
 
-    from cratelm.report.tables.form import Table
+from cratelm.report.tables.form import ABSENT, Table, written
 
 
 def print_tables(tables: "tuple[Table, ...]") -> None:
     """Print tables with each model's name before its first row; on a narrow terminal one number per line."""
-    from rich.console import Console
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    from cratelm.report.tables.form import written
 
     console = Console(highlight=False, markup=False, emoji=False)
     for table in tables:
@@ -61,7 +57,6 @@ def _column_widths(headings: Sequence[str], rows: Sequence[Sequence[str]], width
 
 def _show_lines(console: "Console", headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print each row as a block of lines: a value and its heading."""
-    from cratelm.report.tables.form import ABSENT
 
     for row in rows:
         console.print(f"{row[0]}, {headings[1].lower()} {row[1]}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cratelm.errors import CrateError
+from cratelm.workflows.opening import OpenModel
 from cratelm.workflows.options.counts import whole_number
 
 if TYPE_CHECKING:
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
 
     from cratelm.activations.subject import Corpus
     from cratelm.data.tokens import TokenDirectory
-    from cratelm.workflows.opening import OpenModel
 
 
 def read_count(text: str) -> int | None:

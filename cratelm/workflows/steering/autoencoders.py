@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cratelm.errors import CrateError
+from cratelm.workflows.opening import OpenModel
 
 if TYPE_CHECKING:
     from cratelm.steering.place import SparseCoder
-    from cratelm.workflows.opening import OpenModel
 
 LATENTS_AT_ONCE = 256
 

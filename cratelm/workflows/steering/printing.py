@@ -1,22 +1,17 @@
 """Terminal output that `steer`, `ablate` and `ledger` share."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console
+from rich.table import Table
 
 
 def plain_console() -> "Console":
     """A console that prints text as it is, without markup."""
-    from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def plain_table(width: int | None = None) -> "Table":
     """A table without lines."""
-    from rich.table import Table
 
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, width=width)
 

@@ -3,24 +3,27 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.text import Text
+
+from cratelm.report.shown_text import visible
+from cratelm.rundir import origin, write_json
 from cratelm.runtime import progress_bar
+from cratelm.steering.changes import parse_strengths
+from cratelm.workflows.naming import steering_name
+from cratelm.workflows.steering.printing import plain_table
+from cratelm.workflows.steering.task import SteeringTask
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cratelm.steering.effects import SweepPoint
-    from cratelm.workflows.steering.task import SteeringTask
 
 
 def sweep(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -> None:
     """Measure every strength of `--sweep`; the continuations are those of the first prompt."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import sweep_figure
-    from cratelm.rundir import origin, write_json
-    from cratelm.steering.changes import parse_strengths
     from cratelm.steering.effects import SweepPoint
     from cratelm.steering.measure import continuation_loss, steered_effect
-    from cratelm.workflows.naming import steering_name
 
     opened, options, prompt = task.opened, task.options, prompts[0]
     strengths = parse_strengths(options.sweep)
@@ -55,12 +58,9 @@ def sweep(console: "Console", task: "SteeringTask", prompts: list[list[int]]) ->
 
 
 def _print(console: "Console", strings: Sequence[str], points: list["SweepPoint"]) -> None:
-    from rich.text import Text
 
     from cratelm.report.figures.steering import label
-    from cratelm.report.shown_text import visible
     from cratelm.steering.effects import token_text
-    from cratelm.workflows.steering.printing import plain_table
 
     wide = console.width >= 70
     grid = plain_table(console.width)

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cratelm.errors import CrateError
+from cratelm.steering.changes import ChangeRequest, Strength, check_indices, parse_request, swept
+from cratelm.workflows.opening import OpenModel
+from cratelm.workflows.steering.autoencoders import open_coders
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cratelm.activations.records import LayerRecords
-    from cratelm.steering.changes import ChangeRequest, Strength
     from cratelm.steering.intervention import Intervention
-    from cratelm.workflows.opening import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,6 @@ class SteeringTask:
         self, strength: "Strength | None" = None, requests: "Sequence[ChangeRequest] | None" = None
     ) -> "Intervention":
         """The requests (by default all of them) as an intervention; `strength` is that of a sweep."""
-        from cratelm.steering.changes import swept
 
         requests = self.requests if requests is None else requests
         requests = requests if strength is None else [swept(request, strength) for request in requests]
@@ -107,11 +107,9 @@ class SteeringTask:
 
 def open_task(opened: "OpenModel", options: Any) -> SteeringTask:
     """Parse and check the options of `cratelm steer` before anything is computed."""
-    from cratelm.steering.changes import check_indices, parse_request
     from cratelm.steering.intervention import Intervention
     from cratelm.steering.place import check_coder, neuron_places
     from cratelm.steering.positions import parse_positions
-    from cratelm.workflows.steering.autoencoders import open_coders
 
     if not options.neuron:
         raise CrateError("--neuron must name a change. Example: --neuron 1/85=set:2x")

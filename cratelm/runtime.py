@@ -1,10 +1,8 @@
-"""Device selection, processes of torchrun, and the progress bar of long stages."""
+"""Device selection, and the progress bar of long stages."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -17,42 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-
-
-@dataclass(frozen=True, slots=True)
-class Team:
-    """The processes that torchrun started for one job; alone, a team of one."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    @contextlib.contextmanager
-    def joined(cls) -> "Iterator[Team]":
-        """Join the other processes of this job, and leave them at the end of the block."""
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            yield cls()
-            return
-        import torch.distributed as dist
-
-        store, rank, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-            # As in training: torchrun keeps its store over a restart, and with it the addresses of dead processes.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt_{attempt}", store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        try:
-            yield cls(rank, size)
-        finally:
-            dist.destroy_process_group()
-
-    def wait(self) -> None:
-        """Wait until every process of the team has called this."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
 
 
 def printable(text: str) -> str:

@@ -33,6 +33,7 @@ FLOORS = {
     "activations": 3.0,
     "model": 2.0,
     "data": 2.0,
+    "distributed": 1.6,
     "checksums": 1.6,
     "rundir": 1.5,
     "runtime": 1.5,

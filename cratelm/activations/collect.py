@@ -24,9 +24,10 @@ from cratelm.activations.records import records_folder
 from cratelm.activations.results import layer_arrays
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.activations.writing import already_collected, write_description, write_layers, write_windows
+from cratelm.distributed import ALONE, World
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path
-from cratelm.runtime import ProgressBar, Team
+from cratelm.runtime import ProgressBar
 
 SAVE_SECONDS = 60
 """Seconds between saves: the most work that a killed collection repeats."""
@@ -43,14 +44,13 @@ def collect(
     device: torch.device,
     bar: ProgressBar,
     max_tokens: int | None = None,
-    team: Team | None = None,
+    world: World = ALONE,
 ) -> None:
     """Collect the `fixed` records of all layers into a run directory, or resume where a killed call stopped.
 
     Raises CrateError if a half has fewer documents than a neuron's top excerpts need, or if an activation is not
     finite.
     """
-    team = team or Team()
     settings = asdict(config) | {"max_tokens": max_tokens} | dict(subject.identity) | dict(corpus.identity)
     if already_collected(run, "fixed", subject.tap, settings):
         return
@@ -59,13 +59,13 @@ def collect(
         warmup=config.warmup, max_tokens=max_tokens, seed=config.seed,
     )  # fmt: skip
     check_documents(plan, config)
-    reading = _Reading(config, subject, corpus, plan, team, device, run, settings)
+    reading = _Reading(config, subject, corpus, plan, world, device, run, settings)
     reading.read(bar)
     collector = reading.gathered()
-    if team.rank == 0:
+    if world.leads:
         _write(collector, subject, corpus, plan, settings, run)
-    team.wait()
-    reading.partial(team.rank).unlink(missing_ok=True)
+    world.wait()
+    reading.partial(world.rank).unlink(missing_ok=True)
 
 
 @dataclass
@@ -76,14 +76,14 @@ class _Reading:
     subject: Subject
     corpus: Corpus
     plan: Plan
-    team: Team
+    world: World
     device: torch.device
     run: Path
     settings: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         self.collector = Collector(self.config, self.plan, self.subject.layers, device=self.device)
-        text = json.dumps(dict(self.settings) | {"processes": self.team.size}, sort_keys=True)
+        text = json.dumps(dict(self.settings) | {"processes": self.world.size}, sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     def partial(self, rank: int) -> Path:
@@ -91,10 +91,10 @@ class _Reading:
         return records_folder(self.run, "fixed") / f".{self.subject.tap}.partial-{rank}.safetensors"
 
     def read(self, bar: ProgressBar) -> None:
-        """Read every `team.size`-th batch, resuming where a killed process stopped."""
+        """Read every `world.size`-th batch, resuming where a killed process stopped."""
         size = self.config.batch_rows
-        batches = range(self.team.rank, -(-len(self.plan.row_length) // size), self.team.size)
-        finished = self._load(self.collector, self.team.rank)
+        batches = range(self.world.rank, -(-len(self.plan.row_length) // size), self.world.size)
+        finished = self._load(self.collector, self.world.rank)
         done = finished or 0
         if finished is None:
             self.collector.start(self._codes(slice(0, min(size, len(self.plan.row_length)))))
@@ -110,14 +110,14 @@ class _Reading:
                     saved = time.monotonic()
             bar.advance(int((self.plan.row_length[rows] - self.plan.warmup).sum()))
         self.collector.check()
-        if self.team.size > 1:
+        if self.world.size > 1:
             self._save(len(batches))
 
     def gathered(self) -> Collector:
         """The merged results of all processes, on the first of them."""
-        self.team.wait()
-        for rank in range(1, self.team.size):
-            if self.team.rank == 0:
+        self.world.wait()
+        for rank in range(1, self.world.size):
+            if self.world.leads:
                 other = Collector(self.config, self.plan, self.subject.layers, device=self.device)
                 finished = self._load(other, rank)
                 assert finished is not None, "each process saves before it waits"
@@ -131,7 +131,7 @@ class _Reading:
 
     def _save(self, done: int) -> None:
         state = {name: value.contiguous() for name, value in self.collector.state().items()}
-        with atomic_path(self.partial(self.team.rank)) as temporary:
+        with atomic_path(self.partial(self.world.rank)) as temporary:
             save_file(state, temporary, metadata={"settings": self.fingerprint, "done": str(done)})
 
     def _load(self, collector: Collector, rank: int) -> int | None:

@@ -10,7 +10,6 @@ model go to a separate run directory, `--out`. `--tap` records other activations
 """
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -21,7 +20,7 @@ from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, claim
-from cratelm.runtime import DeviceName, Team, console, progress_bar, select_device
+from cratelm.runtime import DeviceName, console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_for_run
 from cratelm.workflows.token_data import open_corpus, read_count
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from cratelm.activations.subject import Corpus, Subject
+    from cratelm.distributed import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,20 +85,22 @@ def run(options: Options) -> None:
 
 def collect_run(source: Path, options: Options) -> None:
     """Collect the records of one run or foreign model, unless they exist already."""
+    from cratelm.distributed import join_world
+
     max_tokens = read_count(options.tokens)
     if options.batch_rows < 1:
         raise CrateError(f"--batch-rows must be at least 1, got {options.batch_rows}")
-    device = own_device(options.device)
-    opened, home = open_for_run(source, device, out=options.out, data=options.data)
-    corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
-    subjects = _subjects(opened, home, options)
-    with Team.joined() as team, claim(home) if team.rank == 0 else contextlib.nullcontext():
-        if team.rank == 0:
-            _write_head(opened, home, tokenizer, options.mode)
-        for subject in subjects:
-            _collect(subject, corpus, home, options, max_tokens, device, team)
-            if team.rank == 0:
-                _report(home, options, subject)
+    with join_world(options.device, same_errors=False) as (world, device):
+        opened, home = open_for_run(source, device, out=options.out, data=options.data)
+        corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
+        subjects = _subjects(opened, home, options)
+        with claim(home) if world.leads else contextlib.nullcontext():
+            if world.leads:
+                _write_head(opened, home, tokenizer, options.mode)
+            for subject in subjects:
+                _collect(subject, corpus, home, options, max_tokens, device, world)
+                if world.leads:
+                    _report(home, options, subject)
 
 
 def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]":
@@ -139,7 +141,7 @@ def _write_head(opened: OpenModel, home: Path, tokenizer: "Tokenizer", mode: Mod
 
 def _collect(
     subject: "Subject", corpus: "Corpus", run: Path, options: Options, max_tokens: int | None, device: "torch.device",
-    team: Team,
+    world: "World",
 ) -> None:  # fmt: skip
     from cratelm.activations.collect import collect
     from cratelm.activations.compat import collect_compat
@@ -149,22 +151,14 @@ def _collect(
     with progress_bar(f"collect {run.name}", total=passes * total) as bar:
         if options.mode == "fixed":
             config = CollectConfig(seed=options.seed, batch_rows=options.batch_rows)
-            collect(config, subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, team=team)
+            collect(config, subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, world=world)
             return
-        if team.size > 1:
-            raise CrateError(f"--mode compat needs a single process, got {team.size}. Run it without torchrun")
+        if world.size > 1:
+            raise CrateError(f"--mode compat needs a single process, got {world.size}. Run it without torchrun")
         collect_compat(
             subject, corpus, run, device=device, bar=bar, max_tokens=max_tokens, seed=options.seed,
             batch_rows=options.batch_rows,
         )  # fmt: skip
-
-
-def own_device(name: DeviceName) -> "torch.device":
-    """The device of this process; under torchrun, each process on a machine has its GPU."""
-    import torch
-
-    device = select_device(name)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
 
 
 def _report(run: Path, options: Options, subject: "Subject") -> None:

@@ -97,7 +97,7 @@ def run(options: Options) -> None:
 
 def _train(options: Options, data_folder: Path) -> None:
     from cratelm.data.tokens import TokenDirectory
-    from cratelm.training.distributed import join_world
+    from cratelm.distributed import join_world
     from cratelm.training.forecast import forecast
     from cratelm.training.opening import check_run
     from cratelm.training.train import train

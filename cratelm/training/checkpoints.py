@@ -20,13 +20,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._pytree import tree_map_only
 
+from cratelm.distributed import ALONE, World
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.rundir import differing_fields, read_json, write_json
 from cratelm.runtime import console
 from cratelm.training.checkpoint_reader import load_state
 from cratelm.training.config import settled
-from cratelm.training.distributed import ALONE, World
 from cratelm.training.optimizer import Optimizers
 
 DESCRIPTION = "checkpoint.json"

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int, Int64, Integer
 
+from cratelm.distributed import ALONE, World
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import ProgressBar
-from cratelm.training.distributed import ALONE, World
 from cratelm.training.document_means import mean_over_documents
 
 

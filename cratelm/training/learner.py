@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cratelm.distributed import World
 from cratelm.model.language_model import LanguageModel
 from cratelm.training.batches import Batches
 from cratelm.training.config import Execution, TrainConfig
-from cratelm.training.distributed import World
 from cratelm.training.optimizer import Optimizers
 
 

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from cratelm.data.tokens import TokenDirectory
+from cratelm.distributed import ALONE, World
 from cratelm.errors import CrateError
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
@@ -22,7 +23,6 @@ from cratelm.runtime import ProgressBar
 from cratelm.training.batches import Batches
 from cratelm.training.checkpoints import Checkpoints
 from cratelm.training.config import Execution, TrainConfig
-from cratelm.training.distributed import ALONE, World
 from cratelm.training.evaluate import StoppedError, held_out_loss
 from cratelm.training.learner import Learner, autocast, shard
 from cratelm.training.log import Log

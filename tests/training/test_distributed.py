@@ -192,7 +192,7 @@ def test_processes_that_do_not_fit_the_batch_are_refused(size: int, micro: int, 
 
 
 def test_a_process_without_a_separate_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cratelm.training.distributed import join_world
+    from cratelm.distributed import join_world
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")

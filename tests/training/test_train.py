@@ -14,6 +14,7 @@ from fixtures.tiny import make_tokens, rows, short_training, tiny_config, train_
 from cratelm import cli
 from cratelm.data.tokenizer import tokenizer_hash
 from cratelm.data.tokens import TokenDirectory, sample_batch
+from cratelm.distributed import ALONE
 from cratelm.errors import CrateError
 from cratelm.model.config import sized
 from cratelm.model.language_model import LanguageModel
@@ -21,7 +22,6 @@ from cratelm.model.weights import load, weights_hash
 from cratelm.runtime import human
 from cratelm.training.batches import Batches
 from cratelm.training.config import Execution, TrainConfig
-from cratelm.training.distributed import ALONE
 from cratelm.training.learner import Learner
 from cratelm.training.optimizer import build_optimizers
 

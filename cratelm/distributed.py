@@ -1,7 +1,7 @@
-"""Training with several processes, which torchrun starts.
+"""Work with several processes, which torchrun starts: training, and the collection of records.
 
-Each process computes its rows of every batch, and gradients are averaged. Only process 0 writes files. It broadcasts
-its decisions (open the run, stop) to the others, so no process waits for one that has exited.
+Each process computes its share. Only process 0 writes the final files. In a training it broadcasts its decisions (open
+the run, stop) to the others, so no process waits for one that has exited.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """Rank, number and process groups of the processes that train together."""
+    """Rank, number and process groups of the processes that work together."""
 
     rank: int = 0
     size: int = 1
@@ -57,6 +57,11 @@ class World:
         if message[1]:
             raise SystemExit(2)
         return message[0]
+
+    def wait(self) -> None:
+        """Wait until every process has called this."""
+        if self.size > 1:
+            dist.barrier(group=self.hosts)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in some process."""
@@ -90,14 +95,15 @@ class World:
 
 
 ALONE = World()
-"""One process that trains by itself."""
+"""One process that works by itself."""
 
 
 @contextlib.contextmanager
-def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
+def join_world(name: DeviceName, *, same_errors: bool = True) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that torchrun started, if it did; yield the world and the device of this process.
 
-    Only process 0 prints. Raises CrateError for a device that is not available.
+    Only process 0 prints; also errors, unless `same_errors` is False: one process may fail alone. Raises CrateError for
+    a device that is not available.
     """
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if size == 1:
@@ -105,7 +111,7 @@ def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
         return
     device = select_device(name)
     if device.type == "mps":
-        raise CrateError(f"{size} processes cannot share one MPS device. Train with one process, or with --device cpu")
+        raise CrateError(f"{size} processes cannot share one MPS device. Use one process, or --device cpu")
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
         if local >= gpus:
@@ -127,7 +133,7 @@ def join_world(name: DeviceName) -> Iterator[tuple[World, torch.device]]:
         hosts, disks = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
         yield World(rank=rank, size=size, hosts=hosts, disks=disks), device
     except CrateError:
-        if rank > 0:  # process 0 prints the message
+        if rank > 0 and same_errors:  # process 0 prints the message
             raise SystemExit(2) from None
         raise
     finally:

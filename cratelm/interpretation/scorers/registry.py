@@ -5,6 +5,8 @@ A scorer gets the windows of a neuron (`windows.py`) and returns a `Judged`, who
     detection, fuzzing, fuzzing-active         balanced accuracy, chance level 1/2
     intruder                                   accuracy, chance level 1 / options
     surprisal, embedding, example-embedding    AUC, chance level 1/2
+    quick-detection                            AUC, chance level 1/2
+    rating                                     correlation, chance level 0
 """
 
 from collections import Counter
@@ -21,7 +23,8 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import SCORER_PROMPTS, Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
-from cratelm.interpretation.scorers.results import Judged
+from cratelm.interpretation.scorers.one_request import ONE_REQUEST_PROMPTS, quick_detection, rating
+from cratelm.interpretation.scorers.results import Judged, weighted_correlation
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
 from cratelm.interpretation.scorers.windows import Contrast, contrast
 from cratelm.interpretation.scoring.small_samples import freedom_of, unbiased
@@ -79,6 +82,14 @@ SCORERS: dict[str, Scorer] = {
             explained=False,
             number="auc",
         ),
+        Scorer(
+            name="quick-detection",
+            needs="prompt-logprobs",
+            run=quick_detection,
+            number="auc",
+            prompts=ONE_REQUEST_PROMPTS,
+        ),
+        Scorer(name="rating", needs="prompt-logprobs", run=rating, number="correlation", prompts=ONE_REQUEST_PROMPTS),
     )
 }
 """By name, in the order of tables. A new scorer needs one line here: all else is derived from the registry."""
@@ -186,7 +197,8 @@ def aggregate_scorer(
 
 def chance(name: str, options: int | None = None) -> float:
     """Chance level as a share; `options`: windows of an intruder question, if not the default."""
-    return 1 / (options or Questions().options) if SCORERS[name].number == "accuracy" else 0.5
+    levels = {"accuracy": 1 / (options or Questions().options), "correlation": 0.0}
+    return levels.get(SCORERS[name].number, 0.5)
 
 
 def _resampled(
@@ -211,9 +223,13 @@ def _resample_items(result: Judged, number: str, rng: np.random.Generator, sets:
     def times(count: int) -> np.ndarray:
         return rng.multinomial(count, np.full(count, 1 / count), size=sets).astype(np.float64)
 
-    if number == "auc":
+    if number in ("auc", "correlation"):
         score = np.array([np.nan if value is None else value for value in result.score])
-        positives, negatives = score[(truth == 1) & ~np.isnan(score)], score[(truth == 0) & ~np.isnan(score)]
+        known = [np.flatnonzero(kind & ~np.isnan(score)) for kind in (truth > 0, truth == 0)]
+        if number == "correlation":
+            drawn = np.concatenate([times(len(kind)) for kind in known], axis=1)
+            return weighted_correlation(drawn, truth[np.concatenate(known)], score[np.concatenate(known)])
+        positives, negatives = (score[kind] for kind in known)
         difference = positives[:, None] - negatives
         wins = (difference > 0) + 0.5 * (difference == 0)
         together = np.einsum("ri,ij,rj->r", times(len(positives)), wins, times(len(negatives)))

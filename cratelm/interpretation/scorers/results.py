@@ -5,6 +5,7 @@ precision           share of items called positive that are positive
 recall              share of the positives called positive
 F1                  harmonic mean of precision and recall
 AUC                 P(score of a positive > score of a negative), a tie counts as half
+correlation         Pearson correlation of score and level, where positives have several levels
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int
 
 UNREADABLE = "too few answers"
 """Reason: too few positives or negatives have an answer that could be parsed."""
@@ -39,11 +40,13 @@ class Judged:
     silent: int = 0
     """Number of windows on which it is silent, from which negatives are drawn."""
     truth: tuple[int, ...] = ()
-    """Label of each item: 1 for a positive, 0 for a negative; for `intruder` the position of the intruder, from 1."""
+    """Label of each item: 1 for a positive, 0 for a negative; for `rating` the level of a positive, from 1; for
+    `intruder` the position of the intruder, from 1."""
     answer: tuple[int | None, ...] = ()
     """Answer to each item, None if it failed to parse. Empty for scorers that return only a score."""
     score: tuple[float | None, ...] = ()
-    """Score that ranks the items: P(1) / (P(0) + P(1)), gain in nats per token, or a cosine. Empty if there is none."""
+    """Score that ranks the items: P(1) / (P(0) + P(1)), gain in nats per token, a cosine, or an expected rating as a
+    share of the highest. Empty if there is none."""
     position: tuple[int, ...] = ()
     """Index of each item's first token in the collected split; for `intruder` that of the intruder."""
     options: int = 0
@@ -91,7 +94,9 @@ class Judged:
         if self.score:
             known = np.array([score is not None for score in self.score])
             values = np.array([score for score in self.score if score is not None], dtype=np.float64)
-            measures["auc"] = auc(truth[known] == 1, values)
+            measures["auc"] = auc(truth[known] > 0, values)
+            if truth.max(initial=0) > 1:
+                (measures["correlation"],) = weighted_correlation(np.ones((1, len(values))), truth[known], values)
         return {name: value for name, value in measures.items() if not np.isnan(value)}
 
 
@@ -116,6 +121,22 @@ def auc(truth: Bool[np.ndarray, " items"], scores: Float64[np.ndarray, " items"]
         return float("nan")
     difference = scores[truth][:, None] - scores[~truth]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def weighted_correlation(
+    weights: Float64[np.ndarray, "sets items"], levels: Int[np.ndarray, " items"], scores: Float64[np.ndarray, " items"]
+) -> Float64[np.ndarray, " sets"]:
+    """Pearson correlation of levels and scores, for each set of weights; NaN where either has a single value."""
+    total = weights.sum(axis=1)
+
+    def covariance(first: np.ndarray, second: np.ndarray) -> Float64[np.ndarray, " sets"]:
+        means = [weights @ values / total for values in (first, second)]
+        return np.asarray(weights @ (first * second) / total - means[0] * means[1])
+
+    centred = levels - levels.mean(), scores - scores.mean()  # of constant scores every number is exactly 0
+    spread = covariance(centred[0], centred[0]) * covariance(centred[1], centred[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread > 1e-30, covariance(*centred) / np.sqrt(spread), np.nan)
 
 
 def binomial_interval(hits: int, trials: int) -> tuple[float, float]:

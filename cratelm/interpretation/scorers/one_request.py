@@ -1,10 +1,11 @@
-"""Rating and quick detection: all windows of a neuron in one prompt, answered by one reading of its logprobs.
+"""Rating, quick detection and output: all items of a neuron in one prompt, answered by one reading of its logprobs.
 
     rating            how strongly does the neuron fire in this window, 0 to 4? Pearson correlation of the expected
                       rating with the level: 0 for a silent window, 1 to 4 for a quarter of the others by strength
     quick-detection   does the neuron fire in this window? AUC of P(1) / (P(0) + P(1))
+    output            does the neuron promote this token (`promoted.py`)? AUC likewise
 
-The prompt has few-shot examples, the explanation, and one line per window that ends with a tab and a question mark. The
+The prompt has few-shot examples, the explanation, and one line per item that ends with a tab and a question mark. The
 number that the model expects in place of each question mark is read, as the all-at-once simulator reads activations. So
 no answer is generated, no earlier answer is visible to the model, and a neuron costs one request.
 """
@@ -27,7 +28,7 @@ from cratelm.rundir import read_json
 ONE_REQUEST_PROMPTS = Path(__file__).parent.parent / "prompts" / "one_request.json"
 CANDIDATES = 20
 """Candidates requested at each place: most servers give no more."""
-Form = Literal["rating", "detection"]
+Form = Literal["rating", "detection", "output"]
 
 
 async def rating(
@@ -42,6 +43,13 @@ async def quick_detection(
 ) -> Judged:
     """How well P(1) separates windows in which the neuron fires from windows in which it is silent."""
     return await _judged("detection", explanation, contrast, pieces, llm, questions)
+
+
+async def output(
+    explanation: str, contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questions: Questions
+) -> Judged:
+    """How well P(1) separates tokens that the neuron promotes from tokens that other neurons promote."""
+    return await _judged("output", explanation, contrast, pieces, llm, questions)
 
 
 async def _judged(

@@ -5,7 +5,7 @@ A scorer gets the windows of a neuron (`windows.py`) and returns a `Judged`, who
     detection, fuzzing, fuzzing-active         balanced accuracy, chance level 1/2
     intruder                                   accuracy, chance level 1 / options
     surprisal, embedding, example-embedding    AUC, chance level 1/2
-    quick-detection                            AUC, chance level 1/2
+    quick-detection, output                    AUC, chance level 1/2
     rating                                     correlation, chance level 0
 """
 
@@ -23,7 +23,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import SCORER_PROMPTS, Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
-from cratelm.interpretation.scorers.one_request import ONE_REQUEST_PROMPTS, quick_detection, rating
+from cratelm.interpretation.scorers.one_request import ONE_REQUEST_PROMPTS, output, quick_detection, rating
 from cratelm.interpretation.scorers.results import Judged, weighted_correlation
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
 from cratelm.interpretation.scorers.windows import Contrast, contrast
@@ -53,6 +53,8 @@ class Scorer:
     """Whether it tests an explanation; otherwise it tests the neuron itself, and gets an empty explanation."""
     number: str
     """The number in `Judged.numbers` that stands for the result."""
+    items: Literal["windows", "promoted tokens"] = "windows"
+    """What is asked about: windows of text (`windows.py`), or tokens that the neuron promotes (`promoted.py`)."""
     prompts: Path = SCORER_PROMPTS
     """File with its prompts; results depend on its hash."""
 
@@ -90,6 +92,14 @@ SCORERS: dict[str, Scorer] = {
             prompts=ONE_REQUEST_PROMPTS,
         ),
         Scorer(name="rating", needs="prompt-logprobs", run=rating, number="correlation", prompts=ONE_REQUEST_PROMPTS),
+        Scorer(
+            name="output",
+            needs="prompt-logprobs",
+            run=output,
+            number="auc",
+            items="promoted tokens",
+            prompts=ONE_REQUEST_PROMPTS,
+        ),
     )
 }
 """By name, in the order of tables. A new scorer needs one line here: all else is derived from the registry."""
@@ -113,10 +123,10 @@ async def check_llm(names: Iterable[str], llm: LLM, questions: Questions) -> Non
 
 
 async def judge(
-    name: str, record: NeuronRecord, explanation: str, pieces: Sequence[bytes], questions: Questions, *,
+    name: str, record: NeuronRecord | Contrast, explanation: str, pieces: Sequence[bytes], questions: Questions, *,
     llm: LLM | None = None, encoder: Encoder | None = None,
 ) -> Judged:  # fmt: skip
-    """Apply one scorer to one neuron.
+    """Apply one scorer to one neuron, given its record or the items that were drawn.
 
     `pieces` is the bytes of each token id. A neuron with too few windows is returned with that reason, without a call.
     Raises `LLMError` if no answer of the model can be parsed.
@@ -124,7 +134,9 @@ async def judge(
     scorer = SCORERS[name]
     asked = encoder if scorer.needs == "encoder" else llm
     assert asked is not None, f"{name} needs {scorer.needs}"
-    result = scorer.run(explanation, contrast(record, questions), pieces, asked, questions)
+    assert isinstance(record, Contrast) or scorer.items == "windows", f"{name} asks about {scorer.items}"
+    items = record if isinstance(record, Contrast) else contrast(record, questions)
+    result = scorer.run(explanation, items, pieces, asked, questions)
     return await result if isinstance(result, Awaitable) else result
 
 

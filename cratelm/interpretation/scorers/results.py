@@ -48,7 +48,8 @@ class Judged:
     """Score that ranks the items: P(1) / (P(0) + P(1)), gain in nats per token, a cosine, or an expected rating as a
     share of the highest. Empty if there is none."""
     position: tuple[int, ...] = ()
-    """Index of each item's first token in the collected split; for `intruder` that of the intruder."""
+    """Index of each item's first token in the collected split; for `intruder` that of the intruder, for `output` the
+    token id."""
     options: int = 0
     """Windows of a question, the intruder included; 0 for other scorers."""
     failures: tuple[Unreadable, ...] = ()

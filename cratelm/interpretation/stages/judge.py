@@ -9,7 +9,7 @@ row with that reason.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import Questions, enough_windows, too_few
 from cratelm.interpretation.scorers.embedding import Encoder
+from cratelm.interpretation.scorers.promoted import directions_identity, promoted_tokens, promoting_directions
 from cratelm.interpretation.scorers.registry import SCORERS, ScorerAggregate, aggregate_scorer, judge
 from cratelm.interpretation.scorers.results import Judged
-from cratelm.interpretation.scorers.windows import contrast
+from cratelm.interpretation.scorers.windows import Contrast, contrast
 from cratelm.interpretation.scoring.statistics import generator
 from cratelm.interpretation.stages.concurrency import Tally
 from cratelm.interpretation.stages.set_task import SetTask, explanation_from, failures
@@ -61,13 +62,30 @@ def judged_key(key: SetKey, scorer: str, judge_name: str) -> SetKey:
     return replace(key, simulator=f"judge {judge_name}", explainer="", protocol="", control="", sample=0)
 
 
+def items_source(task: SetTask, scorer: str, questions: Questions) -> Callable[[int], Contrast]:
+    """Neuron -> the items that a scorer asks about. Raises `CrateError` if the run has no directions for it."""
+    if SCORERS[scorer].items == "promoted tokens":
+        directions = promoting_directions(task.store.run, task.key.layer, task.key.tap)
+        return lambda neuron: promoted_tokens(directions, neuron, questions)
+    return lambda neuron: contrast(task.records[neuron], questions)
+
+
+def scorer_settings(task: SetTask, scorer: str, context: JudgeContext) -> dict[str, Any]:
+    """Every setting that the results depend on, apart from records and explanations."""
+    settings = context.cache_settings(scorer)
+    if SCORERS[scorer].items == "promoted tokens":
+        settings["directions"] = directions_identity(task.store.run, task.key.tap)
+    return settings
+
+
 async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
     """Apply a scorer to the chosen neurons of a set; `task.key` is its `judged_key`.
 
     A scorer that tests explanations is applied to the explained neurons. Neurons with too few windows are written first
     and not counted as successes, which would hide that a model gives no usable answer. Can be interrupted and resumed.
     """
-    settings, texts, sources = context.cache_settings(scorer), dict[int, str](), dict[int, int]()
+    items_of, settings = items_source(task, scorer, context.questions), scorer_settings(task, scorer, context)
+    texts, sources = dict[int, str](), dict[int, int]()
     asked = task.neurons
     share = set(np.array_split(asked, task.part[1])[task.part[0] - 1].tolist())
     if SCORERS[scorer].explained:
@@ -81,7 +99,7 @@ async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
 
     few = {}
     for neuron in sorted(share & set(growing.missing())):
-        windows = contrast(task.records[neuron], context.questions)
+        windows = items_of(neuron)
         if not enough_windows(scorer, windows, context.questions):
             few[neuron] = too_few(windows).row()
     growing.add(few)
@@ -89,7 +107,7 @@ async def judge_set(task: SetTask, scorer: str, context: JudgeContext) -> Tally:
     async def judge_neuron(neuron: int) -> dict[str, Any]:
         text = explanation_from(texts, sources[neuron]) if sources else ""
         judged = await judge(
-            scorer, task.records[neuron], text, context.pieces, context.questions, llm=context.llm,
+            scorer, items_of(neuron), text, context.pieces, context.questions, llm=context.llm,
             encoder=context.encoder,
         )  # fmt: skip
         return judged.row()

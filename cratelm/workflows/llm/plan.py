@@ -26,7 +26,7 @@ from cratelm.interpretation.scorers.registry import SCORERS, judge
 from cratelm.interpretation.simulators.language_model import LLMSimulator
 from cratelm.interpretation.simulators.self_test import puzzles
 from cratelm.interpretation.stages.estimate import Cost, CountingLLM, estimated_seconds
-from cratelm.interpretation.stages.judge import JudgeContext
+from cratelm.interpretation.stages.judge import JudgeContext, items_source, scorer_settings
 from cratelm.interpretation.stages.set_task import SetTask, explanation_from, failures, settings_hash
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
@@ -118,16 +118,17 @@ class CostPlan:
         for task in tasks:
             neurons = task.explainable if explained else task.neurons
             explanation_of = _explanations(task) if explained else lambda _: ("", "")
+            items_of = items_source(task, scorer, context.questions)
 
             async def ask(
-                llm: CountingLLM, neuron: int, task: SetTask = task, explanation_of: Any = explanation_of
+                llm: CountingLLM, neuron: int, items_of: Any = items_of, explanation_of: Any = explanation_of
             ) -> int:
                 text, llm.depends_on = explanation_of(neuron)
-                await judge(scorer, task.records[neuron], text, context.pieces, context.questions, llm=llm)
+                await judge(scorer, items_of(neuron), text, context.pieces, context.questions, llm=llm)
                 return 0
 
             llm = None if SCORERS[scorer].needs == "encoder" else context.llm
-            await self._add(scorer, task, scorer, neurons, context.cache_settings(scorer), llm, ask)
+            await self._add(scorer, task, scorer, neurons, scorer_settings(task, scorer, context), llm, ask)
 
     async def _add(
         self, name: str, task: SetTask, stage: Stage, neurons: Int64[ndarray, " neurons"], settings: Mapping[str, Any],

@@ -42,7 +42,7 @@ def test_a_scorer_without_a_function_cannot_be_registered() -> None:
 def test_names_in_stores_stay_the_same() -> None:
     assert list(SCORERS) == [
         "detection", "fuzzing", "fuzzing-active", "intruder", "surprisal", "embedding", "example-embedding",
-        "quick-detection", "rating",
+        "quick-detection", "rating", "output",
     ]  # fmt: skip
 
 

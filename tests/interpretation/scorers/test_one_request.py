@@ -65,7 +65,7 @@ def rank_of(windows: Contrast, pieces: Sequence[bytes]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("scorer", "number"), [(rating, "correlation"), (quick_detection, "auc")])
-def test_a_neuron_costs_one_request_with_every_window(scorer: Callable, number: str) -> None:  # type: ignore[type-arg]
+def test_a_neuron_costs_one_request_with_every_window(scorer: Callable, number: str) -> None:
     windows, pieces, truth = forty()
     level_of = rank_of(windows, pieces) if scorer is rating else truth
     model = Rater(lambda text: {"?": 0.9, str(level_of.get(text, 0)): 0.1})

@@ -5,9 +5,9 @@
     cratelm report runs/demo/crate-2l runs/demo/gpt2-2l --site
 
 Give control runs (random weights) along with their models. The folder gets report.html, which works offline; the
-tables performance, interpretability and layers as .md, .csv and .tex; the figures loss and scores as .svg and .png; and
-firing_examples, the best neurons of two models side by side. If runs have autoencoders that are evaluated and scored
-(docs/sae.md), the table faithfulness compares their latents with the neurons of the same layers.
+tables performance, interpretability and layers as .md, .csv and .tex; the figures loss and scores as .svg and .png.
+If runs have autoencoders that are evaluated and scored (docs/sae.md), the table faithfulness compares their latents
+with the neurons of the same layers.
 
 --site writes the neuron browser instead: a folder with a page for every neuron of every run, scored or not, which opens
 from disk or from any static host. The same command updates pages that have changed. The browser shows every tap,

@@ -17,7 +17,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cratelm.report.contents import ReportContents, standing_sentences
-from cratelm.report.figures.firing_examples import firing_panel
 from cratelm.report.figures.form import inline_svg, write_figures
 from cratelm.report.page.cards import neurons_of, side_by_side
 from cratelm.report.results.firing import relevant_needed
@@ -31,7 +30,7 @@ from cratelm.rundir import write_text
 def write_report(contents: ReportContents, out: Path) -> Path:
     """Write tables, figures and the page; return the page's path."""
     write_tables([table for table in contents.every_table if table is not contents.summary], out)
-    write_figures({**contents.every_figure, **firing_panel(contents.firing)}, out)
+    write_figures(contents.every_figure, out)
     write_text(out / "report.html", page(contents))
     return out / "report.html"
 

@@ -3,7 +3,7 @@
 `docs/firing.md` defines the numbers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -160,8 +160,3 @@ def _harmonic(counts: Counts, needed: int) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         both = 2 * consistency * distinctiveness / (consistency + distinctiveness)
     return np.where(counts.relevant[:, :, STATED, 0].sum(axis=1) >= needed, both, np.nan)
-
-
-def shown_examples(entries: Sequence[RunFiring]) -> Mapping[str, tuple[FiringExample, ...]]:
-    """Title -> examples, of the models that have examples."""
-    return {entry.run.title: entry.examples for entry in entries if entry.examples}

@@ -33,7 +33,7 @@ from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.contents import ReportContents
 from cratelm.report.figures.firing import firing_figures
 from cratelm.report.page.html import write_report
-from cratelm.report.results.firing import RELEVANT_NEEDED, RunFiring, gather_firing, shown_examples
+from cratelm.report.results.firing import RELEVANT_NEEDED, RunFiring, gather_firing
 from cratelm.report.results.gather import Results, RunResult, gather
 from cratelm.report.sentences import difference, firing_sentences
 from cratelm.report.tables.firing import firing_tables
@@ -135,7 +135,7 @@ def test_the_sentences_name_both_models_and_what_chance_gives(found: tuple[RunFi
 
 
 def test_examples_are_the_most_consistent_and_distinctive_neurons(found: tuple[RunFiring, ...]) -> None:
-    shown = shown_examples(found)
+    shown = {entry.run.title: entry.examples for entry in found if entry.examples}
     assert list(shown) == ["CRATE-2L", "GPT-2-2L"]
     for title, examples in shown.items():
         run = next(one.run.path for one in found if one.run.title == title)
@@ -184,7 +184,6 @@ def test_the_report_has_tables_figures_and_neurons_side_by_side(results: Results
     files = {
         f"{name}.{suffix}" for name in ("firing", "firing_layers") for suffix in ("md", "csv", "tex", "svg", "png")
     }
-    files |= {"firing_examples.svg", "firing_examples.png"}
     assert files <= {file.name for file in tmp_path.iterdir()}
     rows = list(csv.DictReader(io.StringIO((tmp_path / "firing.csv").read_text())))
     assert {row["Excerpts"] for row in rows} == {"top", "random"}
@@ -285,7 +284,6 @@ def test_runs_without_the_first_protocol_show_the_one_that_is_there(
     assert f"Excerpts scored by {name}." in page
     assert f"excerpts scored by {name} in which it fires most" in page
     assert f"Firing on relevant tokens ({name})" in (tmp_path / "firing.md").read_text()
-    assert (tmp_path / "firing_examples.png").exists()
     assert with_protocols(results, "random-only", "anthropic").shown == "random-only"
 
 
@@ -306,4 +304,3 @@ def test_without_scores_of_any_protocol_nothing_is_measured(results: Results, tm
     assert (none.shown, gather_firing(none)) == ("", ())
     assert "Not measured" in write_report(ReportContents(none), tmp_path).read_text()
     assert not (tmp_path / "firing.md").exists()
-    assert not (tmp_path / "firing_examples.svg").exists()

@@ -21,7 +21,7 @@ from cratelm.report.tables.form import ABSENT, Cell, Column, Style, Table, as_cs
 from cratelm.workflows.naming import report_folder
 
 TABLES = ("performance", "interpretability", "layers", "firing", "firing_layers", "paired")
-FIGURES = ("loss", "scores", "firing", "firing_layers", "firing_examples")
+FIGURES = ("loss", "scores", "firing", "firing_layers")
 HOSTILE = "=cmd|a & b_c $x$ #1 50% {y} ~ ^ \\input{z} <script>`*[k](l)\n\\\\"
 
 

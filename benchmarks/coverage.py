@@ -9,6 +9,7 @@ should reject in 5 %. Bounds of a share p from N simulations: p +- 2 sqrt(p (1 -
 
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,13 +48,7 @@ def neurons(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarr
 def scores_of(rng: np.random.Generator, number: int, layer: int = 0) -> LayerScores:
     """The scores of a layer."""
     a, s = neurons(rng, number)
-    compared = compare(excerpts_of(a), s)
-    return LayerScores(
-        layer=layer, neuron=np.arange(number), correlation=compared.correlation, reason=("",) * number,
-        r_squared=compared.r_squared, absolute_deviation=compared.absolute_deviation, spearman=compared.spearman,
-        auroc=compared.auroc, tokens=np.full(number, EXCERPTS * WIDTH), excerpts=np.full(number, EXCERPTS),
-        sums=compared.sums,
-    )  # fmt: skip
+    return replace(compare(excerpts_of(a), s), layer=layer)
 
 
 def firing_of(rng: np.random.Generator, number: int) -> LayerFiring:
@@ -78,7 +73,7 @@ def score_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
         [scores_of(rng, number, layer) for layer in range(3)], protocol="random-only",
         seed=int(rng.integers(1 << 30)), resamples=RESAMPLES,
     )  # fmt: skip
-    return [[(layer.low, layer.high) for layer in model.layers], [(model.low, model.high)]]
+    return [[layer.interval or (None, None) for layer in model.layers], [model.interval or (None, None)]]
 
 
 def firing_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
@@ -90,7 +85,7 @@ def firing_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
 def judged_ends(rng: np.random.Generator, number: int) -> list[list[Ends]]:
     """The interval of another scorer's mean."""
     scorer = aggregate_scorer("detection", judged(rng, number), rng=rng, resamples=RESAMPLES)
-    return [[(scorer.low, scorer.high)]]
+    return [[scorer.interval or (None, None)]]
 
 
 def truths(rng: np.random.Generator, kind: str) -> list[float]:

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from cratelm.activations.records import (
-    Excerpts,
     LayerRecords,
     Mode,
     join,
@@ -96,25 +95,9 @@ class NeuronTable:
         maximum = self.records.statistics["maximum"]
         return tuple(NO_RECORD if np.isnan(m) else DEAD if m <= 0 else NOT_SCORED for m in maximum)
 
-    @cached_property
-    def _top(self) -> Excerpts:
-        width = max(width for width, _, _ in self.records.sets)
-        tops = [key for key in self.records.sets if key[0] == width and key[2] == "top"]
-        return join([self.records.excerpts(*key) for key in tops])
-
     def strongest(self, rows: Integer[np.ndarray, " chosen"]) -> list[list[str]]:
-        """The distinct tokens with the highest activations in the top excerpts of some neurons, strongest first."""
-        strongest: list[list[str]] = []
-        for start in range(0, len(rows), CHUNK):
-            some = self._top.rows(rows[start : start + CHUNK])
-            activations = some.activations.reshape(len(some.activations), -1)
-            tokens = some.tokens.reshape(activations.shape)
-            order = np.argsort(-activations, axis=1, kind="stable")
-            for row, ranked in enumerate(order):
-                positive = ranked[activations[row, ranked] > 0]
-                distinct = dict.fromkeys(tokens[row, positive].tolist())
-                strongest.append([self.strings[token] for token in list(distinct)[:STRONGEST]])
-        return strongest
+        """`strongest_tokens` of some neurons."""
+        return strongest_tokens(self.records, self.strings, rows)
 
     def choose(self, filters: Sequence[str], sort: SortColumn, *, reverse: bool = False) -> Int[np.ndarray, " chosen"]:
         """Indices of the neurons that pass every filter, sorted by index or from the highest value down.
@@ -148,6 +131,25 @@ class NeuronTable:
             f"a filter must be NAME<NUMBER, NAME>NUMBER or NAME=NUMBER with one of {', '.join(numbers)}, or NAME=TEXT "
             f"with one of {', '.join(texts)}, in quotes; got {text!r}"
         )
+
+
+def strongest_tokens(
+    records: LayerRecords, strings: Sequence[str], rows: Integer[np.ndarray, " chosen"]
+) -> list[list[str]]:
+    """The distinct tokens with the highest activations in the top excerpts of some neurons, strongest first."""
+    width = max(width for width, _, _ in records.sets)
+    tops = join([records.excerpts(*key) for key in records.sets if key[0] == width and key[2] == "top"])
+    strongest: list[list[str]] = []
+    for start in range(0, len(rows), CHUNK):
+        some = tops.rows(rows[start : start + CHUNK])
+        activations = some.activations.reshape(len(some.activations), -1)
+        tokens = some.tokens.reshape(activations.shape)
+        order = np.argsort(-activations, axis=1, kind="stable")
+        for row, ranked in enumerate(order):
+            positive = ranked[activations[row, ranked] > 0]
+            distinct = dict.fromkeys(tokens[row, positive].tolist())
+            strongest.append([strings[token] for token in list(distinct)[:STRONGEST]])
+    return strongest
 
 
 def _is_number(text: str) -> bool:

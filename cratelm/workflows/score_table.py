@@ -78,7 +78,7 @@ def score_lines(models: Sequence[ModelAggregate], *, whole_model: bool, columns:
         lines += [_layer_row(model.protocol if i == 0 else "", layer, columns) for i, layer in enumerate(model.layers)]
         if whole_model and model.mean is not None:
             note = f"  variance {model.variance:.2f}" + ("; no last layer" if len(model.layers) >= 6 else "")
-            lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval_text(model.low, model.high)) + note)
+            lines.append(line_of("", "mean", f"{model.mean:z.2f}", interval_text(model.interval)) + note)
     return [*lines, *warning_of_few(layer.scored for model in models for layer in model.layers)]
 
 
@@ -91,12 +91,12 @@ def _layer_row(name: str, line: LayerAggregate, columns: Columns) -> str:
     points = "-" if line.points is None else f"{line.points:z.1f}"
     counts = [str(sum(line.undefined.get(reason, 0) for reason in reasons)) for reasons in columns.values()]
     scored = f"{line.scored}/{line.total}"
-    return line_of(name, str(line.layer), points, interval_text(line.low, line.high), scored, *counts)
+    return line_of(name, str(line.layer), points, interval_text(line.interval), scored, *counts)
 
 
-def interval_text(low: float | None, high: float | None) -> str:
+def interval_text(ends: tuple[float, float] | None) -> str:
     """A confidence interval."""
-    return "-" if low is None else f"[{low:z.1f}, {high:z.1f}]"
+    return "-" if ends is None else f"[{ends[0]:z.1f}, {ends[1]:z.1f}]"
 
 
 def line_of(name: str, *cells: str) -> str:

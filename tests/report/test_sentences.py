@@ -17,7 +17,7 @@ def rescored(run: RunResult, points: float, half: float, **more: object) -> RunR
     """The run with every mean at `points` and an interval of `half` to each side."""
 
     def moved(scores: ModelAggregate) -> ModelAggregate:
-        return replace(scores, mean=points, low=points - half, high=points + half)
+        return replace(scores, mean=points, interval=(points - half, points + half))
 
     return replace(run, scores={name: moved(one) for name, one in run.scores.items()}, **more)  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def test_the_verdict_mentions_how_far_a_model_stands_above_its_controls(pair: Re
     crate, gpt2 = pair.models
     assert crate.random_init is not None
     control = rescored(crate.random_init, 2.0, 1.0)
-    shuffled = {name: replace(one, mean=12.5, low=11.0, high=14.0) for name, one in crate.shuffled.items()}
+    shuffled = {name: replace(one, mean=12.5, interval=(11.0, 14.0)) for name, one in crate.shuffled.items()}
     model = rescored(crate, 12.0, 1.0, random_init=control, shuffled=shuffled)
     tie = "−0.5 (no clear difference)"
     assert (
@@ -129,6 +129,6 @@ def test_intervals_that_touch_do_not_count_as_a_clear_difference(pair: Results, 
         ends = rng.integers(-3, 4, size=4).astype(float)
         (a, b), (c, d) = sorted(ends[:2]), sorted(ends[2:])
         shared = any(a <= x <= b and c <= x <= d for x in ends)
-        found = outcome(replace(scores, low=a, high=b), replace(scores, low=c, high=d))
+        found = outcome(replace(scores, interval=(a, b)), replace(scores, interval=(c, d)))
         assert found == ("no clear difference" if shared else "higher" if a > d else "lower")
-    assert outcome(replace(scores, low=None, high=None), scores) is None
+    assert outcome(replace(scores, interval=None), scores) is None

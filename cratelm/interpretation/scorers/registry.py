@@ -147,10 +147,8 @@ class ScorerAggregate:
     scorer: str
     mean: float | None
     """Mean of the scorer's number over judged neurons, in per cent; None if no neuron is judged."""
-    low: float | None
-    """Lower end of the 95 % interval of the mean: two-level bootstrap over neurons and their items."""
-    high: float | None
-    """Upper end."""
+    interval: tuple[float, float] | None
+    """95 % interval of the mean: two-level bootstrap over neurons and their items."""
     others: dict[str, float]
     """Means of the other measures over the neurons that have them, in per cent: `f1`, `precision`, `recall`, `auc`."""
     chance: float
@@ -191,15 +189,13 @@ def aggregate_scorer(
         for other in dict.fromkeys(other for _, measures in defined for other in measures)
         if other not in (scorer.number, "low", "high", "chance")
     }
-    low, high = (
-        interval(
-            100 * _resampled([result for result, _ in defined], scorer.number, values, rng, resamples),
-            freedom_of(len(defined)),
-        ) if defined else (None, None)
-    )  # fmt: skip
+    ends = None
+    if defined:
+        samples = 100 * _resampled([result for result, _ in defined], scorer.number, values, rng, resamples)
+        ends = interval(samples, freedom_of(len(defined)))
     asked = max((result.options for result in results.values()), default=0)  # none where no neuron could be judged
     return ScorerAggregate(
-        scorer=name, mean=100 * float(values.mean()) if defined else None, low=low, high=high, others=others,
+        scorer=name, mean=100 * float(values.mean()) if defined else None, interval=ends, others=others,
         chance=100 * chance(name, asked or options), judged=len(defined), total=len(results) + failed,
         undefined=dict((undefined + Counter({"failed": failed})).most_common()),
         items=sum(len(result.truth) for result in results.values()),

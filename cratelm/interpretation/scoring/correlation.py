@@ -136,14 +136,9 @@ def score_layer(
     language model.
     """
     excerpts = draw(records, protocol.score, "score").rows(simulations.neuron)
-    comparison = compare(excerpts, simulations.laid_out(excerpts.valid))
-    simulated = LayerScores(
-        layer=records.layer, neuron=simulations.neuron, reason=tuple(comparison.reasons),
-        correlation=comparison.correlation, r_squared=comparison.r_squared,
-        absolute_deviation=comparison.absolute_deviation, spearman=comparison.spearman,
-        auroc=comparison.auroc, tokens=excerpts.valid.sum(axis=(1, 2)), excerpts=excerpts.present.sum(axis=1),
-        sums=comparison.sums,
-    )  # fmt: skip
+    simulated = replace(
+        compare(excerpts, simulations.laid_out(excerpts.valid)), layer=records.layer, neuron=simulations.neuron
+    )
     without = dict(enumerate(reason or NOT_SIMULATED for reason in unexplained(records, protocol))) | dict(failed or {})
     scores = simulated.of_layer(records.num_neurons)
     reasons = [without[n] if reason == NOT_CHOSEN else reason for n, reason in enumerate(scores.reason)]
@@ -151,21 +146,11 @@ def score_layer(
     return scores if chosen is None else scores.take(chosen)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Activations and simulations of many neurons compared; the fields are those of `LayerScores`."""
+def compare(excerpts: Excerpts, simulated: Float32[np.ndarray, "neurons excerpts width"]) -> LayerScores:
+    """Compare activations with simulations over the tokens of all excerpts of each neuron.
 
-    correlation: Float64[np.ndarray, " neurons"]
-    r_squared: Float64[np.ndarray, " neurons"]
-    absolute_deviation: Float64[np.ndarray, " neurons"]
-    spearman: Float64[np.ndarray, " neurons"]
-    auroc: Float64[np.ndarray, " neurons"]
-    reasons: list[str]
-    sums: Float64[np.ndarray, "neurons excerpts 6"]
-
-
-def compare(excerpts: Excerpts, simulated: Float32[np.ndarray, "neurons excerpts width"]) -> Comparison:
-    """Compare activations with simulations over the tokens of all excerpts of each neuron."""
+    The neurons are numbered from 0, in layer 0.
+    """
     valid = excerpts.valid
     parts = [
         _compare(excerpts.activations[rows], simulated[rows], valid[rows])
@@ -173,9 +158,13 @@ def compare(excerpts: Excerpts, simulated: Float32[np.ndarray, "neurons excerpts
     ]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     constant_a, constant_s = columns.pop("constant_a"), columns.pop("constant_s")
-    reasons = [CONSTANT_ACTIVATIONS if a else CONSTANT_SIMULATION if s else ""
-               for a, s in zip(constant_a, constant_s, strict=True)]  # fmt: skip
-    return Comparison(reasons=reasons, **columns)
+    return LayerScores(
+        layer=0, neuron=np.arange(len(simulated)), tokens=valid.sum(axis=(1, 2)), excerpts=excerpts.present.sum(axis=1),
+        reason=tuple(
+            CONSTANT_ACTIVATIONS if a else CONSTANT_SIMULATION if s else ""
+            for a, s in zip(constant_a, constant_s, strict=True)
+        ), **columns,
+    )  # fmt: skip
 
 
 def _compare(
@@ -231,10 +220,8 @@ class LayerAggregate:
     """Mean over scored neurons, rounded to 0.1 as in the paper; None if no neuron is scored."""
     points_undefined_zero: float
     """Mean over all neurons, an undefined score counted as 0; not rounded."""
-    low: float | None
-    """Lower end of the 95 % interval of the mean over scored neurons (two-level bootstrap), in points."""
-    high: float | None
-    """Upper end."""
+    interval: tuple[float, float] | None
+    """95 % interval of the mean over scored neurons (two-level bootstrap), in points; None without a score."""
     scored: int
     """Neurons with a score."""
     total: int
@@ -248,18 +235,13 @@ class LayerAggregate:
     auroc: float | None = None
     """Mean AUROC of active tokens over scored neurons, in per cent: 50 is chance; None if no neuron has one."""
 
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Both ends of the 95 % interval."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelAggregate:
     """The scores of one model by one protocol: a row of the paper's table, and more statistics.
 
-    For models of 6 layers and more the paper leaves the last layer out of `mean`, `variance`, `mean_undefined_zero`,
-    `low` and `high`. None if no layer has a score.
+    For models of 6 layers and more the paper leaves the last layer out of `mean`, `variance`, `mean_undefined_zero`
+    and `interval`. None if no layer has a score.
     """
 
     protocol: str
@@ -276,19 +258,12 @@ class ModelAggregate:
     """The variance with the last layer."""
     mean_undefined_zero: float
     """Mean over layers of the points with undefined scores counted as 0."""
-    low: float | None
-    """Lower end of the 95 % interval of the mean over layers, in points."""
-    high: float | None
-    """Upper end."""
+    interval: tuple[float, float] | None
+    """95 % interval of the mean over layers, in points."""
     spearman: float | None = None
     """Mean over layers of Spearman's correlation, x 100, by the same rule as `mean`."""
     auroc: float | None = None
     """Mean over layers of the AUROC of active tokens, in per cent, likewise."""
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Both ends of the 95 % interval."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def scored(self) -> tuple[int, int]:
@@ -310,10 +285,9 @@ def aggregate(
     mean_all_layers, variance_all_layers = mean_and_variance([line.points for line in lines])
     means = [sample for sample in samples[:shown] if sample is not None]
     freedom = pooled_freedom(means, [freedom_of(line.scored) for line in lines[:shown] if line.scored])
-    low, high = interval(np.mean(means, axis=0), freedom) if means else (None, None)
     return ModelAggregate(
-        protocol=protocol, layers=tuple(lines), mean=mean, variance=variance, low=low, high=high,
-        mean_all_layers=mean_all_layers, variance_all_layers=variance_all_layers,
+        protocol=protocol, layers=tuple(lines), mean=mean, variance=variance, mean_all_layers=mean_all_layers,
+        variance_all_layers=variance_all_layers, interval=interval(np.mean(means, axis=0), freedom) if means else None,
         mean_undefined_zero=float(np.mean([line.points_undefined_zero for line in lines[:shown]])),
         spearman=mean_and_variance([line.spearman for line in lines[:shown]])[0],
         auroc=mean_and_variance([line.auroc for line in lines[:shown]])[0],
@@ -333,9 +307,9 @@ def _aggregate_layer(
     defined = ~np.isnan(scores.correlation)
     points = 100 * scores.correlation[defined]
     samples = 100 * bootstrap_means(scores.sums[defined], rng, resamples) if len(points) else None
-    low, high = interval(samples, freedom_of(len(points))) if samples is not None else (None, None)
     return LayerAggregate(
-        layer=scores.layer, points=layer_points(scores.correlation), low=low, high=high,
+        layer=scores.layer, points=layer_points(scores.correlation),
+        interval=None if samples is None else interval(samples, freedom_of(len(points))),
         points_undefined_zero=float(points.sum()) / len(scores.neuron), scored=len(points), total=len(scores.neuron),
         undefined=dict(Counter(reason for reason in scores.reason if reason).most_common()),
         deviation=float(points.std(ddof=1)) if len(points) > 1 else None,

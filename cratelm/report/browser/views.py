@@ -1,18 +1,18 @@
 """The contents of the pages of one layer and one neuron as JSON values, for a folder and for a server."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from cratelm.activations.records import LayerRecords, read_records, records_strings
 from cratelm.interpretation.explainers.explanation import DEAD
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.scoring.correlation import LayerScores
+from cratelm.interpretation.scoring.correlation import MEASURES, NOT_CHOSEN, LayerScores
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.listing import sets_of
 from cratelm.interpretation.store.schema import SetKey
@@ -21,9 +21,8 @@ from cratelm.report.browser.chunks import pack
 from cratelm.report.browser.excerpts import ChunkStrings, Predicted, excerpt_groups, group_value, open_predicted
 from cratelm.report.browser.measures import Measures, open_measures
 from cratelm.report.browser.weights import Weights, number, open_weights
-from cratelm.report.neuron_table import NO_RECORD, NOT_SCORED, SCORED, NeuronTable
+from cratelm.report.neuron_table import NO_RECORD, NOT_SCORED, SCORED, strongest_tokens
 
-MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
 STATISTICS = ("density", "maximum", "minimum", "mean", "variance", "skewness", "kurtosis")
 NEURONS_EACH, TEXTS_EACH = 16, 256
 """Neurons per chunk: with the contents of their pages, and with their rows in a list."""
@@ -38,25 +37,8 @@ class Explained:
     key: SetKey
     texts: Mapping[int, str]
     """By neuron."""
-    scores: tuple["Scored", ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """One set of scores of a layer, maybe of a sample of its neurons."""
-
-    key: SetKey
-    scores: LayerScores
-    row: Mapping[int, int]
-    """Neuron -> its row in `scores`."""
-
-    def spread(self, neurons: int) -> tuple[Float[np.ndarray, " neurons"], tuple[str, ...]]:
-        """The correlation of every neuron of the layer (NaN without a score), and the reason why there is none."""
-        correlation, reason = np.full(neurons, np.nan), [NOT_SCORED] * neurons
-        correlation[self.scores.neuron] = self.scores.correlation
-        for index, row in self.row.items():
-            reason[index] = self.scores.reason[row]
-        return correlation, tuple(reason)
+    scores: Mapping[SetKey, LayerScores]
+    """A row for every neuron of the layer; the reason of a neuron that the set leaves out is `NOT_CHOSEN`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +57,12 @@ class LayerView:
     """The predictions of one set of explanations on the scored excerpts."""
 
     @cached_property
-    def scored(self) -> tuple[Scored, ...]:
-        """All sets of scores, the one that is shown first in front."""
-        return tuple(scored for explained in self.explained for scored in explained.scores)
-
-    @cached_property
     def status(self) -> tuple[str, ...]:
         """For each neuron: `scored` if any set scores it, or why it has no score."""
-        by_set = [scored.spread(self.records.num_neurons)[1] for scored in self.scored]
+        by_set = [scores.reason for explained in self.explained for scores in explained.scores.values()]
         status = []
         for index, maximum in enumerate(self.records.statistics["maximum"]):
-            reasons = [set_reasons[index] for set_reasons in by_set if set_reasons[index] != NOT_SCORED]
+            reasons = [set_reasons[index] for set_reasons in by_set if set_reasons[index] != NOT_CHOSEN]
             without = NO_RECORD if np.isnan(maximum) else DEAD if maximum <= 0 else NOT_SCORED
             status.append(SCORED if "" in reasons else next(iter(reasons), without))
         return tuple(status)
@@ -96,28 +73,22 @@ def open_layer(layer: Layer, strings: Sequence[str] | None = None) -> LayerView:
     strings = records_strings(layer.run, layer.mode) if strings is None else strings
     records = read_records(layer.run, layer.layer, mode=layer.mode, tap=layer.tap)
     store = Store.open(layer.run) if Store(layer.run).path.exists() else None
-    explained = () if store is None else tuple(_explained(layer, store))
+    explained = () if store is None else tuple(_explained(layer, store, records.num_neurons))
     return LayerView(
         layer=layer, records=records, strings=strings, weights=open_weights(layer), explained=explained,
-        predicted=open_predicted(store, [scored.key for each in explained for scored in each.scores], records),
+        predicted=open_predicted(store, [key for each in explained for key in each.scores], records),
         measures=Measures(firing={}, judged=()) if store is None else open_measures(layer, store),
     )  # fmt: skip
 
 
-def _explained(layer: Layer, store: Store) -> Iterator[Explained]:
+def _explained(layer: Layer, store: Store, neurons: int) -> Iterator[Explained]:
     place: dict[str, Any] = {"mode": layer.mode, "tap": layer.tap, "layer": layer.layer}
-    scored = [key for key in sets_of(store, "score", **place) if not key.control]
+    scored = sorted((key for key in sets_of(store, "score", **place) if not key.control), key=_order)
     for key in sorted(sets_of(store, "explain", **place), key=_order):
-        yield Explained(
-            key=key,
-            texts=store.texts(key),
-            scores=tuple(_scored(store, scores) for scores in sorted(scored, key=_order) if scores.explained == key),
-        )
-
-
-def _scored(store: Store, key: SetKey) -> Scored:
-    scores = store.scores(key)
-    return Scored(key=key, scores=scores, row={int(neuron): row for row, neuron in enumerate(scores.neuron)})
+        scores = {other: store.scores(other) for other in scored if other.explained == key}
+        # Without the sums for intervals, which no page shows.
+        spread = {other: replace(made, sums=made.sums[:, :0]).of_layer(neurons) for other, made in scores.items()}
+        yield Explained(key=key, texts=store.texts(key), scores=spread)
 
 
 def _order(key: SetKey) -> tuple:
@@ -131,11 +102,11 @@ def layer_value(view: LayerView) -> dict[str, Any]:
     reasons: dict[str, int] = {"": 0}
     sets = []
     for place, explained in enumerate(view.explained):
-        for scored in explained.scores:
-            correlation, without = scored.spread(view.records.num_neurons)
+        for key, scores in explained.scores.items():
+            without = (NOT_SCORED if reason == NOT_CHOSEN else reason for reason in scores.reason)
             codes = np.array([reasons.setdefault(reason, len(reasons)) for reason in without])
-            numbers = {"correlation": pack(correlation, "f32"), "reason": pack(codes, "u8")}
-            sets.append(_named(scored.key) | {"explained": place} | numbers)
+            numbers = {"correlation": pack(scores.correlation, "f32"), "reason": pack(codes, "u8")}
+            sets.append(_named(key) | {"explained": place} | numbers)
     status = np.array([reasons.setdefault(reason, len(reasons)) for reason in view.status])
     return {
         "of": _of(view.layer), "neurons": view.records.num_neurons, "neurons_each": NEURONS_EACH,
@@ -161,9 +132,7 @@ def _named(key: SetKey) -> dict[str, Any]:
 def texts_value(view: LayerView, start: int) -> dict[str, Any]:
     """The strongest tokens and distinct explanations of `TEXTS_EACH` neurons (the last chunk has fewer)."""
     stop = min(start + TEXTS_EACH, view.records.num_neurons)
-    table = NeuronTable(
-        records=view.records.rows(slice(start, stop)), strings=view.strings, interpretations={}, protocol="", hint=""
-    )
+    tokens = strongest_tokens(view.records.rows(slice(start, stop)), view.strings, np.arange(stop - start))
     texts = []
     for index in range(start, stop):
         sets: dict[str, list[int]] = {}
@@ -171,7 +140,7 @@ def texts_value(view: LayerView, start: int) -> dict[str, Any]:
             if index in explained.texts:
                 sets.setdefault(explained.texts[index], []).append(place)
         texts.append(list(sets.items()))
-    return {"of": _of(view.layer), "start": start, "tokens": table.strongest(np.arange(stop - start)), "texts": texts}
+    return {"of": _of(view.layer), "start": start, "tokens": tokens, "texts": texts}
 
 
 def neurons_value(view: LayerView, start: int) -> dict[str, Any]:
@@ -223,14 +192,16 @@ def _explanations(view: LayerView, index: int) -> list[dict[str, Any]]:
             "text": text, "explainer": key.explainer, "sample": key.sample, "protocols": [], "scores": []
         })  # fmt: skip
         entry["protocols"].append(key.protocol)
-        entry["scores"] += [_score(view, scored, index) for scored in explained.scores if index in scored.row]
+        entry["scores"] += [
+            _score(view, set_key, scores, index) for set_key, scores in explained.scores.items()
+            if scores.reason[index] != NOT_CHOSEN
+        ]  # fmt: skip
     return list(entries.values())
 
 
-def _score(view: LayerView, scored: Scored, index: int) -> dict[str, Any]:
-    scores, row = scored.scores, scored.row[index]
-    return {name: number(getattr(scores, name)[row]) for name in MEASURES} | {
-        "protocol": scored.key.protocol, "simulator": scored.key.simulator, "reason": scores.reason[row],
-        "tokens": int(scores.tokens[row]), "excerpts": int(scores.excerpts[row]),
-        "firing": view.measures.firing_of(scored.key, index),
+def _score(view: LayerView, key: SetKey, scores: LayerScores, index: int) -> dict[str, Any]:
+    return {name: number(getattr(scores, name)[index]) for name in MEASURES} | {
+        "protocol": key.protocol, "simulator": key.simulator, "reason": scores.reason[index],
+        "tokens": int(scores.tokens[index]), "excerpts": int(scores.excerpts[index]),
+        "firing": view.measures.firing_of(key, index),
     }  # fmt: skip

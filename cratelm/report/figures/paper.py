@@ -144,6 +144,6 @@ def _draw_control(
 
 def _draw_points(axes: Axes, scores: ModelAggregate, shift: float, **style: Any) -> ErrorbarContainer:
     """Draw mean and interval of the layers that have a mean."""
-    rows = [(layer.layer, layer.points, layer.low, layer.high) for layer in scores.layers if layer.points is not None]
+    rows = [(layer.layer, layer.points, *layer.interval) for layer in scores.layers if layer.interval is not None]
     layer, points, low, high = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return axes.errorbar(layer + shift, points, yerr=np.maximum([points - low, high - points], 0), **style)

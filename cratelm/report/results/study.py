@@ -36,14 +36,8 @@ class Estimate:
     """A mean over seeds with its 95 % interval; without an interval for a single seed."""
 
     mean: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
     seeds: int
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Both ends."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,9 +163,9 @@ def estimate(values: Sequence[float]) -> Estimate | None:
         return None
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Estimate(mean=mean, low=None, high=None, seeds=1)
+        return Estimate(mean=mean, interval=None, seeds=1)
     half = student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=len(values))
+    return Estimate(mean=mean, interval=(mean - half, mean + half), seeds=len(values))
 
 
 def over_seeds(group: Group, quantity: Quantity) -> Estimate | None:

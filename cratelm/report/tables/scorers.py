@@ -61,8 +61,7 @@ def _rows(run: RunResult, results: Results) -> Iterator[tuple[Cell, ...]]:
         layers = {key.layer: aggregate_judged(store, key, scorer) for key in sorted(keys, key=lambda key: key.layer)}
         head = (scorer, run.title, _explained(kind), kind.judge)
         for number, layer in layers.items():
-            interval = None if layer.low is None or layer.high is None else (layer.low, layer.high)
-            yield (*head, str(number), layer.mean, interval, *_cells([layer]))
+            yield (*head, str(number), layer.mean, layer.interval, *_cells([layer]))
         if len(layers) == run.num_layers > 1:
             shown = list(layers.values())[: shown_layers(run.num_layers)]
             means = [layer.mean for layer in shown if layer.mean is not None]

@@ -55,4 +55,4 @@ def _difference_rows(study: Study) -> Iterator[tuple[Cell, ...]]:
 
 
 def _cells(mean: Estimate | None) -> tuple[Cell, ...]:
-    return (None, None, None, 0) if mean is None else (mean.mean, mean.low, mean.high, mean.seeds)
+    return (None, None, None, 0) if mean is None else (mean.mean, *(mean.interval or (None, None)), mean.seeds)

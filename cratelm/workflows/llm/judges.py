@@ -104,7 +104,7 @@ def _table(keys: Sequence[SetKey], aggregates: Sequence[ScorerAggregate]) -> lis
         failed = sum(aggregate.undefined.values()) - few
         cells = (
             str(key.layer), "-" if aggregate.mean is None else f"{aggregate.mean:.1f}",
-            interval_text(aggregate.low, aggregate.high), f"{aggregate.judged}/{aggregate.total}", str(few),
+            interval_text(aggregate.interval), f"{aggregate.judged}/{aggregate.total}", str(few),
             str(failed), f"{aggregate.items:,}", f"{aggregate.failed:,}",
         )  # fmt: skip
         name = key.protocol or "(none)"

@@ -154,7 +154,7 @@ def test_the_interval_of_one_rated_neuron_is_that_of_its_items(rng: np.random.Ge
     aggregate = aggregate_scorer("rating", {0: result}, rng=rng, resamples=4000)
     low, high = np.percentile(brute, [2.5, 97.5])
     shift = 100 * result.numbers()["correlation"] - np.mean(brute)  # the interval is centred on the observed number
-    assert [aggregate.low, aggregate.high] == pytest.approx([low + shift, high + shift], abs=0.1 * (high - low))
+    assert aggregate.interval == pytest.approx((low + shift, high + shift), abs=0.1 * (high - low))
     assert (aggregate.chance, chance("rating"), chance("quick-detection")) == (0, 0, 0.5)
 
 

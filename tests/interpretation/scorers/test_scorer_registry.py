@@ -170,9 +170,10 @@ def test_an_aggregate_counts_everyone_and_its_interval_covers(rng: np.random.Gen
     for _ in range(40):
         found = dict(enumerate(neuron(skill) for skill in rng.beta(8, 3, 30)))
         one = aggregate_scorer("detection", found, rng=rng, resamples=300)
-        assert one.low is not None and one.mean is not None and one.high is not None  # noqa: PT018
-        assert one.low < one.mean < one.high
-        covered.append(one.low <= 100 * 8 / 11 <= one.high)
+        assert one.interval is not None and one.mean is not None  # noqa: PT018
+        low, high = one.interval
+        assert low < one.mean < high
+        covered.append(low <= 100 * 8 / 11 <= high)
     assert np.mean(covered) > 0.85
     failure = Unreadable(items=(0, 1), said="?")
     some = {
@@ -184,7 +185,7 @@ def test_an_aggregate_counts_everyone_and_its_interval_covers(rng: np.random.Gen
     assert one.undefined == {"failed": 3, TOO_FEW: 2}
     assert (one.items, one.failed, one.others["f1"], one.chance) == (44, 2, 100, 50)
     nobody = aggregate_scorer("intruder", {0: Judged(reason=TOO_FEW)}, rng=rng)
-    assert (nobody.mean, nobody.low, nobody.judged, nobody.total) == (None, None, 0, 1)
+    assert (nobody.mean, nobody.interval, nobody.judged, nobody.total) == (None, None, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["detection", "intruder", "embedding"])
@@ -204,12 +205,12 @@ def test_resampled_items_spread_as_brute_force_does(name: str, rng: np.random.Ge
         again: dict[str, Any] = {part: tuple(getattr(one, part)[i] for i in drawn) for part in parts}
         brute.append(100 * Judged(options=one.options, **again).numbers()[number])
     found = aggregate_scorer(name, {i: one for i in range(1)}, rng=rng, resamples=4000)
-    assert found.low is not None and found.mean is not None and found.high is not None  # noqa: PT018
+    assert found.interval is not None
     low, high = np.percentile(brute, [2.5, 97.5])
     # Ends are quantiles of thousands: 2 % of the width is their noise; and answers, few, move them in whole steps.
     step = {"detection": 100 / (2 * 9), "intruder": 100 / 21, "embedding": 100 / (12 * 9)}[name]
     within = 1.01 * step + 0.1 * (high - low)
-    assert [found.low, found.high] == pytest.approx([low, high], abs=within)
+    assert found.interval == pytest.approx((low, high), abs=within)
     assert found.mean == pytest.approx(100 * one.numbers()[number])
 
 

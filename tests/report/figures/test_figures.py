@@ -31,8 +31,7 @@ def model_aggregate(rng: np.random.Generator, layers: int, protocol: str, height
                 layer=layer,
                 points=round(points, 1),
                 points_undefined_zero=points,
-                low=low,
-                high=high,
+                interval=(low, high),
                 scored=9,
                 total=10,
                 undefined={"dead": 1},
@@ -41,7 +40,7 @@ def model_aggregate(rng: np.random.Generator, layers: int, protocol: str, height
         )
     return ModelAggregate(
         protocol=protocol, layers=tuple(lines), mean=height, variance=1.0, mean_all_layers=height,
-        variance_all_layers=1.0, mean_undefined_zero=height, low=height - 1, high=height + 1,
+        variance_all_layers=1.0, mean_undefined_zero=height, interval=(height - 1, height + 1),
     )  # fmt: skip
 
 
@@ -126,7 +125,7 @@ def test_controls_are_drawn_fainter_than_their_model(rng: np.random.Generator) -
 def test_a_layer_without_a_score_leaves_a_gap_and_no_error(rng: np.random.Generator) -> None:
     run = model(rng, "CRATE", "crate", 3)
     scores = run.scores["anthropic"]
-    empty = replace(scores.layers[1], points=None, low=None, high=None, deviation=None, scored=0)
+    empty = replace(scores.layers[1], points=None, interval=None, deviation=None, scored=0)
     gap = replace(scores, layers=(scores.layers[0], empty, scores.layers[2]))
     figure = figures(results(replace(run, scores={**run.scores, "anthropic": gap}, shuffled={}, random_init=None)))
     [bars] = error_bars(figure["scores"].axes[2])

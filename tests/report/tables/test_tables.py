@@ -60,7 +60,7 @@ def test_the_interpretability_table_holds_what_the_scores_give(tmp_path: Path, r
         shuffled = [Store.open(run).read_scores(layer, str(protocol), control="shuffled") for layer in range(2)]
         assert cells(table, "Shuffled")[place] == aggregate(shuffled, protocol=str(protocol)).mean
         found = aggregate(layers, protocol=str(protocol))
-        assert cells(table, "95 % interval")[place] == (found.low, found.high)
+        assert cells(table, "95 % interval")[place] == found.interval
 
 
 def test_every_interpretability_number_has_loss_parameters_and_flops_in_its_row(

@@ -136,8 +136,7 @@ def aggregate_judged(
 
 def options_asked(store: Store, key: SetKey, scorer: str) -> int | None:
     """Windows of an intruder question in a set; None if the store has no settings for it."""
-    with store.transaction() as connection:
-        started = begun(connection, key, scorer)
+    started = begun(store, key, scorer)
     return None if started is None else json.loads(started.settings).get("options")
 
 

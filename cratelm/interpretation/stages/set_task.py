@@ -21,7 +21,7 @@ from cratelm.interpretation.protocols import Protocol
 from cratelm.interpretation.simulators.controls import CONSTANT_EXPLANATION, NO_NEURON, sources_of
 from cratelm.interpretation.stages.concurrency import Tally, each
 from cratelm.interpretation.store.database import Store
-from cratelm.interpretation.store.growing_sets import GrowingSet, begun
+from cratelm.interpretation.store.growing_sets import GrowingSet, begun, set_rows
 from cratelm.interpretation.store.neuron_selection import Chosen, read_chosen, write_chosen
 from cratelm.interpretation.store.schema import SetKey, Stage
 from cratelm.runtime import ProgressBar
@@ -103,12 +103,10 @@ class SetTask:
     def explanations(self) -> dict[int, str]:
         """Read the explanations that the set is made from. A part has those of other parts only after a merge."""
         key = self.key.explained
-        if self.store.part and key.explainer != EXPLAINER and not self.key.control:
-            with self.store.transaction() as connection:
-                started = begun(connection, key, "explain")
-            if started is not None:
-                growing = GrowingSet(store=self.store, key=key, stage="explain", neurons=started.neurons)
-                return {neuron: str(text) for neuron, text in growing.rows().items()}
+        in_part = self.store.part and key.explainer != EXPLAINER and not self.key.control
+        if in_part and (started := begun(self.store, key, "explain")) is not None:
+            growing = GrowingSet(store=self.store, key=key, stage="explain", neurons=started.neurons)
+            return {neuron: str(text) for neuron, text in growing.rows().items()}
         return Store.open(self.store.run).texts(key)
 
     def explanations_hash(self) -> str:
@@ -117,9 +115,7 @@ class SetTask:
         if key.explainer == EXPLAINER:
             return EXPLAINER
         for store in self._stores():
-            with store.transaction() as connection:
-                started = begun(connection, key, "explain")
-            if started is not None:
+            if (started := begun(store, key, "explain")) is not None:
                 return settings_hash(started.settings)
         raise AssertionError("simulated before it was explained")
 
@@ -130,8 +126,7 @@ class SetTask:
         """
         wanted = json.loads(json.dumps(settings))
         for store in self._stores():
-            with store.transaction() as connection:
-                started = begun(connection, self.key, stage)
+            started = begun(store, self.key, stage)
             stored = json.loads(started.settings) if started is not None else {}
             alike = started is not None and all(stored.get(name) == value for name, value in wanted.items())
             if alike and stored.get("left_out", 0) >= needed:
@@ -154,7 +149,8 @@ def settings_hash(settings: str) -> str:
 
 def failures(store: Store, key: SetKey, stage: Stage) -> dict[int, str]:
     """Read the unusable answers of a set, by neuron."""
-    return GrowingSet(store=store, key=key, stage=stage, neurons=np.empty(0, dtype=np.int64)).failures()
+    with set_rows(store, key, stage) as rows:
+        return rows.failures()
 
 
 def all_failures(store: Store) -> list[tuple[str, str]]:

@@ -14,19 +14,8 @@ import numpy as np
 from cratelm.activations.records import records_folder
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.answer_cache import add_new_calls
-from cratelm.interpretation.store.database import Store, add_set, identity, records_of, set_id
-from cratelm.interpretation.store.growing_sets import (
-    Begun,
-    Row,
-    Simulated,
-    add_rows,
-    begun,
-    drop_rows,
-    mark_whole,
-    read_failures,
-    read_set,
-    remove_rows,
-)
+from cratelm.interpretation.store.database import Store, add_set, identity, set_id
+from cratelm.interpretation.store.growing_sets import Row, SetRows, Simulated
 from cratelm.interpretation.store.schema import KEY_COLUMNS, SetKey, Stage, packed, unpacked
 
 COPIED = 500
@@ -71,21 +60,21 @@ def merge(run: Path) -> Merged:
     main = Store.create(run)
     counts = {"rows": 0, "failures": 0, "calls": 0}
     with main.transaction() as ours:
-        touched: dict[tuple[SetKey, Stage], None] = {}
+        touched: dict[tuple[SetKey, Stage], SetRows] = {}
         for part in parts:
             Store.create(run, part.part)  # checks its version
             with part.transaction() as theirs:
                 for key, stage in _sets(theirs):
-                    _check(run, part, theirs, key, stage)
-                    touched[key, stage] = None
-                    _begin(part, ours, theirs, key, stage)
-                    for what, count in _join(part, ours, theirs, key, stage).items():
+                    new = SetRows(theirs, key, stage, set_id(theirs, key))
+                    old = touched[key, stage] = SetRows(ours, key, stage, add_set(ours, key))
+                    _begin(part, old, new)
+                    for what, count in _join(part, old, new).items():
                         counts[what] += count
                 _copy_chosen(ours, theirs)
                 notes = theirs.execute("SELECT * FROM meta WHERE key != 'format_version'").fetchall()
                 ours.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", notes)
-        explanations_first = sorted(touched, key=lambda pair: pair[1] != "explain")
-        missing = [_finish(ours, run, key, stage) for key, stage in explanations_first]
+        explanations_first = sorted(touched.values(), key=lambda rows: rows.stage != "explain")
+        missing = [_finish(rows) for rows in explanations_first]
     for part in parts:
         counts["calls"] += _copy_calls(main, part)
     return Merged(
@@ -100,76 +89,49 @@ def _sets(connection: sqlite3.Connection) -> Iterator[tuple[SetKey, Stage]]:
         yield SetKey.of_row(key), stage
 
 
-def _begun(connection: sqlite3.Connection, key: SetKey, stage: Stage) -> Begun:
-    started = begun(connection, key, stage)
-    assert started is not None
-    return started
+def _begin(part: Store, ours: SetRows, theirs: SetRows) -> None:
+    """Begin a part's set in the run's own store, with the neurons of both.
 
-
-def _name(key: SetKey, stage: Stage) -> str:
-    return f"{stage}, layer {key.layer}{key.of_tap}, {key.what}"
-
-
-def _check(run: Path, part: Store, theirs: sqlite3.Connection, key: SetKey, stage: Stage) -> None:
-    """Raise `CrateError` if a part comes from other records than the current ones."""
-    now = identity(run, key.mode)
-    if _begun(theirs, key, stage).records != now:
+    Raises `CrateError` if the part comes from other records than the current ones, or has other settings.
+    """
+    new, old = theirs.begun, ours.begun
+    assert new is not None
+    if new.records != identity(part.run, theirs.key.mode):
         raise CrateError(
-            f"{part.path} comes from other records than {records_folder(run, key.mode)} holds now "
-            f"({_name(key, stage)}). Move it away, or run its command again"
+            f"{part.path} comes from other records than {records_folder(part.run, theirs.key.mode)} holds now "
+            f"({theirs.name}). Move it away, or run its command again"
         )
-
-
-def _begin(part: Store, ours: sqlite3.Connection, theirs: sqlite3.Connection, key: SetKey, stage: Stage) -> None:
-    """Begin a part's set in the run's own store, with the neurons of both. Raises `CrateError` for other settings."""
-    number, new, old = add_set(ours, key), _begun(theirs, key, stage), begun(ours, key, stage)
     if old is not None and old.records == new.records:
         if difference := old.difference(new):
             raise CrateError(
-                f"{part.path} was made with other settings than {Path(part.run, 'interpretation.sqlite')} or an "
-                f"earlier part ({_name(key, stage)}: {difference}). Run its command again with the same ones"
+                f"{part.path} was made with other settings than {Store(part.run).path} or an earlier part "
+                f"({theirs.name}: {difference}). Run its command again with the same ones"
             )
-        neurons = np.union1d(old.neurons, new.neurons)
-        if len(neurons) == len(old.neurons):
-            return
+        both = new._replace(neurons=np.union1d(old.neurons, new.neurons))
+        if len(both.neurons) > len(old.neurons):
+            ours.begin(both)
     else:
-        neurons = new.neurons
-        drop_rows(ours, number, stage)
-    ours.execute("DELETE FROM stages WHERE set_id = ? AND stage = ?", [number, stage])
-    ours.execute(
-        "INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?)",
-        [number, stage, new.records, new.settings, packed(neurons, "<i4")],
-    )
+        ours.drop()
+        ours.begin(new)
 
 
-def _join(
-    part: Store, ours: sqlite3.Connection, theirs: sqlite3.Connection, key: SetKey, stage: Stage
-) -> dict[str, int]:
+def _join(part: Store, ours: SetRows, theirs: SetRows) -> dict[str, int]:
     """Add the rows and failures of a part that the run's own store lacks. A row replaces a failure."""
-    number, their_number = add_set(ours, key), set_id(theirs, key)
-    old, new = read_set(ours, number, stage), read_set(theirs, their_number, stage)
+    old, new = ours.read(), theirs.read()
     differing = [neuron for neuron in old.keys() & new.keys() if not _equal(old[neuron], new[neuron])]
     if differing:
         named = "; ".join(
             f"neuron {neuron}: {_short(old[neuron])} and {_short(new[neuron])}" for neuron in sorted(differing)[:NAMED]
         )
         raise CrateError(
-            f"{part.path} has different rows for {len(differing)} neurons than "
-            f"{Path(part.run, 'interpretation.sqlite')} or an earlier part ({_name(key, stage)}; {named}). "
-            "Move one of the two away"
+            f"{part.path} has different rows for {len(differing)} neurons than {Store(part.run).path} or an earlier "
+            f"part ({theirs.name}; {named}). Move one of the two away"
         )
     added = {neuron: row for neuron, row in new.items() if neuron not in old}
-    remove_rows(ours, number, stage, added)
-    add_rows(ours, number, stage, added)
-    known = read_failures(ours, number, stage)
-    failed = {
-        neuron: message
-        for neuron, message in read_failures(theirs, their_number, stage).items()
-        if neuron not in old and neuron not in new and neuron not in known
-    }
-    ours.executemany(
-        "INSERT INTO failures VALUES (?, ?, ?, ?)", [(number, n, stage, message) for n, message in failed.items()]
-    )
+    ours.add(added)
+    known = old.keys() | new.keys() | ours.failures().keys()
+    failed = {neuron: message for neuron, message in theirs.failures().items() if neuron not in known}
+    ours.add_failures(failed)
     return {"rows": len(added), "failures": len(failed)}
 
 
@@ -208,22 +170,20 @@ def _copy_calls(main: Store, part: Store) -> int:
         new += add_new_calls(main, [row[1:] for row in rows])
 
 
-def _finish(ours: sqlite3.Connection, run: Path, key: SetKey, stage: Stage) -> int:
+def _finish(rows: SetRows) -> int:
     """Mark a set as whole if it is. Returns the number of missing neurons.
 
     A part does not know which neurons the other parts could explain: neurons without an explanation are removed here.
     """
-    number, started = add_set(ours, key), _begun(ours, key, stage)
-    neurons = started.neurons
-    if stage != "explain" and begun(ours, key.explained, "explain") is not None:
-        unexplained = read_failures(ours, set_id(ours, key.explained), "explain")
-        neurons = neurons[~np.isin(neurons, list(unexplained))]
-        if len(neurons) < len(started.neurons):
-            ours.execute(
-                "UPDATE begun SET neurons = ? WHERE set_id = ? AND stage = ?", [packed(neurons, "<i4"), number, stage]
-            )
-    done = read_set(ours, number, stage).keys() | read_failures(ours, number, stage).keys()
-    missing = len(set(neurons.tolist()) - done)
-    if not missing and records_of(ours, key, stage) is None:
-        mark_whole(ours, number, stage, identity(run, key.mode))
+    begun, key = rows.begun, rows.key.explained
+    assert begun is not None
+    explained = SetRows(rows.connection, key, "explain", set_id(rows.connection, key))
+    if rows.stage != "explain" and explained.begun is not None:
+        neurons = begun.neurons[~np.isin(begun.neurons, list(explained.failures()))]
+        if len(neurons) < len(begun.neurons):
+            begun = begun._replace(neurons=neurons)
+            rows.begin(begun)
+    missing = len(set(begun.neurons.tolist()) - rows.neurons())
+    if not missing and rows.whole_from is None:
+        rows.mark_whole(begun.records)
     return missing

@@ -230,8 +230,7 @@ def _explanations(task: SetTask) -> Callable[[int], tuple[str, str]]:
 
 def _is_outdated(task: SetTask, stage: Stage, settings: Mapping[str, Any]) -> bool:
     """Whether the stored rows come from other records or settings."""
-    with task.store.transaction() as connection:
-        stored = begun(connection, task.key, stage)
+    stored = begun(task.store, task.key, stage)
     if stored is None:
         return False
     before, now = json.loads(stored.settings), json.loads(json.dumps(settings))

@@ -72,8 +72,7 @@ def test_a_stop_and_a_restart_change_no_prompt(tmp_path: Path) -> None:
     told = {}
     for stage, simulator in (("explain", ""), ("simulate", "all-at-once:rules")):
         key = SetKey(layer=0, protocol="random-only", explainer="rules", simulator=simulator)
-        with Store.open(runs[1]).transaction() as connection:
-            had = begun(connection, key, stage)
+        had = begun(Store.open(runs[1]), key, stage)
         told[stage] = json.loads(had.settings) if had else {}
     assert all(settings["left_out"] > 0 for settings in told.values()), told
 

@@ -104,7 +104,7 @@ def test_every_layer_is_drawn_at_its_score_with_its_interval(rng: np.random.Gene
             layer, points, ends = numbers(drawn[color])
             np.testing.assert_allclose(np.round(layer), range(layers))
             np.testing.assert_allclose(points, np.array([one.points for one in expected], dtype=np.float64))
-            np.testing.assert_allclose(ends, np.array([(one.low, one.high) for one in expected], dtype=np.float64))
+            np.testing.assert_allclose(ends, np.array([one.interval for one in expected], dtype=np.float64))
             low, high = axes.get_ylim()
             assert (ends > low).all()
             assert (ends < high).all()

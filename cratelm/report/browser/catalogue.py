@@ -11,7 +11,7 @@ from typing import Any
 
 from cratelm.activations.records import Mode, recorded_layers, records_folder
 from cratelm.errors import CrateError
-from cratelm.report.results.gather import distinct, read_descriptions, run_titles
+from cratelm.report.results.gather import described_runs, distinct
 
 RESERVED = ("compare", "search", "vote", "try", "layer", "neuron")
 """First or second words of links that are not names of models."""
@@ -70,9 +70,8 @@ def catalogue(runs: Sequence[Path], mode: Mode) -> tuple[Model, ...]:
     paths = distinct(runs)
     if not paths:
         raise CrateError("a site needs at least one run. Run: cratelm report RUN... --site")
-    descriptions = read_descriptions(paths)
     models: list[Model] = []
-    for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
+    for path, title, description in described_runs(paths):
         name = str(description["name"])
         link = slug(name, [model.slug for model in models])
         taps = _taps(path, link, len(models), mode)

@@ -10,19 +10,7 @@ from matplotlib.lines import Line2D
 
 from cratelm.interpretation.firing.means import Mean, ModelFiring
 from cratelm.interpretation.firing.measures import KINDS, STATED, THRESHOLDS
-from cratelm.report.figures.form import (
-    FAINT,
-    INK,
-    RANDOM_INIT,
-    SHUFFLED,
-    Dashes,
-    Look,
-    drawing,
-    handle,
-    layer_axis,
-    legend_handles,
-    looks,
-)
+from cratelm.report.figures import form
 from cratelm.report.results.firing import RunFiring
 
 LABELLED = (THRESHOLDS[0], THRESHOLDS[STATED], THRESHOLDS[-1])
@@ -34,12 +22,12 @@ def firing_figures(entries: Sequence[RunFiring]) -> dict[str, Figure]:
     kinds = [kind for kind in KINDS if any(kind in entry.own.overall for entry in entries)]
     if not kinds:
         return {}
-    look = looks([entry.run for entry in entries if entry.run.control is None] or [entry.run for entry in entries])
+    look = form.looks([entry.run for entry in entries if entry.run.control is None] or [entry.run for entry in entries])
     return {"firing": _curves(entries, kinds, look), "firing_layers": _by_layer(entries, kinds, look)}
 
 
-def _curves(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, Look]) -> Figure:
-    with drawing(1.0 + 3.6 * len(kinds), 4.2) as figure:
+def _curves(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, form.Look]) -> Figure:
+    with form.drawing(1.0 + 3.6 * len(kinds), 4.2) as figure:
         panels = figure.subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
         for axes, kind in zip(panels, kinds, strict=True):
             for place, (title, firing, dashes) in enumerate(_lines(entries)):
@@ -55,13 +43,13 @@ def _curves(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, 
     return figure
 
 
-def _lines(entries: Sequence[RunFiring]) -> Iterator[tuple[str, ModelFiring, Dashes | None]]:
+def _lines(entries: Sequence[RunFiring]) -> Iterator[tuple[str, ModelFiring, form.Dashes | None]]:
     """Title of the model, numbers and dashes of every line, models first."""
     for entry in entries:
-        yield _model(entry, entries), entry.own, None if entry.run.control is None else RANDOM_INIT
+        yield _model(entry, entries), entry.own, None if entry.run.control is None else form.RANDOM_INIT
     for entry in entries:
         if entry.shuffled is not None:
-            yield _model(entry, entries), entry.shuffled, SHUFFLED
+            yield _model(entry, entries), entry.shuffled, form.SHUFFLED
 
 
 def _model(entry: RunFiring, entries: Sequence[RunFiring]) -> str:
@@ -71,7 +59,7 @@ def _model(entry: RunFiring, entries: Sequence[RunFiring]) -> str:
     return next(models, entry.run.title)
 
 
-def _draw_curve(axes: Axes, mean: Mean, look: Look, dashes: Dashes | None, *, labelled: bool) -> None:
+def _draw_curve(axes: Axes, mean: Mean, look: form.Look, dashes: form.Dashes | None, *, labelled: bool) -> None:
     x, y = mean.curve("distinctiveness"), mean.curve("consistency")
     control = dashes is not None
     (line,) = axes.plot(
@@ -93,23 +81,28 @@ def _draw_curve(axes: Axes, mean: Mean, look: Look, dashes: Dashes | None, *, la
     if labelled:
         for threshold in LABELLED:
             place = THRESHOLDS.index(threshold)
-            label: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7.5, "color": INK}
+            label: dict[str, Any] = {
+                "xytext": (5, 5),
+                "textcoords": "offset points",
+                "fontsize": 7.5,
+                "color": form.INK,
+            }
             axes.annotate(f"{threshold:g}", (x[place], y[place]), **label)
 
 
-def _mark(look: Look, dashes: Dashes | None) -> dict[str, Any]:
+def _mark(look: form.Look, dashes: form.Dashes | None) -> dict[str, Any]:
     """Marks of a model are filled and opaque, marks of a control hollow and faint."""
     control = dashes is not None
     edge, face = (look.color, "none") if control else ("white", look.color)
     return {
-        "marker": "x" if dashes == SHUFFLED else look.marker, "color": look.color, "alpha": 0.55 if control else 1,
+        "marker": "x" if dashes == form.SHUFFLED else look.marker, "color": look.color, "alpha": 0.55 if control else 1,
         "markeredgecolor": edge, "markerfacecolor": face, "markeredgewidth": 0.8,
     }  # fmt: skip
 
 
-def _by_layer(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, Look]) -> Figure:
+def _by_layer(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str, form.Look]) -> Figure:
     lines = list(_lines(entries))
-    with drawing(1.0 + 3.2 * len(kinds), 5.4) as figure:
+    with form.drawing(1.0 + 3.2 * len(kinds), 5.4) as figure:
         panels = figure.subplots(2, len(kinds), squeeze=False, sharex=True, sharey="row")
         for row, name in zip(panels, ("consistency", "distinctiveness"), strict=True):
             for axes, kind in zip(row, kinds, strict=True):
@@ -121,14 +114,14 @@ def _by_layer(entries: Sequence[RunFiring], kinds: Sequence[str], look: dict[str
                 axes.set_ylim(bottom=0)
             row[0].set_ylabel("%")
         for axes in panels[-1]:
-            layer_axis(axes, 1 + max(max(firing.layers, default=0) for _, firing, _ in lines))
-        chance = handle(FAINT, "_", label="by chance", width=0.0, markeredgewidth=1.4)
+            form.layer_axis(axes, 1 + max(max(firing.layers, default=0) for _, firing, _ in lines))
+        chance = form.handle(form.FAINT, "_", label="by chance", width=0.0, markeredgewidth=1.4)
         figure.legend(handles=[*_handles(entries, look), chance], loc="outside lower center", ncols=3)
     return figure
 
 
 def _draw_layers(
-    axes: Axes, layers: np.ndarray, means: Sequence[Mean], name: str, look: Look, dashes: Dashes | None
+    axes: Axes, layers: np.ndarray, means: Sequence[Mean], name: str, look: form.Look, dashes: form.Dashes | None
 ) -> None:
     values = _values(means, name)
     ends = np.array([mean.interval(name) or (np.nan, np.nan) for mean in means], dtype=np.float64)
@@ -148,8 +141,8 @@ def _values(means: Sequence[Mean], name: str) -> np.ndarray:
     return np.array([np.nan if mean.of(name) is None else mean.of(name) for mean in means], dtype=np.float64)
 
 
-def _handles(entries: Sequence[RunFiring], look: dict[str, Look]) -> list[Line2D]:
+def _handles(entries: Sequence[RunFiring], look: dict[str, form.Look]) -> list[Line2D]:
     controls = {entry.run.control is not None for entry in entries}
-    return legend_handles(
+    return form.legend_handles(
         look, random_init=controls == {True, False}, shuffled=any(entry.shuffled is not None for entry in entries)
     )

@@ -10,20 +10,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from cratelm.interpretation.scoring.correlation import ModelAggregate
-from cratelm.report.figures.form import (
-    FAINT,
-    INK,
-    RANDOM_INIT,
-    SHUFFLED,
-    Dashes,
-    Look,
-    drawing,
-    handle,
-    layer_axis,
-    legend_handles,
-    looks,
-    training_axis,
-)
+from cratelm.report.figures import form
 from cratelm.report.results.gather import Curve, Results, RunResult
 
 LONGEST_CURVE = 400
@@ -41,17 +28,20 @@ def loss_curves(results: Results) -> Figure | None:
     drawn = [model for model in results.models if model.train_curve.tokens or model.held_out_curve.tokens]
     if not drawn:
         return None
-    look = looks(results.models)
-    with drawing(6.6, 3.7) as figure:
+    look = form.looks(results.models)
+    with form.drawing(6.6, 3.7) as figure:
         axes = figure.add_subplot()
         for model in drawn:
             _draw_curves(axes, model, look[model.title])
         axes.set_title("Loss")
         axes.set_ylabel("nats per token")
-        training_axis(axes)
+        form.training_axis(axes)
         axes.set_ylim(*_loss_range(drawn))
-        kinds = [handle(INK, "", alpha=0.45, width=1.2, label="training"), handle(INK, "o", label="held-out")]
-        models = legend_handles({model.title: look[model.title] for model in drawn})
+        kinds = [
+            form.handle(form.INK, "", alpha=0.45, width=1.2, label="training"),
+            form.handle(form.INK, "o", label="held-out"),
+        ]
+        models = form.legend_handles({model.title: look[model.title] for model in drawn})
         axes.legend(handles=[*models, *kinds], loc="upper right")
     return figure
 
@@ -61,8 +51,8 @@ def scores_by_layer(results: Results) -> Figure | None:
     if not results.protocols:
         return None
     depths = sorted({model.num_layers for model in results.models})
-    look = looks(results.models)
-    with drawing(1.0 + 2.9 * len(results.protocols), 0.75 + 2.75 * len(depths)) as figure:
+    look = form.looks(results.models)
+    with form.drawing(1.0 + 2.9 * len(results.protocols), 0.75 + 2.75 * len(depths)) as figure:
         panels = figure.subplots(len(depths), len(results.protocols), squeeze=False, sharey="row")
         for row, depth in zip(panels, depths, strict=True):
             models = [model for model in results.models if model.num_layers == depth]
@@ -70,7 +60,7 @@ def scores_by_layer(results: Results) -> Figure | None:
                 _draw_scores(axes, models, protocol, look)
                 axes.set_title(protocol if len(depths) == 1 else f"{protocol}, {depth} layers")
             row[0].set_ylabel("score (points)")
-        handles = legend_handles(
+        handles = form.legend_handles(
             look,
             random_init=any(model.random_init is not None for model in results.models),
             shuffled=any(model.shuffled for model in results.models),
@@ -79,7 +69,7 @@ def scores_by_layer(results: Results) -> Figure | None:
     return figure
 
 
-def _draw_curves(axes: Axes, model: RunResult, look: Look) -> None:
+def _draw_curves(axes: Axes, model: RunResult, look: form.Look) -> None:
     axes.plot(*_shortened(model.train_curve), color=look.color, alpha=0.4, linewidth=1.2)
     held_out = _shortened(model.held_out_curve)
     every = max(1, len(held_out[0]) // 12)
@@ -114,26 +104,26 @@ def _loss_range(models: Sequence[RunResult]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_scores(axes: Axes, models: Sequence[RunResult], protocol: str, look: Mapping[str, Look]) -> None:
-    axes.axhline(0, color=FAINT, linewidth=0.8)
+def _draw_scores(axes: Axes, models: Sequence[RunResult], protocol: str, look: Mapping[str, form.Look]) -> None:
+    axes.axhline(0, color=form.FAINT, linewidth=0.8)
     for place, model in enumerate(models):
         shift = 0.09 * (place - (len(models) - 1) / 2)
         color, marker = look[model.title].color, look[model.title].marker
         random_init = model.random_init.scores if model.random_init is not None else {}
         if protocol in model.shuffled:
-            _draw_control(axes, model.shuffled[protocol], shift, SHUFFLED, color, "x")
+            _draw_control(axes, model.shuffled[protocol], shift, form.SHUFFLED, color, "x")
         if protocol in random_init:
-            _draw_control(axes, random_init[protocol], shift, RANDOM_INIT, color, marker)
+            _draw_control(axes, random_init[protocol], shift, form.RANDOM_INIT, color, marker)
         if protocol in model.scores:
             _draw_points(
                 axes, model.scores[protocol], shift, color=color, marker=marker, markersize=5.5, linewidth=1.6,
                 elinewidth=1.3, capsize=2.5, capthick=1.3, markeredgecolor="white", markeredgewidth=0.7, zorder=3,
             )  # fmt: skip
-    layer_axis(axes, max((model.num_layers for model in models), default=1))
+    form.layer_axis(axes, max((model.num_layers for model in models), default=1))
 
 
 def _draw_control(
-    axes: Axes, scores: ModelAggregate, shift: float, dashes: Dashes, color: str, marker: str
+    axes: Axes, scores: ModelAggregate, shift: float, dashes: form.Dashes, color: str, marker: str
 ) -> None:  # fmt: skip
     drawn = _draw_points(
         axes, scores, shift, color=color, marker=marker, markersize=4, linewidth=1.1, elinewidth=0.9,

@@ -8,19 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cratelm.report.figures.form import (
-    FAINT,
-    INK,
-    RANDOM_INIT,
-    Look,
-    drawing,
-    handle,
-    layer_axis,
-    legend_handles,
-    looks,
-    note,
-    training_axis,
-)
+from cratelm.report.figures import form
 from cratelm.report.results.whitebox import View, last_step, maybe_rate, objective_per_token, objective_share
 
 Quantity = Callable[[Mapping[str, Any]], float | None]
@@ -114,10 +102,10 @@ def over_layers(views: Sequence[View]) -> Figure:
         for axes, panel in panels:
             for view in views:
                 _draw_layers(axes, panel, view, look[view.title])
-            layer_axis(axes, max(len(view.layers) for view in views))
+            form.layer_axis(axes, max(len(view.layers) for view in views))
         models = {view.title: look[view.title] for view in views if view.of is None}
-        handles = legend_handles(models, random_init=any(view.of is not None for view in views))
-        handles.append(handle(INK, "", label="after attention; after the first ISTA step", linestyle=":"))
+        handles = form.legend_handles(models, random_init=any(view.of is not None for view in views))
+        handles.append(form.handle(form.INK, "", label="after attention; after the first ISTA step", linestyle=":"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
@@ -129,10 +117,10 @@ def over_training(views: Sequence[View]) -> Figure:
         for axes, panel in panels:
             for view in views:
                 _draw_training(axes, panel, view, look[view.title])
-            training_axis(axes)
-        handles = [handle(look[view.title].color, "", label=view.title) for view in views]
-        handles.append(handle(INK, "", label="deeper layers: lighter", alpha=0.4))
-        handles.append(handle(INK, "", label="after attention", linestyle=":"))
+            form.training_axis(axes)
+        handles = [form.handle(look[view.title].color, "", label=view.title) for view in views]
+        handles.append(form.handle(form.INK, "", label="deeper layers: lighter", alpha=0.4))
+        handles.append(form.handle(form.INK, "", label="after attention", linestyle=":"))
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
@@ -140,21 +128,21 @@ def over_training(views: Sequence[View]) -> Figure:
 @contextmanager
 def _panels() -> Iterator[tuple[Figure, list[tuple[Axes, Panel]]]]:
     """A figure with empty axes for every panel; titles, units and notes are added at the end."""
-    with drawing(9.4, 10.8) as figure:
+    with form.drawing(9.4, 10.8) as figure:
         panels = list(zip(figure.subplots(4, 3).flat, PANELS, strict=True))
         yield figure, panels
         for axes, panel in panels:
             if panel.line is not None:
-                axes.axhline(panel.line, color=FAINT, linewidth=1.0, linestyle="--", zorder=1)
+                axes.axhline(panel.line, color=form.FAINT, linewidth=1.0, linestyle="--", zorder=1)
             if not any(len(line.get_xdata()) for line in axes.lines):
-                note(axes, "not measured")
+                form.note(axes, "not measured")
             axes.set_title(panel.title)
             axes.set_ylabel(panel.unit)
             if panel.unit == "%":
                 axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
 
 
-def _draw_layers(axes: Axes, panel: Panel, view: View, look: Look) -> None:
+def _draw_layers(axes: Axes, panel: Panel, view: View, look: form.Look) -> None:
     control = view.of is not None
     style: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 4.5 if control else 5.5}
     style |= {"alpha": 0.5, "linewidth": 1.1, "markerfacecolor": "none"} if control else {"linewidth": 1.6}
@@ -162,12 +150,12 @@ def _draw_layers(axes: Axes, panel: Panel, view: View, look: Look) -> None:
         if quantity is None:
             continue
         points = [(layer["layer"], value) for layer in view.layers if (value := quantity(layer)) is not None]
-        dashes: Any = ":" if second else RANDOM_INIT if control else "-"
+        dashes: Any = ":" if second else form.RANDOM_INIT if control else "-"
         more = style | ({"markersize": 3} if second else {})
         axes.plot([layer for layer, _ in points], [value for _, value in points], linestyle=dashes, **more)
 
 
-def _draw_training(axes: Axes, panel: Panel, view: View, look: Look) -> None:
+def _draw_training(axes: Axes, panel: Panel, view: View, look: form.Look) -> None:
     depths = sorted({int(name.split(".")[0].removeprefix("layer_")) for name in view.curves})
     for depth in depths:
         for curve, dashes in ((panel.curve, "-"), (panel.second_curve, ":")):
@@ -181,10 +169,10 @@ def _draw_training(axes: Axes, panel: Panel, view: View, look: Look) -> None:
                 )  # fmt: skip
 
 
-def _looks(views: Sequence[View]) -> dict[str, Look]:
+def _looks(views: Sequence[View]) -> dict[str, form.Look]:
     """Title -> look; a control has the look of its model."""
     models = [view for view in views if view.of is None]
-    by_title = looks(models)
+    by_title = form.looks(models)
     by_name = {view.name: by_title[view.title] for view in models}
-    by_title |= looks([view for view in views if view.of is not None and view.of not in by_name])
+    by_title |= form.looks([view for view in views if view.of is not None and view.of not in by_name])
     return by_title | {view.title: by_name[view.of] for view in views if view.of in by_name}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.report.results.gather import read_descriptions, run_titles
+from cratelm.report.results.gather import described_runs
 from cratelm.rundir import read_json
 
 DIALS = {
@@ -34,12 +34,11 @@ class Dial:
 
 def open_dials(runs: Sequence[Path]) -> list[Dial]:
     """The dials of run directories that `cratelm dial` has measured."""
-    descriptions = read_descriptions(runs)
-    measured = [read_json(run / "dial.json", made_by=f"cratelm dial {run} --data DIR") for run in runs]
-    return [
-        Dial(title=title, arch=str(description["arch"]), width=dial["width"], points=dial["points"])
-        for title, description, dial in zip(run_titles(runs, descriptions), descriptions, measured, strict=True)
-    ]
+    dials = []
+    for run, title, description in described_runs(runs):
+        dial = read_json(run / "dial.json", made_by=f"cratelm dial {run} --data DIR")
+        dials.append(Dial(title=title, arch=str(description["arch"]), width=dial["width"], points=dial["points"]))
+    return dials
 
 
 def percent_active(dial: Dial, point: Mapping[str, Any]) -> float | None:

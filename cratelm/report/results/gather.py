@@ -150,12 +150,12 @@ def gather(
     paths = distinct(runs)
     if not paths:
         raise CrateError("a report needs at least one run. Run: cratelm report RUN...")
-    descriptions = read_descriptions(paths)
+    described_paths = list(described_runs(paths))
     explainer, simulator = choose_explainer(paths, mode, explainer, simulator)
     asked = SetKey(mode=mode, layer=0, protocol="", explainer=explainer, simulator=simulator)
     results = []
     with progress_bar("reading scores", total=float(len(paths)), unit="runs") as bar:
-        for path, description, title in zip(paths, descriptions, run_titles(paths, descriptions), strict=True):
+        for path, title, description in described_paths:
             for tap in scored_taps(path, taps, mode):
                 results.append(_read_run(path, description, title, replace(asked, tap=tap)))
             bar.advance(1.0, note=title)
@@ -171,11 +171,6 @@ def gather(
 def distinct(runs: Sequence[Path]) -> list[Path]:
     """The run directories without repetitions."""
     return list({path.resolve(): path for path in runs}.values())
-
-
-def read_descriptions(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """The `run.json` of each run directory."""
-    return [read_json(run / "run.json", made_by=f"cratelm train --out {run} --data DIR") for run in runs]
 
 
 def same_neurons(first: Sequence[LayerScores], second: Sequence[LayerScores]) -> bool:
@@ -220,17 +215,19 @@ def display_name(name: str) -> str:
     return name if match is None else f"{ {'crate': 'CRATE', 'gpt2': 'GPT-2'}[match[1]] }-{match[2].upper()}"
 
 
-def run_titles(paths: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A title for every run without invisible letters; runs of the same name are distinguished by their folders."""
-    names = [str(one["name"]) for one in descriptions]
-    titles = []
-    for path, name, description in zip(paths, names, descriptions, strict=True):
+def described_runs(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """Path, title and `run.json` of each run directory.
+
+    A title has no invisible letters; runs of the same name are distinguished by their folders.
+    """
+    runs = [(path, read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR")) for path in paths]
+    names = [str(description["name"]) for _, description in runs]
+    for (path, description), name in zip(runs, names, strict=True):
         control = description.get("control")
         title = display_name(str(description.get("of") or name)) if control else display_name(name)
         if names.count(name) > 1:
             title += f" ({os.path.relpath(path.resolve(), os.path.commonpath([one.resolve() for one in paths]))})"
-        titles.append(visible(f"{title}, {control}" if control else title))
-    return titles
+        yield path, visible(f"{title}, {control}" if control else title), description
 
 
 def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.errors import CrateError
-from cratelm.report.results.gather import RunResult, read_descriptions, run_titles
+from cratelm.report.results.gather import RunResult, described_runs
 from cratelm.rundir import read_json, read_jsonl
 
 FILE = "whitebox.json"
@@ -37,9 +37,7 @@ class View:
 
 def open_views(runs: Sequence[Path]) -> list[View]:
     """The views of run directories that `cratelm whitebox` has measured."""
-    descriptions = read_descriptions(runs)
-    titles = run_titles(runs, descriptions)
-    return [_view(*run) for run in zip(runs, titles, descriptions, strict=True)]
+    return [_view(*run) for run in described_runs(runs)]
 
 
 def views_of(rows: Sequence[RunResult]) -> list[View]:

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -61,10 +61,7 @@ class Cached(LLMWrapper):
         for last in (False, True):
             asked = replace(sampling, max_tokens=limit)
             key = chat_hash(self.inner.identity, messages, asked)
-            if (future := self._joined(key)) is None:
-                future = self._asking[key] = asyncio.get_running_loop().create_future()
-                call = partial(self.inner.chat, messages, asked)
-                self._keep_running(asyncio.create_task(self._answer(key, future, call, asdict)))
+            future = self._begin(key, partial(self.inner.chat, messages, asked), asdict)
             reply = Reply(**_accepted(await asyncio.shield(future)))
             larger = larger_limit(self.inner, messages, sampling)
             if last or larger == limit or not is_cut(reply, limit):
@@ -77,12 +74,8 @@ class Cached(LLMWrapper):
         futures = []
         for prompt in prompts:
             key = prompt_logprobs_hash(self.inner.identity, prompt, top)
-            if (future := self._joined(key)) is None:
-                future = self._asking[key] = asyncio.get_running_loop().create_future()
-                call = partial(self.inner.prompt_logprobs, [prompt], top=top)
-                work = asyncio.create_task(self._answer(key, future, call, partial(_single_to_json, prompt)))
-                self._keep_running(work)
-            futures.append(future)
+            call = partial(self.inner.prompt_logprobs, [prompt], top=top)
+            futures.append(self._begin(key, call, partial(_single_to_json, prompt)))
         answers = [_accepted(await asyncio.shield(future)) for future in futures]
         return [logprobs_from_json(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -92,16 +85,19 @@ class Cached(LLMWrapper):
         while self._working:
             await asyncio.wait(self._working)
 
-    def _joined(self, key: str) -> Answer | None:
-        """The answer to a call in flight, which counts as a cache hit."""
-        future = self._asking.get(key)
-        self.usage.cached += future is not None
-        return future
+    def _begin(self, key: str, call: Callable[[], Awaitable[Any]], to_json: Callable[[Any], dict[str, Any]]) -> Answer:
+        """The future answer of a call. A call in flight with the same key is shared, which counts as a cache hit.
 
-    def _keep_running(self, work: asyncio.Task[None]) -> None:
-        """Hold a task that continues even if the caller is cancelled: its answer is paid for."""
-        self._working.add(work)
-        work.add_done_callback(self._working.discard)
+        The work continues even if the caller is cancelled: its answer is paid for.
+        """
+        if key in self._asking:
+            self.usage.cached += 1
+        else:
+            future = self._asking[key] = asyncio.get_running_loop().create_future()
+            work = asyncio.create_task(self._answer(key, future, call, to_json))
+            self._working.add(work)
+            work.add_done_callback(self._working.discard)
+        return self._asking[key]
 
     async def _answer(
         self, key: str, future: Answer, call: Callable[[], Awaitable[Any]], to_json: Callable[[Any], dict[str, Any]]
@@ -120,7 +116,8 @@ class Cached(LLMWrapper):
                     except Declined as error:
                         paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
                         answer = {DECLINED: str(error), **paid}
-                    await self._keep(self._row(key, answer))
+                    spent = int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1))
+                    await self._keep(_row(key, self.inner.name, *spent, answer))
                     await self._note_unsupported()
         except Exception as error:
             self._done(key, future, error)
@@ -149,11 +146,6 @@ class Cached(LLMWrapper):
             future.exception()  # marks it as retrieved: the caller may be gone
         else:
             future.set_result(answer)
-
-    def _row(self, asked: str, answer: dict[str, Any]) -> Row:
-        spent = int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1))
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return (asked, self.inner.name, *spent, date, zlib.compress(json.dumps(answer, ensure_ascii=False).encode(), 6))
 
     async def _keep(self, row: Row) -> None:
         """Wait until the row is on disk. Rows that arrive during a transaction are written in the next one."""
@@ -219,8 +211,13 @@ def unsupported_note(identity: str) -> str:
 
 def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:
     """A row that records the cost of a call without a usable answer; it is never a cache hit."""
+    return _row(secrets.token_hex(20), model, prompt_tokens, new_tokens, {})
+
+
+def _row(key: str, model: str, prompt_tokens: int, new_tokens: int, answer: Mapping[str, Any]) -> Row:
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return secrets.token_hex(20), model, prompt_tokens, new_tokens, date, zlib.compress(b"{}")
+    content = zlib.compress(json.dumps(answer, ensure_ascii=False).encode(), 6)
+    return key, model, prompt_tokens, new_tokens, date, content
 
 
 def chat_hash(identity: str, messages: Sequence[Message], sampling: Sampling) -> str:

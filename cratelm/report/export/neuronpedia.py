@@ -241,56 +241,47 @@ def bin_edges() -> Float[np.ndarray, " edges"]:
 def _activations(layer: _Layer, index: int) -> Iterator[dict[str, Any]]:
     """Top excerpts of both halves, strongest first, then excerpts of quantile intervals, strongest interval first."""
     row, size = slice(index, index + 1), layer.per_interval
-    top = [_Chosen.of(excerpt, layer) for part in layer.sets["top"] for excerpt in part.rows(row).of(0)]
-    top.sort(key=lambda chosen: -chosen.value)
+
+    def value(excerpt: Excerpt) -> float:
+        return float(str(excerpt.activations[_token(excerpt, layer)]))
+
+    top = sorted((excerpt for part in layer.sets["top"] for excerpt in part.rows(row).of(0)), key=value, reverse=True)
     # Neuronpedia identifies the top excerpts by these numbers.
-    groups = [(-1.0, top[0].value if top else 0.0, -1.0, top)]
+    groups = [(-1.0, value(top[0]) if top else 0.0, -1.0, top)]
     count = max((part.tokens.shape[1] // size for part in layer.sets["quantile"]), default=0)
     mode = layer.table.records.mode
     shares = COMPAT_SHARES if mode == "compat" and count == len(COMPAT_SHARES) else (1 / max(count, 1),) * count
     for interval in reversed(range(count)):
         picks = range(interval * size, (interval + 1) * size)
         parts = [part.rows(row).take(picks) for part in layer.sets["quantile"]]
-        inside = [_Chosen.of(excerpt, layer) for part in parts for excerpt in part.of(0)]
-        values = [chosen.value for chosen in inside] or [0.0]
+        inside = [excerpt for part in parts for excerpt in part.of(0)]
+        values = [value(excerpt) for excerpt in inside] or [0.0]
         groups.append((min(values), max(values), shares[interval], inside))
     number = 0
     for low, high, share, members in groups:
-        for chosen in members:
-            yield _activation(layer, index, number, chosen) | {"binMin": low, "binMax": high, "binContains": share}
+        for excerpt in members:
+            yield _activation(layer, index, number, excerpt) | {"binMin": low, "binMax": high, "binContains": share}
             number += 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """An excerpt and the token for which it was recorded."""
-
-    excerpt: Excerpt
-    token: int
-
-    @classmethod
-    def of(cls, excerpt: Excerpt, layer: _Layer) -> "_Chosen":
-        length, centre = len(excerpt.tokens), layer.width // 2
-        if not layer.centred:
-            return cls(excerpt, int(np.argmax(excerpt.activations)))
-        # Only excerpts at both ends of the corpus are shorter; at the start of the corpus, their front is missing.
-        cut = layer.width - length if excerpt.position == 0 else 0
-        return cls(excerpt, min(max(centre - cut, 0), length - 1))
-
-    @property
-    def value(self) -> float:
-        return float(str(self.excerpt.activations[self.token]))
+def _token(excerpt: Excerpt, layer: _Layer) -> int:
+    """The place of the token for which an excerpt was recorded."""
+    if not layer.centred:
+        return int(np.argmax(excerpt.activations))
+    # Only excerpts at both ends of the corpus are shorter; at the start of the corpus, their front is missing.
+    length = len(excerpt.tokens)
+    cut = layer.width - length if excerpt.position == 0 else 0
+    return min(max(layer.width // 2 - cut, 0), length - 1)
 
 
-def _activation(layer: _Layer, index: int, number: int, chosen: _Chosen) -> dict[str, Any]:
-    excerpt = chosen.excerpt
+def _activation(layer: _Layer, index: int, number: int, excerpt: Excerpt) -> dict[str, Any]:
     values, peak = shortest(excerpt.activations), int(np.argmax(excerpt.activations))
     return layer.place | {
         "id": layer.identifier(index, "activation", number), "index": str(index),
         "creatorId": layer.naming.creator_id,
         "tokens": [layer.table.strings[token] for token in excerpt.tokens.tolist()], "values": values,
         "maxValue": values[peak], "maxValueTokenIndex": peak, "minValue": min(values),
-        "qualifyingTokenIndex": chosen.token, "dataIndex": str(excerpt.document),
+        "qualifyingTokenIndex": _token(excerpt, layer), "dataIndex": str(excerpt.document),
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cratelm import rundir
 from cratelm.errors import CrateError
+from cratelm.json_fields import mismatch
 
 CHOICES = ("a", "b", "same")
 MOST_BYTES = 16 << 20
@@ -18,7 +19,7 @@ PAGE = 500
 """Votes per answer."""
 LONGEST = 4000
 """Largest number of characters of a vote as JSON."""
-FIELDS = {"date": str, "a": str, "b": str, "explanations": list, "explainers": list, "choice": str}
+FIELDS = {"date": str, "a": str, "b": str, "explanations": [str], "explainers": [str], "choice": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,7 @@ class Votes:
     def add(self, value: Mapping[str, Any]) -> int:
         """Add a vote in the format of the page and return the number of votes. Raises `CrateError` otherwise."""
         vote = {name: value.get(name) for name in FIELDS}
-        lists = [value.get(name) for name in ("explanations", "explainers")]
-        valid = all(isinstance(vote[name], kind) for name, kind in FIELDS.items()) and vote["choice"] in CHOICES
-        if not valid or not all(isinstance(text, str) for texts in lists for text in texts or ()):
+        if mismatch(vote, FIELDS) or vote["choice"] not in CHOICES:
             raise CrateError(f"a vote must have {', '.join(FIELDS)}, with a choice of {', '.join(CHOICES)}")
         text = json.dumps(vote)
         if len(text) > LONGEST:

@@ -61,7 +61,7 @@ def verify(
     checksums = _expected(path) if expected is None else [expected]
     if not checksums or os.environ.get(VERIFY_SWITCH) == "0" or not path.is_file():
         return
-    if (found := _remembered_sha256(path)) not in checksums:
+    if (found := remembered_sha256(path)) not in checksums:
         raise CrateError(
             f"{path} is damaged or was changed: its sha256 must be {checksums[-1][:12]}..., got {found[:12]}.... "
             f"{hint.rstrip('.')}. Or read it as it is: --no-verify"
@@ -110,7 +110,7 @@ def _expected(path: Path) -> list[str]:
     return _read(path.parent).get(path.name, [])
 
 
-def _remembered_sha256(path: Path) -> str:
+def remembered_sha256(path: Path) -> str:
     """The checksum of a file, computed again only if the file changed since it was last computed on this machine."""
     status = path.stat()
     identity = json.dumps([status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
@@ -126,7 +126,11 @@ def _remembered_sha256(path: Path) -> str:
         return sha256_of(path)
 
 
+def cache_folder() -> Path:
+    """The user's cache directory of this package."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cratelm"
+
+
 def _memory() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cratelm"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "checksums.sqlite"
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return cache_folder() / "checksums.sqlite"

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
+from cratelm.gguf_files import is_gguf, model_directory, model_name, quantization
 from cratelm.interpretation.llm import InProcess, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
 from cratelm.runtime import DeviceName, console, select_device
@@ -47,6 +48,8 @@ class LocalLLM(InProcess):
         device = next(model.parameters()).device.type
         self.reader = PrefixReader(model, tokens_at_once=tokens_at_once or TOKENS_AT_ONCE.get(device, 544))
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.quantization: str | None = None
+        """Quantisation of the GGUF file that the model comes from."""
         self._tokenizer = PromptTokenizer(tokenizer.backend_tokenizer, bos=tokenizer.bos_token_id)
         self._strings = token_strings(tokenizer.backend_tokenizer)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -56,7 +59,7 @@ class LocalLLM(InProcess):
 
     @classmethod
     def open(cls, source: str | Path, *, device: DeviceName = "auto", dtype: DType = "auto") -> "LocalLLM":
-        """Load a model directory (a run's `model` too) or a name on the hub.
+        """Load a model directory (a run's `model` too), a GGUF file, or a name on the hub.
 
         The dtype `auto` is that of the stored weights, and float32 on a CPU.
         """
@@ -67,7 +70,8 @@ class LocalLLM(InProcess):
                 "a language model in this process needs transformers. Hint: pip install 'cratelm[llm]'"
             ) from None
         importlib.import_module("cratelm.huggingface")  # registers CRATE
-        where = select_device(device)
+        where, name = select_device(device), name_of(str(source))
+        source = model_directory(Path(source)) if is_gguf(source) else source
         kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
         try:
             with _quiet():
@@ -79,7 +83,8 @@ class LocalLLM(InProcess):
                 f"{source} must be a causal language model with a tokenizer, got: {reason}. "
                 "Hint: give a model directory or a name on the Hugging Face hub"
             ) from None
-        llm = cls(model.to(where), tokenizer, name=name_of(str(source)))
+        llm = cls(model.to(where), tokenizer, name=name)
+        llm.quantization = quantization(Path(source))
         if not llm.reader.shares:
             console.print(
                 f"{llm.name} does not support sharing a cache between prompts; every prompt is computed whole (slower)"
@@ -88,13 +93,16 @@ class LocalLLM(InProcess):
 
     @cached_property
     def identity(self) -> str:
-        """Hash of tokenizer and weights, independent of the directory's name: 16 hexadecimal digits."""
+        """Hash of tokenizer and weights, independent of the directory's name: 16 hexadecimal digits.
+
+        A model from a GGUF file has its quantisation behind the hash.
+        """
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         for name, weight in self.reader.model.state_dict().items():
             parts = (weight, weight[..., ::2].abs()) if weight.dim() else ()
             sums = [part.double().sum().item() for part in parts]
             digest.update(repr((name, tuple(weight.shape), str(weight.dtype), sums)).encode())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:16] + (f" {self.quantization}" if self.quantization else "")
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -198,9 +206,12 @@ class _Batch:
 
 
 def name_of(source: str) -> str:
-    """The name of a model: the last part of its path or hub name; for a run's `model`, the name of the run."""
+    """The name of a model: the last part of its path or hub name; for a run's `model`, the name of the run.
+
+    A GGUF file is named without `.gguf`.
+    """
     parts = [part for part in source.split("/") if part]
-    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else model_name(parts[-1])
 
 
 @contextlib.contextmanager

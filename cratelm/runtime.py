@@ -141,3 +141,19 @@ def progress_bar(what: str, *, total: float | int, done: float | int = 0, unit: 
         bar = add(what, total)
         bar.advance(done)
         yield bar
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars and the key reports of `transformers`, whose errors become a `CrateError`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

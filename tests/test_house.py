@@ -34,6 +34,7 @@ FLOORS = {
     "model": 2.0,
     "data": 2.0,
     "distributed": 1.6,
+    "gguf_files": 1.7,
     "checksums": 1.6,
     "rundir": 1.5,
     "runtime": 1.5,

@@ -1,11 +1,8 @@
 """Models without a training run: any Hugging Face causal language model, or a bare model directory of ours."""
 
-import contextlib
 import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +12,11 @@ from torch import nn
 from cratelm.activations.causal_model import causal_model
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
+from cratelm.gguf_files import quantization
 from cratelm.model.weight_files import read_fields
 from cratelm.model.weights import digest, find_model, load, weights_hash
 from cratelm.rundir import check_regular, differing_fields, origin, read_json, write_json
+from cratelm.runtime import quiet_transformers
 
 _STORAGE_FIELDS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Fields of a config.json that describe storage and do not affect the numbers."""
@@ -36,10 +35,12 @@ class ForeignModel:
     """`model_type` of its config.json."""
     model_hash: str
     """SHA-256 of configuration and weights."""
+    quantization: str | None = None
+    """Quantisation of the GGUF file that the weights come from, such as `Q4_K_M`; None for other files."""
 
 
 def load_foreign(source: str | Path) -> ForeignModel:
-    """Load a model directory or a name on the hub: CRATE with this package, other models with `transformers`."""
+    """Load a model directory, a GGUF file or a name on the hub: CRATE with this package, others with `transformers`."""
     folder = find_model(source)
     for file in folder.glob("*.*"):
         if not file.is_dir():
@@ -53,7 +54,10 @@ def load_foreign(source: str | Path) -> ForeignModel:
     model, tokenizer = _load_with_transformers(folder), _find_tokenizer(folder)
     settings = {key: value for key, value in fields.items() if key not in _STORAGE_FIELDS}
     model_hash = digest(settings, model.state_dict())
-    return ForeignModel(model=model, tokenizer=tokenizer, source=name, arch=arch, model_hash=model_hash)
+    return ForeignModel(
+        model=model, tokenizer=tokenizer, source=name, arch=arch, model_hash=model_hash,
+        quantization=quantization(folder),
+    )  # fmt: skip
 
 
 def write_foreign_run(run: Path, foreign: ForeignModel) -> None:
@@ -69,7 +73,8 @@ def write_foreign_run(run: Path, foreign: ForeignModel) -> None:
     write_json(
         path,
         {
-            "name": run.resolve().name, **description, "source": foreign.source, "control": None, "of": None,
+            "name": run.resolve().name, **description, "source": foreign.source,
+            **({"quantization": foreign.quantization} if foreign.quantization else {}), "control": None, "of": None,
             "model": model.shape(), "parameters": model.num_parameters, "flops_per_token": model.flops_per_token,
             "training": None, "origin": origin(),
         },
@@ -87,7 +92,7 @@ def _load_with_transformers(folder: Path) -> nn.Module:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise CrateError(f"{folder} is a Hugging Face model, which needs an extra: pip install 'cratelm[hf]'") from None
-    with _quiet(transformers):
+    with quiet_transformers():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False,
@@ -103,18 +108,3 @@ def _load_with_transformers(folder: Path) -> nn.Module:
             + ". Fetch the model again"
         )  # fmt: skip
     return model.eval()
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the progress bar and key report of `transformers`; errors become a CrateError."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

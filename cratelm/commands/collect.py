@@ -10,7 +10,7 @@ model go to a separate run directory, `--out`. `--tap` records other activations
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -39,7 +39,7 @@ class Options:
     BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device")
     """The options that `--help` shows; `--help-all` shows all."""
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories; or one Hugging Face model, as a directory or a name on the hub."""
+    """Run directories; or one Hugging Face model, as a directory, a GGUF file or a name on the hub."""
     data: Path
     """Token directory to read."""
     out: Path | None = None
@@ -114,7 +114,7 @@ def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]
         )  # fmt: skip
 
     if not options.sae:
-        return [at(options.tap, options.layer)]
+        return [_named(at(options.tap, options.layer), opened)]
     if options.layer or (options.tap, options.sign) != ("neurons", "positive"):
         raise CrateError("an autoencoder determines tap and layer. Use --sae without --tap, --layer and --sign")
     from cratelm.sae.latents import observe_latents
@@ -125,8 +125,14 @@ def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]
         sae = load_sae(home, name, device=opened.causal.device)
         check_trained_on(sae, opened.model_hash, home)
         sae.place(opened.model)
-        subjects.append(observe_latents(at(sae.tap, (sae.layer,)), sae))
+        subjects.append(_named(observe_latents(at(sae.tap, (sae.layer,)), sae), opened))
     return subjects
+
+
+def _named(subject: "Subject", opened: OpenModel) -> "Subject":
+    """The subject, with the quantisation of a model from a GGUF file in the description of its records."""
+    name = opened.foreign.quantization if opened.foreign is not None else None
+    return replace(subject, identity={**subject.identity, "quantization": name}) if name else subject
 
 
 def _write_head(opened: OpenModel, home: Path, tokenizer: "Tokenizer", mode: Mode) -> None:

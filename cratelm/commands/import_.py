@@ -3,6 +3,7 @@
     cratelm import ckpt-crate-12l.pt --out runs/crate-b
     cratelm import ckpt.pt --activation gelu --tokenizer none --out runs/nanogpt
     cratelm import gpt2 --out runs/gpt2
+    cratelm import gpt2.Q8_0.gguf --out runs/gpt2-q8
     cratelm import neurons/ --out runs/theirs
 
 A .pt file is read without running code in it. It has no tokenizer: for a vocabulary of GPT-2's size (50257, or 50304
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from cratelm.errors import CrateError
+from cratelm.gguf_files import is_gguf
 from cratelm.rundir import claim, read_json, remove_leftovers
 from cratelm.runtime import console, human
 
@@ -62,7 +64,8 @@ def run(options: Options) -> None:
         return
     if path.suffix in (".pt", ".pth", ".bin") and not path.exists():
         raise CrateError(f"{path} does not exist. Hint: give a checkpoint, a model directory or a name on the hub")
-    model, tokenizer, facts = _read_checkpoint(path, options) if path.is_file() else _read_hugging_face(options)
+    is_checkpoint = path.is_file() and not is_gguf(path)
+    model, tokenizer, facts = _read_checkpoint(path, options) if is_checkpoint else _read_hugging_face(options)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, model, options)
     imported = {"source": path.name or options.checkpoint, **facts}

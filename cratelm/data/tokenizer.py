@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from cratelm.data.text import Document
 from cratelm.errors import CrateError
+from cratelm.gguf_files import is_gguf, model_directory
 from cratelm.rundir import check_regular, read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -112,8 +113,10 @@ def gpt2_bpe(folder: Path | None = None) -> Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`, a folder holding one (or GPT-2's two files), `gpt2`, or a name on the hub."""
+    """Read a `tokenizer.json`, a folder holding one (or GPT-2's two files), a GGUF file, `gpt2`, or a hub name."""
     path = Path(source)
+    if is_gguf(path) and not path.is_dir():
+        path = model_directory(path)
     if (path / "tokenizer.json").is_file():
         path = path / "tokenizer.json"
     if path.is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cratelm.checksums import verify, write_checksums
 from cratelm.errors import CrateError
+from cratelm.gguf_files import is_gguf, model_directory
 from cratelm.model.config import ModelConfig
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weight_files import put_back, read_fields, read_state
@@ -163,8 +164,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def find_model(source: str | Path) -> Path:
-    """The model directory meant by a path to one, by a run directory, or by a hub name."""
+    """The model directory meant by a path to one, by a run directory, by a GGUF file, or by a hub name."""
     folder = Path(source)
+    if is_gguf(source) and not folder.is_dir():
+        return model_directory(folder)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists():
             return candidate

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from cratelm.errors import CrateError
+from cratelm.gguf_files import is_gguf, model_name
 from cratelm.rundir import read_json
 from cratelm.runtime import DeviceName, select_device
 
@@ -69,7 +70,7 @@ class OpenModel:
     @property
     def name(self) -> str:
         """Name in titles and tables."""
-        return str(self.description.get("name") or self.source.name)
+        return str(self.description.get("name") or model_name(self.source))
 
     def records(self, layer: int, tap: str = "neurons") -> "LayerRecords | None":
         """The `fixed` records of a layer, else the `compat` ones; None if it has none."""
@@ -124,7 +125,7 @@ def open_model(
     expected: Expected = "anything",
     needs_tokenizer: bool = True,
 ) -> OpenModel:
-    """Open the model of a run directory, of a model directory, or a Hugging Face name.
+    """Open the model of a run directory, of a model directory, of a GGUF file, or a Hugging Face name.
 
     The run of a Hugging Face model names its source, which is opened. A source that is not what was `expected`, or has
     no tokenizer where one is needed, is a CrateError.
@@ -178,10 +179,11 @@ def open_for_run(
     if is_run and out is not None:
         raise CrateError(f"--out must be left out for a run, which holds its results, got {source}")
     if not is_run and out is None:
-        what = "is a model, not a run" if (source / "config.json").exists() else "is not a run directory"
+        is_model = is_gguf(source) or (source / "config.json").exists()
+        what = "is a model, not a run" if is_model else "is not a run directory"
         raise CrateError(
             f"{source} {what}. Hint: for a Hugging Face model give the run to create: "
-            f"cratelm collect {source} --data {data} --out runs/{source.name}"
+            f"cratelm collect {source} --data {data} --out runs/{model_name(source)}"
         )
     return open_model(source, device, needs_tokenizer=False), out or source
 

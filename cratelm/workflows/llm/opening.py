@@ -9,6 +9,7 @@ from typing import Any
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
+from cratelm.gguf_files import model_name
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import Capabilities, probe
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
@@ -142,7 +143,7 @@ def is_url(where: str) -> bool:
 def basename(where: str) -> str:
     """Name of a model in this process: the last part of its path, or the run's name for `RUN/model`."""
     parts = [part for part in where.split("/") if part]
-    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else model_name(parts[-1])
 
 
 @asynccontextmanager

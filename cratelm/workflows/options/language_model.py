@@ -30,7 +30,8 @@ class Explaining:
     """The explainer. Left out: lookup, which needs no language model and takes seconds."""
 
     llm: Where = ""
-    """Language model: the URL of a server, such as http://localhost:8000/v1, or a Hugging Face directory or name."""
+    """Language model: the URL of a server, such as http://localhost:8000/v1, or a Hugging Face directory or name, or a
+    GGUF file."""
     model: Name = ""
     """Name of the model on the server; required if the server has several."""
     explainer: Literal["auto", "lookup", "llm"] = "auto"

@@ -24,7 +24,7 @@ from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, check_regular, read_json, write_json
 from cratelm.runtime import console, quiet_transformers
 
-DESCRIPTION = "gguf.json"
+GGUF_DESCRIPTION = "gguf.json"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Tensor type -> dtype. With any other type in the file, the weights become bfloat16."""
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,7 +63,7 @@ def model_directory(file: Path) -> Path:
 
 def quantization(folder: Path) -> str | None:
     """The quantisation of the GGUF file that a model directory was made from; None for another directory."""
-    facts = folder / DESCRIPTION
+    facts = folder / GGUF_DESCRIPTION
     return str(read_json(facts, hint=f"Remove {folder}")["quantization"]) if facts.is_file() else None
 
 
@@ -92,7 +92,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _is_whole(folder: Path) -> bool:
-    if not (folder / DESCRIPTION).is_file():
+    if not (folder / GGUF_DESCRIPTION).is_file():
         return False
     try:
         for file in folder.iterdir():
@@ -117,7 +117,7 @@ def _convert(file: Path, checksum: str, folder: Path) -> None:
             tokenizer.save_pretrained(temporary)
         _complete_settings(temporary, header)
         facts = {"file": str(file.absolute()), "sha256": checksum, "quantization": header.quantization}
-        write_json(temporary / DESCRIPTION, {**facts, "architecture": header.architecture, "dtype": header.dtype})
+        write_json(temporary / GGUF_DESCRIPTION, {**facts, "architecture": header.architecture, "dtype": header.dtype})
         write_checksums(temporary)
 
 

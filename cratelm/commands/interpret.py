@@ -71,8 +71,8 @@ def run(options: Options) -> None:
     if request.by_lookup and options.spending.merge:
         _interpret_by_lookup(request, asyncio.run(merge_and_score(request)), skip=options.skip_lookup)
         return
-    asyncio.run(interpret(request))
-    is_scored = "score" in request.stages and not (options.spending.dry_run or options.spending.part)
+    complete = asyncio.run(interpret(request))
+    is_scored = complete and "score" in request.stages and not (options.spending.dry_run or options.spending.part)
     if is_scored and not request.by_lookup:
         _interpret_by_lookup(request, dict.fromkeys(options.runs, options.protocol), skip=options.skip_lookup)
 

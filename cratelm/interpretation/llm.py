@@ -8,12 +8,17 @@ are batched.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 
 from cratelm.errors import CrateError
+
+if TYPE_CHECKING:
+    from cratelm.interpretation.clients.batch_api import BatchAPI
+else:
+    BatchAPI = Any
 
 
 class LLMError(CrateError):
@@ -26,6 +31,10 @@ class LLMError(CrateError):
 
 class Postponed(CrateError):
     """One call failed after all retries for a reason that passes. Nothing is stored for it: the next run asks again."""
+
+
+class Queued(Postponed):
+    """The call waits in a batch (`stages/batches.py`); a later run gets its answer."""
 
 
 class Declined(LLMError):
@@ -138,6 +147,11 @@ class LLM(Protocol):
         ...
 
     @property
+    def batch_api(self) -> "BatchAPI | None":
+        """The Batch API of the model's server; None for a model in this process."""
+        ...
+
+    @property
     def remote(self) -> bool:
         """Whether a server runs the model: each call is a request, and the time of a call is mostly waiting."""
         ...
@@ -206,6 +220,7 @@ class InProcess:
 
     remote = False
     price: tuple[float, float] | None = None
+    batch_api: "BatchAPI | None" = None
     served: tuple[str, ...] = ()
     counts_exactly = True
     logprobs_format: tuple[str, int] | None = None
@@ -255,6 +270,10 @@ class LLMWrapper:
     @property
     def price(self) -> tuple[float, float] | None:
         return self.inner.price
+
+    @property
+    def batch_api(self) -> "BatchAPI | None":
+        return self.inner.batch_api
 
     @property
     def remote(self) -> bool:

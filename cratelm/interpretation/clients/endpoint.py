@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.clients.batch_api import BatchAPI
 from cratelm.interpretation.clients.parameters import Attempt, Parameters, chat_body
 from cratelm.interpretation.clients.prompt_logprobs import STYLES, Absent, read, request
 from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text
@@ -222,6 +223,20 @@ class Endpoint:
         if problem:
             raise Declined(printable(problem), prompt_tokens=read, new_tokens=generated)
         return Reply(text=text or "", finish=finish, prompt_tokens=read, new_tokens=generated)
+
+    @property
+    def batch_api(self) -> BatchAPI:
+        """The Batch API of the server. Whether the server has one shows at the first batch."""
+
+        def request(messages: Sequence[Message], sampling: Sampling) -> tuple[str, dict[str, Any]]:
+            body = next(self._attempts(messages, sampling)).body
+            converted = CHAT_LABEL in self.unsupported
+            return ("/v1/responses", responses_body(body)) if converted else ("/v1/chat/completions", body)
+
+        def parse(size: int, answer: Mapping[str, Any]) -> Reply:
+            return self._parse_chat(size, as_chat_completion(answer) if "output" in answer else answer)
+
+        return BatchAPI(self.transport, request, parse)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Prompt logprobs. Raises `LLMError` if the server does not return them."""

@@ -15,26 +15,23 @@ limited ends the work (`CrateError`), and any other failure is left to the next 
 import asyncio
 import email.utils
 import json
-import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.clients.address import KEY, NO_KEY, check_url, find_key
 from cratelm.interpretation.clients.responses import Malformed, error_in, error_message, json_object, reported_usage
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import LLMError, Postponed, Unparsed
 from cratelm.runtime import printable
 
 T = TypeVar("T")
-KEY = "OPENAI_API_KEY"
-"""Environment variable of the key, unless another one is named."""
-NO_KEY = "none"
-"""Sent as the key if there is none: servers without keys ignore it."""
+_JSON = {"Content-Type": "application/json"}
 LONGEST_RETRY_AFTER = 600.0
 """Seconds: if a server asks for a longer wait, the work stops."""
 LONGEST_ANSWER = 64 << 20
@@ -109,7 +106,7 @@ class Transport:
             raise CrateError("package httpx is not installed. Run: pip install 'cratelm[llm]'") from None
         if self._client is None or self._loop is not asyncio.get_running_loop():
             self._loop, self._slots = asyncio.get_running_loop(), asyncio.Semaphore(self.in_flight)
-            headers = {"Authorization": f"Bearer {self._key or NO_KEY}", "Content-Type": "application/json"}
+            headers = {"Authorization": f"Bearer {self._key or NO_KEY}"}
             self._client = httpx.AsyncClient(
                 headers=headers, timeout=self.timeout, follow_redirects=True,
                 limits=httpx.Limits(max_connections=None), event_hooks={"request": [self._check_redirect]},
@@ -159,7 +156,7 @@ class Transport:
                     with attempt:
                         await asyncio.sleep(self._not_before - time.monotonic())
                         self.usage.requests += 1
-                        async with client.stream("POST", self.url + path, content=content) as response:
+                        async with client.stream("POST", self.url + path, content=content, headers=_JSON) as response:
                             answer = await self._read(response)
                 limits = (body.get(f"max_{name}tokens") for name in ("", "completion_", "output_"))
                 answer["usage"] = reported_usage(answer, len(content), next(filter(None, limits), None))
@@ -174,6 +171,41 @@ class Transport:
         self.answered = True
         self.usage.prompt_cached += answer["usage"].get("cached_tokens", 0)
         return parsed
+
+    async def send(self, path: str, **content: Any) -> dict[str, Any]:
+        """Post once, without a retry (httpx's `json`, or `data` and `files`), and read the JSON of the response.
+
+        Raises `Refused`; `CrateError` if it is not known whether the server has done what was asked.
+        """
+        client = self._connection()
+        import httpx
+
+        try:
+            async with client.stream("POST", self.url + path, **content) as response:
+                return await self._read(response)
+        except (httpx.RequestError, _Failure, Malformed) as error:
+            reason = self._shown(" ".join(str(error).split()) or type(error).__name__)
+            raise CrateError(f"{self.url}{path} failed ({reason}). Run the same command again") from None
+
+    async def lines(self, path: str) -> AsyncIterator[bytes]:
+        """The lines of a file on the server, without keeping the file in memory. Raises `CrateError`."""
+        client, rest = self._connection(), b""
+        import httpx
+
+        try:
+            async with client.stream("GET", self.url + path) as response:
+                if response.status_code >= 300:
+                    await self._read(response)
+                async for part in response.aiter_bytes():
+                    *whole, rest = (rest + part).split(b"\n")
+                    for line in whole:
+                        yield line
+                    if len(rest) > LONGEST_ANSWER:
+                        raise Malformed(f"a line of more than {LONGEST_ANSWER >> 20} MB")
+        except (httpx.RequestError, _Failure, Malformed) as error:
+            reason = self._shown(" ".join(str(error).split()) or type(error).__name__)
+            raise CrateError(f"{self.url}{path} cannot be read ({reason}). Run the same command again") from None
+        yield rest
 
     def limit(self, in_flight: int) -> None:
         """Lower the number of requests in flight, before any is sent: to the slots of the server."""
@@ -197,7 +229,7 @@ class Transport:
             answer = {"error": bytes(content[:2000]).decode(errors="replace")}
         status, code, error = error_in(answer, status)
         if status:
-            raise self._error(status, code, error, response.headers)
+            raise self.error(status, code, error, response.headers)
         return answer
 
     def _wait(self, state: Any) -> float:
@@ -209,8 +241,8 @@ class Transport:
         grown = min(self.retry.longest, self.retry.first * 2.0 ** (state.attempt_number - 1))
         return max(grown * random.uniform(0.5, 1.0), asked)
 
-    def _error(self, status: int, code: str, error: Any, headers: Mapping[str, str]) -> Exception:
-        """What is raised for an error that the server reports."""
+    def error(self, status: int, code: str, error: Any, headers: Mapping[str, str]) -> Exception:
+        """The exception for an error that the server reports."""
         message, asked = self._shown(error_message(error)), retry_after(headers)
         if status == 402 or UNPAID_CODE.search(code) or (status in (400, 403) and UNPAID.search(message)):
             return CrateError(
@@ -278,29 +310,6 @@ class Transport:
 
     def _shown(self, text: str) -> str:
         return printable(text.replace(self._key, "(the key)") if self._key else text)
-
-
-def check_url(url: str) -> str:
-    """A base URL without its trailing slash. Refuses one without http, or with a password: URLs are stored."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CrateError(f"{url!r} is not a server URL; expected something like http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query:
-        raise CrateError(f"the URL of {parts.hostname} holds a secret or a query. Put the key in {KEY} instead")
-    return url.rstrip("/")
-
-
-def find_key(url: str, variable: str) -> tuple[str, str]:
-    """The environment variable and the key in it; an empty key if none is set.
-
-    Unless the variable is named, no key is sent over a connection that others could read.
-    """
-    if variable and not os.environ.get(variable):
-        raise CrateError(f"the environment variable {variable} is empty. Put the key of {url} into it")
-    parts = urlsplit(url)
-    private = parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
-    name = variable or KEY
-    return name, os.environ.get(name, "") if variable or private else ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

@@ -113,14 +113,27 @@ class Metered(LLMWrapper):
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat within the budget."""
-        # A chat template adds a few tokens to each turn.
-        bound = sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens
+        bound = self.bound(messages, sampling)
         for attempt in range(self.attempts):
             async with self._paid(attempt, bound):
                 reply = await self.inner.chat(messages, sampling)
                 self.usage.add(reply.prompt_tokens, reply.new_tokens)
                 return reply
         raise AssertionError("the last attempt raises")
+
+    def bound(self, messages: Sequence[Message], sampling: Sampling) -> Tokens:
+        """Most tokens that a chat reads and generates."""
+        # A chat template adds a few tokens to each turn.
+        return sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens
+
+    def affordable(self, bounds: Sequence[Tokens]) -> int:
+        """How many of these calls, from the first, the budget covers together."""
+        read = generated = 0
+        for number, bound in enumerate(bounds):
+            read, generated = read + bound[0], generated + bound[1]
+            if self._exceeds((read, generated), self._reserved):
+                return number
+        return len(bounds)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Prompt logprobs within the budget, one call for each prompt. Servers generate one token after a prompt."""
@@ -169,7 +182,7 @@ class Metered(LLMWrapper):
     async def _reserve(self, bound: Tokens) -> None:
         while self._exceeds(bound, self._reserved):
             if self._exceeds(bound, (0, 0)):
-                raise CrateError(self._spent_line())
+                raise CrateError(self.spent_line())
             waiting = asyncio.get_running_loop().create_future()
             self._waiting.append(waiting)
             await waiting
@@ -189,7 +202,8 @@ class Metered(LLMWrapper):
             if not future.done():
                 future.set_result(None)
 
-    def _spent_line(self) -> str:
+    def spent_line(self) -> str:
+        """The error that the budget is spent."""
         spent, budget = self.spent(), self.budget
         line = f"{human(sum(spent))} tokens of {'no limit' if budget.tokens is None else human(budget.tokens)}"
         if budget.money is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.llm import LLMError, Postponed
+from cratelm.interpretation.llm import LLMError, Postponed, Queued
 
 ResultT = TypeVar("ResultT")
 QUOTED = 300
@@ -45,7 +45,8 @@ async def each(
     `keep` and `fail` write in a thread. Results that become ready meanwhile are the next batch, so a slow disk makes
     larger batches and not slower work. Failures are written after the next success: if the work ends before, they are
     due to the model and not to those neurons. Neurons whose call is `Postponed` are not written: an error names them
-    after the others, and the next run asks about them again. `progress` gets the number of finished neurons.
+    after the others, and the next run asks about them again. A call that waits in a batch (`Queued`) is not an error:
+    its neuron is left to the next run. `progress` gets the number of finished neurons.
     """
     patience = patience or Patience()
     tally, remaining = Tally(), iter(neurons)
@@ -103,6 +104,8 @@ def _sorted(
     ended: CrateError | None = None
     errors = [task.exception() for task in tasks]  # all are retrieved before one is raised
     for (task, neuron), error in zip(tasks.items(), errors, strict=True):
+        if isinstance(error, Queued):
+            continue
         if isinstance(error, LLMError | Postponed):
             failures[neuron] = str(error)
             if isinstance(error, Postponed):

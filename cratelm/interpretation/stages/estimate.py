@@ -20,7 +20,9 @@ class Cost:
     read: int = 0
     """Tokens of all prompts."""
     computed: int = 0
-    """Tokens of all prompts if a prefix that prompts of one neuron share is computed once."""
+    """Tokens of all prompts if a beginning that prompts share is computed once."""
+    once: int = 0
+    """Of those, the tokens that the prompts of all neurons share."""
     written: int = 0
     """Most tokens that the answers can have."""
     cached: int = 0
@@ -29,9 +31,11 @@ class Cost:
     """Calls that are the same as another one of the plan."""
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
-        """Add another cost, `times` times."""
+        """Add another cost, `times` times, except what all neurons share: once."""
         for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + round(times * getattr(other, name)))
+            shared = other.once if name in ("computed", "once") else 0
+            added = round(times * (getattr(other, name) - shared)) + shared
+            setattr(self, name, getattr(self, name) + added)
 
 
 @dataclass(slots=True)
@@ -50,8 +54,14 @@ class CountingLLM(LLMWrapper):
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Count a chat. The answer is a placeholder."""
         if self._is_new(chat_hash(self.identity, messages, sampling)):
-            read = sum(self.expected(message.text) + TURN for message in messages)
-            self.cost.add(Cost(calls=1, read=read, computed=read, written=sampling.max_tokens))
+            *before, last = (self.expected(message.text) + TURN for message in messages)
+            # A model in this process computes each chat as a whole.
+            beginning = repr(("beginning", self.identity, messages[:-1])) if self.remote else ""
+            known = bool(beginning) and beginning in self.seen
+            self.seen.add(beginning)
+            read, once = sum(before) + last, sum(before) if beginning and not known else 0
+            computed = last if known else read
+            self.cost.add(Cost(calls=1, read=read, computed=computed, once=once, written=sampling.max_tokens))
         return Reply(text="tokens", finish="stop", prompt_tokens=0, new_tokens=0)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:

@@ -82,6 +82,10 @@ class Cached(LLMWrapper):
     async def settle(self) -> None:
         """Wait until the answers of calls in flight are on disk, and begin no more calls. The work has ended."""
         self._ending = True
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Wait until the answers of calls in flight are on disk."""
         while self._working:
             await asyncio.wait(self._working)
 
@@ -116,8 +120,7 @@ class Cached(LLMWrapper):
                     except Declined as error:
                         paid = {"prompt_tokens": error.prompt_tokens, "new_tokens": error.new_tokens}
                         answer = {DECLINED: str(error), **paid}
-                    spent = int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1))
-                    await self._keep(_row(key, self.inner.name, *spent, answer))
+                    await self._keep(answer_row(key, self.inner.name, answer))
                     await self._note_unsupported()
         except Exception as error:
             self._done(key, future, error)
@@ -207,6 +210,11 @@ def _single_to_json(prompt: Prompt, answers: Sequence[PromptLogprobs]) -> dict[s
 def unsupported_note(identity: str) -> str:
     """The name of the note of parameters that the server of a model refuses."""
     return f"unsupported parameters of {identity}"
+
+
+def answer_row(key: str, model: str, answer: Mapping[str, Any]) -> Row:
+    """The row of an answer, or of a refusal."""
+    return _row(key, model, int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1)), answer)
 
 
 def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> Row:

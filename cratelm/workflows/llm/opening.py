@@ -259,7 +259,7 @@ def metered(llm: LLM, usage: Usage, spending: Spending, spent_before: tuple[int,
     return Metered(llm, usage, budget, spent_before)
 
 
-def cached(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> LLM:
+def cached(llm: LLM, store: Store, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> Cached:
     """The model with a meter, a budget and the store's answer cache.
 
     For a server the number of unwritten answers is limited; a model in this process batches all concurrent calls.

@@ -31,7 +31,7 @@ from cratelm.interpretation.stages.set_task import SetTask, explanation_from, fa
 from cratelm.interpretation.store.database import Store, identity
 from cratelm.interpretation.store.growing_sets import GrowingSet, begun
 from cratelm.interpretation.store.schema import Stage
-from cratelm.runtime import duration, human
+from cratelm.runtime import ProgressBar, console, duration, human
 from cratelm.workflows.options.language_model import Spending
 
 COUNTED = 8
@@ -39,7 +39,9 @@ COUNTED = 8
 TIMED_TOKENS = 64
 """Tokens of a timed excerpt: the longest of the protocols."""
 TIMED_AT_ONCE = 8
-"""Excerpts that are timed at once; fewer if fewer may be in flight."""
+"""Excerpts that are timed at once; fewer if fewer may be in flight, or if they would take too long."""
+TRIAL_SECONDS = 20.0
+"""Longest trial in seconds, after its first call."""
 Ask = Callable[[CountingLLM, int], Awaitable[int]]
 """Runs a stage on one neuron with a counting model. Returns the number of few-shot excerpts that the prompt omits."""
 
@@ -71,7 +73,9 @@ class CostPlan:
     spending: Spending
     lines: list[Line] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
-    """Hashes of the calls in the plan: a duplicate is not counted."""
+    """Hashes of the calls in the plan, and beginnings that they share: a duplicate is not counted."""
+    bar: ProgressBar | None = None
+    """Advanced with each set that is counted."""
 
     async def explain(self, tasks: Iterable[SetTask], explainer: LLMExplainer) -> None:
         """Add sets of explanations."""
@@ -143,6 +147,8 @@ class CostPlan:
         line.neurons += len(neurons)
         line.done += len(neurons) - len(missing)
         asked = sorted(missing & task.share if task.part != (1, 1) else missing)
+        if self.bar:
+            self.bar.advance(1, note=f"{name} {task.key.what}")
         if llm is None or not asked:
             return
         counted = asked if len(asked) <= COUNTED else [asked[i * len(asked) // COUNTED] for i in range(COUNTED)]
@@ -245,10 +251,13 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
     """
     puzzle = puzzles()[0]
     words = [token for puzzle in puzzles() for token in puzzle.tokens]
-    number = 1 + min(TIMED_AT_ONCE, in_flight)
-    first, *others = (list(islice(cycle(words), 7 * i, 7 * i + TIMED_TOKENS)) for i in range(number))
-    if simulator.name.method == "token-by-token":  # one call per token
-        first, others = first[:1], [others[0][:TIMED_AT_ONCE]]
+    number, remote = min(TIMED_AT_ONCE, in_flight), simulator.llm.remote
+    excerpts = [list(islice(cycle(words), 7 * i, 7 * i + TIMED_TOKENS)) for i in range(1 + number)]
+    one_by_one = simulator.name.method == "token-by-token"  # one call per token
+    first = excerpts[0][: 1 if one_by_one else None]
+    if not remote:  # the speed is the same without few-shot neurons, and a trial is short
+        simulator = replace(simulator, left_out=len(few_shot_neurons()))
+    console.print("timing a simulation")
 
     async def seconds(excerpts: Sequence[Sequence[str]], llm: LLM) -> float:
         started = time.perf_counter()
@@ -256,13 +265,17 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
         return max(time.perf_counter() - started, 1e-6)
 
     try:
-        alone, together = await seconds([first], simulator.llm), await seconds(others, simulator.llm)
+        alone = await seconds([first], simulator.llm)
+        number = max(min(number, int(TRIAL_SECONDS / alone)), 0)
+        others = [excerpts[1][:number]] if one_by_one and number else excerpts[1 : 1 + number]
+        others = others or [first]
+        together = await seconds(others, simulator.llm) if number else alone
     except LLMError as error:
         return f"time: unknown, because a simulation that was tried failed: {error}"
     counting = CountingLLM(simulator.llm, store)
     with contextlib.suppress(LLMError):  # the counting model's answer is a placeholder
         await seconds(others, counting)
-    trial, remote = counting.cost, simulator.llm.remote
+    trial = counting.cost
     estimate = estimated_seconds(
         cost, alone=alone, together=together, trial=trial, in_flight=in_flight, remote=remote
     )  # fmt: skip

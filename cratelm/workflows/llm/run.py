@@ -31,14 +31,17 @@ from cratelm.workflows.options.selection import Selection, check_runs, chosen_la
 from cratelm.workflows.score_table import print_scores
 
 
-async def interpret(request: InterpretRequest, *, quiet: bool = False) -> None:
-    """Run the stages of a request on every run and print the results; `quiet` prints nothing."""
+async def interpret(request: InterpretRequest, *, quiet: bool = False) -> bool:
+    """Run the stages of a request on every run and print the results; `quiet` prints nothing.
+
+    Returns whether the work is done: not if requests wait in batches.
+    """
     runs = check_runs(request.selection)
     request.check(runs)
     usage, (part, parts) = Usage(), request.spending.share
     if request.spending.merge:
         merge_parts(runs)
-    works = []
+    works, complete = list[RunWork](), dict[Path, bool]()
     async with contextlib.AsyncExitStack() as opened:
         for run in runs:
             opened.enter_context(claim(run, part=part if parts > 1 else 0))
@@ -48,14 +51,14 @@ async def interpret(request: InterpretRequest, *, quiet: bool = False) -> None:
             works.append(work := RunWork(request=request, run=run, llms=llms, usage=usage, quiet=quiet))
             opened.push_async_callback(work.settle)
             if await work.prepare():
-                with contextlib.closing(work.steps()) as steps:
-                    for task, make in steps:
-                        await make(task)
+                complete[run] = await work.make_sets()
     if not (quiet or request.spending.dry_run):
         for work in works:
-            await _print_run(work)
+            if complete[work.run]:
+                await _print_run(work)
         if usage.calls or usage.cached or not (request.by_lookup or "score" in request.stages):
             _print_usage(request, runs, usage)
+    return all(complete.values())
 
 
 def interpret_by_lookup(selection: Selection, *, controls: tuple[str, ...] = ()) -> None:

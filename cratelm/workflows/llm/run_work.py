@@ -1,6 +1,7 @@
 """The work on one run: opens its explainer, simulator and judges, plans, and yields the sets to make."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ from cratelm.interpretation.store.answer_cache import spent
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
+from cratelm.workflows.llm.batches import RunBatches
 from cratelm.workflows.llm.judges import Judges, find_judges
 from cratelm.workflows.llm.opening import (
     LLMs,
@@ -64,6 +66,9 @@ class RunWork:
     async def prepare(self) -> bool:
         """Open the simulator and the judges and print the plan. Returns whether to continue: not after a dry run."""
         request, llms = self.request, self.llms
+        self.batches.forget()
+        for llm in (llms.explainer, llms.simulator, llms.judge):
+            await self.batches.collect(llm)
         self.spent_before  # noqa: B018 (read before the first call)
         for llm in (llms.explainer, llms.simulator, llms.judge):
             await calibrate_counts(llm, self.store, self.usage)
@@ -101,15 +106,19 @@ class RunWork:
     async def _print_estimate(self) -> None:
         """Print calls, tokens and price of what is missing. Raises `CrateError` in a dry run if no prompt fits."""
         plan, request = CostPlan(store=self.store, spending=self.request.spending), self.request
-        if isinstance(self.explainer, LLMExplainer):
-            await plan.explain(self.tasks(self.explained_keys), self.explainer)
-        if isinstance(self.simulator, LLMSimulator):
-            for control in ("", *self.controls):
-                keys = [key for key in self.simulated_keys if key.control == control]
-                explainer = self.explainer if isinstance(self.explainer, LLMExplainer) else None
-                await plan.simulate(f"simulate {control}".strip(), self.tasks(keys), self.simulator, explainer)
-        if self.judges is not None:
+        explainer = self.explainer if isinstance(self.explainer, LLMExplainer) else None
+        simulator = self.simulator if isinstance(self.simulator, LLMSimulator) else None
+        explained, simulated = self.explained_keys if explainer else [], self.simulated_keys if simulator else []
+        sets = len(explained) + len(simulated) + len(self.judged_sets)
+        with progress_bar(f"plan {self.run.name}", total=sets, unit="sets") as plan.bar:
+            if explainer is not None:
+                await plan.explain(self.tasks(explained), explainer)
+            for control in ("", *self.controls) if simulator is not None else ():
+                assert simulator is not None
+                keys = [key for key in simulated if key.control == control]
+                await plan.simulate(f"simulate {control}".strip(), self.tasks(keys), simulator, explainer)
             for scorer, key in self.judged_sets:
+                assert self.judges is not None
                 await plan.judge(scorer, self.tasks([key]), self.judges.context_for(scorer))
         if not plan.lines:
             return
@@ -121,11 +130,24 @@ class RunWork:
         if request.spending.dry_run and plan.error:
             raise CrateError(plan.error)
 
+    async def make_sets(self) -> bool:
+        """Make every set, or submit what the next stage needs as a batch. Returns whether nothing waits in a batch."""
+        self.batches.start()
+        while True:
+            with contextlib.closing(self.steps()) as steps:
+                for task, make in steps:
+                    await make(task)
+            if not await self.batches.submit():
+                return not self.batches.postponed
+            self.batches.start()
+
     def steps(self) -> Generator[tuple[SetTask, Make]]:
         """Yield every set to make with the function that makes it, in order; the bar moves on with each."""
         stages = self.request.stages
         if self.explainer is not None:
             yield from self._stage("explain", "explain", self.explained_keys, self.explainer.explain)
+            if self.batches.postponed:  # the other stages need all explanations
+                return
         if self.simulator is not None:
             yield from self._stage("simulate", "simulate", self.simulated_keys, self.simulator.simulate)
         if waiting := set(self.request.controls) - set(self.controls):
@@ -139,6 +161,8 @@ class RunWork:
             assert self.judges is not None
             make = partial(judge_set, scorer=scorer, context=self.judges.context_for(scorer))
             yield from self._stage(scorer, None, keys, make)
+        if self.batches.postponed:
+            return
         if "score" in stages and not self.request.spending.part and (self.simulator or self.request.by_lookup):
             yield from self._stage("score", "score", self.simulated_keys, score_set)
 
@@ -272,10 +296,19 @@ class RunWork:
         if llm is None or self.request.spending.dry_run:
             return llm
         if llm.identity not in self._models:
-            self._models[llm.identity] = cached(llm, self.store, self.usage, self.request.spending, self.spent_before)
+            batched = self.batches.wrapped(llm)
+            model = cached(batched, self.store, self.usage, self.request.spending, self.spent_before)
+            self._models[llm.identity] = self.batches.add(batched, model)
         return self._models[llm.identity]
 
     @cached_property
     def spent_before(self) -> tuple[int, int]:
-        """Tokens that earlier processes read and wrote."""
-        return spent(self.store) if self.store.path.exists() else (0, 0)
+        """Tokens that earlier processes read and wrote, and the most that open batches do."""
+        read, written = spent(self.store) if self.store.path.exists() else (0, 0)
+        bound = self.batches.bound
+        return read + bound[0], written + bound[1]
+
+    @cached_property
+    def batches(self) -> RunBatches:
+        """The batches of the run."""
+        return RunBatches(self.store, self.request.spending)

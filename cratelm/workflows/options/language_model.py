@@ -124,6 +124,11 @@ class Spending:
     in_flight: int = 32
     """Number of neurons that are processed concurrently, and most requests in flight; fewer if llama.cpp has fewer
     slots."""
+    batch: bool = False
+    """Submit chats as a batch (OpenAI's Batch API, about half the price), which is answered within a day. The same
+    command again collects the answers and submits what the next stage needs. Give the prices of batches."""
+    forget_batches: bool = False
+    """Forget batches that were submitted and not collected; their requests are sent, and paid for, again."""
     part: Annotated[str, tyro.conf.arg(metavar="K/N", help_behavior_hint="")] = ""
     """K/N: process only the K-th of N parts of the neurons, into a separate file; run one process per part."""
     merge: bool = False

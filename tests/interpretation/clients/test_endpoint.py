@@ -12,9 +12,10 @@ import pytest
 from fakes.llm_server import Answer, Body, Server, completion, refusal
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.clients.address import find_key
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import probe
-from cratelm.interpretation.clients.transport import Retry, find_key, retry_after
+from cratelm.interpretation.clients.transport import Retry, retry_after
 from cratelm.interpretation.clients.usage import Metered
 from cratelm.interpretation.llm import LLMError, Message, Prompt, Reply, Sampling
 

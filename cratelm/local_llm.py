@@ -135,6 +135,10 @@ class LocalLLM(InProcess):
             prompt_tokens=len(tokens), new_tokens=len(answer.tokens),
         )  # fmt: skip
 
+    async def rendered(self, messages: Sequence[Message]) -> str | None:
+        """The chat in the model's template; None without a template."""
+        return None if self.tokenizer.chat_template is None else self._templated(messages)
+
     def _templated(self, messages: Sequence[Message]) -> str:
         """The chat in the model's template. Without support for system turns, their text goes before the first turn.
 

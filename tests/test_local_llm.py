@@ -259,7 +259,7 @@ def test_without_system_turns_in_a_template_their_text_goes_before_the_first_tur
         (f"{{% for m in messages %}}{each}{{% endfor %}}", "[system] Say S. [user] U "),
     ):
         llm.tokenizer.chat_template = template
-        assert llm._templated(turns) == text
+        assert llm._templated(turns) == asyncio.run(llm.rendered(turns)) == text
     llm.tokenizer.chat_template = "{{ raise_exception('no chats') }}"
     with pytest.raises(LLMError, match="rejects this chat: no chats"):
         llm._templated(turns)

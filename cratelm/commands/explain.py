@@ -2,6 +2,7 @@
 
     cratelm explain runs/demo/crate-2l --protocol top-and-random --layer 1
     cratelm explain runs/demo/crate-2l --llm http://localhost:8000/v1 --neurons 100
+    cratelm explain runs/demo/crate-2l --llm http://localhost:8000/v1 --show-prompt 7
 
 Reads the records that `cratelm collect` wrote and stores the explanations in RUN/interpretation.sqlite. Without --llm
 an explanation is a table of tokens; with --llm, a sentence by that language model, for a sample of the neurons. The
@@ -9,12 +10,13 @@ next stage is `cratelm simulate`; `cratelm interpret` runs all three. An interru
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.llm.run import interpret
-from cratelm.workflows.options.language_model import Explaining, ExplainingGroup, Spending, SpendingGroup, group
+from cratelm.workflows.llm.show_prompt import show_prompt
+from cratelm.workflows.options.language_model import Explaining, ExplainingGroup, Number, Spending, SpendingGroup, group
 from cratelm.workflows.options.selection import Selection
 
 
@@ -28,8 +30,15 @@ class Options(Selection):
     """Who explains. By default lookup, which needs no language model and takes seconds."""
     spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
+    show_prompt: Number = None
+    """Print the prompt for this neuron of the first layer and protocol, as the language model reads it, and stop."""
 
 
 def run(options: Options) -> None:
     """Explain the neurons of every run."""
-    asyncio.run(interpret(InterpretRequest.of(options, stages=("explain",))))
+    request = InterpretRequest.of(options, stages=("explain",))
+    if options.show_prompt is not None:
+        spending = replace(options.spending, dry_run=True)
+        asyncio.run(show_prompt(replace(request, spending=spending), options.show_prompt))
+        return
+    asyncio.run(interpret(request))

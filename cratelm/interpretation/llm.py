@@ -203,6 +203,10 @@ class LLM(Protocol):
         """Close connections."""
         ...
 
+    async def rendered(self, messages: Sequence[Message]) -> str | None:
+        """The chat as the model reads it, with its chat template; None if that is not known."""
+        ...
+
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. Raises `LLMError` after the last retry, or if the model has no chat."""
         ...
@@ -240,6 +244,10 @@ class InProcess:
     async def calibrate(self, tokens_per_byte: float | None = None) -> float:  # noqa: ARG002
         """Nothing to calibrate."""
         return 0.0
+
+    async def rendered(self, messages: Sequence[Message]) -> str | None:  # noqa: ARG002
+        """Not known."""
+        return None
 
     async def connect(self) -> None:
         """Nothing to connect to."""
@@ -307,6 +315,9 @@ class LLMWrapper:
 
     async def calibrate(self, tokens_per_byte: float | None = None) -> float:
         return await self.inner.calibrate(tokens_per_byte)
+
+    async def rendered(self, messages: Sequence[Message]) -> str | None:
+        return await self.inner.rendered(messages)
 
     async def connect(self) -> None:
         await self.inner.connect()

@@ -224,6 +224,19 @@ class Endpoint:
             raise Declined(printable(problem), prompt_tokens=read, new_tokens=generated)
         return Reply(text=text or "", finish=finish, prompt_tokens=read, new_tokens=generated)
 
+    async def rendered(self, messages: Sequence[Message]) -> str | None:
+        """The chat as the model reads it, from llama.cpp (`/apply-template`) or vLLM (`/tokenize`, `/detokenize`)."""
+        turns = next(self._attempts(messages, Sampling(max_tokens=1))).body["messages"]
+        with contextlib.suppress(CrateError):
+            answer = await self.transport.send("/apply-template", root=True, json={"messages": turns})
+            return str(answer["prompt"]) if "prompt" in answer else None
+        with contextlib.suppress(CrateError):
+            chat = {"model": self.name, "messages": turns, "add_generation_prompt": True}
+            tokens = (await self.transport.send("/tokenize", root=True, json=chat)).get("tokens")
+            ids = {"model": self.name, "tokens": tokens}
+            return str((await self.transport.send("/detokenize", root=True, json=ids)).get("prompt") or "") or None
+        return None
+
     @property
     def batch_api(self) -> BatchAPI:
         """The Batch API of the server. Whether the server has one shows at the first batch."""

@@ -172,16 +172,16 @@ class Transport:
         self.usage.prompt_cached += answer["usage"].get("cached_tokens", 0)
         return parsed
 
-    async def send(self, path: str, **content: Any) -> dict[str, Any]:
+    async def send(self, path: str, *, root: bool = False, **content: Any) -> dict[str, Any]:
         """Post once, without a retry (httpx's `json`, or `data` and `files`), and read the JSON of the response.
 
-        Raises `Refused`; `CrateError` if it is not known whether the server has done what was asked.
+        `root`: as in `get`. Raises `Refused`, or `CrateError` if the request may have been carried out.
         """
         client = self._connection()
         import httpx
 
         try:
-            async with client.stream("POST", self.url + path, **content) as response:
+            async with client.stream("POST", self._base(root) + path, **content) as response:
                 return await self._read(response)
         except (httpx.RequestError, _Failure, Malformed) as error:
             reason = self._shown(" ".join(str(error).split()) or type(error).__name__)
@@ -287,12 +287,11 @@ class Transport:
         `CrateError` if it cannot be reached.
         """
         client, failure = self._connection(), CrateError("")
-        base = self.url.removesuffix("/v1") if root else self.url
         import httpx
 
         for attempt in (1, 2):
             try:
-                async with client.stream("GET", base + path, timeout=timeout) as response:
+                async with client.stream("GET", self._base(root) + path, timeout=timeout) as response:
                     return await self._read(response)
             except Malformed as error:
                 failure = self._unreachable(f"{self.url} does not speak OpenAI's protocol ({self._shown(str(error))})")
@@ -304,6 +303,9 @@ class Transport:
             if attempt == 1:
                 await asyncio.sleep(self.retry.first / 2)
         raise failure
+
+    def _base(self, root: bool) -> str:
+        return self.url.removesuffix("/v1") if root else self.url
 
     def _unreachable(self, reason: str) -> CrateError:
         return CrateError(f"{reason}. Start a server, or give another URL (such as http://localhost:8000/v1)")

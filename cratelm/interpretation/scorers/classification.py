@@ -9,6 +9,7 @@ The scorers of Paulo et al. (2024, automated interpretation of sparse autoencode
 the explainer did not see, drawn without replacement. Answers that fail to parse are counted and stored.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -126,7 +127,7 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
     strengths = np.array_split(np.arange(len(contrast.positives)), groups)
     count = num_marks_for_negatives(contrast.positives)
     everywhere = np.ones(questions.width, dtype=bool)
-    truth, answer, failures = [], list[int | None](), []
+    truth, answer, failures, asking = list[int](), list[int | None](), list[Unreadable](), []
     for place, negative in enumerate(contrast.negatives):
         chosen = rng.choice(strengths[place % groups], size=others, replace=False)
         shown = [(contrast.positives[i], strong(contrast.positives[i])) for i in chosen]
@@ -134,8 +135,9 @@ async def intruder(contrast: Contrast, pieces: Sequence[bytes], llm: LLM, questi
         shown.insert(seat, (negative, drawn_marks(everywhere, count, rng)))
         signs = signs_for(plain(window, pieces) for window, _ in shown)
         texts = [marked(window, marks, pieces, signs) for window, marks in shown]
-        response, numbers = await _ask(llm, _chat("intruder", signs, texts), "intruder", questions.options, questions)
+        asking.append(_ask(llm, _chat("intruder", signs, texts), "intruder", questions.options, questions))
         truth.append(seat + 1)
+    for place, (response, numbers) in enumerate(await asyncio.gather(*asking)):
         answer.append(numbers[0] if numbers else None)
         if not numbers:
             failures.append(Unreadable(items=(place,), said=response))
@@ -180,9 +182,10 @@ async def _classify(
             else:
                 failures.append(Unreadable(items=(place,), said=probability))
     else:
-        for part in _parts(len(asked), questions.per_prompt):
-            chat = _chat(kind, signs, [asked[i].text for i in part], explanation)
-            response, numbers = await _ask(llm, chat, kind, len(part), questions)
+        parts = list(_parts(len(asked), questions.per_prompt))
+        chats = [_chat(kind, signs, [asked[i].text for i in part], explanation) for part in parts]
+        asking = (_ask(llm, chat, kind, len(part), questions) for chat, part in zip(chats, parts, strict=True))
+        for part, (response, numbers) in zip(parts, await asyncio.gather(*asking), strict=True):
             if numbers is None:
                 failures.append(Unreadable(items=tuple(part), said=response))
             else:

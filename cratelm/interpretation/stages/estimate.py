@@ -55,13 +55,11 @@ class CountingLLM(LLMWrapper):
         """Count a chat. The answer is a placeholder."""
         if self._is_new(chat_hash(self.identity, messages, sampling)):
             *before, last = (self.expected(message.text) + TURN for message in messages)
-            # A model in this process computes each chat as a whole.
-            beginning = repr(("beginning", self.identity, messages[:-1])) if self.remote else ""
-            known = bool(beginning) and beginning in self.seen
+            beginning = repr(("beginning", self.identity, messages[:-1]))
+            once = 0 if beginning in self.seen else sum(before)
             self.seen.add(beginning)
-            read, once = sum(before) + last, sum(before) if beginning and not known else 0
-            computed = last if known else read
-            self.cost.add(Cost(calls=1, read=read, computed=computed, once=once, written=sampling.max_tokens))
+            cost = Cost(calls=1, read=sum(before) + last, computed=once + last, once=once, written=sampling.max_tokens)
+            self.cost.add(cost)
         return Reply(text="tokens", finish="stop", prompt_tokens=0, new_tokens=0)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:

@@ -7,9 +7,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from fakes.rule_follower import RuleFollower
 from fakes.rule_server import RuleServer
 from fixtures.planted_rules import EXPLANATIONS, make_planted
 
@@ -19,14 +21,17 @@ from workflows.llm.test_interpret_llm import TAR, questions
 
 from cratelm.cli import main
 from cratelm.interpretation.clients.endpoint import Endpoint
-from cratelm.interpretation.llm import Prompt
+from cratelm.interpretation.llm import Message, Prompt, Sampling
 from cratelm.interpretation.prompts import explainer as prompts
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.simulators import prompt_fitting as simulators
+from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.stages.estimate import Cost, CountingLLM, estimated_seconds
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
+from cratelm.workflows.llm import plan
+from cratelm.workflows.llm.plan import time_trial
 
 
 @pytest.fixture
@@ -110,6 +115,33 @@ def test_a_plan_expects_the_likely_tokens_and_a_budget_the_possible_ones(tmp_pat
     counting = CountingLLM(Cached(endpoint, Store(tmp_path)), Store(tmp_path))
     asyncio.run(counting.prompt_logprobs([Prompt(prefix=text, rest=text), Prompt(prefix=text, rest=text)]))
     assert counting.cost == Cost(calls=1, read=800, computed=800, duplicates=1)
+
+
+def test_a_beginning_that_chats_share_is_computed_once_for_all_neurons(tmp_path: Path) -> None:
+    endpoint, total = Endpoint("http://localhost:1/v1", "x", counter=len), Cost()
+    counting, longest = CountingLLM(endpoint, Store(tmp_path)), Sampling(max_tokens=5)
+    for number in range(4):
+        asyncio.run(counting.chat([Message("system", "a" * 92), Message("user", f"{number}")], longest))
+    assert counting.cost == Cost(calls=4, read=4 * 109, computed=100 + 4 * 9, once=100, written=20)
+    total.add(counting.cost, 10.0)
+    assert total == Cost(calls=40, read=4360, computed=100 + 360, once=100, written=200)
+
+
+def test_a_slow_trial_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    follower, cost = RuleFollower(), Cost(calls=100, read=1000, computed=1000)
+    simulator = asyncio.run(open_simulator("all-at-once", follower))
+    excerpts = list[int]()
+
+    async def counted(prompts: list[Prompt], *, top: int = 15) -> Any:
+        excerpts.append(len(prompts))
+        return await RuleFollower.prompt_logprobs(follower, prompts, top=top)
+
+    monkeypatch.setattr(follower, "prompt_logprobs", counted)
+    for limit, expected in ((0.0, [1]), (1000.0, [1, 8])):
+        excerpts.clear()
+        monkeypatch.setattr(plan, "TRIAL_SECONDS", limit)
+        assert asyncio.run(time_trial(simulator, Store(tmp_path), 32, cost)).startswith("time: about")
+        assert excerpts == expected
 
 
 def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(

@@ -6,19 +6,14 @@ asynchronous and accept many calls at once: requests to a server run concurrentl
 are batched.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 
 from cratelm.errors import CrateError
-
-if TYPE_CHECKING:
-    from cratelm.interpretation.clients.batch_api import BatchAPI
-else:
-    BatchAPI = Any
 
 
 class LLMError(CrateError):
@@ -123,6 +118,33 @@ class PromptLogprobs:
 
 
 @runtime_checkable
+class BatchService(Protocol):
+    """The batches of a model on a server, which `clients/batch_api.py` implements."""
+
+    @property
+    def url(self) -> str:
+        """The base URL of the server."""
+
+    def chat_request(self, messages: Sequence[Message], sampling: Sampling) -> tuple[str, dict[str, Any]]:
+        """Where a chat is sent, and the body of the request."""
+
+    async def upload(self, lines: Sequence[bytes], name: str) -> str:
+        """Upload requests. Returns the identifier of the file."""
+
+    async def create(self, file: str, path: str) -> str:
+        """Begin the batch of a file. Returns its identifier."""
+
+    async def find(self, file: str) -> str:
+        """The identifier of a file's batch, empty if none was created."""
+
+    async def status(self, batch: str) -> dict[str, Any]:
+        """The state of a batch."""
+
+    def results(self, batch: Mapping[str, Any], sizes: Mapping[str, int]) -> AsyncIterator[Any]:
+        """What became of each request."""
+
+
+@runtime_checkable
 class LLM(Protocol):
     """A language model that can be called, and what is known of it."""
 
@@ -147,7 +169,7 @@ class LLM(Protocol):
         ...
 
     @property
-    def batch_api(self) -> "BatchAPI | None":
+    def batch_api(self) -> BatchService | None:
         """The Batch API of the model's server; None for a model in this process."""
         ...
 
@@ -224,7 +246,7 @@ class InProcess:
 
     remote = False
     price: tuple[float, float] | None = None
-    batch_api: "BatchAPI | None" = None
+    batch_api: BatchService | None = None
     served: tuple[str, ...] = ()
     counts_exactly = True
     logprobs_format: tuple[str, int] | None = None
@@ -280,7 +302,7 @@ class LLMWrapper:
         return self.inner.price
 
     @property
-    def batch_api(self) -> "BatchAPI | None":
+    def batch_api(self) -> BatchService | None:
         return self.inner.batch_api
 
     @property

@@ -45,7 +45,7 @@ class BatchAPI:
     """The batches of one model on one server."""
 
     transport: Transport
-    request: Callable[[Sequence[Message], Sampling], tuple[str, dict[str, Any]]]
+    chat_request: Callable[[Sequence[Message], Sampling], tuple[str, dict[str, Any]]]
     """Chat -> where it is sent, and the body of the request."""
     parse: Callable[[int, Mapping[str, Any]], Reply]
     """(bytes of the prompt, body of the response) -> the answer."""

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.clients.batch_api import ENDED, MOST_BYTES, MOST_REQUESTS, BatchAPI, LineResult
+from cratelm.interpretation.clients.batch_api import ENDED, MOST_BYTES, MOST_REQUESTS, LineResult
 from cratelm.interpretation.clients.responses import error_message
 from cratelm.interpretation.clients.usage import Metered
 from cratelm.interpretation.llm import (
     LLM,
+    BatchService,
     LLMError,
     LLMWrapper,
     Message,
@@ -84,7 +85,7 @@ async def collect_batches(store: Store, llm: LLM) -> None:
             )  # fmt: skip
 
 
-async def _identified(store: Store, api: BatchAPI, record: BatchRecord) -> BatchRecord:
+async def _identified(store: Store, api: BatchService, record: BatchRecord) -> BatchRecord:
     """The batch of a process that ended while it submitted: the server's, or a new one if the server has none."""
     batch = await api.find(record.file)
     if not batch:
@@ -95,7 +96,7 @@ async def _identified(store: Store, api: BatchAPI, record: BatchRecord) -> Batch
     return record
 
 
-async def _collect(store: Store, api: BatchAPI, record: BatchRecord, batch: Mapping[str, object]) -> None:
+async def _collect(store: Store, api: BatchService, record: BatchRecord, batch: Mapping[str, object]) -> None:
     results: dict[str, LineResult] = {}
     unread = 0
     async for result in api.results(batch, record.requests):
@@ -179,11 +180,11 @@ async def _try_alone(cached: Cached, llm: BatchLLM) -> None:
         raise CrateError(f"the first {TRIED} requests failed, so no batch is submitted. The last one: {failure}")
 
 
-def _files(api: BatchAPI, queue: Mapping[str, Request]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _files(api: BatchService, queue: Mapping[str, Request]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The requests as lines by key, in files that servers accept, each with the path of its requests."""
     path, lines, size = "", dict[str, bytes](), 0
     for key, (messages, sampling) in queue.items():
-        path, body = api.request(messages, sampling)
+        path, body = api.chat_request(messages, sampling)
         line = json.dumps({"custom_id": key, "method": "POST", "url": path, "body": body}).encode()
         if lines and (len(lines) == MOST_REQUESTS or size + len(line) > MOST_BYTES):
             yield path, lines
@@ -194,7 +195,7 @@ def _files(api: BatchAPI, queue: Mapping[str, Request]) -> Iterator[tuple[str, d
 
 
 async def _submit(
-    store: Store, api: BatchAPI, model: str, path: str, lines: Mapping[str, bytes],
+    store: Store, api: BatchService, model: str, path: str, lines: Mapping[str, bytes],
     bounds: Mapping[str, tuple[int, int]],
 ) -> None:  # fmt: skip
     """Submit one file. The note with the file is written before the batch is created, and once more with its number."""

@@ -215,9 +215,8 @@ def assert_hidden(error: BaseException | None) -> None:
 
 def test_the_key_is_sent_only_over_a_private_connection_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    assert find_key("https://api.example.org/v1", "") == ("OPENAI_API_KEY", SECRET)
-    assert find_key("http://127.0.0.1:8000/v1", "") == ("OPENAI_API_KEY", SECRET)
-    assert find_key("http://node7:8000/v1", "") == ("OPENAI_API_KEY", "")
+    for url, key in (("https://api.example.org", SECRET), ("http://127.0.0.1:8000", SECRET), ("http://node7:8000", "")):
+        assert find_key(f"{url}/v1", "") == ("OPENAI_API_KEY", key)
     assert find_key("http://node7:8000/v1", "OPENAI_API_KEY") == ("OPENAI_API_KEY", SECRET)
     with pytest.raises(CrateError, match="environment variable NO_SUCH_KEY is empty"):
         find_key("https://api.example.org/v1", "NO_SUCH_KEY")

@@ -72,7 +72,7 @@ class BatchServer(RuleServer):
             if batch["status"] != "in_progress":
                 continue
             requests = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
-            output, errors = [], []
+            output, errors = list[str](), list[str]()
             for number, request in enumerate(requests):
                 body = json.loads(super().answer("/v1/chat/completions", request["body"]).content)
                 row: Any = {

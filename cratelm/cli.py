@@ -26,6 +26,7 @@ from cratelm.rundir import VERIFY_SWITCH
 
 VERBS = {
     "demo": "run the whole flow below in small, on text that is already on this machine",
+    "explore": "from any model and texts to a neuron browser, within a stated time",
     "study": "train, score and compare many models, sizes by seeds: the paper's comparison with intervals",
     "tokenize": "tokenize files, folders or data sets into a token directory",
     "train": "train a CRATE or GPT-2 model; the same command resumes a stopped run",
@@ -54,7 +55,7 @@ VERBS = {
 """Verb -> one line of help, in the order of the flow."""
 
 FLOW = (
-    ("Everything at once", ("demo", "study")),
+    ("Everything at once", ("demo", "explore", "study")),
     ("From text to a model", ("tokenize", "train", "evaluate", "generate")),
     ("To and from other tools", ("import", "export")),
     ("From a model to scores", ("collect", "explain", "simulate", "score", "interpret")),
@@ -65,7 +66,12 @@ FLOW = (
 )
 """The verbs as the overview groups them."""
 
-FIRST_COMMANDS = ("cratelm demo", "cratelm generate runs/demo/crate-2l", "cratelm train --help")
+FIRST_COMMANDS = (
+    "cratelm demo",
+    "cratelm explore HuggingFaceTB/SmolLM2-135M",
+    "cratelm generate runs/demo/crate-2l",
+    "cratelm train --help",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

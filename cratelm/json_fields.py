@@ -57,6 +57,7 @@ JSON_FIELDS: dict[str, Any] = {
         "tokenizer": str, "tokenizer_hash": str, "end_of_text": int, "vocab_size": int, "dtype": str,
         "splits": {...: _SPLIT}, "source": {"settings": _OBJECT},
     },
+    "explore.json": {"tokens": _WHOLE, "minutes": float, "layer": [int]},
     "whitebox.json": {"layers": [_LAYER], "tokens_per_set": int, "sets": int},
     "dial.json": {"width": int, "tokens": _WHOLE, "points": [_POINT]},
     "directions.json": {"layers": {...: [str]}, "model_hash": _TEXT, "tokenizer_hash": _TEXT},

@@ -59,7 +59,7 @@ def collect(
         warmup=config.warmup, max_tokens=max_tokens, seed=config.seed,
     )  # fmt: skip
     check_documents(plan, config)
-    reading = _Reading(config, subject, corpus, plan, world, device, run, settings)
+    reading = Reading(config, subject, corpus, plan, world, device, run, settings)
     reading.read(bar)
     collector = reading.gathered()
     if world.leads:
@@ -69,7 +69,7 @@ def collect(
 
 
 @dataclass
-class _Reading:
+class Reading:
     """The forward passes over this process's batches, with saved state to resume from."""
 
     config: CollectConfig
@@ -97,12 +97,12 @@ class _Reading:
         finished = self._load(self.collector, self.world.rank)
         done = finished or 0
         if finished is None:
-            self.collector.start(self._codes(slice(0, min(size, len(self.plan.row_length)))))
+            self.collector.start(self.codes(slice(0, min(size, len(self.plan.row_length)))))
         saved = time.monotonic()
         for index, batch in enumerate(batches):
             rows = slice(batch * size, min((batch + 1) * size, len(self.plan.row_length)))
             if index >= done:
-                self.collector.update(self._codes(rows), rows)
+                self.collector.update(self.codes(rows), rows)
                 if self.device.type == "cpu" or index % CHECK_EVERY == 0:
                     self.collector.check()
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -124,7 +124,8 @@ class _Reading:
                 self.collector.merge(other)
         return self.collector
 
-    def _codes(self, rows: slice) -> Mapping[int, torch.Tensor]:
+    def codes(self, rows: slice) -> Mapping[int, torch.Tensor]:
+        """Activations of each layer for a batch of rows: (rows, length, neurons)."""
         length = int(self.plan.row_length[rows.start])
         tokens = read_rows(self.corpus.tokens, self.plan.row_position[rows], length, self.corpus.end_of_text)
         return self.subject.forward(torch.from_numpy(tokens).to(self.device, non_blocking=True))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Options:
     """Options of `cratelm collect`."""
 
-    BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device")
+    BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device", "dry_run")
     """The options that `--help` shows; `--help-all` shows all."""
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories; or one Hugging Face model, as a directory, a GGUF file or a name on the hub."""
@@ -71,6 +71,8 @@ class Options:
     """Rows of tokens per forward pass."""
     device: DeviceName = "auto"
     """Where to compute."""
+    dry_run: bool = False
+    """Measure for some seconds, print the time, disk space and memory that the collection will take, then stop."""
 
 
 def run(options: Options) -> None:
@@ -94,6 +96,9 @@ def collect_run(source: Path, options: Options) -> None:
         opened, home = open_for_run(source, device, out=options.out, data=options.data)
         corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
         subjects = _subjects(opened, home, options)
+        if options.dry_run:
+            _print_forecast(subjects, corpus, options, max_tokens, device)
+            return
         with claim(home) if world.leads else contextlib.nullcontext():
             if world.leads:
                 _write_head(opened, home, tokenizer, options.mode)
@@ -101,6 +106,19 @@ def collect_run(source: Path, options: Options) -> None:
                 _collect(subject, corpus, home, options, max_tokens, device, world)
                 if world.leads:
                     _report(home, options, subject)
+
+
+def _print_forecast(
+    subjects: "list[Subject]", corpus: "Corpus", options: Options, max_tokens: int | None, device: "torch.device"
+) -> None:  # fmt: skip
+    from cratelm.activations.forecast import forecast
+
+    if options.mode != "fixed":
+        raise CrateError("--dry-run must be used with --mode fixed, got compat")
+    total = min(max_tokens or len(corpus.tokens), len(corpus.tokens))
+    config = CollectConfig(seed=options.seed, batch_rows=options.batch_rows)
+    for subject in subjects:
+        print(f"{subject.tap}: {forecast(config, subject, corpus, device=device).line(total)}")
 
 
 def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]":

@@ -23,6 +23,14 @@ def _records(options: Any) -> list[str]:
     return mode if options.tap == "neurons" else [*mode, "--tap", options.tap]
 
 
+def explored_run(options: Any) -> Path:
+    """The run directory of `cratelm explore`."""
+    from cratelm.workflows.opening import describe
+
+    model: Path = options.model
+    return model if describe(model)[1] else options.out or Path("runs") / model.resolve().stem
+
+
 def _after_evaluate(options: Any) -> list[str | Path]:
     return ["collect", *options.runs, "--data", options.data] if options.data else []
 
@@ -43,6 +51,7 @@ def _after_sae_evaluate(options: Any) -> list[str | Path]:
 
 NEXT: dict[str, Callable[[Any], list[str | Path]]] = {
     "demo": lambda options: ["serve", *(options.out / name for name in ("crate-2l", "gpt2-2l"))],
+    "explore": lambda options: ["serve", explored_run(options)],
     "tokenize": lambda options: ["train", "--data", options.out, "--out", "runs/crate-2l"],
     "train": lambda options: ["evaluate", options.out, "--data", options.data] if options.data else [],
     "evaluate": _after_evaluate,

@@ -138,7 +138,7 @@ def test_a_flag_that_does_not_exist_or_is_missing_is_named(
 
 NO_NATURAL_NEXT = {"study", "generate", "export", "whitebox", "dial", "circuit", "neurons", "serve", "steer", "ablate"}
 ARGUMENTS = {
-    "demo": "", "tokenize": "stdlib --tokenizer bpe:300 --out T", "train": "--data T --out R",
+    "demo": "", "explore": "R", "tokenize": "stdlib --tokenizer bpe:300 --out T", "train": "--data T --out R",
     "evaluate": "R --data T", "import": "F --out R", "collect": "R --data T", "explain": "R", "simulate": "R",
     "score": "R", "interpret": "R", "sae train": "R --data T --layer 1",
     "sae evaluate": "R --data T --sae NAME", "directions": "R", "report": "R",

@@ -68,7 +68,7 @@ FLOW = (
 
 FIRST_COMMANDS = (
     "cratelm demo",
-    "cratelm explore HuggingFaceTB/SmolLM2-135M",
+    "cratelm explore runs/demo/crate-2l",
     "cratelm generate runs/demo/crate-2l",
     "cratelm train --help",
 )

@@ -25,7 +25,7 @@ TRIAL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forecast:
+class CollectionForecast:
     """Measured by a trial."""
 
     tokens_per_second: float
@@ -43,7 +43,9 @@ class Forecast:
         )
 
 
-def forecast(config: CollectConfig, subject: Subject, corpus: Corpus, *, device: torch.device) -> Forecast:
+def forecast_collection(
+    config: CollectConfig, subject: Subject, corpus: Corpus, *, device: torch.device
+) -> CollectionForecast:
     """Read the first batches for some seconds. Raises CrateError if no document is long enough for a row."""
     plan = make_plan(
         corpus.tokens, corpus.documents, context=subject.context, wide=config.wide, narrow=config.narrow,
@@ -67,7 +69,7 @@ def forecast(config: CollectConfig, subject: Subject, corpus: Corpus, *, device:
     rate = read / (time.monotonic() - started)
     arrays = [layer_arrays(reading.collector, layer, subject.decoders) for layer in subject.layers]
     unit = 1 if sys.platform == "darwin" else 1024
-    return Forecast(
+    return CollectionForecast(
         tokens_per_second=rate, records_bytes=sum(array.nbytes for layer in arrays for array in layer.values()),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     )  # fmt: skip

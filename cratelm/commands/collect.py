@@ -111,14 +111,14 @@ def collect_run(source: Path, options: Options) -> None:
 def _print_forecast(
     subjects: "list[Subject]", corpus: "Corpus", options: Options, max_tokens: int | None, device: "torch.device"
 ) -> None:  # fmt: skip
-    from cratelm.activations.forecast import forecast
+    from cratelm.activations.forecast import forecast_collection
 
     if options.mode != "fixed":
         raise CrateError("--dry-run must be used with --mode fixed, got compat")
     total = min(max_tokens or len(corpus.tokens), len(corpus.tokens))
     config = CollectConfig(seed=options.seed, batch_rows=options.batch_rows)
     for subject in subjects:
-        print(f"{subject.tap}: {forecast(config, subject, corpus, device=device).line(total)}")
+        print(f"{subject.tap}: {forecast_collection(config, subject, corpus, device=device).line(total)}")
 
 
 def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]":

@@ -160,7 +160,7 @@ def _tokenize(opened: "OpenModel", text: tuple[str, ...], out: Path) -> None:
 
 def _tokens_within(opened: "OpenModel", options: Options, home: Path) -> int | None:
     """How many tokens fit into the time; None for all of them. A resumed command reads the number of the first."""
-    from cratelm.activations.forecast import fewest_tokens, forecast
+    from cratelm.activations.forecast import fewest_tokens, forecast_collection
     from cratelm.activations.observe import observe
     from cratelm.activations.plan import CollectConfig
     from cratelm.workflows.token_data import open_corpus
@@ -176,7 +176,7 @@ def _tokens_within(opened: "OpenModel", options: Options, home: Path) -> int | N
         return cast("int | None", before["tokens"])
     corpus, _ = open_corpus(opened, home / "tokens", SPLIT)
     subject = observe(opened.model, model_hash=opened.model_hash, layers=options.layer)
-    cost = forecast(CollectConfig(), subject, corpus, device=opened.causal.device)
+    cost = forecast_collection(CollectConfig(), subject, corpus, device=opened.causal.device)
     within = round(60 * COLLECTING * options.minutes * cost.tokens_per_second / 1000) * 1000
     fitting = max(within, fewest_tokens(CollectConfig(), corpus, subject.context))
     tokens = fitting if fitting < len(corpus.tokens) else None

@@ -14,7 +14,7 @@ from fixtures.tiny import texts_of_three_parts
 
 from cratelm import cli
 from cratelm.activations.collect import check_documents
-from cratelm.activations.forecast import fewest_tokens, forecast
+from cratelm.activations.forecast import fewest_tokens, forecast_collection
 from cratelm.activations.observe import observe
 from cratelm.activations.plan import CollectConfig, make_plan
 from cratelm.activations.records import read_collection
@@ -85,7 +85,7 @@ def test_every_step_is_done(explored: Path) -> None:
 def test_the_same_command_finds_everything_done(
     explored: Path, texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cratelm.activations.forecast.forecast", None)  # not measured again
+    monkeypatch.setattr("cratelm.activations.forecast.forecast_collection", None)  # not measured again
     before = records_times(explored)
     explore.run(exploring(explored, texts))
     assert records_times(explored) == before
@@ -147,7 +147,7 @@ def test_the_forecast_of_a_collection_is_that_of_its_records(
     run, model = make_run(tmp_path / "run", data)
     opened = open_model(run, "cpu")
     corpus, _ = open_corpus(opened, data.path, "val")
-    cost = forecast(CollectConfig(), observe(model, model_hash=""), corpus, device=torch.device("cpu"))
+    cost = forecast_collection(CollectConfig(), observe(model, model_hash=""), corpus, device=torch.device("cpu"))
     collect.run(options(run, data, dry_run=True))
     assert not (run / "records").exists()
     assert capsys.readouterr().out.startswith("neurons: ")

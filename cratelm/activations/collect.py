@@ -59,7 +59,7 @@ def collect(
         warmup=config.warmup, max_tokens=max_tokens, seed=config.seed,
     )  # fmt: skip
     check_documents(plan, config)
-    reading = Reading(config, subject, corpus, plan, world, device, run, settings)
+    reading = CorpusReading(config, subject, corpus, plan, world, device, run, settings)
     reading.read(bar)
     collector = reading.gathered()
     if world.leads:
@@ -69,7 +69,7 @@ def collect(
 
 
 @dataclass
-class Reading:
+class CorpusReading:
     """The forward passes over this process's batches, with saved state to resume from."""
 
     config: CollectConfig

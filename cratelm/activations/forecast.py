@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cratelm.activations.collect import Reading
+from cratelm.activations.collect import CorpusReading
 from cratelm.activations.collector import Collector
 from cratelm.activations.plan import SPLITS, CollectConfig, make_plan
 from cratelm.activations.results import layer_arrays
@@ -53,7 +53,7 @@ def forecast_collection(
     )  # fmt: skip
     if not len(plan.row_length):
         raise CrateError(f"a document must have more than {config.warmup} tokens, got none that has. Give longer texts")
-    reading = Reading(config, subject, corpus, plan, ALONE, device, Path(), {})
+    reading = CorpusReading(config, subject, corpus, plan, ALONE, device, Path(), {})
     rows, size = len(plan.row_length), config.batch_rows
     batches = [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
     reading.collector.start(reading.codes(batches[0]))  # also warms up

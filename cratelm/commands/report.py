@@ -88,20 +88,23 @@ def _report(options: Options) -> None:
     )
     page = write_report(contents, options.out or report_folder(options.runs))
     console = Console(highlight=False, markup=False)
-    console.print(_printed(contents.summary))
+    console.print(_printed(contents.summary, "loss in nats per token, scores in points with 95 % intervals"))
     for note in contents.summary.notes:
         console.print(f"\n{note}")
+    if (latents := contents.latents_summary) is not None:
+        console.print()
+        console.print(_printed(latents, latents.caption))
     for sentence in contents.sentences:
         console.print(f"\n{sentence}")
     print()
     _print_path(page)
 
 
-def _printed(table: "Table") -> "RichTable":
+def _printed(table: "Table", caption: str) -> "RichTable":
     """A table of the report for a terminal."""
 
     grid = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
-    grid.caption = Text("loss in nats per token, scores in points with 95 % intervals")
+    grid.caption = Text(caption)
     for column in table.columns:
         grid.add_column(Text(column.title), justify="left" if column.style == "text" else "right", overflow="fold")
     for row in table.rows:

@@ -25,7 +25,7 @@ from cratelm.report.results.study import Study, study_of
 from cratelm.report.results.whitebox import View, views_of
 from cratelm.report.sentences import firing_sentences, study_sentences, verdict
 from cratelm.report.tables.explainers import explainer_tables
-from cratelm.report.tables.faithfulness import faithfulness
+from cratelm.report.tables.faithfulness import faithfulness, faithfulness_summary
 from cratelm.report.tables.firing import firing_tables
 from cratelm.report.tables.form import Table
 from cratelm.report.tables.paper import by_layer, interpretability, performance, summary
@@ -79,6 +79,11 @@ class ReportContents:
     def summary(self) -> Table:
         """The short table at the top of every report; it is not written to files."""
         return summary(self.shown)
+
+    @cached_property
+    def latents_summary(self) -> Table | None:
+        """The short table of neurons and autoencoder latents, for a terminal."""
+        return faithfulness_summary(self.results, self.units) if self.units else None
 
     @cached_property
     def tables(self) -> tuple[Table, ...]:

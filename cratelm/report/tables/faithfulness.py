@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from cratelm.report.results.faithfulness import Units
 from cratelm.report.results.gather import Results
-from cratelm.report.tables.form import Cell, Column, Table
+from cratelm.report.tables.form import Cell, Column, Table, written
 from cratelm.report.tables.paper import INTERVAL, SCORED
 
 FAITHFULNESS_COLUMNS = (
@@ -32,6 +32,29 @@ def _cells(name: str, units: Units) -> tuple[Cell, ...]:
         (score.scored, score.total), units.kept("model"), units.adjusted(name, "model"), units.kept("layer"),
         units.adjusted(name, "layer"), units.evaluation.get("ce_added", 0.0), units.evaluation.get("fvu", 0.0),
         units.l0, units.parameters, units.training_flops,
+    )  # fmt: skip
+
+
+def faithfulness_summary(results: Results, units: Sequence[Units]) -> Table:
+    """The short table for a terminal: score and adjusted score by protocol."""
+
+    def adjusted(one: Units, name: str) -> str | None:
+        if name not in one.scores or one.scores[name].points is None:
+            return None
+        return f"{written(one.scores[name].points, '0.1')} → {written(one.adjusted(name, 'model'), '0.1')}"
+
+    return Table(
+        name="faithfulness-summary",
+        caption="score → score times the share kept of the model's gain over token frequencies",
+        columns=(
+            Column("Units"), Column("Layer", "count"), *(Column(name, "0.1", "points") for name in results.protocols),
+            Column("Kept", "0.001"), Column("CE added", "0.001", "nats/token"),
+        ),
+        rows=tuple(
+            (one.title, one.layer, *(adjusted(one, name) for name in results.protocols), one.kept("model"),
+             one.evaluation.get("ce_added", 0.0))
+            for one in units
+        ),
     )  # fmt: skip
 
 

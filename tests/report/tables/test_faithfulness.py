@@ -15,7 +15,7 @@ from cratelm.commands import interpret, report
 from cratelm.interpretation.store.database import Store
 from cratelm.report.results.faithfulness import compared
 from cratelm.report.results.gather import gather
-from cratelm.report.tables.faithfulness import faithfulness
+from cratelm.report.tables.faithfulness import faithfulness, faithfulness_summary
 from cratelm.report.tables.form import Table
 
 EVALUATION: dict[str, Any] = {
@@ -72,6 +72,9 @@ def test_scores_are_multiplied_by_what_is_kept(tmp_path: Path, rng: np.random.Ge
         assert cells(table, "CE added")[row] == (0.4 if latents else 0.0)
         assert cells(table, "Scored")[row] == (int((~np.isnan(scores)).sum()), 12)
     assert not any("inflated" in note for note in table.notes)
+    brief = faithfulness_summary(results, units)
+    first = cells(table, "Score")[1], cells(table, "Adjusted")[1]
+    assert cells(brief, "top-and-random")[1] == f"{first[0]:.1f} → {first[1]:.1f}"
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(1.02, 1.0), (-0.5, 0.0), (None, 0.0), (0.5, 0.5)])

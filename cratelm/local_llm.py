@@ -61,10 +61,11 @@ class LocalLLM(InProcess):
     def open(cls, source: str | Path, *, device: DeviceName = "auto", dtype: DType = "auto") -> "LocalLLM":
         """Load a model directory (a run's `model` too), a GGUF file, or a name on the hub.
 
-        The dtype `auto` is that of the stored weights, and float32 on a CPU.
+        The dtype `auto` is that of the stored weights; on a CPU it is float32, unless the weights are stored as
+        bfloat16 and the CPU has instructions for its matrix products (`fast_bfloat16`).
         """
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         except ImportError:
             raise CrateError(
                 "a language model in this process needs transformers. Hint: pip install 'cratelm[llm]'"
@@ -72,9 +73,12 @@ class LocalLLM(InProcess):
         importlib.import_module("cratelm.huggingface")  # registers CRATE
         where, name = select_device(device), name_of(str(source))
         source = model_directory(Path(source)) if is_gguf(source) else source
-        kind = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
+        kind = "auto" if dtype == "auto" else getattr(torch, dtype)
         try:
             with _quiet():
+                if kind == "auto" and where.type == "cpu":
+                    stored = getattr(AutoConfig.from_pretrained(str(source)).get_text_config(), "dtype", None)
+                    kind = torch.bfloat16 if stored == torch.bfloat16 and fast_bfloat16() else torch.float32
                 tokenizer = AutoTokenizer.from_pretrained(str(source))
                 model = AutoModelForCausalLM.from_pretrained(str(source), dtype=kind)
         except (OSError, ValueError, KeyError) as error:
@@ -207,6 +211,15 @@ class _Batch:
 
     requests: list[Any] = field(default_factory=list)
     task: "asyncio.Task[list[Any]] | None" = None
+
+
+def fast_bfloat16() -> bool:
+    """Whether the CPU has instructions for matrix products of bfloat16: AMX on x86, SVE or SME on ARM.
+
+    Without them bfloat16 is slower than float32.
+    """
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(known.get(name, False) for name in ("amx_bf16", "sve_bf16"))
 
 
 def name_of(source: str) -> str:

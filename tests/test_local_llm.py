@@ -1,6 +1,7 @@
 """A language model in this process: its prompt logprobs and answers against one text at a time without a cache."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fakes.language_models import KINDS, Kind, make_fast_tokenizer, make_llm
 from fixtures.hugging_face import FAMILIES, save
 from fixtures.tiny import random_model, tiny_config
 
+from cratelm import local_llm
 from cratelm.data.tokenizer import token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLMError, Message, Prompt, PromptLogprobs, Sampling
@@ -315,3 +317,18 @@ def test_the_identity_of_a_directory_follows_its_weights(rng: np.random.Generato
         second.reader.model.lm_head.weight[3, 4] += 1e-3
     del second.identity
     assert first.identity != second.identity
+
+
+def test_a_cpu_that_multiplies_bfloat16_fast_reads_weights_stored_so_without_converting_them(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in ("bfloat16", "float32"):
+        llm = make_llm(rng, dtype=getattr(torch, dtype))
+        save(llm.reader.model, tmp_path / dtype)
+        llm.tokenizer.save_pretrained(tmp_path / dtype)
+    expected = {("bfloat16", True): torch.bfloat16}  # every other pair is read as float32
+    for stored, fast in itertools.product(("bfloat16", "float32"), (True, False)):
+        monkeypatch.setattr(local_llm, "fast_bfloat16", lambda fast=fast: fast)
+        opened = LocalLLM.open(tmp_path / stored, device="cpu")
+        assert opened.reader.dtype == expected.get((stored, fast), torch.float32)
+    assert LocalLLM.open(tmp_path / "float32", device="cpu", dtype="bfloat16").reader.dtype == torch.bfloat16

@@ -14,15 +14,20 @@ from cratelm.activations.records import LayerRecords, Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainers.answers import explanation_of
 from cratelm.interpretation.llm import LLM, Sampling
+from cratelm.interpretation.prompts.compact_explainer import FILE as COMPACT
+from cratelm.interpretation.prompts.compact_explainer import compact_prompt
 from cratelm.interpretation.prompts.explainer import ExplainerPrompt, PromptTooLong, explainer_prompt, shown
+from cratelm.interpretation.prompts.few_shot import FewShotRecord
 from cratelm.interpretation.prompts.normalisation import OWN, Rounding
 from cratelm.interpretation.protocols import Protocol, draw
 from cratelm.interpretation.stages.concurrency import Tally
 from cratelm.interpretation.stages.set_task import SetTask
-from cratelm.interpretation.store.identities import ExplainerName
+from cratelm.interpretation.store.identities import ExplainerName, PromptForm
 
 MAX_TOKENS: dict[Mode, int] = {"fixed": 100, "compat": 60}
 """Maximum tokens of an answer. The released value of 60 often cuts a sentence."""
+PROMPTS: dict[Mode, PromptForm] = {"fixed": "table", "compat": "table"}
+"""The default prompt of each mode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +42,13 @@ class ExplainerSettings:
     max_tokens: int
     rounding: Rounding
     """How activations are rounded to the integers of a prompt (`prompts/normalisation.py`)."""
+    prompt: PromptForm = "table"
+    """`table`: few-shot examples, and every token with its activation. `compact`: marked text, one turn."""
 
     def name(self, model: str) -> ExplainerName:
         """The name of a model's explanations in the store, with the rounding if it is not the mode's default."""
-        return ExplainerName(model=model, rounding=None if self.rounding == OWN[self.mode] else self.rounding)
+        rounding = None if self.rounding == OWN[self.mode] else self.rounding
+        return ExplainerName(model=model, rounding=rounding, prompt=self.prompt)
 
     def sampling(self, sample: int) -> Sampling:
         """The sampling parameters of one explanation."""
@@ -48,12 +56,15 @@ class ExplainerSettings:
 
     def cache_settings(self, llm: LLM, sample: int) -> dict[str, Any]:
         """Every setting that explanations depend on, apart from records and omitted few-shot examples (`needs`)."""
-        return {**asdict(self), "sample": sample, "model": llm.identity, "prompts": _prompts_hash()}
+        settings = asdict(self)
+        if self.prompt == "table":
+            del settings["prompt"]  # sets of earlier versions do not have it
+        return {**settings, "sample": sample, "model": llm.identity, "prompts": _prompts_hash(self.prompt)}
 
 
 def explainer_settings(
     mode: Mode, *, samples: int = 1, temperature: float | None = None, seed: int = 0, rounding: Rounding | None = None,
-    max_tokens: int | None = None,
+    max_tokens: int | None = None, prompt: PromptForm | None = None,
 ) -> ExplainerSettings:  # fmt: skip
     """The settings of a mode; the default temperature is 1 in `compat` mode and for several samples, otherwise 0."""
     if temperature is None:
@@ -68,6 +79,7 @@ def explainer_settings(
         seed=seed,
         max_tokens=max_tokens or MAX_TOKENS[mode],
         rounding=rounding or OWN[mode],
+        prompt=prompt or PROMPTS[mode],
     )
 
 
@@ -134,16 +146,22 @@ class LLMExplainer:
         for neuron in neurons:
             try:
                 records_shown = shown(tuple(excerpts.of(neuron)), self.strings, rounding=self.settings.rounding)
-                yield neuron, explainer_prompt(
-                    records_shown, count=self.llm.count, context=self.llm.context,
-                    max_tokens=self.settings.max_tokens, mode=self.settings.mode, left_out=left_out,
-                )  # fmt: skip
+                yield neuron, self._prompt(records_shown, left_out)
             except PromptTooLong as error:
                 yield neuron, error
 
+    def _prompt(self, records: Sequence[FewShotRecord], left_out: int) -> ExplainerPrompt:
+        count, context, limit = self.llm.count, self.llm.context, self.settings.max_tokens
+        if self.settings.prompt == "compact":
+            return compact_prompt(records, count=count, context=context, max_tokens=limit)
+        return explainer_prompt(
+            records, count=count, context=context, max_tokens=limit, mode=self.settings.mode, left_out=left_out
+        )
 
-def _prompts_hash() -> str:
+
+def _prompts_hash(prompt: PromptForm) -> str:
     """Hash the words and the few-shot neurons of the prompts."""
     folder = Path(__file__).parent.parent / "prompts"
-    parts = [(folder / name).read_bytes() for name in ("explainer.json", "few_shot.json")]
+    files = [COMPACT] if prompt == "compact" else [folder / "explainer.json", folder / "few_shot.json"]
+    parts = [file.read_bytes() for file in files]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.simulators.calibration import calibrated, calibration_excerpts
+from cratelm.interpretation.simulators.contrastive import with_changes
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.stages.concurrency import Tally
 from cratelm.interpretation.stages.set_task import SetTask, explanation_from
@@ -48,7 +49,7 @@ class LLMSimulator:
         excerpts_of = self.excerpts(task)
         needed = self.simulator.needs(tokens for neuron in task.explainable.tolist() for tokens in excerpts_of(neuron))
         left_out = task.left_out("simulate", needed, self.simulator.cache_settings())
-        return replace(self.simulator, left_out=left_out)  # type: ignore[type-var]
+        return with_changes(self.simulator, left_out=left_out)
 
     def excerpts(self, task: SetTask) -> Callable[[int], list[list[str]]]:
         """Neuron -> the tokens of all excerpts that it is simulated on, those for calibration included."""

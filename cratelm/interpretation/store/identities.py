@@ -1,7 +1,7 @@
 """The names in a `SetKey` as typed records: who explained, who simulated, who judged.
 
-    explainer    lookup            MODEL    MODEL+rounded-up
-    simulator    (empty: lookup)   METHOD[-0-TOP][+REPAIR...][+CALIBRATION]:MODEL    judge MODEL
+    explainer    lookup            MODEL[+compact][+rounded-up]
+    simulator    (empty: lookup)   METHOD[-0-TOP][+REPAIR...][+CONTRAST][+CALIBRATION]:MODEL    judge MODEL
 
 `str` of a record is the stored name, and `parse_explainer` and `parse_simulator` are the only code that takes a stored
 name apart; `str(parse(name)) == name` for every name.
@@ -15,6 +15,8 @@ from cratelm.interpretation.prompts.normalisation import Rounding
 
 SimulationMethod = Literal["all-at-once", "token-by-token", "structured"]
 CalibrationMethod = Literal["linear", "percentile"]
+ContrastMethod = Literal["minus-neutral"]
+PromptForm = Literal["table", "compact"]
 SUFFIXES: dict[Rounding, str] = {"ceil": "+rounded-up", "floor": "+rounded-down"}
 """Appended to an explainer's name when its prompts round activations differently from the mode's default."""
 _JUDGE = "judge "
@@ -29,9 +31,12 @@ class ExplainerName:
     """Name of a language model, or `lookup`."""
     rounding: Rounding | None = None
     """How prompts round activations, if not by the mode's default."""
+    prompt: PromptForm = "table"
+    """The form of the prompt."""
 
     def __str__(self) -> str:
-        return self.model + (SUFFIXES[self.rounding] if self.rounding else "")
+        form = "" if self.prompt == "table" else f"+{self.prompt}"
+        return self.model + form + (SUFFIXES[self.rounding] if self.rounding else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +51,14 @@ class SimulatorName:
     """Largest activation on the scale of the prompts."""
     repairs: tuple[str, ...] = ()
     """Repairs of the `compat` read-out in sets of an earlier version: `spaced-numbers` and the like."""
+    contrast: str | None = None
+    """What was subtracted from the simulated activations (`simulators/contrastive.py`)."""
     calibration: str | None = None
     """How simulated activations were mapped to the neuron's own units."""
 
     def __str__(self) -> str:
         scale = "" if self.top == 10 else f"-0-{self.top}"
-        additions = (*self.repairs, *([self.calibration] if self.calibration else []))
+        additions = (*self.repairs, *(name for name in (self.contrast, self.calibration) if name))
         return "+".join((self.method + scale, *additions)) + ("" if self.model is None else f":{self.model}")
 
     @property
@@ -72,10 +79,12 @@ class JudgeName:
 
 def parse_explainer(name: str) -> ExplainerName:
     """Parse the name of an explainer."""
-    for rounding, suffix in SUFFIXES.items():
-        if name.endswith(suffix):
-            return ExplainerName(model=name.removesuffix(suffix), rounding=rounding)
-    return ExplainerName(model=name)
+    rounding = next((rounding for rounding, suffix in SUFFIXES.items() if name.endswith(suffix)), None)
+    model = name.removesuffix(SUFFIXES[rounding]) if rounding else name
+    compact = model.endswith("+compact")
+    return ExplainerName(
+        model=model.removesuffix("+compact"), rounding=rounding, prompt="compact" if compact else "table"
+    )
 
 
 def parse_simulator(name: str) -> SimulatorName | JudgeName | None:
@@ -90,4 +99,8 @@ def parse_simulator(name: str) -> SimulatorName | JudgeName | None:
     method, top, additions, model = match.groups()
     names = additions.split("+")[1:]
     calibration = names.pop() if names and names[-1] in get_args(CalibrationMethod) else None
-    return SimulatorName(method=method, model=model, top=int(top or 10), repairs=tuple(names), calibration=calibration)
+    contrast = names.pop() if names and names[-1] in get_args(ContrastMethod) else None
+    return SimulatorName(
+        method=method, model=model, top=int(top or 10), repairs=tuple(names), contrast=contrast,
+        calibration=calibration,
+    )  # fmt: skip

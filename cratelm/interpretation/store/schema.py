@@ -182,7 +182,8 @@ def asking(explainer: str) -> str:
     """The command-line options that select an explainer of this name."""
     name = parse_explainer(explainer)
     rounding = {"ceil": " --rounding up", "floor": " --rounding down", None: ""}[name.rounding]
-    return f" --llm URL --model {name.model}{rounding}"
+    prompt = "" if name.prompt == "table" else f" --explainer-prompt {name.prompt}"
+    return f" --llm URL --model {name.model}{prompt}{rounding}"
 
 
 @contextlib.contextmanager

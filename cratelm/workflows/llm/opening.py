@@ -15,6 +15,7 @@ from cratelm.interpretation.clients.probe import Capabilities, probe
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
+from cratelm.interpretation.simulators.contrastive import Contrastive, better_in_self_test
 from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.simulators.self_test import require_self_test, self_test
 from cratelm.interpretation.simulators.simulation import TextSimulator
@@ -191,7 +192,7 @@ async def _open(where: str, model: str, explaining: Explaining, spending: Spendi
     if not is_url(where):
         from cratelm.local_llm import LocalLLM
 
-        return LocalLLM.open(where, device=explaining.device)
+        return LocalLLM.open(where, device=explaining.device, dtype=explaining.llm_dtype)
     counter = _counter(explaining.llm_tokenizer) if explaining.llm_tokenizer else None
     endpoint = Endpoint(
         where, model, key_from=explaining.llm_key, in_flight=spending.in_flight, counter=counter, usage=usage,
@@ -237,6 +238,10 @@ async def choose_simulator(
             "Use --simulator structured, or another --simulator-llm"
         )
     simulator = await open_simulator(method, llm, mode=mode, answer_tokens=answer_tokens)
+    if simulating.contrast == "neutral":
+        simulator = Contrastive(inner=simulator)
+    elif simulating.contrast == "auto" and mode == "fixed" and method != "structured":
+        simulator = await better_in_self_test(simulator)
     console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
     return simulator
 

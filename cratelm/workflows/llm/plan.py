@@ -23,6 +23,7 @@ from cratelm.interpretation.prompts.explainer import PromptTooLong
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.protocols import draw
 from cratelm.interpretation.scorers.registry import SCORERS, judge
+from cratelm.interpretation.simulators.contrastive import with_changes
 from cratelm.interpretation.simulators.language_model import LLMSimulator
 from cratelm.interpretation.simulators.self_test import puzzles
 from cratelm.interpretation.stages.estimate import Cost, CountingLLM, estimated_seconds
@@ -110,7 +111,7 @@ class CostPlan:
             ) -> int:  # fmt: skip
                 counts = Counter[str]()
                 text, llm.depends_on = explanation_of(neuron)
-                await replace(fitted, llm=llm, counts=counts).simulate(text, excerpts_of(neuron))
+                await with_changes(fitted, llm=llm, counts=counts).simulate(text, excerpts_of(neuron))
                 return counts["left out"]
 
             llm = simulator.simulator.llm  # type: ignore[attr-defined]
@@ -261,7 +262,7 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
 
     async def seconds(excerpts: Sequence[Sequence[str]], llm: LLM) -> float:
         started = time.perf_counter()
-        await replace(simulator, llm=llm, counts=Counter()).simulate(puzzle.explanation, excerpts)
+        await with_changes(simulator, llm=llm, counts=Counter()).simulate(puzzle.explanation, excerpts)
         return max(time.perf_counter() - started, 1e-6)
 
     try:

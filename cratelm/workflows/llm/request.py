@@ -100,6 +100,7 @@ class InterpretRequest:
         return explainer_settings(
             self.selection.mode, samples=asked.samples, temperature=asked.temperature, seed=asked.seed,
             rounding=ROUNDINGS[asked.rounding], max_tokens=asked.max_answer_tokens,
+            prompt=None if asked.explainer_prompt == "auto" else asked.explainer_prompt,
         )  # fmt: skip
 
     def named(self, model: str) -> str:

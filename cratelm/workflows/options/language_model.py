@@ -38,6 +38,9 @@ class Explaining:
     """lookup: a table of tokens. llm: a sentence by --llm. auto: llm if --llm is given."""
     explainer_model: Name = ""
     """Name of the model that explains; by default --model."""
+    explainer_prompt: Literal["auto", "table", "compact"] = "auto"
+    """table: three few-shot examples, and every token with its activation (3,000 tokens). compact: text with marked
+    tokens, and the strongest tokens (300 tokens). auto: table."""
     neurons: Annotated[str, tyro.conf.arg(metavar="N|I-J,...")] = "300"
     """Neurons of each layer for the language model: all, a number (evenly spaced), or indices such as 0-99,120."""
     neuron_seed: Number = None
@@ -54,6 +57,9 @@ class Explaining:
     are stored."""
     device: DeviceName = "auto"
     """Device of a model that runs in this process."""
+    llm_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of a model that runs in this process. auto: that of the stored weights, but on a CPU float32 unless
+    it multiplies bfloat16 faster (AMX, SVE)."""
     llm_tokenizer: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""
     """Tokenizer of a server's model, to count prompts exactly: tokenizer.json, its directory, or a name on the hub."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
@@ -101,6 +107,9 @@ class Simulating:
     """Another server or directory for simulation; by default --llm. Base models simulate better than chat models."""
     simulator_model: Name = ""
     """Name of the model that simulates; by default --model."""
+    contrast: Literal["auto", "none", "neutral"] = "auto"
+    """neutral: subtract what the simulator predicts from an explanation that says nothing, which needs a second reading
+    of each excerpt. auto: neutral for a model that passes the self-test better with it, none in compat mode."""
     calibrate: CalibrationName = "none"
     """Fit simulated to real activations on separate excerpts: linear, or percentile."""
     skip_self_test: bool = False

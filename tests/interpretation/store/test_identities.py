@@ -22,15 +22,18 @@ REPAIRS = ((), ("spaced-numbers",), ("fifteen-candidates", "spaced-numbers", "es
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_name_survives_rendering_and_parsing(model: str) -> None:
-    for method, top, repairs, calibration in itertools.product(
-        ("all-at-once", "token-by-token", "structured"), (9, 10), REPAIRS, (None, "linear", "percentile")
-    ):
-        name = SimulatorName(method=method, model=model, top=top, repairs=repairs, calibration=calibration)
+    for method, top, repairs, contrast, calibration in itertools.product(
+        ("all-at-once", "token-by-token", "structured"), (9, 10), REPAIRS, (None, "minus-neutral"),
+        (None, "linear", "percentile"),
+    ):  # fmt: skip
+        name = SimulatorName(
+            method=method, model=model, top=top, repairs=repairs, contrast=contrast, calibration=calibration
+        )
         assert parse_simulator(str(name)) == name
         assert SetKey(layer=0, protocol="", simulator=str(name)).simulated_by == name
         assert name.is_plain == (not repairs and calibration is None)
-    for rounding in (None, "ceil", "floor"):
-        explainer = ExplainerName(model=model, rounding=rounding)
+    for rounding, prompt in itertools.product((None, "ceil", "floor"), ("table", "compact")):
+        explainer = ExplainerName(model=model, rounding=rounding, prompt=prompt)
         assert parse_explainer(str(explainer)) == explainer
     assert parse_simulator(str(JudgeName(model=model))) == JudgeName(model=model)
 
@@ -61,6 +64,10 @@ def test_the_stored_forms_are_those_of_the_first_version() -> None:
         method="all-at-once", model="org/m:1", top=9, repairs=("spaced-numbers",), calibration="linear"
     )
     assert str(ExplainerName(model="m", rounding="ceil")) == "m+rounded-up"
+    assert str(ExplainerName(model="m", rounding="ceil", prompt="compact")) == "m+compact+rounded-up"
+    assert str(SimulatorName(method="all-at-once", model="m", contrast="minus-neutral", calibration="linear")) == (
+        "all-at-once+minus-neutral+linear:m"
+    )
     assert parse_explainer("m+rounded-down") == ExplainerName(model="m", rounding="floor")
     assert SetKey(layer=0, protocol="").simulated_by is None
     assert SetKey(layer=0, protocol="", simulator="judge m").judge == "m"

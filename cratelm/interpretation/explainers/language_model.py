@@ -146,11 +146,12 @@ class LLMExplainer:
         for neuron in neurons:
             try:
                 records_shown = shown(tuple(excerpts.of(neuron)), self.strings, rounding=self.settings.rounding)
-                yield neuron, self._prompt(records_shown, left_out)
+                yield neuron, self.prompt_of(records_shown, left_out)
             except PromptTooLong as error:
                 yield neuron, error
 
-    def _prompt(self, records: Sequence[FewShotRecord], left_out: int) -> ExplainerPrompt:
+    def prompt_of(self, records: Sequence[FewShotRecord], left_out: int = 0) -> ExplainerPrompt:
+        """Build the prompt about a neuron with these excerpts. Raises `PromptTooLong`."""
         count, context, limit = self.llm.count, self.llm.context, self.settings.max_tokens
         if self.settings.prompt == "compact":
             return compact_prompt(records, count=count, context=context, max_tokens=limit)

@@ -13,6 +13,8 @@ from cratelm.gguf_files import model_name
 from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import Capabilities, probe
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
+from cratelm.interpretation.explainers.language_model import LLMExplainer
+from cratelm.interpretation.explainers.self_test import explainer_self_test, require_explainer_self_test
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.simulators.contrastive import Contrastive, better_in_self_test
@@ -255,6 +257,20 @@ async def examine(simulator: TextSimulator, *, skip: bool) -> None:
         result, note = await require_self_test(simulator), ""
     tested = len(result.correlations)
     console.print(f"self-test: mean correlation {result.mean:.2f} on {tested} obvious neurons{note}", soft_wrap=True)
+
+
+async def examine_explainer(explainer: LLMExplainer, *, skip: bool) -> None:
+    """Let the model explain obvious neurons and print how many answers are copies.
+
+    Raises `CrateError` if most are, unless `skip`.
+    """
+    result = await (explainer_self_test(explainer) if skip else require_explainer_self_test(explainer))
+    note = "" if result.passed else ": used because of --skip-self-test"
+    tested = len(result.explanations) + len(result.failures)
+    console.print(
+        f"explainer self-test: {len(result.copied)} copied and {len(result.failures)} failed of {tested} obvious "
+        f"neurons{note}", soft_wrap=True,
+    )  # fmt: skip
 
 
 def metered(llm: LLM, usage: Usage, spending: Spending, spent_before: tuple[int, int] = (0, 0)) -> Metered:

@@ -34,6 +34,7 @@ from cratelm.workflows.llm.opening import (
     calibrate_counts,
     choose_simulator,
     examine,
+    examine_explainer,
     explainer_name,
     metered,
 )
@@ -80,6 +81,8 @@ class RunWork:
             request.scorers, chat=self._cached(llms.judge), encoder=request.encoder, pieces=lambda: self._pieces,
             reader=self._cached(llms.simulator or llms.judge), answer_tokens=request.explaining.max_answer_tokens,
         )  # fmt: skip
+        if isinstance(self.explainer, LLMExplainer) and not request.spending.dry_run:
+            await examine_explainer(self.explainer, skip=request.explaining.skip_self_test)
         await self._print_estimate()
         return not request.spending.dry_run
 
@@ -98,7 +101,7 @@ class RunWork:
             self._cached(llm), simulating, request.selection.mode, can, answer_tokens=limit
         )
         if not request.spending.dry_run:
-            await examine(simulator, skip=simulating.skip_self_test)
+            await examine(simulator, skip=request.explaining.skip_self_test)
         calibrate = None if simulating.calibrate == "none" else simulating.calibrate
         strings = self._text(simulator.strings_mode)
         return LLMSimulator(simulator=simulator, strings=strings, calibrate=calibrate)

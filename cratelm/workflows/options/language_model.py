@@ -73,6 +73,9 @@ class Explaining:
     """Sent to the server as reasoning_effort: none, minimal, low, medium or high, as the model allows."""
     chat_template_kwargs: Annotated[str, tyro.conf.arg(metavar="JSON", help_behavior_hint="")] = ""
     """Sent to the server as chat_template_kwargs, such as '{"enable_thinking": false}' for vLLM."""
+    skip_self_test: bool = False
+    """Continue even if a model cannot simulate obvious neurons, or explains them by copies of few-shot examples; its
+    scores are not meaningful."""
     extra_body: Annotated[str, tyro.conf.arg(metavar="JSON", help_behavior_hint="")] = ""
     """More fields of each chat request, as a JSON object. Stored with the results: do not put a secret here."""
 
@@ -112,8 +115,6 @@ class Simulating:
     of each excerpt. auto: neutral for a model that passes the self-test better with it, none in compat mode."""
     calibrate: CalibrationName = "none"
     """Fit simulated to real activations on separate excerpts: linear, or percentile."""
-    skip_self_test: bool = False
-    """Continue even if the model fails the self-test on obvious neurons; its scores are not meaningful."""
 
 
 @dataclass(frozen=True, kw_only=True)

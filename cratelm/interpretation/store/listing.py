@@ -19,3 +19,11 @@ def stamps_of(store: Store, *, mode: Mode, tap: str | None = None, layer: int | 
     )
     with store.transaction() as connection:
         return [list(row) for row in connection.execute(query, [mode, tap, layer])]
+
+
+def explainers_of(store: Store, *, mode: Mode) -> set[str]:
+    """The explainers of all sets, unfinished ones included; empty without a store."""
+    if not store.path.exists():
+        return set()
+    with store.transaction() as connection:
+        return {name for (name,) in connection.execute("SELECT DISTINCT explainer FROM sets WHERE mode = ?", [mode])}

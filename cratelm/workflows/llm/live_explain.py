@@ -50,7 +50,9 @@ class LiveExplainer:
         await calibrate_counts(self._llms.explainer, store, self.usage)
         llm = cached(self._llms.explainer, store, self.usage, self.spending)
         records, strings = await anyio.to_thread.run_sync(_read, layer)
-        explainer = LLMExplainer(llm=llm, settings=explainer_settings(layer.mode), strings=strings)
+        form = self.explaining.explainer_prompt
+        settings = explainer_settings(layer.mode, prompt=None if form == "auto" else form)
+        explainer = LLMExplainer(llm=llm, settings=settings, strings=strings)
         [(_, prompt)] = explainer.prompts(records, protocol(PROTOCOL, layer.mode), [neuron])
         try:
             text, failure = await explainer.ask(prompt), ""

@@ -13,6 +13,7 @@ from cratelm.interpretation.prompts.normalisation import Rounding
 from cratelm.interpretation.scorers.registry import SIMULATION, chosen_scorers
 from cratelm.interpretation.simulators.controls import CONTROLS, LOOKUP_CONTROLS, check_controls
 from cratelm.interpretation.store.database import Store, identity
+from cratelm.interpretation.store.identities import PromptForm
 from cratelm.interpretation.store.neuron_selection import Chosen, chosen
 from cratelm.interpretation.store.schema import SetKey, Stage
 from cratelm.workflows.llm.opening import explains
@@ -102,6 +103,10 @@ class InterpretRequest:
             rounding=ROUNDINGS[asked.rounding], max_tokens=asked.max_answer_tokens,
             prompt=None if asked.explainer_prompt == "auto" else asked.explainer_prompt,
         )  # fmt: skip
+
+    def with_prompt(self, form: PromptForm) -> "InterpretRequest":
+        """The request with this prompt of the explainer."""
+        return replace(self, explaining=replace(self.explaining, explainer_prompt=form))
 
     def named(self, model: str) -> str:
         """The stored name of a model's explanations, with the rounding if it is not the mode's default."""

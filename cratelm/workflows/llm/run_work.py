@@ -13,6 +13,7 @@ from cratelm.data.tokenizer import load_tokenizer, token_bytes, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.explainers.language_model import LLMExplainer
+from cratelm.interpretation.explainers.self_test import explainer_self_test
 from cratelm.interpretation.lookup.explain import LookupExplainer
 from cratelm.interpretation.lookup.simulate import LookupSimulator
 from cratelm.interpretation.lookup.tables import EXPLAINER
@@ -24,6 +25,7 @@ from cratelm.interpretation.stages.pipeline import Simulator, score_set
 from cratelm.interpretation.stages.set_task import SetTask
 from cratelm.interpretation.store.answer_cache import spent
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.listing import explainers_of
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
 from cratelm.workflows.llm.batches import RunBatches
@@ -73,6 +75,7 @@ class RunWork:
         self.spent_before  # noqa: B018 (read before the first call)
         for llm in (llms.explainer, llms.simulator, llms.judge):
             await calibrate_counts(llm, self.store, self.usage)
+        self.request = request = await self._settle_prompt()
         if request.by_lookup and "simulate" in request.stages:
             self.simulator = LookupSimulator()
         elif llms.simulator is not None and request.simulating is not None:
@@ -89,6 +92,25 @@ class RunWork:
     async def settle(self) -> None:
         """Wait until the answers to calls in flight are stored: they are paid for."""
         await asyncio.gather(*(llm.settle() for llm in self._models.values()))
+
+    async def _settle_prompt(self) -> InterpretRequest:
+        """The request with the prompt of the explainer settled; see `--explainer-prompt auto`.
+
+        The prompt of the model's explanations in the store, so that they are resumed. Without any: compact for a model
+        that copies the few-shot examples of the table.
+        """
+        request, llm = self.request, self.llms.explainer
+        model = llm.name if llm is not None else explainer_name(request.explaining)
+        if request.explaining.explainer_prompt != "auto" or request.selection.mode == "compat" or model == EXPLAINER:
+            return request
+        stored = {name for store in (self.store, Store(self.run)) for name in explainers_of(store, mode="fixed")}
+        as_table, as_compact = (request.with_prompt(form) for form in ("table", "compact"))
+        if as_table.named(model) in stored or as_compact.named(model) in stored:
+            return as_table if as_table.named(model) in stored else as_compact
+        if llm is None or "explain" not in request.stages or request.spending.dry_run:
+            return as_table
+        explainer = LLMExplainer(llm=self._cached(llm), settings=as_table.settings, strings=())
+        return as_table if (await explainer_self_test(explainer)).passed else as_compact
 
     async def _open_simulator(self) -> LLMSimulator:
         request, llm, simulating = self.request, self.llms.simulator, self.request.simulating

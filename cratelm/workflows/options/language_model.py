@@ -40,7 +40,7 @@ class Explaining:
     """Name of the model that explains; by default --model."""
     explainer_prompt: Literal["auto", "table", "compact"] = "auto"
     """table: three few-shot examples, and every token with its activation (3,000 tokens). compact: text with marked
-    tokens, and the strongest tokens (300 tokens). auto: table."""
+    tokens, and the strongest tokens (300 tokens). auto: table, but compact for a model that copies the examples."""
     neurons: Annotated[str, tyro.conf.arg(metavar="N|I-J,...")] = "300"
     """Neurons of each layer for the language model: all, a number (evenly spaced), or indices such as 0-99,120."""
     neuron_seed: Number = None

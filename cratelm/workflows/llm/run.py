@@ -8,17 +8,23 @@ print    the scores, the usage, and the failures
 
 import asyncio
 import contextlib
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Usage
+from cratelm.interpretation.explainers.language_model import LLMExplainer
+from cratelm.interpretation.explainers.self_test import COPIED_WORDS, copied
 from cratelm.interpretation.scorers.registry import SIMULATION
 from cratelm.interpretation.stages.pipeline import score_set
 from cratelm.interpretation.stages.set_task import all_failures
 from cratelm.interpretation.store.database import Store
+from cratelm.interpretation.store.growing_sets import GrowingSet
 from cratelm.interpretation.store.parts import merge
 from cratelm.interpretation.store.schema import SetKey
 from cratelm.rundir import claim
@@ -78,6 +84,8 @@ def _open(request: InterpretRequest, usage: Usage) -> contextlib.AbstractAsyncCo
 async def _print_run(work: RunWork) -> None:
     """Print the scores of one run; those of simulations that were made earlier are computed now."""
     request, run = work.request, work.run
+    if isinstance(work.explainer, LLMExplainer):
+        print_copied(work)
     if request.spending.part:
         return
     if "score" in request.stages:
@@ -87,6 +95,20 @@ async def _print_run(work: RunWork) -> None:
             await _score_stored(work)
     if work.judged_sets:
         print_judged(run, work.judged_sets)
+
+
+def print_copied(work: RunWork) -> None:
+    """Print how many explanations are copies, set by set: sets of other protocols have the same explanations."""
+    texts = [
+        [str(text) for text in growing.rows().values()]
+        for key in work.explained_keys
+        for growing in [GrowingSet(store=work.store, key=key, stage="explain", neurons=np.empty(0, dtype=np.int64))]
+    ]
+    copies = sum(len(copied(of_set)) for of_set in texts)
+    if copies:
+        said = f"copied: {copies} of {sum(map(len, texts))} explanations of {work.run.name} share {COPIED_WORDS} "
+        said += "consecutive words with a few-shot example or with each other"
+        print("\n" + "\n".join(textwrap.wrap(said, 80)))
 
 
 async def _score_stored(work: RunWork) -> None:

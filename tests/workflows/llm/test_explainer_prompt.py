@@ -74,7 +74,9 @@ def test_a_table_asked_for_by_name_is_refused_to_a_model_that_copies(
     assert main(command) == 2
     assert "rules cannot explain: 6 of its 6 explanations of obvious neurons repeat" in capsys.readouterr().err
     assert main([*command, "--skip-self-test"]) == 0
-    assert "6 copied and 0 failed of 6 obvious neurons: used because of --skip-self-test" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "6 copied and 0 failed of 6 obvious neurons: used because of --skip-self-test" in printed.err
+    assert "copied: 3 of 3 explanations of crate-1l share 5 consecutive words" in printed.out
     [key] = Store.open(run).sets("explain")[-1:]
     assert key.explainer == "rules"
     assert main(["explain", str(run), "--llm", server.url, *TAR, "--skip-self-test"]) == 0

@@ -68,10 +68,8 @@ def by_model(run: Path) -> list[SetKey]:
 
 def puzzle(said: str) -> bool:
     """Whether a prompt is of the self-test of simulators or explainers."""
-    tables = ("\n".join(f"{t}\t{a}" for t, a in zip(one.tokens, one.activations, strict=True)) for one in puzzles())
-    return any(re.search(rf"fires on {re.escape(one.explanation)}(?![ ,\w])", said) for one in puzzles()) or any(
-        json.dumps(table)[1:-1] in said for table in tables
-    )
+    known = [(one.explanation, "\\n".join(map("{}\\t{}".format, one.tokens, one.activations))) for one in puzzles()]
+    return any(re.search(rf"fires on {re.escape(a)}(?![ ,\w])", said) or table in said for a, table in known)
 
 
 def test_interpret_with_a_server_finds_the_planted_rules(
@@ -302,8 +300,7 @@ def test_a_budget_stops_cleanly_and_a_larger_budget_resumes(
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "3", "--in-flight", "1"]
     assert main([*command, "--budget-tokens", "30000"]) == 2
     assert "the budget is spent" in capsys.readouterr().err
-    first = len(questions(server))
-    assert 0 < first < 18
+    assert 0 < len(questions(server)) < 18
     assert main(command) == 0
     assert len(questions(server)) == 18
 

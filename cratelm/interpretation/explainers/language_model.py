@@ -26,7 +26,7 @@ from cratelm.interpretation.store.identities import ExplainerName, PromptForm
 
 MAX_TOKENS: dict[Mode, int] = {"fixed": 100, "compat": 60}
 """Maximum tokens of an answer. The released value of 60 often cuts a sentence."""
-PROMPTS: dict[Mode, PromptForm] = {"fixed": "table", "compat": "table"}
+PROMPT_FORMS: dict[Mode, PromptForm] = {"fixed": "table", "compat": "table"}
 """The default prompt of each mode."""
 
 
@@ -79,7 +79,7 @@ def explainer_settings(
         seed=seed,
         max_tokens=max_tokens or MAX_TOKENS[mode],
         rounding=rounding or OWN[mode],
-        prompt=prompt or PROMPTS[mode],
+        prompt=prompt or PROMPT_FORMS[mode],
     )
 
 

@@ -1,4 +1,4 @@
-"""Self-test of explainers: does a model explain obvious neurons in words of its own?
+"""Self-test of explainers: does a model explain obvious neurons, or copy other texts?
 
 A small model repeats a few-shot example of the prompt, or one sentence for every neuron. Such answers look like
 explanations. So each explainer first explains the obvious neurons that simulators are tested on (`puzzles.json`), each

@@ -26,7 +26,7 @@ from cratelm.rundir import read_json
 
 FILE = Path(__file__).with_name("compact_explainer.json")
 OPEN, CLOSE = "<<", ">>"
-MARKED = 6
+LEAST_MARKED = 6
 """Least activation, from 0 to 10, of a token that is marked."""
 BEFORE, AFTER = 16, 8
 """Tokens shown before and after the strongest token of an excerpt."""
@@ -64,7 +64,7 @@ def _piece(record: FewShotRecord) -> str:
     values = record.activations
     middle = max(range(len(values)), key=lambda i: (values[i], -i))
     shown = slice(max(middle - BEFORE, 0), middle + AFTER + 1)
-    least = min(MARKED, values[middle])  # an excerpt without strong tokens has its strongest marked
+    least = min(LEAST_MARKED, values[middle])  # an excerpt without strong tokens has its strongest marked
     parts = []
     pairs = zip(record.tokens[shown], values[shown], strict=True)
     for strong, group in groupby(pairs, key=lambda pair: pair[1] >= least):

@@ -84,7 +84,8 @@ class RunWork:
             request.scorers, chat=self._cached(llms.judge), encoder=request.encoder, pieces=lambda: self._pieces,
             reader=self._cached(llms.simulator or llms.judge), answer_tokens=request.explaining.max_answer_tokens,
         )  # fmt: skip
-        if isinstance(self.explainer, LLMExplainer) and not request.spending.dry_run:
+        new = self.explainer_name not in self._stored_explainers()
+        if isinstance(self.explainer, LLMExplainer) and new and not request.spending.dry_run:
             await examine_explainer(self.explainer, skip=request.explaining.skip_self_test)
         await self._print_estimate()
         return not request.spending.dry_run
@@ -103,7 +104,7 @@ class RunWork:
         model = llm.name if llm is not None else explainer_name(request.explaining)
         if request.explaining.explainer_prompt != "auto" or request.selection.mode == "compat" or model == EXPLAINER:
             return request
-        stored = {name for store in (self.store, Store(self.run)) for name in explainers_of(store, mode="fixed")}
+        stored = self._stored_explainers()
         as_table, as_compact = (request.with_prompt(form) for form in ("table", "compact"))
         if as_table.named(model) in stored or as_compact.named(model) in stored:
             return as_table if as_table.named(model) in stored else as_compact
@@ -111,6 +112,11 @@ class RunWork:
             return as_table
         explainer = LLMExplainer(llm=self._cached(llm), settings=as_table.settings, strings=())
         return as_table if (await explainer_self_test(explainer)).passed else as_compact
+
+    def _stored_explainers(self) -> set[str]:
+        """The explainers that this run has explanations of, finished or not; they were tested before the first one."""
+        mode = self.request.selection.mode
+        return {name for store in (self.store, Store(self.run)) for name in explainers_of(store, mode=mode)}
 
     async def _open_simulator(self) -> LLMSimulator:
         request, llm, simulating = self.request, self.llms.simulator, self.request.simulating

@@ -44,7 +44,7 @@ def test_five_words_in_a_row_of_a_few_shot_example_or_of_another_explanation_mak
 
 
 @pytest.mark.parametrize("prompt", ["table", "compact"])
-def test_a_model_with_words_of_its_own_passes(prompt: PromptForm) -> None:
+def test_a_model_that_copies_nothing_passes(prompt: PromptForm) -> None:
     answers = [puzzle.explanation for puzzle in puzzles()]
     explainer = answering(answers, prompt)
     result = asyncio.run(require_explainer_self_test(explainer))

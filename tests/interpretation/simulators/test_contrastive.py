@@ -63,7 +63,7 @@ def test_it_is_the_difference_to_the_mean_of_the_neutral_explanations(method: st
             assert values == pytest.approx(reference)
 
 
-def test_a_model_with_a_bias_of_its_own_is_read_by_contrast() -> None:
+def test_a_biased_model_is_read_by_contrast() -> None:
     simulator = asyncio.run(open_simulator("all-at-once", Biased()))
     with pytest.raises(CrateError, match="cannot simulate"):
         asyncio.run(require_self_test(simulator))

@@ -75,7 +75,7 @@ class RunWork:
         self.spent_before  # noqa: B018 (read before the first call)
         for llm in (llms.explainer, llms.simulator, llms.judge):
             await calibrate_counts(llm, self.store, self.usage)
-        self.request = request = await self._settle_prompt()
+        self.request = request = await self.settle_prompt()
         if request.by_lookup and "simulate" in request.stages:
             self.simulator = LookupSimulator()
         elif llms.simulator is not None and request.simulating is not None:
@@ -94,7 +94,7 @@ class RunWork:
         """Wait until the answers to calls in flight are stored: they are paid for."""
         await asyncio.gather(*(llm.settle() for llm in self._models.values()))
 
-    async def _settle_prompt(self) -> InterpretRequest:
+    async def settle_prompt(self) -> InterpretRequest:
         """The request with the prompt of the explainer settled; see `--explainer-prompt auto`.
 
         The prompt of the model's explanations in the store, so that they are resumed. Without any: compact for a model

@@ -27,6 +27,7 @@ async def show_prompt(request: InterpretRequest, neuron: int) -> None:
         for run in runs:
             work = RunWork(request=request, run=run, llms=llms, usage=usage)
             await calibrate_counts(llms.explainer, work.store, usage)
+            work.request = await work.settle_prompt()
             if not isinstance(work.explainer, LLMExplainer):
                 raise CrateError("--show-prompt shows what a language model is asked. Hint: give --llm URL or DIR")
             task = next(work.tasks(work.explained_keys))

@@ -41,7 +41,7 @@ TIMED_TOKENS = 64
 """Tokens of a timed excerpt: the longest of the protocols."""
 TIMED_AT_ONCE = 8
 """Excerpts that are timed at once; fewer if fewer may be in flight, or if they would take too long."""
-TRIAL_SECONDS = 20.0
+LONGEST_TRIAL = 20.0
 """Longest trial in seconds, after its first call."""
 Ask = Callable[[CountingLLM, int], Awaitable[int]]
 """Runs a stage on one neuron with a counting model. Returns the number of few-shot excerpts that the prompt omits."""
@@ -267,7 +267,7 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
 
     try:
         alone = await seconds([first], simulator.llm)
-        number = max(min(number, int(TRIAL_SECONDS / alone)), 0)
+        number = max(min(number, int(LONGEST_TRIAL / alone)), 0)
         others = [excerpts[1][:number]] if one_by_one and number else excerpts[1 : 1 + number]
         others = others or [first]
         together = await seconds(others, simulator.llm) if number else alone

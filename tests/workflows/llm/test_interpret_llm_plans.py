@@ -139,7 +139,7 @@ def test_a_slow_trial_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(follower, "prompt_logprobs", counted)
     for limit, expected in ((0.0, [1]), (1000.0, [1, 8])):
         excerpts.clear()
-        monkeypatch.setattr(plan, "TRIAL_SECONDS", limit)
+        monkeypatch.setattr(plan, "LONGEST_TRIAL", limit)
         assert asyncio.run(time_trial(simulator, Store(tmp_path), 32, cost)).startswith("time: about")
         assert excerpts == expected
 

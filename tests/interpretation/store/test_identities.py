@@ -3,13 +3,16 @@
 import ast
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import cratelm
+from cratelm.interpretation.prompts.normalisation import Rounding
 from cratelm.interpretation.store.identities import (
     ExplainerName,
     JudgeName,
+    PromptForm,
     SimulatorName,
     parse_explainer,
     parse_simulator,
@@ -32,7 +35,9 @@ def test_every_name_survives_rendering_and_parsing(model: str) -> None:
         assert parse_simulator(str(name)) == name
         assert SetKey(layer=0, protocol="", simulator=str(name)).simulated_by == name
         assert name.is_plain == (not repairs and calibration is None)
-    for rounding, prompt in itertools.product((None, "ceil", "floor"), ("table", "compact")):
+    roundings: tuple[Rounding | None, ...] = (None, *get_args(Rounding))
+    forms: tuple[PromptForm, ...] = get_args(PromptForm)
+    for rounding, prompt in itertools.product(roundings, forms):
         explainer = ExplainerName(model=model, rounding=rounding, prompt=prompt)
         assert parse_explainer(str(explainer)) == explainer
     assert parse_simulator(str(JudgeName(model=model))) == JudgeName(model=model)

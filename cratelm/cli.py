@@ -142,6 +142,8 @@ def _run(arguments: list[str]) -> None:
                 os.environ[VERIFY_SWITCH] = "0"
             module = importlib.import_module(command_module(verb))
             options = _parse(module, verb, rest)
+            if getattr(options, "runs", None) == ():
+                raise CrateError(f"RUN must be at least one run directory, got none. Hint: cratelm {verb} --help")
             module.run(options)
             _print_next(verb, options)
         case [first, *_] if parts := [verb for verb in VERBS if verb.startswith(f"{first} ")]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +28,7 @@ from cratelm.runtime import DeviceName, progress_bar
 from cratelm.steering.ablation_file import AblationFile, AblationKind, AblationRow
 from cratelm.steering.changes import SAE, Change, check_indices
 from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.options.arguments import Run
 from cratelm.workflows.steering.autoencoders import open_coder
 from cratelm.workflows.steering.printing import plain_console, plain_table
 from cratelm.workflows.token_data import open_tokens, read_count
@@ -48,7 +48,7 @@ ROWS_SHOWN = 12
 class Options:
     """Options of `cratelm ablate`."""
 
-    run: tyro.conf.Positional[Path]
+    run: Run
     """Run directory, model directory, or a Hugging Face name."""
     data: Path
     """Token directory with the held-out text."""
@@ -177,7 +177,6 @@ def _neurons(text: str, flag: str, latent: bool) -> tuple[tuple[int, int], ...]:
 
 
 def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ...], str]:
-
     neurons, kind = task
     return tuple(f"{SAE if layer in coders else ''}{layer}/{neuron}" for layer, neuron in neurons), kind
 
@@ -228,7 +227,6 @@ def _print(console: "Console", rows: Sequence["AblationRow"]) -> None:
 
 
 def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
-
     table = plain_table()
     table.add_column("neuron", overflow="fold", max_width=max(12, columns - 40))
     for head in ("change", "± s.e.", "density %"):

@@ -14,15 +14,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.rundir import origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import result_name
 from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.options.arguments import Run
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 class Options:
     """Options of `cratelm circuit`."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    run: Run
     """Run directory: from `cratelm train`, or of a Hugging Face model after `cratelm collect`."""
     prompt: str
     """Text before the token."""
@@ -62,11 +61,8 @@ def run(options: Options) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.whitebox.circuit import CircuitConfig, rank
 
-    for name in ("nodes", "batch"):
-        if getattr(options, name) < 1:
-            raise CrateError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.candidates < 0:
-        raise CrateError(f"--candidates must be 0 or more, got {options.candidates}")
+    check_least(options, 1, "nodes", "batch")
+    check_least(options, 0, "candidates")
     opened = open_model(options.run, options.device, expected="run")
     subject = _subject(opened, options)
     config = CircuitConfig(

@@ -18,10 +18,11 @@ import tyro
 
 from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.rundir import atomic_path, claim
 from cratelm.runtime import DeviceName, console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_for_run
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Options:
 
     BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device", "dry_run")
     """The options that `--help` shows; `--help-all` shows all."""
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """Run directories; or one Hugging Face model, as a directory, a GGUF file or a name on the hub."""
     data: Path
     """Token directory to read."""
@@ -77,8 +78,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Collect the records of each run."""
-    if not options.runs:
-        raise CrateError("no run or model was given. Run: cratelm collect RUN --data DIR")
     if options.out is not None and len(options.runs) > 1:
         raise CrateError(f"--out needs a single model, got {len(options.runs)}. Collect them one by one")
     for source in options.runs:
@@ -90,8 +89,7 @@ def collect_run(source: Path, options: Options) -> None:
     from cratelm.distributed import join_world
 
     max_tokens = read_count(options.tokens)
-    if options.batch_rows < 1:
-        raise CrateError(f"--batch-rows must be at least 1, got {options.batch_rows}")
+    check_least(options, 1, "batch_rows")
     with join_world(options.device, same_errors=False) as (world, device):
         opened, home = open_for_run(source, device, out=options.out, data=options.data)
         corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)

@@ -13,9 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from cratelm.errors import CrateError
 from cratelm.report.tables.form import write_tables
@@ -23,6 +21,7 @@ from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import report_folder
 from cratelm.workflows.opening import open_own
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.printed_tables import print_tables
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -39,7 +38,7 @@ FILE = "dial.json"
 class Options:
     """Options of `cratelm dial`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories."""
     data: Path
     """Token directory to read."""
@@ -68,8 +67,6 @@ def run(options: Options) -> None:
     from cratelm.report.results.dial import open_dials
     from cratelm.report.tables.dial import dial_table
 
-    if not options.runs:
-        raise CrateError("no run directory was given. Run: cratelm dial RUN --data DIR")
     settings = list(_settings(options))
     for folder in options.runs:
         dial_run(folder, settings, options)
@@ -129,7 +126,6 @@ def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of earlier commands. Raises CrateError if they are of another model or text, to keep them."""
-
     if not (folder / FILE).exists():
         return []
     measured = read_json(folder / FILE, made_by=f"cratelm dial {folder} --data DIR")

@@ -10,21 +10,19 @@ and the browser read it without the model. Works for Hugging Face models whose p
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from cratelm.errors import CrateError
+from cratelm.errors import check_least
 from cratelm.rundir import atomic_path, claim, origin, write_json
 from cratelm.runtime import DeviceName, console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.options.arguments import Runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `cratelm directions`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories: from `cratelm train`, or of Hugging Face models after `cratelm collect`."""
     keep: int = 20
     """Length of each list."""
@@ -34,10 +32,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Write the directions of each run."""
-    if not options.runs:
-        raise CrateError("no run directory was given. Run: cratelm directions RUN")
-    if options.keep < 1:
-        raise CrateError(f"--keep must be at least 1, got {options.keep}")
+    check_least(options, 1, "keep")
     for folder in options.runs:
         directions_run(folder, options)
 

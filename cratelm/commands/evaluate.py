@@ -13,14 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.opening import open_own
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.token_data import open_tokens
 
 
@@ -28,7 +27,7 @@ from cratelm.workflows.token_data import open_tokens
 class Options:
     """Options of `cratelm evaluate`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories."""
     data: Path | None = None
     """Token directory to predict."""
@@ -48,8 +47,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Evaluate each run; print a line for its held-out loss and a table for its zero-shot losses."""
-    if not options.runs:
-        raise CrateError("no run directory was given. Run: cratelm evaluate RUN --data DIR")
     if options.data is None and not _names(options):
         raise CrateError("no text to evaluate on. Give --data DIR, or --zero-shot lambada,wikitext2,ptb")
     for folder in options.runs:
@@ -68,8 +65,7 @@ def evaluate_run(run_folder: Path, data_folder: Path, options: Options) -> dict[
     """Evaluate one run on held-out tokens and write its evaluation.json."""
     from cratelm.training.evaluate import document_losses, summarise
 
-    if options.batch < 1:
-        raise CrateError(f"--batch must be at least 1, got {options.batch}")
+    check_least(options, 1, "batch")
     opened, model = open_own(run_folder, options.device)
     data = open_tokens(opened, data_folder, options.tokenizer)
     tokens = data.tokens(options.split)
@@ -118,14 +114,12 @@ def _names(options: Options) -> list[str]:
 
 
 def _evaluated(run_folder: Path) -> dict[str, Any]:
-
     path = run_folder / "evaluation.json"
     return read_json(path, made_by=f"cratelm evaluate {run_folder} --data DIR") if path.exists() else {}
 
 
 def _write(run_folder: Path, part: dict[str, Any]) -> None:
     """Replace a part of evaluation.json; other parts stay."""
-
     write_json(run_folder / "evaluation.json", _strict(_evaluated(run_folder) | part))
 
 

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.rundir import read_json, remove_leftovers, write_text
 from cratelm.runtime import console
+from cratelm.workflows.options.arguments import Run
 from cratelm.workflows.recorded import find_layers
 
 
@@ -29,7 +28,7 @@ from cratelm.workflows.recorded import find_layers
 class Options:
     """Options of `cratelm export`."""
 
-    run: tyro.conf.Positional[Path]
+    run: Run
     """Run directory; for hf and official also a model directory."""
     format: Literal["hf", "official", "neuronrecord", "neuronpedia", "csv"] = "hf"
     """hf, official: the model. neuronrecord, neuronpedia, csv: its neurons."""

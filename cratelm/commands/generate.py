@@ -6,24 +6,20 @@
 The text is printed as it is generated. Temperature 0 takes the most probable token each time.
 """
 
-import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.runtime import DeviceName
 from cratelm.workflows.opening import open_model
+from cratelm.workflows.options.arguments import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `cratelm generate`."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+    run: Run
     """Run directory, model directory, or a Hugging Face name."""
     prompt: str | None = None
     """Text to continue; without it the model begins a document."""
@@ -47,12 +43,8 @@ def run(options: Options) -> None:
 
     from cratelm.steering.generate import Decoding, generate
 
-    if (
-        not 0 <= options.temperature < math.inf
-        or options.tokens < 1
-        or (options.top_k is not None and options.top_k < 1)
-    ):
-        raise CrateError("--temperature must be 0 or more, --tokens and --top-k at least 1")
+    check_least(options, 1, "tokens", "top_k")
+    check_least(options, 0, "temperature")
     opened = open_model(options.run, options.device)
     causal, tokenizer = opened.causal, opened.tokenizer
     if options.prompt is not None:

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
 from rich.console import Console
 from rich.text import Text
 
-from cratelm.errors import CrateError
+from cratelm.errors import check_least
 from cratelm.report.shown_text import visible
 from cratelm.rundir import origin, write_json, write_text
 from cratelm.runtime import DeviceName
 from cratelm.steering.ledger_rows import LedgerRow, ledger_csv, ledger_rows
 from cratelm.workflows.naming import result_name
 from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.options.arguments import Run
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 
@@ -39,7 +39,7 @@ EXPLAINED = 72
 class Options:
     """Options of `cratelm ledger`."""
 
-    run: tyro.conf.Positional[Path]
+    run: Run
     """Run directory, model directory, or a Hugging Face name."""
     prompt: str
     """Text that the model reads; \\n in it is a line break."""
@@ -63,8 +63,7 @@ def run(options: Options) -> None:
 
     from cratelm.steering.ledger import ledger
 
-    if options.show < 1:
-        raise CrateError(f"--show must be at least 1, got {options.show}")
+    check_least(options, 1, "show")
     opened = open_model(options.run, options.device)
     tokens = opened.prompt(read_prompts([options.prompt], None)[0])
     token = None if options.token is None else opened.one_token(options.token)
@@ -93,7 +92,6 @@ def title_of(opened: "OpenModel", ledger: "Ledger") -> str:
 def _print(
     console: "Console", opened: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
 ) -> None:
-
     console.print(f"{opened.name}, layer {ledger.layer}: {title_of(opened, ledger)} after")
     console.print(tail(visible(opened.tokenizer.decode(tokens[: ledger.position + 1])), console.width), style="bold")
     explained = console.width >= EXPLAINED and any(row.explanation for row in rows)

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from cratelm.activations.records import Mode
 from cratelm.report.neuron_table import NeuronTable, SortColumn, open_table
 from cratelm.report.shown_text import visible
+from cratelm.workflows.options.arguments import Run
 from cratelm.workflows.recorded import find_layers, layer_spans
 
 NEIGHBOUR_LISTS = {
@@ -39,7 +39,7 @@ SHOWN_TOKENS = 8
 class Options:
     """Which neurons to show."""
 
-    run: tyro.conf.Positional[Path]
+    run: Run
     """Run directory with the records that `cratelm collect` wrote."""
     layer: int | None = None
     """Zero-based layer; by default the first that has records."""
@@ -69,7 +69,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the list, or interpretation neuron."""
-
     layers = find_layers(options.run, options.mode, options.tap)
     wanted = () if options.layer is None else (options.layer,)
     layer = find_layers(options.run, options.mode, options.tap, wanted)[0]
@@ -133,7 +132,6 @@ def _look(console: "Console", table: NeuronTable, options: Options, index: int) 
 
 def _facts(table: NeuronTable, index: int) -> Iterator[str]:
     """Statistics, scores and explanations of interpretation neuron, a line each."""
-
     names = ("density", "max", "min", "mean", "variance", "skewness", "kurtosis")
     values = {name: float(table.column(name)[index]) for name in names}
     yield ", ".join(f"{name} {value:.3g}{' %' if name == 'density' else ''}" for name, value in values.items())

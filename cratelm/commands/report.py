@@ -26,13 +26,14 @@ from rich.text import Text
 from cratelm.errors import CrateError
 from cratelm.report.tables.form import Table, written
 from cratelm.workflows.naming import report_folder
+from cratelm.workflows.options.arguments import Runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Options of `cratelm report`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories, scored by `cratelm interpret`."""
     out: Path | None = None
     """Folder to write. Default: `report` (`site` with --site) in the folder of the runs; in the run if there is one."""
@@ -61,7 +62,6 @@ def run(options: Options) -> None:
 
 def _refuse_ignored(options: Options) -> None:
     """Refuse options that select results: the browser shows all results."""
-
     selecting = {
         "--tap": options.tap != ("neurons",),
         "--explainer": options.explainer,
@@ -102,7 +102,6 @@ def _report(options: Options) -> None:
 
 def _printed(table: "Table", caption: str) -> "RichTable":
     """A table of the report for a terminal."""
-
     grid = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
     grid.caption = Text(caption)
     for column in table.columns:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar, select_device
 from cratelm.workflows.opening import open_for_run
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ PRINTED_COLUMNS: tuple[tuple[str, str, str], ...] = (
 class Options:
     """Options of `cratelm sae evaluate`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories."""
     data: Path
     """Token directory to evaluate on."""
@@ -69,10 +70,7 @@ def run(options: Options) -> None:
     """Evaluate the autoencoders of each run and print a table."""
     from cratelm.sae.loading import sae_names
 
-    if not options.runs:
-        raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm sae evaluate RUN --data DIR")
-    if options.batch_rows < 1:
-        raise CrateError(f"--batch-rows must be at least 1, got {options.batch_rows}")
+    check_least(options, 1, "batch_rows")
     for source in options.runs:
         names = options.sae or tuple(sae_names(source))
         if not names:

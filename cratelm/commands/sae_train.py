@@ -22,6 +22,7 @@ from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.sae.config import SaeConfig
 from cratelm.sae.kinds import SAE_KINDS, describe_kinds
 from cratelm.workflows.opening import OpenModel, open_for_run
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.stopping import stopping
 from cratelm.workflows.token_data import open_corpus, read_count
 
@@ -57,7 +58,7 @@ class Options:
         "kind", "k", "expansion", "l1", "dry_run", "device",
     )  # fmt: skip
     """The options that `--help` shows; `--help-all` shows all."""
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories; or one Hugging Face model (directory or hub name) with --out."""
     data: Path
     """Token directory to train on."""
@@ -92,10 +93,6 @@ def run(options: Options) -> None:
     """Train one autoencoder for each run and layer."""
     from cratelm.sae.library import import_sae_lens
 
-    if not options.runs:
-        raise CrateError(
-            "RUN must be at least one run directory, got none. Hint: cratelm sae train RUN --data DIR --layer N"
-        )
     if options.name is not None and (len(options.layer) > 1 or not re.fullmatch(r"\w[\w.-]*", options.name)):
         raise CrateError(f"--name must be letters, digits, - and _, and go with a single --layer, got {options.name!r}")
     tokens = read_count(options.tokens)

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cratelm.activations.records import Mode
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.report.server.requests import Limits
 from cratelm.runtime import DeviceName, console
 from cratelm.workflows.opening import open_model
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.options.language_model import Explaining, Name, Where
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ STOP_SECONDS = 3.0
 class Options:
     """Options of `cratelm serve`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories with records."""
     host: str = "127.0.0.1"
     """Address to listen on. For an address other than localhost, visitors need the printed token."""
@@ -115,11 +116,7 @@ def application_parts(options: Options) -> "Parts":
     from cratelm.report.server.application import Parts
     from cratelm.report.server.votes import Votes
 
-    if not options.runs:
-        raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm serve RUN...")
-    for name in ("text_tokens", "new_tokens", "in_flight"):
-        if getattr(options, name) < 1:
-            raise CrateError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    check_least(options, 1, "text_tokens", "new_tokens", "in_flight")
     check_addresses(options)
     limits = Limits(
         text_tokens=options.text_tokens, new_tokens=options.new_tokens, in_flight=options.in_flight

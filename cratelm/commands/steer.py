@@ -18,16 +18,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import tyro
 from rich.console import Console
 from rich.text import Text
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.report.shown_text import visible
 from cratelm.rundir import origin, write_json
 from cratelm.runtime import DeviceName
 from cratelm.workflows.naming import steering_name
 from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.options.arguments import Run
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 from cratelm.workflows.steering.sweep import sweep
@@ -49,7 +49,7 @@ class Options:
 
     BASIC: ClassVar = ("neuron", "prompt", "positions", "sweep", "sae", "tokens", "temperature", "out", "device")
     """The options that `--help` shows; `--help-all` shows all."""
-    run: tyro.conf.Positional[Path]
+    run: Run
     """Run directory, model directory, or a Hugging Face name."""
     neuron: tuple[str, ...]
     """Changes: 1/85=set:2x, 1/85=add:0.5, 1/85=scale:0, 1/85=clamp:0..1 or 1/85=silence. 1/85 alone is set:1x."""
@@ -90,13 +90,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Steer, print, write."""
-
-    for flag, value, least in (
-        ("--tokens", options.tokens, 1), ("--show", options.show, 1), ("--temperature", options.temperature, 0),
-        ("--excerpts", options.excerpts, 0),
-    ):  # fmt: skip
-        if not value >= least:
-            raise CrateError(f"{flag} must be at least {least}, got {value}")
+    check_least(options, 1, "tokens", "show")
+    check_least(options, 0, "temperature", "excerpts")
     texts = read_prompts(options.prompt, options.prompts)
     if not texts:
         raise CrateError('no prompt was given. Use --prompt "..." or --prompts FILE')
@@ -186,7 +181,6 @@ def _exactness(
 
 
 def _print_texts(console: "Console", prompt: str, without: str, steered: str) -> None:
-
     console.print(f"\n{tail(visible(prompt), console.width * 2)}", style="bold")
     if console.width < TWO_COLUMNS:
         for head, text in (("without", without), ("with", steered)):
@@ -225,7 +219,6 @@ def _print_effect(console: "Console", name: str, steered: "Steered", strings: Se
 
 def _print_lists(console: "Console", lists: dict[str, list[tuple[str, str]]]) -> None:
     """Lists of pairs side by side; one below the other in a narrow terminal."""
-
     if console.width < TWO_COLUMNS and len(lists) > 1:
         for head, pairs in lists.items():
             _print_lists(console, {head: pairs})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import tyro
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.model.config import SIZES, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, duration, human, progress_bar, select_device
@@ -124,8 +124,7 @@ def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
     sizes = [size.strip() for size in options.sizes.split(",")]
     if unknown := [size for size in sizes if size not in SIZES]:
         raise CrateError(f"--sizes must be of {', '.join(SIZES)}, got {unknown[0]!r}. Write for example 1l,2l,3l")
-    if options.seeds < 1:
-        raise CrateError(f"--seeds must be at least 1, got {options.seeds}")
+    check_least(options, 1, "seeds")
     names = [text.partition(":")[0] for text in options.variant]
     if twice := [name for name in names if names.count(name) > 1]:
         raise CrateError(f"variants must have different names, got {twice[0]!r} twice. Write NAME:FIELD=VALUE,...")

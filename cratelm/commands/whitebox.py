@@ -9,19 +9,16 @@ Of GPT-2, only rates and sparsity. Written to whitebox.json in each run, with ta
 `cratelm report` shows them too. To follow them during training, use `cratelm train --measure whitebox`.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.report.tables.form import write_tables
 from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import report_folder
 from cratelm.workflows.opening import open_own
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.printed_tables import print_tables
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -30,7 +27,7 @@ from cratelm.workflows.token_data import open_tokens, read_count
 class Options:
     """Options of `cratelm whitebox`."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories; give random-init controls along with their models."""
     data: Path
     """Token directory to read."""
@@ -58,13 +55,10 @@ def run(options: Options) -> None:
     from cratelm.report.tables.whitebox import whitebox_tables
     from cratelm.whitebox.coding_rate import EPSILON_RANGE
 
-    if not options.runs:
-        raise CrateError("no run directory was given. Run: cratelm whitebox RUN --data DIR")
     least, most = EPSILON_RANGE
     if not least <= options.epsilon <= most:
         raise CrateError(f"--epsilon must be {least:g} to {most:g}, got {options.epsilon:g}")
-    if not 0 <= options.tolerance < math.inf:
-        raise CrateError(f"--tolerance must be 0 or more, got {options.tolerance:g}")
+    check_least(options, 0, "tolerance")
     count = read_count(options.tokens)
     for folder in options.runs:
         whitebox_run(folder, options, count)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.sae.kinds import SAE_KINDS, SaeKind
 
 
@@ -43,17 +43,11 @@ class SaeConfig:
     def __post_init__(self) -> None:
         if self.kind not in SAE_KINDS:
             raise CrateError(f"--kind must be one of {', '.join(SAE_KINDS)}, got {self.kind}")
-        for name in ("expansion", "batch_tokens", "k", "log_every", "resample_window", "resample_rows"):
-            if (value := getattr(self, name)) < 1:
-                raise CrateError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        counts = ("expansion", "batch_tokens", "k", "log_every", "resample_window", "resample_rows", "dead_after")
+        check_least(self, 1, *counts)
+        check_least(self, 0, "warmup_steps", "l1")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise CrateError(f"--learning-rate must be a number above 0, got {self.learning_rate}")
-        if self.l1 is not None and not 0 <= self.l1 < math.inf:
-            raise CrateError(f"--l1 must be a number of at least 0, got {self.l1}")
-        if self.warmup_steps < 0:
-            raise CrateError(f"--warmup-steps must be at least 0, got {self.warmup_steps}")
-        if self.dead_after is not None and self.dead_after < 1:
-            raise CrateError(f"--dead-after must be at least 1, got {self.dead_after}")
         if self.buffer_tokens < self.batch_tokens:
             raise CrateError(
                 f"--buffer-tokens must be at least --batch-tokens ({self.batch_tokens}), got {self.buffer_tokens}"

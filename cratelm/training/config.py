@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 
 Schedule = Literal["cosine", "wsd"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -181,8 +181,7 @@ class Execution:
     """Trackers that receive the metrics in addition to metrics.jsonl: tensorboard, wandb, trackio (extra `track`)."""
 
     def __post_init__(self) -> None:
-        if self.prefetch < 1:
-            raise CrateError(f"prefetch must be at least 1, got {self.prefetch}")
+        check_least(self, 1, "prefetch")
 
 
 assert set(MAY_CHANGE) <= {field.name for field in fields(TrainConfig)}

@@ -117,7 +117,6 @@ def test_records_of_another_model_are_not_mixed(data: TokenDirectory, tmp_path: 
         ({"context": 4000}, "--context must be 1 to 128 tokens .* got 4000"),
         ({"context": 60}, "the model's context must be at least 68 tokens"),
         ({"layer": (9,)}, "--layer must be a layer with this tap .*, got 9"),
-        ({"runs": ()}, "no run or model was given"),
     ],
 )
 def test_a_bad_option_gets_one_line_and_changes_nothing(

@@ -144,9 +144,9 @@ def test_a_character_of_several_tokens_is_written_when_it_is_complete(
     ("flags", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or more"),
-        (["--prompt", "a", "--top-k", "0"], "--top-k at least 1"),
-        (["--prompt", "a", "--tokens", "0"], "--tokens and"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be a number of at least 0"),
+        (["--prompt", "a", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+        (["--prompt", "a", "--tokens", "0"], "--tokens must be at least 1, got 0"),
     ],
 )
 def test_an_impossible_option_gets_one_line(
@@ -177,4 +177,4 @@ def test_a_temperature_that_is_not_a_number_is_refused(
     with pytest.raises(CrateError, match="temperature is"):
         model.generate(torch.zeros(1, 1, dtype=torch.int64), 1, temperature=float(temperature))
     assert cli.main(["generate", str(tmp_path), "--temperature", temperature]) == 2
-    assert capsys.readouterr().err.startswith("error: --temperature must be 0 or more")
+    assert capsys.readouterr().err.startswith("error: --temperature must be a number of at least 0")

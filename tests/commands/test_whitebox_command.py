@@ -113,8 +113,8 @@ def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.rand
         (["--epsilon", "nan"], "--epsilon must be 1e-06 to 1e+06, got nan"),
         (["--epsilon", "1e-200"], "--epsilon must be 1e-06 to 1e+06, got 1e-200"),
         (["--epsilon", "inf"], "--epsilon must be 1e-06 to 1e+06, got inf"),
-        (["--tolerance", "nan"], "--tolerance must be 0 or more, got nan"),
-        (["--tolerance", "inf"], "--tolerance must be 0 or more, got inf"),
+        (["--tolerance", "nan"], "--tolerance must be a number of at least 0, got nan"),
+        (["--tolerance", "inf"], "--tolerance must be a number of at least 0, got inf"),
         (["--split", "nothing"], "nothing"),
     ],
 )

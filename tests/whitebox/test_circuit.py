@@ -183,7 +183,7 @@ def test_the_command_writes_draws_and_prints(run: Path, capsys: pytest.CaptureFi
         (["--token", "zzzz qqqq"], "must be one token of this model"),
         (["--prompt", "a crate holds rain. " * 9], "the model's context is 16"),
         (["--nodes", "0"], "--nodes must be at least 1, got 0"),
-        (["--candidates", "-1"], "--candidates must be 0 or more, got -1"),
+        (["--candidates", "-1"], "--candidates must be at least 0, got -1"),
         (["--baseline", "mean"], "no fixed records of layer 0"),
         (["--prompt", ""], "the prompt is empty. Give some text with --prompt"),
     ],

@@ -233,7 +233,7 @@ def test_the_command_writes_what_numpy_reads_and_neurons_shows(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no run directory was given"),
+        ([], "RUN must be at least one run directory, got none"),
         (["nowhere"], "there is no run directory nowhere"),
         (["RUN", "--keep", "0"], "--keep must be at least 1, got 0"),
     ],

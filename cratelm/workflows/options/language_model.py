@@ -1,13 +1,12 @@
 """Options of the commands that use a language model, in groups: explainer and neurons, simulator, budget."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION
 from cratelm.runtime import DeviceName
 
@@ -80,11 +79,8 @@ class Explaining:
     """More fields of each chat request, as a JSON object. Stored with the results: do not put a secret here."""
 
     def __post_init__(self) -> None:
-        least("--samples", self.samples, 1)
-        least("--neuron-seed", self.neuron_seed, 0)
-        least("--temperature", self.temperature, 0)
-        least("--timeout", self.timeout, 1)
-        least("--max-answer-tokens", self.max_answer_tokens, 1)
+        check_least(self, 1, "samples", "timeout", "max_answer_tokens")
+        check_least(self, 0, "neuron_seed", "temperature")
         self.extra  # noqa: B018 (refused here, before anything runs)
 
     @property
@@ -145,12 +141,8 @@ class Spending:
     """Join the results of all parts, then continue with the same command without --part."""
 
     def __post_init__(self) -> None:
-        least("--in-flight", self.in_flight, 1)
-        least("--budget-tokens", self.budget_tokens, 1)
-        for flag, amount in (
-            ("--budget-price", self.budget_price), ("--price-in", self.price_in), ("--price-out", self.price_out)
-        ):  # fmt: skip
-            least(flag, amount, 0)
+        check_least(self, 1, "in_flight", "budget_tokens")
+        check_least(self, 0, "budget_price", "price_in", "price_out")
         self.share  # noqa: B018 (checks --part before anything runs)
 
     @property
@@ -178,12 +170,6 @@ def _json_object(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CrateError(f"{flag} must be a JSON object, got {text!r}")
     return value
-
-
-def least(flag: str, value: float | int | None, smallest: int) -> None:
-    """Raise CrateError if the number is given and is below `smallest`, infinite or NaN."""
-    if value is not None and not smallest <= value < math.inf:
-        raise CrateError(f"{flag} must be a number of at least {smallest}, got {value:g}")
 
 
 def group(kind: type[OptionGroup]) -> OptionGroup:

@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from cratelm.activations.records import Mode
-from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
+from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.recorded import check_run_exists, find_layers
 
 
@@ -16,7 +16,7 @@ from cratelm.workflows.recorded import check_run_exists, find_layers
 class Selection:
     """Which neurons of which runs, and by which protocols."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    runs: Runs
     """Run directories, each with the records that `cratelm collect` wrote."""
     protocol: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("all",)
     """One or more of top-and-random, random-only, anthropic; or all."""
@@ -29,9 +29,7 @@ class Selection:
 
 
 def check_runs(selection: Selection) -> tuple[Path, ...]:
-    """The run directories. Raises CrateError if there is none or one does not exist."""
-    if not selection.runs:
-        raise CrateError("RUN must be at least one run directory, got none. Hint: cratelm interpret RUN")
+    """The run directories. Raises CrateError if one does not exist."""
     for run in selection.runs:
         check_run_exists(run)
     return selection.runs

@@ -37,7 +37,6 @@ class SteeringTask:
         self, strength: "Strength | None" = None, requests: "Sequence[ChangeRequest] | None" = None
     ) -> "Intervention":
         """The requests (by default all of them) as an intervention; `strength` is that of a sweep."""
-
         requests = self.requests if requests is None else requests
         requests = requests if strength is None else [swept(request, strength) for request in requests]
         return replace(self.setting, changes=[self._resolve(request) for request in requests])

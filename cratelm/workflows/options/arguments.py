@@ -1,0 +1,10 @@
+"""Positional arguments that several commands take, as the help shows them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+Runs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+"""At least one path; the command line refuses none."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from cratelm.errors import CrateError
 from cratelm.runtime import DeviceName, console, select_device
 
-Answer = TypeVar("Answer")
+_Answer = TypeVar("_Answer")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: long enough for a measurement on process 0."""
@@ -40,7 +40,7 @@ class World:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
-    def decide(self, question: Callable[[], Answer]) -> Answer:
+    def decide(self, question: Callable[[], _Answer]) -> _Answer:
         """The answer of process 0, in all processes. If it raises CrateError, the others exit without a message."""
         if self.size == 1:
             return question()
@@ -71,7 +71,7 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.hosts)
         return bool(flags)
 
-    def gather(self, value: Answer) -> list[Answer]:
+    def gather(self, value: _Answer) -> list[_Answer]:
         """The value of every process, in the order of ranks."""
         if self.size == 1:
             return [value]

@@ -25,7 +25,7 @@ from cratelm.steering.intervention import NO_INTERVENTION, Intervention
 from cratelm.steering.measure import next_token_effect
 from cratelm.steering.steer import steering_edits
 
-SHOWN = 10
+_SHOWN = 10
 """Tokens listed whose probability rises, and whose probability falls."""
 
 
@@ -109,12 +109,12 @@ class LiveModels:
         tokens, intervention = live.tokens(request.text, self.limits), live.intervention(request)
         with live.lock, torch.inference_mode():
             effect = next_token_effect(live.model, [tokens[0].tolist()], intervention)
-        likeliest = np.argsort(-effect.before, kind="stable")[:SHOWN]
+        likeliest = np.argsort(-effect.before, kind="stable")[:_SHOWN]
         return {
             "changes": list(map(str, intervention.changes)), "divergence": effect.divergence, "moved": effect.moved,
             "likeliest": token_rows(effect, likeliest, live.strings),
-            "rises": token_rows(effect, effect.largest(SHOWN), live.strings),
-            "falls": token_rows(effect, effect.largest(SHOWN, decreases=True), live.strings),
+            "rises": token_rows(effect, effect.largest(_SHOWN), live.strings),
+            "falls": token_rows(effect, effect.largest(_SHOWN, decreases=True), live.strings),
         }  # fmt: skip
 
     def continuations(self, request: SteerRequest) -> Iterator[dict[str, Any]]:

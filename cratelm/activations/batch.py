@@ -42,7 +42,7 @@ class Layout:
 
 
 @dataclass
-class Windows:
+class BatchWindows:
     """The windows of one width in a batch of rows."""
 
     position: Int[Tensor, " rows"]
@@ -76,7 +76,7 @@ class Batch:
         self.cofiring = (row, token), number
 
     @staticmethod
-    def _windows(layout: "Layout", rows: slice, width: int, device: torch.device) -> Windows:
+    def _windows(layout: "Layout", rows: slice, width: int, device: torch.device) -> BatchWindows:
         plan = layout.plan
         count, split = layout.counts[width][rows], plan.row_split()[rows]
         number = [layout.numbers[width, which][[rows.start, rows.stop]] for which in range(len(SPLITS))]
@@ -87,7 +87,7 @@ class Batch:
         def send(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-        return Windows(
+        return BatchWindows(
             position=send(plan.row_position[rows] + plan.warmup), document=send(plan.row_document[rows]),
             split=send(split), length=send(plan.window_length(rows, width)), most=most,
             missing=send(missing) if missing.any() else None, empty=send(count == 0),

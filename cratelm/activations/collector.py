@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cratelm.activations.batch import Batch, Layout, Windows
+from cratelm.activations.batch import Batch, BatchWindows, Layout
 from cratelm.activations.plan import SPLITS, CollectConfig, Plan
 from cratelm.activations.running import Moments, SampledExcerpts, TopExcerpts
 from cratelm.errors import CrateError
@@ -25,7 +25,7 @@ class _Proposal:
     layer: int
     width: int
     inside: Float[Tensor, "rows length neurons"]
-    windows: Windows
+    windows: BatchWindows
     strongest: Float[Tensor, "rows neurons"]
     which: Int[Tensor, "rows neurons"]
     mask: Tensor
@@ -139,7 +139,7 @@ class Collector:
                     maxima[row, start + whole] = block[whole * width :].amax(dim=0)
         return maxima
 
-    def _propose(self, layer: int, inside: Tensor, maxima: Tensor, width: int, windows: Windows) -> _Proposal:
+    def _propose(self, layer: int, inside: Tensor, maxima: Tensor, width: int, windows: BatchWindows) -> _Proposal:
         """Each row proposes, to each neuron, its strongest window."""
         maxima = maxima[:, : windows.most]
         maxima = maxima if windows.missing is None else maxima.masked_fill(windows.missing[..., None], -math.inf)
@@ -181,7 +181,7 @@ class Collector:
             windows.length[row], _gather(proposal.inside, row, first, neuron, windows.length[row], width),
         )  # fmt: skip
 
-    def _store_sample(self, layer: int, inside: Tensor, width: int, windows: Windows, which: int) -> None:
+    def _store_sample(self, layer: int, inside: Tensor, width: int, windows: BatchWindows, which: int) -> None:
         """Store the activations of the windows that were drawn for some neuron."""
         sample = self.samples[layer, width, which]
         slot, number = sample.wanted(windows.first_number[which], windows.count[which])

@@ -20,9 +20,6 @@ from cratelm.errors import CrateError
 LAYER = "{layer}"
 """Placeholder for the layer number in a tap."""
 
-NAMED = ("neurons", "heads", "residual")
-"""Taps that every model has, independent of module names."""
-
 
 def find_places(model: nn.Module, tap: str) -> dict[int, str]:
     """Layer -> module path, for `neurons`, `heads`, `residual`, or a path in which {layer} stands for the number.

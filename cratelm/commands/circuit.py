@@ -26,7 +26,7 @@ from cratelm.workflows.options.arguments import Run
 if TYPE_CHECKING:
     import torch
 
-    from cratelm.whitebox.circuit import CircuitConfig, Subject
+    from cratelm.whitebox.circuit import CircuitConfig, PromptSubject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +85,19 @@ def run(options: Options) -> None:
     print(f"\n{out / name}.svg")
 
 
-def _subject(opened: "OpenModel", options: Options) -> "Subject":
+def _subject(opened: "OpenModel", options: Options) -> "PromptSubject":
     import torch
 
-    from cratelm.whitebox.circuit import Subject
+    from cratelm.whitebox.circuit import PromptSubject
 
     causal = opened.causal
     prompt, places = torch.tensor(opened.prompt(options.prompt), device=causal.device), causal.places()
     target = -1 if options.token is None else opened.one_token(options.token)
     baselines = _means(options.run, places) if options.baseline == "mean" else None
-    subject = Subject(opened.model, places, prompt, max(target, 0), baselines)
+    subject = PromptSubject(opened.model, places, prompt, max(target, 0), baselines)
     if target < 0:
         with torch.no_grad():
-            subject = Subject(opened.model, places, prompt, int(subject.logits(1)[0].argmax()), baselines)
+            subject = PromptSubject(opened.model, places, prompt, int(subject.logits(1)[0].argmax()), baselines)
     if not math.isfinite(subject.full):
         raise CrateError(
             f"the log probability after the prompt is {subject.full}, so shares of it are undefined. "
@@ -114,14 +114,14 @@ def _means(run: Path, places: Mapping[int, str]) -> "dict[int, torch.Tensor]":
     return {layer: torch.from_numpy(read_records(run, layer).statistics["mean"].copy()) for layer in places}
 
 
-def _work(subject: "Subject", config: "CircuitConfig") -> int:
+def _work(subject: "PromptSubject", config: "CircuitConfig") -> int:
     """Largest number of nodes to ablate."""
     sizes = (code.numel() for code in subject.codes.values())
     return sum(min(size, config.candidates or size) for size in sizes)
 
 
 def _described(
-    opened: "OpenModel", subject: "Subject",
+    opened: "OpenModel", subject: "PromptSubject",
     ranked: Mapping[tuple[int, int, int], float], config: "CircuitConfig",
 ) -> dict[str, Any]:  # fmt: skip
     """Nodes, edges and shares, as written to JSON."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cratelm.training.train import Measurement
     from cratelm.whitebox.dial import Setting
 
-FILE = "dial.json"
+_FILE = "dial.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +111,11 @@ def dial_run(folder: Path, settings: "list[tuple[str, Setting]]", options: Optio
                     "dial": dial, **asdict(setting), "tokens": count, "with_lookup": not options.loss_only,
                     **_point(model, data, setting, count, measure),
                 })  # fmt: skip
-                write_json(folder / FILE, {**identity, "width": model.config.num_neurons,
+                write_json(folder / _FILE, {**identity, "width": model.config.num_neurons,
                                            "points": points, "origin": origin()})  # fmt: skip
             bar.advance(1, dial)
-    if not (folder / FILE).exists():
-        read_json(folder / FILE, made_by=f"cratelm dial {folder} --data {options.data}")
+    if not (folder / _FILE).exists():
+        read_json(folder / _FILE, made_by=f"cratelm dial {folder} --data {options.data}")
 
 
 def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) -> bool:
@@ -126,13 +126,13 @@ def _same(point: Mapping[str, Any], dial: str, setting: "Setting", tokens: int) 
 
 def _measured(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The points of earlier commands. Raises CrateError if they are of another model or text, to keep them."""
-    if not (folder / FILE).exists():
+    if not (folder / _FILE).exists():
         return []
-    measured = read_json(folder / FILE, made_by=f"cratelm dial {folder} --data DIR")
+    measured = read_json(folder / _FILE, made_by=f"cratelm dial {folder} --data DIR")
     if different := [name for name, value in identity.items() if measured.get(name) != value]:
         raise CrateError(
-            f"{folder / FILE} is of another model or text ({', '.join(different)} differ). Move or remove it, then run "
-            "the same command"
+            f"{folder / _FILE} is of another model or text ({', '.join(different)} differ). Move or remove it, then "
+            "run the same command"
         )
     points: list[dict[str, Any]] = measured["points"]
     return points

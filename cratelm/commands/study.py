@@ -83,7 +83,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class PlannedRun:
     """One training of the study."""
 
     run: Path
@@ -119,7 +119,7 @@ def run(options: Options) -> None:
     _report(options, parts)
 
 
-def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
+def plan(options: Options, data: "TokenDirectory") -> Iterator[PlannedRun]:
     """All trainings of the study, seed by seed, so that a stopped study has complete seeds."""
     sizes = [size.strip() for size in options.sizes.split(",")]
     if unknown := [size for size in sizes if size not in SIZES]:
@@ -134,7 +134,7 @@ def plan(options: Options, data: "TokenDirectory") -> Iterator[Part]:
             for text in options.variant:
                 name, model = variant(text, size, vocab_size=vocab, context=options.training.context)
                 config = replace(options.training, seed=options.training.seed + number)
-                yield Part(run=options.out / f"{name}-{size}-seed{number}", config=config, model=model)
+                yield PlannedRun(run=options.out / f"{name}-{size}-seed{number}", config=config, model=model)
 
 
 def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[str, ModelConfig]:
@@ -152,7 +152,7 @@ def variant(text: str, size: Size, *, vocab_size: int, context: int) -> tuple[st
     return name, sized(arch, size, vocab_size=vocab_size, **({"context_length": context} | changes))
 
 
-def _print_estimate(options: Options, parts: list[Part], data: "TokenDirectory", device: "torch.device") -> None:
+def _print_estimate(options: Options, parts: list[PlannedRun], data: "TokenDirectory", device: "torch.device") -> None:
     """Print the cost of each model and the time of the missing parts, estimated from a few timed passes."""
     from cratelm.training.forecast import forecast
 
@@ -189,7 +189,7 @@ def _check_documents(options: Options, data: "TokenDirectory") -> None:
     check_documents(rows, config)
 
 
-def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.device") -> None:
+def _train(options: Options, part: PlannedRun, data: "TokenDirectory", device: "torch.device") -> None:
     from cratelm.training.opening import open_run
     from cratelm.training.train import train, write_control
 
@@ -205,7 +205,7 @@ def _train(options: Options, part: Part, data: "TokenDirectory", device: "torch.
     write_control(part.run, part.control)
 
 
-def _measure(options: Options, part: Part) -> None:
+def _measure(options: Options, part: PlannedRun) -> None:
     """Evaluate, collect and score the model and its control."""
     from cratelm.commands import collect, evaluate
     from cratelm.workflows.llm.run import interpret_by_lookup
@@ -224,7 +224,7 @@ def _measure(options: Options, part: Part) -> None:
         interpret_by_lookup(Selection(runs=(folder,)), controls=controls)
 
 
-def _report(options: Options, parts: list[Part]) -> None:
+def _report(options: Options, parts: list[PlannedRun]) -> None:
     from cratelm.commands import report
 
     runs = tuple(run for part in parts for run in (part.run, part.control))

@@ -73,7 +73,7 @@ def run(options: Options) -> None:
 
 def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
     """Measure one run and write its whitebox.json."""
-    from cratelm.report.results.whitebox import FILE
+    from cratelm.report.results.whitebox import WHITEBOX_FILE
     from cratelm.whitebox.measure import MeasureConfig, measure
 
     opened, model = open_own(folder, options.device)
@@ -85,4 +85,4 @@ def whitebox_run(folder: Path, options: Options, count: int | None) -> None:
     with claim(folder), progress_bar(f"whitebox {folder.name}", total=min(config.tokens, len(tokens))) as bar:
         measurements = measure(model, tokens, config, bar=bar)
         identity = {"model_hash": opened.model_hash, "data_hash": data.splits[options.split].sha256}
-        write_json(folder / FILE, {"split": options.split, **identity, **measurements, "origin": origin()})
+        write_json(folder / WHITEBOX_FILE, {"split": options.split, **identity, **measurements, "origin": origin()})

@@ -22,7 +22,7 @@ from cratelm.data.text import Document
 from cratelm.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
 from cratelm.errors import CrateError
 
-SPLITS = ("train", "val", "test")
+SPLIT_NAMES = ("train", "val", "test")
 
 _BATCH_CHARACTERS = 1 << 18  # of text encoded together, also the longest piece of a long document
 _CUT_WITHIN = 1 << 12  # characters searched backwards for a place to cut
@@ -81,7 +81,7 @@ def write_shards(
 
     encode = _encoder(tokenizer, little_endian(dtype_for(vocabulary_size(tokenizer))), end_of_text_id(tokenizer))
     with contextlib.ExitStack() as opened:
-        shards = {name: _Shard(folder, name, opened) for name in SPLITS if name == "train" or name in shares}
+        shards = {name: _Shard(folder, name, opened) for name in SPLIT_NAMES if name == "train" or name in shares}
         for batch in _in_order(encode, _batches(pieces()), workers):
             for piece, tokens in batch:
                 shards[piece.split].add(piece, tokens)

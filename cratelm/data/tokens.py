@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from cratelm import runtime
 from cratelm.checksums import verify
-from cratelm.data.shards import SPLITS, Split, dtype_for, little_endian, split_of, write_shards
+from cratelm.data.shards import SPLIT_NAMES, Split, dtype_for, little_endian, split_of, write_shards
 from cratelm.data.text import Document, fingerprint, source_bytes, stream_documents
 from cratelm.data.tokenizer import (
     end_of_text_id,
@@ -137,7 +137,7 @@ class TokenDirectory:
 
 
 def _open_bare(path: Path, tokenizer: str | None) -> TokenDirectory:
-    shards = [name for name in SPLITS if (path / f"{name}.bin").is_file()]
+    shards = [name for name in SPLIT_NAMES if (path / f"{name}.bin").is_file()]
     if not shards:
         raise CrateError(
             f"{path} is not a token directory (no tokens.json, no train.bin). Run: cratelm tokenize SOURCE --out {path}"

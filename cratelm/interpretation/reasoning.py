@@ -15,7 +15,7 @@ from cratelm.runtime import printable
 
 ROOM = 4096
 """Tokens added to the limit of an answer that ended within its reasoning."""
-SHOWN = 120
+_SHOWN = 120
 """Characters of the reasoning that an error quotes."""
 
 _NAME = (
@@ -79,7 +79,7 @@ def spoken(reply: Reply, limit: int) -> str:
         return reply.text
     if text:
         return text
-    quoted = " ".join(reply.text.split())[:SHOWN]
+    quoted = " ".join(reply.text.split())[:_SHOWN]
     by = f", cut by the limit of {limit} tokens" if cut else ""
     raise LLMError(
         f'only reasoning and no answer{by}: "{printable(quoted)}". '

@@ -24,7 +24,7 @@ from cratelm.model.language_model import LanguageModel
 from cratelm.model.weight_files import put_back, read_fields, read_state
 from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version, check_regular
 
-END_OF_TEXT = "<|endoftext|>"
+_END_OF_TEXT = "<|endoftext|>"
 
 _GPT2_SHELL = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
 _GPT2_BLOCK = {
@@ -59,7 +59,7 @@ def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None =
         temporary.mkdir()
         state = {name: tensor.contiguous() for name, tensor in to_state(model.state_dict()).items()}
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        end = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
+        end = None if tokenizer is None else tokenizer.token_to_id(_END_OF_TEXT)
         config = to_config(model.config) | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if not stock:
@@ -69,7 +69,7 @@ def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None =
             names = ("bos_token", "eos_token", "unk_token", "pad_token") if end is not None else ()
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context_length,
-                "padding_side": "left", **dict.fromkeys(names, END_OF_TEXT),
+                "padding_side": "left", **dict.fromkeys(names, _END_OF_TEXT),
             }  # fmt: skip
             (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         write_checksums(temporary)

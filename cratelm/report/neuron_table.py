@@ -40,7 +40,7 @@ STRONGEST = 5
 MEASURES_WRITTEN = ("correlation", "spearman", "auroc")
 """Scores of a neuron in the CSV file."""
 SCORED, NOT_SCORED, NO_RECORD = "scored", "not scored", "no record"
-CHUNK = 256
+_CHUNK = 256
 """Neurons at a time."""
 
 
@@ -140,8 +140,8 @@ def strongest_tokens(
     width = max(width for width, _, _ in records.sets)
     tops = join([records.excerpts(*key) for key in records.sets if key[0] == width and key[2] == "top"])
     strongest: list[list[str]] = []
-    for start in range(0, len(rows), CHUNK):
-        some = tops.rows(rows[start : start + CHUNK])
+    for start in range(0, len(rows), _CHUNK):
+        some = tops.rows(rows[start : start + _CHUNK])
         activations = some.activations.reshape(len(some.activations), -1)
         tokens = some.tokens.reshape(activations.shape)
         order = np.argsort(-activations, axis=1, kind="stable")

@@ -15,7 +15,7 @@ from cratelm.data.tokens import sample_batch
 from cratelm.errors import CrateError
 from cratelm.training.config import TrainConfig
 
-Batch = tuple[Tensor, Tensor]
+MicroBatch = tuple[Tensor, Tensor]
 """Inputs and targets, each (rows, context), on the device."""
 
 
@@ -33,7 +33,7 @@ class Batches:
         self.vocab_size = vocab_size
         self.config, self.tokens, self.rows, self.device = config, tokens, rows, device
         self.size = min(config.micro_batch, len(rows))
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+        self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=ahead)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(first,), name="batches", daemon=True)
 
@@ -54,7 +54,7 @@ class Batches:
         """The sequences of the batch that a micro-batch of this process holds."""
         return self.rows[micro * self.size : (micro + 1) * self.size]
 
-    def step(self) -> Iterator[Batch]:
+    def step(self) -> Iterator[MicroBatch]:
         """The micro-batches of the next step."""
         for _ in range(self.per_step):
             batch = self._ready.get()
@@ -73,7 +73,7 @@ class Batches:
         except BaseException as error:  # raised again by `step`, which waits for a batch
             self._put(error)
 
-    def _cut(self, step: int, rows: range) -> Batch:
+    def _cut(self, step: int, rows: range) -> MicroBatch:
         batch = sample_batch(self.tokens, seed=self.config.seed, step=step, rows=rows, context=self.config.context)
         if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
             raise CrateError(
@@ -85,7 +85,7 @@ class Batches:
             return inputs.pin_memory(), targets.pin_memory()
         return inputs, targets
 
-    def _put(self, item: Batch | BaseException) -> bool:
+    def _put(self, item: MicroBatch | BaseException) -> bool:
         while not self._ended.is_set():
             try:
                 self._ready.put(item, timeout=0.1)

@@ -37,7 +37,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class DocumentLosses:
+class LossesByDocument:
     """The cross-entropy of a text, by document."""
 
     nats: Float64[np.ndarray, " documents"]
@@ -70,7 +70,7 @@ def document_losses(
     *,
     batch: int,
     bar: ProgressBar,
-) -> DocumentLosses:
+) -> LossesByDocument:
     """The summed loss and the number of predicted tokens of every document."""
     if len(tokens) < 2:
         raise CrateError(f"a text must have at least 2 tokens, got {len(tokens)}. Tokenize more text")
@@ -84,10 +84,10 @@ def document_losses(
         sums[low:high] += np.bincount(owner - low, losses, minlength=high - low)
         sizes[low:high] += np.bincount(owner - low, minlength=high - low)
         bar.advance(len(losses))
-    return DocumentLosses(nats=sums, tokens=sizes)
+    return LossesByDocument(nats=sums, tokens=sizes)
 
 
-def summarise(losses: DocumentLosses, *, text_bytes: int) -> Evaluation:
+def summarise(losses: LossesByDocument, *, text_bytes: int) -> Evaluation:
     """The loss of a text of `text_bytes` bytes and its standard error."""
     loss, error = map(float, mean_over_documents(losses.nats, losses.tokens))
     if not math.isfinite(loss):

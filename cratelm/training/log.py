@@ -15,7 +15,7 @@ from cratelm.errors import CrateError
 from cratelm.rundir import append_jsonl, read_jsonl, rewind_jsonl
 from cratelm.training.config import Tracker
 
-Row = Mapping[str, float | int]
+_Row = Mapping[str, float | int]
 Settings = Mapping[str, Any]
 
 
@@ -25,7 +25,7 @@ class Log:
     def __init__(self, run: Path, trackers: tuple[Tracker, ...], *, first: int, writes: bool, config: Settings) -> None:
         """`first` is the step at which training resumes; later lines of metrics.jsonl are dropped."""
         self.run, self.writes = run, writes
-        self._sinks: list[tuple[Callable[[Row], None], Callable[[], None]]] = []
+        self._sinks: list[tuple[Callable[[_Row], None], Callable[[], None]]] = []
         self._since, self._seen = time.monotonic(), first
         if writes:
             rewind_jsonl(run / "metrics.jsonl", lambda row: 0 < first >= row["step"])
@@ -38,7 +38,7 @@ class Log:
         for _write, close in self._sinks:
             close()
 
-    def write(self, row: Row) -> None:
+    def write(self, row: _Row) -> None:
         """Add one line: `step`, `tokens`, and the metrics of the step."""
         if self.writes and len(row) > 2:
             append_jsonl(self.run / "metrics.jsonl", row)
@@ -80,12 +80,12 @@ def _package(tracker: Tracker, module: str) -> ModuleType:
         ) from None
 
 
-def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[_Row], None], Callable[[], None]]:
     writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(
         str(run / "tensorboard"), purge_step=first + 1 if first else None
     )
 
-    def write(row: Row) -> None:
+    def write(row: _Row) -> None:
         for name, value in row.items():
             if name != "step":
                 writer.add_scalar(name, value, int(row["step"]))
@@ -93,7 +93,7 @@ def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[Ro
     return write, writer.close
 
 
-def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[_Row], None], Callable[[], None]]:
     wandb: Any = _package("wandb", "wandb")
     run_id = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[
         :16
@@ -111,13 +111,13 @@ def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], No
     return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
 
 
-def _trackio(run: Path, _first: int, config: Settings) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _trackio(run: Path, _first: int, config: Settings) -> tuple[Callable[[_Row], None], Callable[[], None]]:
     trackio: Any = _package("trackio", "trackio")
     session = trackio.init(project="cratelm", name=run.resolve().name, config=dict(config), resume="allow", embed=False)
     return (lambda row: session.log(dict(row), step=int(row["step"]))), session.finish
 
 
-SINKS: dict[Tracker, Callable[[Path, int, Settings], tuple[Callable[[Row], None], Callable[[], None]]]] = {
+SINKS: dict[Tracker, Callable[[Path, int, Settings], tuple[Callable[[_Row], None], Callable[[], None]]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,

@@ -25,7 +25,7 @@ from cratelm.training.evaluate import Evaluation, evaluate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
+class _Corpus:
     """A text that the paper evaluates on, and its source."""
 
     file: str
@@ -39,12 +39,12 @@ class Corpus:
     """Whether each row is a separate passage; otherwise the rows are lines of one text."""
 
 
-CORPORA: Mapping[str, Corpus] = {
-    "lambada": Corpus(
+CORPORA: Mapping[str, _Corpus] = {
+    "lambada": _Corpus(
         file="lambada_test.jsonl", hub=("EleutherAI/lambada_openai", "default"), field="text", rows_are_documents=True,
     ),
-    "wikitext2": Corpus(file="wikitext2-test.txt", hub=("Salesforce/wikitext", "wikitext-2-v1"), field="text"),
-    "ptb": Corpus(
+    "wikitext2": _Corpus(file="wikitext2-test.txt", hub=("Salesforce/wikitext", "wikitext-2-v1"), field="text"),
+    "ptb": _Corpus(
         file="ptb-test.txt", hub=("ptb-text-only/ptb_text_only", "penn_treebank"), field="sentence",
         revision="refs/convert/parquet",
     ),
@@ -175,7 +175,7 @@ def check_vocabulary(model: LanguageModel, tokens: np.ndarray) -> None:
         )
 
 
-def _from_hub(corpus: Corpus) -> list[str]:
+def _from_hub(corpus: _Corpus) -> list[str]:
     name, config = corpus.hub
     try:
         datasets = importlib.import_module("datasets")

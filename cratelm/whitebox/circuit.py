@@ -45,7 +45,7 @@ class CircuitConfig:
     """Ablations per forward pass."""
 
 
-class Subject:
+class PromptSubject:
     """A model, a prompt and a target token, run with changed codes."""
 
     def __init__(
@@ -122,7 +122,7 @@ def _ablate_others(chosen: Tensor, baseline: Tensor) -> Callable[[Tensor], Tenso
     return lambda code: torch.where(chosen, code, baseline)
 
 
-def gradients(subject: Subject, config: CircuitConfig) -> dict[int, Float[Tensor, "seq neurons"]]:
+def gradients(subject: PromptSubject, config: CircuitConfig) -> dict[int, Float[Tensor, "seq neurons"]]:
     """(a - baseline) dm/da of every node, at its code or averaged over points between baseline and code."""
     attributed = {}
     points = config.integration_steps if config.method == "integrated" else 1
@@ -143,7 +143,7 @@ def _plus(code: Tensor, start: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: code + start
 
 
-def rank(subject: Subject, config: CircuitConfig, *, bar: ProgressBar) -> dict[Node, float]:
+def rank(subject: PromptSubject, config: CircuitConfig, *, bar: ProgressBar) -> dict[Node, float]:
     """The effect of every candidate node by the configured method, strongest first."""
     attributed = gradients(subject, config)
     effects: dict[Node, float] = {}
@@ -163,7 +163,9 @@ def rank(subject: Subject, config: CircuitConfig, *, bar: ProgressBar) -> dict[N
 
 
 @torch.no_grad()
-def ablated(subject: Subject, nodes: Sequence[Node], config: CircuitConfig, *, bar: ProgressBar) -> dict[Node, float]:
+def ablated(
+    subject: PromptSubject, nodes: Sequence[Node], config: CircuitConfig, *, bar: ProgressBar
+) -> dict[Node, float]:
     """The exact effect of each node."""
     effects: dict[Node, float] = {}
     for batch in _batches(nodes, config.batch):
@@ -182,7 +184,7 @@ def choose(ranked: Mapping[Node, float], config: CircuitConfig) -> list[Node]:
 
 
 @torch.no_grad()
-def edges(subject: Subject, chosen: Mapping[Node, float], config: CircuitConfig) -> list[dict[str, Any]]:
+def edges(subject: PromptSubject, chosen: Mapping[Node, float], config: CircuitConfig) -> list[dict[str, Any]]:
     """Edges from each chosen node to the chosen nodes of the next layer, measured by ablation."""
     result = []
     layers = sorted(subject.codes)
@@ -203,7 +205,7 @@ def edges(subject: Subject, chosen: Mapping[Node, float], config: CircuitConfig)
 
 
 @torch.no_grad()
-def explained(subject: Subject, ranked: Sequence[Node], chosen: Sequence[Node]) -> dict[str, Any]:
+def explained(subject: PromptSubject, ranked: Sequence[Node], chosen: Sequence[Node]) -> dict[str, Any]:
     """The share of m that the chosen nodes carry, and a curve of the share by number of ranked nodes."""
     none = float(subject.measured(1, subject.keeping([]))[0])
     whole = subject.full - none

@@ -28,7 +28,7 @@ from cratelm.activations.subject import Subject
 from cratelm.runtime import ProgressBar
 from cratelm.whitebox.parts import Norm, Wiring
 
-KEEP = 20
+_KEEP = 20
 """Length of each list, at either end."""
 _BLOCK = 256  # neurons whose scores over a whole vocabulary are in memory at once
 
@@ -36,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def layer_directions(weights: Wiring, layer: int, *, vocabulary: int, keep: int = KEEP) -> Arrays:
+def layer_directions(weights: Wiring, layer: int, *, vocabulary: int, keep: int = _KEEP) -> Arrays:
     """The arrays of one layer's file, except `tokens_alone`."""
     this = weights.layers[layer]
     before = weights.layers[layer - 1] if layer > 0 else None
@@ -97,7 +97,7 @@ def _shares(projected: Float[Tensor, "neurons heads p"]) -> Float[np.ndarray, "n
 @torch.inference_mode()
 def tokens_alone(
     subject: Subject, *, vocabulary: int, start: int | None, device: torch.device, bar: ProgressBar,
-    keep: int = KEEP, batch: int = 256,
+    keep: int = _KEEP, batch: int = 256,
 ) -> dict[int, Arrays]:  # fmt: skip
     """The tokens on which each neuron is strongest when the model reads only `start` and that token.
 

@@ -205,7 +205,7 @@ def _estimate(values: Sequence[float]) -> dict[str, float | None]:
     }  # fmt: skip
 
 
-def summary(layer: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def logged_numbers(layer: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of one layer that `--measure whitebox` logs during training, by name."""
     name = next(iter(layer["normalised_rate"]["before"]))
     name = "value" if "value" in layer["normalised_rate"]["before"] else name

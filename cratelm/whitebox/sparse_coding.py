@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cratelm.model.ista import sparse_code
 
-Tokens = Float[Tensor, "tokens d_model"]
+_Tokens = Float[Tensor, "tokens d_model"]
 Code = Float[Tensor, "tokens neurons"]
 PerToken = Float[Tensor, " tokens"]
 
@@ -36,7 +36,7 @@ class Dictionary:
     """Smallest, mean and largest length of an atom."""
 
 
-def codes_by_step(ista: Any, x: Tokens) -> list[Code]:
+def codes_by_step(ista: Any, x: _Tokens) -> list[Code]:
     """a_0 (zero, or x for a complete dictionary), a_1, ..., by the model's own arithmetic. The last is its code."""
     step_sizes, thresholds = ista.shrinkage(ista.atoms)
     start = x if ista.complete else x.new_zeros(len(x), len(ista.atoms))
@@ -52,19 +52,19 @@ def penalties(ista: Any) -> Float[Tensor, " #neurons"]:
     return (thresholds[0] / step_sizes[0]).detach()
 
 
-def objective(x: Tokens, atoms: Float[Tensor, "neurons d_model"], penalty: Tensor, code: Code) -> PerToken:
+def objective(x: _Tokens, atoms: Float[Tensor, "neurons d_model"], penalty: Tensor, code: Code) -> PerToken:
     """The LASSO of each token, in float64."""
     wide, atoms, x = code.double(), atoms.double(), x.double()
     return 0.5 * (x - wide @ atoms).square().sum(dim=1) + (wide.abs() * penalty.double()).sum(dim=1)
 
 
-def reconstruction_error(x: Tokens, atoms: Float[Tensor, "neurons d_model"], code: Code) -> PerToken:
+def reconstruction_error(x: _Tokens, atoms: Float[Tensor, "neurons d_model"], code: Code) -> PerToken:
     """||x - D a|| / ||x|| of each token."""
     return (x - code @ atoms).norm(dim=1) / x.norm(dim=1).clamp(min=1e-12)
 
 
 def least_objective(
-    x: Tokens, atoms: Float[Tensor, "neurons d_model"], penalty: Tensor, *, steps: int = CONVERGED_STEPS
+    x: _Tokens, atoms: Float[Tensor, "neurons d_model"], penalty: Tensor, *, steps: int = CONVERGED_STEPS
 ) -> PerToken:
     """The converged LASSO of each token, by accelerated steps (FISTA) of size 1 / ||D||^2, in float64.
 

@@ -95,14 +95,16 @@ def whitebox(data: "TokenDirectory") -> "Measurement":
 
     def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
         from cratelm.whitebox.coding_rate import tokens_needed
-        from cratelm.whitebox.measure import MeasureConfig, summary
+        from cratelm.whitebox.measure import MeasureConfig, logged_numbers
         from cratelm.whitebox.measure import measure as measure_layers
 
         size = tokens_needed(model.config.d_model, model.config.context_length)
         config = MeasureConfig(tokens=max(size, WHITEBOX_TOKENS), converged=False)
         bar = ProgressBar(Progress(disable=True), "whitebox", 1)
         view = measure_layers(model, data.tokens("val"), config, bar=bar)
-        return {f"layer_{layer['layer']}.{name}": value for layer in view["layers"] for name, value in summary(layer)}
+        return {
+            f"layer_{layer['layer']}.{name}": value for layer in view["layers"] for name, value in logged_numbers(layer)
+        }
 
     return measure
 

@@ -16,7 +16,7 @@ from cratelm.report.results.whitebox import View, _view, objective_per_token, op
 from cratelm.report.tables.form import written
 from cratelm.report.tables.whitebox import whitebox_tables
 from cratelm.rundir import write_json
-from cratelm.whitebox.measure import MeasureConfig, measure, summary
+from cratelm.whitebox.measure import MeasureConfig, logged_numbers, measure
 from cratelm.workflows.measurements import measurements
 from cratelm.workflows.printed_tables import print_tables
 
@@ -65,7 +65,7 @@ def test_the_command_writes_measurements_tables_and_figures(
     tokens, values = views[0].curves["layer_1.active"]
     assert tokens == (0, 384, 768)
     assert "layer_1.stability" not in views[1].curves
-    assert values[0] == pytest.approx(dict(summary(views[2].layers[1]))["active"], abs=0.05)
+    assert values[0] == pytest.approx(dict(logged_numbers(views[2].layers[1]))["active"], abs=0.05)
     compression, _, dictionary = whitebox_tables(views)
     assert len(compression.rows) == 6
     assert len(dictionary.rows) == 4
@@ -79,13 +79,13 @@ def test_the_command_writes_measurements_tables_and_figures(
     whole = of_layer["ΔR after"] - of_layer["Tokens per set"] * penalty
     assert of_layer["Sparse objective"] == pytest.approx(whole, rel=1e-5)
     assert views[0].curves["layer_1.rate_reduction_after"][1][0] == pytest.approx(
-        dict(summary(views[2].layers[1]))["rate_reduction_after"], rel=0.05, abs=0.5
+        dict(logged_numbers(views[2].layers[1]))["rate_reduction_after"], rel=0.05, abs=0.5
     )
     figure = whitebox_figures(views)["whitebox"]
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     assert list(panels) == [panel.title for panel in PANELS]
     drawn = np.array([line.get_ydata() for line in panels["Active neurons"].lines])
-    expected = [[100 * dict(summary(layer))["active"] for layer in view.layers] for view in views]
+    expected = [[100 * dict(logged_numbers(layer))["active"] for layer in view.layers] for view in views]
     assert np.allclose(drawn, expected)
 
 

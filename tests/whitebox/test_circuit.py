@@ -21,19 +21,19 @@ from cratelm.model.config import Architecture
 from cratelm.model.weights import load, save_model
 from cratelm.report.figures.circuit import circuit_figure, circuit_lines
 from cratelm.rundir import write_json
-from cratelm.whitebox.circuit import CircuitConfig, Subject, choose, edges, explained, gradients, rank
+from cratelm.whitebox.circuit import CircuitConfig, PromptSubject, choose, edges, explained, gradients, rank
 
 both = pytest.mark.parametrize("arch", get_args(Architecture))
 
 
-def subject_of(arch: Architecture, rng: np.random.Generator, *, baseline: bool = False) -> Subject:
+def subject_of(arch: Architecture, rng: np.random.Generator, *, baseline: bool = False) -> PromptSubject:
     model = random_model(tiny_config(arch), rng).requires_grad_(False)
     means = {layer: torch.from_numpy(rng.uniform(0, 0.2, 64)).float() for layer in (0, 1)} if baseline else None
     prompt = torch.from_numpy(rng.integers(272, size=7))
-    return Subject(model, find_places(model, "neurons"), prompt, int(rng.integers(272)), means)
+    return PromptSubject(model, find_places(model, "neurons"), prompt, int(rng.integers(272)), means)
 
 
-def by_hand(subject: Subject, layer: int, mask: Tensor, seen: str = "") -> tuple[float, Tensor | None]:
+def by_hand(subject: PromptSubject, layer: int, mask: Tensor, seen: str = "") -> tuple[float, Tensor | None]:
     """log p with the codes of one layer at the baseline where the mask says; and what passes at a tap."""
     model: nn.Module = subject.model
     change = {
@@ -47,7 +47,7 @@ def by_hand(subject: Subject, layer: int, mask: Tensor, seen: str = "") -> tuple
     return float(logits[0, -1].log_softmax(0)[subject.target]), actual.get(seen)
 
 
-def one(subject: Subject, layer: int, position: int, neuron: int) -> Tensor:
+def one(subject: PromptSubject, layer: int, position: int, neuron: int) -> Tensor:
     mask = torch.zeros(subject.codes[layer].shape[1:], dtype=torch.bool)
     mask[position, neuron] = True
     return mask
@@ -78,7 +78,7 @@ def test_gradients_are_the_slopes_of_small_changes(arch: Architecture, rng: np.r
         arch, rng, baseline=True
     )  # not 0: there a LayerNorm behind a code alone has no slope to follow
     subject.model.double()
-    subject = Subject(subject.model, subject.places, subject.prompt, subject.target, subject.baselines)
+    subject = PromptSubject(subject.model, subject.places, subject.prompt, subject.target, subject.baselines)
     slopes = gradients(subject, CircuitConfig(method="gradient"))
     whole = gradients(subject, CircuitConfig(method="integrated", integration_steps=200))
     for layer, code in subject.codes.items():
@@ -128,7 +128,7 @@ def test_edges_are_changes_of_codes_and_shares_are_what_is_left(arch: Architectu
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_circuits_of_hugging_face_models(family: str, rng: np.random.Generator) -> None:
     model = build(family, rng).requires_grad_(False)
-    subject = Subject(model, find_places(model, "neurons"), torch.from_numpy(rng.integers(60, size=6)), 7)
+    subject = PromptSubject(model, find_places(model, "neurons"), torch.from_numpy(rng.integers(60, size=6)), 7)
     config = CircuitConfig(candidates=20, nodes=2, batch=7)
     ranked = rank(subject, config, bar=hidden_bar())
     for node in list(ranked)[:3]:

@@ -24,7 +24,7 @@ from cratelm.whitebox.coding_rate import (
     subspace_rate,
     tokens_needed,
 )
-from cratelm.whitebox.measure import MeasureConfig, measure, summary
+from cratelm.whitebox.measure import MeasureConfig, logged_numbers, measure
 from cratelm.whitebox.sparse_coding import (
     codes_by_step,
     dictionary_of,
@@ -254,7 +254,7 @@ def test_a_layers_measurements_are_what_its_modules_give(
         zero = 0.5 * float(seen["coded"].double().square().sum(-1).mean())
         assert layer["objective_at_zero"]["mean"] == pytest.approx(zero, rel=1e-5)
         assert (layer["objective"]["0"] == layer["objective_at_zero"]) == (changes.get("dictionary") != "complete")
-        relative = dict(summary(layer))["objective"], objective_share(layer, last)
+        relative = dict(logged_numbers(layer))["objective"], objective_share(layer, last)
         assert relative == pytest.approx((float(values.mean()) / zero, 100 * float(values.mean()) / zero), rel=1e-4)
         assert layer["objective"][last]["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
         assert layer["active"][last]["mean"] == pytest.approx(float((codes[-1] != 0).float().mean()), abs=1e-3)

@@ -20,7 +20,7 @@ NO_SYSTEM = re.compile(
     r"system.{0,20}(role|message|prompt|turn)|role.{0,20}system|roles? must alternate|only user and assistant", re.I
 )
 """Error messages of servers whose chat template has no system message."""
-NAMED: dict[str, str] = {
+_NAMED: dict[str, str] = {
     "prompt_cache_key": r"prompt_cache_key",
     "cache_control": r"cache_control|content.{0,60}(str\b|string)|content.{0,20}(list|array|parts)",
     "prefixItems": r"prefixItems|\bconst\b|schema",
@@ -107,7 +107,7 @@ class Parameters:
         for name in features(body):
             if name == "system" and NO_SYSTEM.search(message):
                 return name
-            pattern = NAMED.get(name.split()[0])
+            pattern = _NAMED.get(name.split()[0])
             about_limit = name == "max_tokens" and ABOUT_PROMPT.search(message)
             if pattern and name not in self.accepted and not about_limit and re.search(pattern, message, re.I):
                 return name
@@ -133,7 +133,7 @@ def features(body: Mapping[str, Any]) -> list[str]:
     system = ["system"] if turns[0]["role"] == "system" and len(turns) > 1 else []
     pinned = ["prefixItems"] if "prefixItems" in json.dumps(body.get("response_format")) else []
     hints = ["cache_control"] if any(not isinstance(turn["content"], str) for turn in turns) else []
-    return hints + system + pinned + [_label(name, body[name]) for name in NAMED if name in body]
+    return hints + system + pinned + [_label(name, body[name]) for name in _NAMED if name in body]
 
 
 def _label(name: str, value: Any) -> str:

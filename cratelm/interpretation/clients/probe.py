@@ -14,7 +14,7 @@ from cratelm.interpretation.reasoning import without_reasoning
 WORDS = ("10", "unknown", *map(str, range(10)))
 """Cells after a tab in a simulator's tables; how the tokenizer splits them decides how they are read."""
 TABLE = "".join(f" boat\t{word}\n" for word in WORDS)
-SCHEMA = {
+_SCHEMA = {
     "type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"],
     "additionalProperties": False,
 }  # fmt: skip
@@ -192,7 +192,7 @@ async def _follows_a_schema(llm: LLM, temperature: float, notes: list[str]) -> b
     """Whether a question that is usually not answered in JSON is answered in JSON."""
     turns = [Message("user", "Write a line of a poem about boats.")]
     try:
-        reply = await llm.chat(turns, Sampling(max_tokens=64, temperature=temperature, schema=SCHEMA))
+        reply = await llm.chat(turns, Sampling(max_tokens=64, temperature=temperature, schema=_SCHEMA))
         value = json.loads(without_reasoning(reply.text))
     except (LLMError, ValueError, RecursionError):
         notes.append("answers do not follow a JSON schema")

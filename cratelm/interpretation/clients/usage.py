@@ -20,7 +20,7 @@ from cratelm.interpretation.llm import (
 )
 from cratelm.runtime import human
 
-Tokens = tuple[int, int]
+_Tokens = tuple[int, int]
 """Tokens read, and tokens generated."""
 OnUnparsed = Callable[[int, int], Awaitable[None]]
 """Callback for a response that failed to parse: (tokens read, tokens generated)."""
@@ -100,7 +100,7 @@ class Metered(LLMWrapper):
     inner: LLM
     usage: Usage
     budget: Budget = field(default_factory=Budget)
-    spent_before: Tokens = (0, 0)
+    spent_before: _Tokens = (0, 0)
     """Tokens spent by earlier processes of the same work: the budget covers all of them."""
     attempts: int = 3
     """Attempts if responses fail to parse; each attempt is paid for and reserved separately."""
@@ -108,7 +108,7 @@ class Metered(LLMWrapper):
     """Seconds before the second attempt; later pauses grow in proportion."""
     on_unparsed: OnUnparsed | None = None
     """Set by the cache, which writes the cost to disk, so that later processes count it."""
-    _reserved: Tokens = (0, 0)
+    _reserved: _Tokens = (0, 0)
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
@@ -150,7 +150,7 @@ class Metered(LLMWrapper):
         return await asyncio.gather(*map(paid, prompts))
 
     @contextlib.asynccontextmanager
-    async def _paid(self, attempt: int, bound: Tokens) -> AsyncIterator[None]:
+    async def _paid(self, attempt: int, bound: _Tokens) -> AsyncIterator[None]:
         """Reserve `bound`, and count an unusable answer. `Unparsed` is suppressed in all attempts but the last.
 
         An unparsed response without reported usage counts as `bound`.
@@ -175,11 +175,11 @@ class Metered(LLMWrapper):
         finally:
             self._release(bound)
 
-    def spent(self) -> Tokens:
+    def spent(self) -> _Tokens:
         """Tokens read and generated so far, earlier processes included."""
         return self.usage.prompt_tokens + self.spent_before[0], self.usage.new_tokens + self.spent_before[1]
 
-    async def _reserve(self, bound: Tokens) -> None:
+    async def _reserve(self, bound: _Tokens) -> None:
         while self._exceeds(bound, self._reserved):
             if self._exceeds(bound, (0, 0)):
                 raise CrateError(self.spent_line())
@@ -188,14 +188,14 @@ class Metered(LLMWrapper):
             await waiting
         self._reserved = self._reserved[0] + bound[0], self._reserved[1] + bound[1]
 
-    def _exceeds(self, bound: Tokens, reserved: Tokens) -> bool:
+    def _exceeds(self, bound: _Tokens, reserved: _Tokens) -> bool:
         """Whether tokens spent, tokens reserved and one more call exceed the budget."""
         read, generated = (a + b + c for a, b, c in zip(self.spent(), reserved, bound, strict=True))
         if self.budget.tokens is not None and read + generated > self.budget.tokens:
             return True
         return self.budget.money is not None and self.budget.price.of(read, generated) > self.budget.money
 
-    def _release(self, bound: Tokens) -> None:
+    def _release(self, bound: _Tokens) -> None:
         self._reserved = self._reserved[0] - bound[0], self._reserved[1] - bound[1]
         waiting, self._waiting = self._waiting, []
         for future in waiting:

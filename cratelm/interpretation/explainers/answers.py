@@ -13,7 +13,7 @@ from cratelm.runtime import printable
 
 CUT_OFF = " …"
 """Appended to an explanation that was cut off at `max_tokens`."""
-SHOWN = 200
+_SHOWN = 200
 """Characters of an unusable answer that an error quotes."""
 
 _REFUSALS = re.compile(
@@ -85,4 +85,4 @@ def _first_sentence(answer: str) -> tuple[str, bool]:
 def quoted(text: str) -> str:
     """An unusable answer on one line, truncated to `SHOWN` characters."""
     flat = printable(" ".join(text.split()))
-    return f'"{flat[:SHOWN]}{"…" if len(flat) > SHOWN else ""}"'
+    return f'"{flat[:_SHOWN]}{"…" if len(flat) > _SHOWN else ""}"'

@@ -14,7 +14,7 @@ FIRING_RESAMPLES = 64
 """Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
 RESAMPLES = 500
 """Bootstrap draws of the neurons."""
-CHUNK = 32
+_CHUNK = 32
 """Neurons, and bootstrap draws, at a time."""
 ALL = (*MEASURES, "firing", "relevant")
 """The numbers that are averaged, in the order of the arrays' last axis."""
@@ -147,9 +147,9 @@ def _resampled(counts: Counts, rng: np.random.Generator, resamples: int) -> Floa
     known = ~np.isnan(flat)
     flat = np.where(known, flat, 0)
     resampled = np.empty((resamples, flat.shape[1]))
-    for start in range(0, resamples, CHUNK):
-        drawn = rng.integers(len(flat), size=(min(CHUNK, resamples - start), neurons))
-        resampled[start : start + CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
+    for start in range(0, resamples, _CHUNK):
+        drawn = rng.integers(len(flat), size=(min(_CHUNK, resamples - start), neurons))
+        resampled[start : start + _CHUNK] = _share(flat[drawn].sum(axis=1), known[drawn].sum(axis=1))
     return resampled
 
 
@@ -157,8 +157,8 @@ def _resampled_excerpts(
     counts: Counts, rng: np.random.Generator, sets: int
 ) -> Iterator[Float32[np.ndarray, "chunk times 6"]]:
     """`ALL` of every neuron over its excerpts, drawn with replacement, `sets` times."""
-    for start in range(0, len(counts.base), CHUNK):
-        rows = slice(start, start + CHUNK)
+    for start in range(0, len(counts.base), _CHUNK):
+        rows = slice(start, start + _CHUNK)
         present = _there(counts.base[rows])
         number = np.maximum(present.sum(axis=1), 1)
         chances = np.where(present.any(axis=1, keepdims=True), present, np.eye(1, present.shape[1])) / number[:, None]

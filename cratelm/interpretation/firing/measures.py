@@ -41,7 +41,7 @@ MEASURES = ("consistency", "strength", "distinctiveness", "distinctiveness_mass"
 """Measures that depend on the threshold."""
 KINDS = ("top", "random")
 """Kinds of excerpts, measured separately."""
-CHUNK = 32
+_CHUNK = 32
 """Neurons at a time."""
 
 
@@ -115,7 +115,7 @@ def count(
     """`Counts.base` and `Counts.relevant` of every excerpt. The maximum of a simulation is over all of them."""
     neurons, number = excerpts.position.shape
     base, relevant = np.zeros((neurons, number, 3)), np.zeros((neurons, number, len(THRESHOLDS), 3))
-    for rows in (slice(start, start + CHUNK) for start in range(0, neurons, CHUNK)):
+    for rows in (slice(start, start + _CHUNK) for start in range(0, neurons, _CHUNK)):
         valid, s = excerpts.valid[rows], simulated[rows]
         a = np.maximum(excerpts.activations[rows], 0) * valid
         fires = a > 0

@@ -13,11 +13,11 @@ from jaxtyping import Float32, Int, Int32, Int64, Integer
 from cratelm.activations.records import Excerpts
 
 EXPLAINER = "lookup"
-NAMED = 8
+_NAMED = 8
 """Most tokens in a sentence."""
 FAINT = 0.1
 """A sentence only counts tokens below this share of the strongest token's mean."""
-CHUNK = 16
+_CHUNK = 16
 """Neurons at a time: their working arrays stay in the processor's cache."""
 
 
@@ -93,7 +93,7 @@ def simulate(
     """
     assert len(tables) == len(tokens), f"{len(tables)} tables for the excerpts of {len(tokens)} neurons"
     vocabulary = 1 + max(tokens.max(initial=0), tables.tokens.max(initial=0))
-    dense = np.zeros(CHUNK * vocabulary, dtype=np.float32)
+    dense = np.zeros(_CHUNK * vocabulary, dtype=np.float32)
     simulated = np.empty(tokens.shape, dtype=np.float32)
     for rows in _chunks(len(tokens)):
         entries = slice(tables.first[rows.start], tables.first[rows.stop])
@@ -108,7 +108,7 @@ def simulate(
 
 
 def _chunks(neurons: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK, neurons)) for start in range(0, max(neurons, 1), CHUNK))
+    return (slice(start, min(start + _CHUNK, neurons)) for start in range(0, max(neurons, 1), _CHUNK))
 
 
 def sentence(
@@ -122,7 +122,7 @@ def sentence(
     order = order[means[order] > 0]
     if not len(order):
         return "does not fire in the excerpts it was explained from"
-    named = order[:NAMED][means[order[:NAMED]] >= FAINT * means[order[0]]]
+    named = order[:_NAMED][means[order[:_NAMED]] >= FAINT * means[order[0]]]
     words = ", ".join(f"{legible(strings[tokens[i]])} ({brief(float(means[i]))})" for i in named)
     others = order[len(named) :]
     if not len(others):

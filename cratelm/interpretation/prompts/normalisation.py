@@ -22,12 +22,12 @@ from cratelm.activations.records import Mode
 Rounding = Literal["floor", "ceil"]
 OWN: dict[Mode, Rounding] = {"fixed": "ceil", "compat": "floor"}
 """The default of each mode."""
-TOP = 10
+_TOP = 10
 """The number that stands for the maximum."""
 
 
 def normalised(
-    activations: Float[np.ndarray, " tokens"], maximum: float, *, rounding: Rounding = "floor", top: int = TOP
+    activations: Float[np.ndarray, " tokens"], maximum: float, *, rounding: Rounding = "floor", top: int = _TOP
 ) -> Int64[np.ndarray, " tokens"]:
     """Activations as whole numbers; all 0 where the maximum is not positive.
 
@@ -35,7 +35,7 @@ def normalised(
     """
     if not maximum > 0:
         return np.zeros(len(activations), dtype=np.int64)
-    scaled = TOP * np.maximum(activations.astype(np.float64), 0) / maximum
+    scaled = _TOP * np.maximum(activations.astype(np.float64), 0) / maximum
     whole = np.floor(scaled) if rounding == "floor" else np.ceil(scaled)
     return np.minimum(whole, top).astype(np.int64)
 

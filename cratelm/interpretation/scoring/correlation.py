@@ -41,11 +41,11 @@ NO_EXPLANATION, NO_SIMULATION = "explanation failed", "simulation failed"
 """Reasons: the language model gave no usable answer; the table `failures` has the answer."""
 NOT_CHOSEN = "not sampled"
 """Reason: the neuron was not chosen."""
-MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
+_MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
 """Fields of `LayerScores` that are undefined for a neuron without a score."""
 COUNTS = ("tokens", "excerpts", "sums")
 """Fields of `LayerScores` that are 0 for a neuron without a score."""
-CHUNK = 32
+_CHUNK = 32
 """Neurons at a time: their working arrays stay in the processor's cache."""
 
 
@@ -122,7 +122,7 @@ class LayerScores:
         reason[self.neuron] = self.reason
         return LayerScores(
             layer=self.layer, neuron=np.arange(num_neurons), reason=tuple(reason),
-            **{name: spread(name, np.nan) for name in MEASURES}, **{name: spread(name, 0.0) for name in COUNTS},
+            **{name: spread(name, np.nan) for name in _MEASURES}, **{name: spread(name, 0.0) for name in COUNTS},
         )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def compare(excerpts: Excerpts, simulated: Float32[np.ndarray, "neurons excerpts
     valid = excerpts.valid
     parts = [
         _compare(excerpts.activations[rows], simulated[rows], valid[rows])
-        for rows in (slice(i, i + CHUNK) for i in range(0, max(len(simulated), 1), CHUNK))
+        for rows in (slice(i, i + _CHUNK) for i in range(0, max(len(simulated), 1), _CHUNK))
     ]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     constant_a, constant_s = columns.pop("constant_a"), columns.pop("constant_s")

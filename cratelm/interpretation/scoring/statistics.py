@@ -11,7 +11,7 @@ from cratelm.interpretation.scoring.small_samples import unbiased, widened
 
 EXCERPT_RESAMPLES = 256
 """Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
-CHUNK = 32
+_CHUNK = 32
 """Neurons at a time."""
 
 
@@ -61,10 +61,10 @@ def bootstrap_means(
     known = ~np.isnan(correlations)
     values, all_known = np.where(known, correlations, 0), bool(known.all())
     means = np.empty(resamples)
-    for start in range(0, resamples, CHUNK):
-        drawn = rng.integers(len(values), size=(min(CHUNK, resamples - start), len(sums)))
+    for start in range(0, resamples, _CHUNK):
+        drawn = rng.integers(len(values), size=(min(_CHUNK, resamples - start), len(sums)))
         counts = len(sums) if all_known else np.maximum(known[drawn].sum(axis=1), 1)
-        means[start : start + CHUNK] = values[drawn].sum(axis=1) / counts
+        means[start : start + _CHUNK] = values[drawn].sum(axis=1) / counts
     return unbiased(means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1))), len(sums))
 
 
@@ -100,8 +100,8 @@ def _alike(
     order = np.argsort(~present, axis=1, kind="stable")
     for count in np.unique(counts):
         rows = np.flatnonzero(counts == count)
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
             yield chunk, np.take_along_axis(sums[chunk], order[chunk, :count, None], axis=1)
 
 

@@ -22,7 +22,7 @@ from cratelm.rundir import read_json
 THRESHOLD = 0.5
 """Least mean correlation. For uniformly random simulations the mean has a standard deviation of 0.11: one in 500 is
 above 0.3, and none of 40,000 was above 0.5."""
-FILE = Path(__file__).with_name("puzzles.json")
+_FILE = Path(__file__).with_name("puzzles.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class SelfTest:
 @cache
 def puzzles() -> tuple[Puzzle, ...]:
     """The obvious neurons."""
-    entries = read_json(FILE, made_by="pip install --force-reinstall cratelm")["puzzles"]
+    entries = read_json(_FILE, made_by="pip install --force-reinstall cratelm")["puzzles"]
     return tuple(
         Puzzle(explanation=entry["explanation"], tokens=tuple(entry["tokens"]), activations=tuple(entry["activations"]))
         for entry in entries

@@ -20,7 +20,7 @@ from cratelm.interpretation.store.schema import KEY_COLUMNS, SetKey, Stage, pack
 
 COPIED = 500
 """Answers per transaction, so that neither store is locked for more than milliseconds."""
-NAMED = 3
+_NAMED = 3
 """Conflicts that an error names."""
 
 
@@ -121,7 +121,7 @@ def _join(part: Store, ours: SetRows, theirs: SetRows) -> dict[str, int]:
     differing = [neuron for neuron in old.keys() & new.keys() if not _equal(old[neuron], new[neuron])]
     if differing:
         named = "; ".join(
-            f"neuron {neuron}: {_short(old[neuron])} and {_short(new[neuron])}" for neuron in sorted(differing)[:NAMED]
+            f"neuron {neuron}: {_short(old[neuron])} and {_short(new[neuron])}" for neuron in sorted(differing)[:_NAMED]
         )
         raise CrateError(
             f"{part.path} has different rows for {len(differing)} neurons than {Store(part.run).path} or an earlier "

@@ -15,7 +15,7 @@ from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.browser.chunks import pack, pack_ids, pack_sparse
 from cratelm.report.browser.weights import number
 
-SHOWN: Mapping[str, Mapping[str, int]] = {
+_SHOWN: Mapping[str, Mapping[str, int]] = {
     "explain": {"top": 6, "random": 0, "quantile": 1}, "score": {"top": 5, "random": 5, "quantile": 1},
     "all": {"top": 10, "random": 6, "quantile": 2},
 }  # fmt: skip
@@ -40,7 +40,7 @@ class ChunkStrings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class _Group:
     """The shown excerpts of one kind and half of some neurons."""
 
     kind: str
@@ -53,18 +53,18 @@ class Group:
     excerpts: Excerpts
 
 
-def excerpt_groups(records: LayerRecords) -> Iterator[Group]:
+def excerpt_groups(records: LayerRecords) -> Iterator[_Group]:
     """The widest recorded excerpts, top excerpts first."""
     widest = max((width for width, _, _ in records.sets), default=0)
-    sets = [key for key in records.sets if key[0] == widest and key[1] in SHOWN]
+    sets = [key for key in records.sets if key[0] == widest and key[1] in _SHOWN]
     for width, part, kind in sorted(sets, key=lambda key: (("top", "random", "quantile").index(key[2]), key[1])):
-        count, each = SHOWN[part][kind], QUANTILES_RECORDED[records.mode]
+        count, each = _SHOWN[part][kind], QUANTILES_RECORDED[records.mode]
         recorded = records.arrays[f"{width}.{part}.{kind}.position"].shape[1]
         intervals = range(max(recorded // each, 1)) if kind == "quantile" else range(1)
         picks = [interval * each + item for interval in intervals for item in range(count)]
         picks = [pick for pick in picks if pick < recorded]
         if picks:
-            yield Group(
+            yield _Group(
                 kind=kind, part=part, width=width, picks=tuple(picks),
                 excerpts=records.excerpts(width, part, kind).take(picks),
                 intervals=tuple(pick // each for pick in picks) if kind == "quantile" else (),
@@ -72,7 +72,7 @@ def excerpt_groups(records: LayerRecords) -> Iterator[Group]:
 
 
 def group_value(
-    group: Group, row: int, strings: ChunkStrings, predicted: Mapping[tuple[str, int], np.ndarray]
+    group: _Group, row: int, strings: ChunkStrings, predicted: Mapping[tuple[str, int], np.ndarray]
 ) -> dict[str, Any]:
     """One neuron's excerpts of a group, with the predictions on scored excerpts."""
     excerpts, items = group.excerpts, []

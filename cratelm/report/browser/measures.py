@@ -14,7 +14,7 @@ from cratelm.interpretation.store.schema import SetKey
 from cratelm.report.browser.catalogue import Layer
 from cratelm.report.browser.weights import number
 
-SHOWN = ("consistency", "distinctiveness", "firing", "relevant")
+_SHOWN = ("consistency", "distinctiveness", "firing", "relevant")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Measures:
     def firing_of(self, key: SetKey, index: int) -> list[dict[str, Any]]:
         """How the neuron fires relative to the predictions of this set, on each kind of excerpts."""
         return [
-            {"excerpts": kind} | {name: _rounded(getattr(firing, name)) for name in SHOWN}
+            {"excerpts": kind} | {name: _rounded(getattr(firing, name)) for name in _SHOWN}
             for kind, firing in self.firing.get(key, {}).get(index, {}).items()
         ]
 

@@ -61,7 +61,7 @@ POLICY = (
 """The page's content security policy. For a page from disk, `'self'` is the disk."""
 FORMAT = 1
 """Version of the chunks of a layer; folders of another version are written again."""
-MADE = "made.json"
+_MADE = "made.json"
 MARKER = "cratelm-site.json"
 """Written first into a new or empty folder; a folder without it is not a site."""
 CHUNKS_OF_NEURONS = {"texts": (texts_value, TEXTS_EACH), "neurons": (neurons_value, NEURONS_EACH)}
@@ -124,7 +124,7 @@ def _write_layers(models: Sequence[Model], data: Path, bar: ProgressBar) -> None
                 strings = strings or records_strings(model.run, layer.mode)
                 with atomic_path(folder) as temporary:
                     _write_layer(temporary, layer, strings)
-                    (temporary / MADE).write_text(json.dumps(made), encoding="utf-8")
+                    (temporary / _MADE).write_text(json.dumps(made), encoding="utf-8")
             bar.advance(1, note=f"{model.title}, {layer.tap}, layer {layer.layer}")
 
 
@@ -168,7 +168,7 @@ def layer_stamp(layer: Layer) -> str:
 
 def _is_made(folder: Path, made: Mapping[str, Any]) -> bool:
     try:
-        return bool(json.loads((folder / MADE).read_text(encoding="utf-8")) == made)
+        return bool(json.loads((folder / _MADE).read_text(encoding="utf-8")) == made)
     except (OSError, ValueError):
         return False
 

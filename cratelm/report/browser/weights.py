@@ -12,7 +12,7 @@ from cratelm.activations.direction_files import TOKEN_LISTS, LayerDirections, di
 from cratelm.data.tokenizer import load_tokenizer, token_strings
 from cratelm.report.browser.catalogue import Layer
 
-SHOWN = 10
+_SHOWN = 10
 """Entries of each end of a list."""
 
 
@@ -27,7 +27,7 @@ class Weights:
         """Both ends of every list of a neuron, and the share of each head."""
         lists: dict[str, Any] = {}
         for name in self.directions.lists:
-            ends = {end: self.directions.ranked(name, index, end)[:SHOWN] for end in ("largest", "smallest")}
+            ends = {end: self.directions.ranked(name, index, end)[:_SHOWN] for end in ("largest", "smallest")}
             lists[name] = {
                 end: [[self.strings[id_] if name in TOKEN_LISTS else id_, number(value)] for id_, value in pairs]
                 for end, pairs in ends.items()

@@ -31,12 +31,12 @@ from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, origin, write_json
 from cratelm.runtime import ProgressBar, progress_bar
 
-Split = Literal["explain", "score", "both"]
+_Split = Literal["explain", "score", "both"]
 
 
 def export_neuron_records(
     run: Path, out: Path, layers: Sequence[int], *, mode: Mode = "fixed", tap: str = "neurons",
-    split: Split = "both", width: int | None = None,
+    split: _Split = "both", width: int | None = None,
 ) -> None:  # fmt: skip
     """Write the records of some layers; each layer's folder is complete or missing.
 
@@ -70,7 +70,7 @@ def choose_width(records: LayerRecords, width: int | None) -> int:
 
 
 def neuron_records(
-    records: LayerRecords, strings: Sequence[str], split: Split, width: int, per_interval: int
+    records: LayerRecords, strings: Sequence[str], split: _Split, width: int, per_interval: int
 ) -> Iterator[dict[str, Any]]:
     """The object of each neuron of a layer, in order."""
     halves = ("all",) if records.mode == "compat" else ("explain", "score") if split == "both" else (split,)

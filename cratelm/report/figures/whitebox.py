@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from cratelm.report.figures import form
 from cratelm.report.results.whitebox import View, last_step, maybe_rate, objective_per_token, objective_share
 
-Quantity = Callable[[Mapping[str, Any]], float | None]
+_Quantity = Callable[[Mapping[str, Any]], float | None]
 """From a layer's measurements to a number; None where the number was not measured."""
 
 
@@ -21,8 +21,8 @@ class Panel:
 
     title: str
     unit: str
-    first: Quantity
-    second: Quantity | None = None
+    first: _Quantity
+    second: _Quantity | None = None
     line: float | None = None
     """A threshold, drawn as a horizontal line."""
     curve: str = ""
@@ -30,7 +30,7 @@ class Panel:
     second_curve: str = ""
 
 
-def _of_dictionary(name: str) -> Quantity:
+def _of_dictionary(name: str) -> _Quantity:
     def read(layer: Mapping[str, Any]) -> float | None:
         value = layer.get("dictionary", {}).get(name)
         return None if value is None else float(max(value) if isinstance(value, list) else value)
@@ -38,7 +38,7 @@ def _of_dictionary(name: str) -> Quantity:
     return read
 
 
-def _objective(step: int | None) -> Quantity:
+def _objective(step: int | None) -> _Quantity:
     def read(layer: Mapping[str, Any]) -> float | None:
         steps = layer.get("objective")
         return None if steps is None else objective_share(layer, str(step) if step else max(steps, key=int))
@@ -46,15 +46,15 @@ def _objective(step: int | None) -> Quantity:
     return read
 
 
-def _rate(*path: str) -> Quantity:
+def _rate(*path: str) -> _Quantity:
     return lambda layer: maybe_rate(layer, *path)
 
 
-def _last(name: str) -> Quantity:
+def _last(name: str) -> _Quantity:
     return lambda layer: last_step(layer, name)
 
 
-def _percent(name: str) -> Quantity:
+def _percent(name: str) -> _Quantity:
     def read(layer: Mapping[str, Any]) -> float | None:
         share = layer[name] if isinstance(layer.get(name), float) else last_step(layer, name)
         return None if share is None else 100 * share

@@ -9,9 +9,9 @@ from cratelm.errors import CrateError
 from cratelm.report.results.gather import RunResult, described_runs
 from cratelm.rundir import read_json, read_jsonl
 
-FILE = "whitebox.json"
+WHITEBOX_FILE = "whitebox.json"
 
-SHOWN = ("shared", "value")
+_SHOWN = ("shared", "value")
 """The projection of the heads in tables and figures: the only one of MSSA, the value projection of GPT-2."""
 
 
@@ -51,7 +51,7 @@ def views_of(rows: Sequence[RunResult]) -> list[View]:
 
 
 def _view(run: Path, title: str, description: Mapping[str, Any]) -> View:
-    path = run / FILE
+    path = run / WHITEBOX_FILE
     measurements = read_json(path, made_by=f"cratelm whitebox {run} --data DIR") if path.exists() else {}
     if measurements and any(layer.get("rate") is None for layer in measurements["layers"]):
         raise CrateError(f"{path} lacks a coding rate. Remove it and run: cratelm whitebox {run} --data DIR")
@@ -91,7 +91,7 @@ def maybe_rate(layer: Mapping[str, Any], *path: str) -> float | None:
     rates: Any = layer
     for step in path:
         rates = rates.get(step, {})
-    return next((float(rates[name]["mean"]) for name in SHOWN if name in rates), None)
+    return next((float(rates[name]["mean"]) for name in _SHOWN if name in rates), None)
 
 
 def _add_penalty(layer: dict[str, Any], tokens: int) -> None:

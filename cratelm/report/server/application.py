@@ -40,7 +40,7 @@ from cratelm.report.server.votes import Votes
 Explain = Callable[[Layer, int], Awaitable[Mapping[str, Any]]]
 """Asks a language model to explain a neuron, saves the explanation in the store, and returns it."""
 
-KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+_KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 LONGEST_QUESTION = 400
 
 
@@ -79,7 +79,7 @@ def application(parts: Parts) -> Guard:
     return guard
 
 
-class Answer(JSONResponse):
+class _Answer(JSONResponse):
     """JSON in ASCII, which can represent the lone surrogates that a request may contain."""
 
     def render(self, content: Any) -> bytes:
@@ -92,7 +92,7 @@ class _Server:
         self.parts, self.limits = parts, parts.limits
         self.chunks = Chunks(parts.runs, mode=parts.mode, capabilities=self._capabilities())
         self.models, self.writers = Slots(parts.limits.in_flight), Slots(1)
-        self.files = {file.name: file for file in VIEWER.iterdir() if file.suffix in KINDS}
+        self.files = {file.name: file for file in VIEWER.iterdir() if file.suffix in _KINDS}
 
     def _capabilities(self) -> dict[str, Any]:
         """Functions of the page that need a server."""
@@ -132,7 +132,7 @@ class _Server:
         if path is None:
             raise HTTPException(404)
         content = await anyio.to_thread.run_sync(path.read_bytes)
-        return Response(content, media_type=KINDS[path.suffix], headers={"cache-control": "no-cache"})
+        return Response(content, media_type=_KINDS[path.suffix], headers={"cache-control": "no-cache"})
 
     async def chunk(self, request: Request) -> Response:
         """A value of the site."""
@@ -146,17 +146,17 @@ class _Server:
         words = request.query_params.get("q", "")
         if len(words) > LONGEST_QUESTION:
             raise CrateError(f"q must have at most {LONGEST_QUESTION} characters, got {len(words)}")
-        return Answer({"found": await anyio.to_thread.run_sync(self.chunks.full_text, words)})
+        return _Answer({"found": await anyio.to_thread.run_sync(self.chunks.full_text, words)})
 
     async def votes(self, request: Request) -> Response:
         """A page of votes after a number, or the number of votes after adding one."""
         if request.method == "POST":
-            return Answer({"count": await anyio.to_thread.run_sync(self.parts.votes.add, await _body(request))})
+            return _Answer({"count": await anyio.to_thread.run_sync(self.parts.votes.add, await _body(request))})
         after = request.query_params.get("after", "0")
         if not (after.isascii() and after.isdigit() and len(after) < 16):
             raise CrateError("after must be the number of a vote")
         votes, last = await anyio.to_thread.run_sync(self.parts.votes.page, int(after))
-        return Answer({"format_version": 1, "votes": votes, "next": last})
+        return _Answer({"format_version": 1, "votes": votes, "next": last})
 
     async def activations(self, request: Request) -> Response:
         """Activations of neurons on a text."""
@@ -204,7 +204,7 @@ class _Server:
             raise CrateError(f"neuron must be from 0 to {neurons - 1} in layer {layer}, got {neuron}")
         self.writers.take()
         try:
-            return Answer(dict(await self.parts.explain(place, neuron)))
+            return _Answer(dict(await self.parts.explain(place, neuron)))
         finally:
             self.writers.free()
 
@@ -219,7 +219,7 @@ class _Server:
         live = self._live()
         self.models.take()
         try:
-            return Answer(await anyio.to_thread.run_sync(partial(ask, live)))
+            return _Answer(await anyio.to_thread.run_sync(partial(ask, live)))
         finally:
             self.models.free()
 
@@ -235,18 +235,18 @@ async def _body(request: Request) -> dict[str, Any]:
 
 
 async def _mistake(_request: Request, error: Exception) -> Response:
-    return Answer({"error": str(error)}, 400)
+    return _Answer({"error": str(error)}, 400)
 
 
 async def _not_ready(_request: Request, error: Exception) -> Response:
-    return Answer({"error": str(error)}, 503, headers=BUSY)
+    return _Answer({"error": str(error)}, 503, headers=BUSY)
 
 
 async def _other(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {404: "there is nothing at this address", 405: "this method is not supported"}
-    return Answer({"error": message.get(error.status_code, error.detail)}, error.status_code, headers=error.headers)
+    return _Answer({"error": message.get(error.status_code, error.detail)}, error.status_code, headers=error.headers)
 
 
 async def _bug(_request: Request, _error: Exception) -> Response:
-    return Answer({"error": "internal error of the server; see its terminal"}, 500)
+    return _Answer({"error": "internal error of the server; see its terminal"}, 500)

@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+_Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[_Message]]
+Send = Callable[[_Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 COOKIE = "cratelm_access"
@@ -58,7 +58,7 @@ class Guard:
 
         started = False
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_with_headers(message: _Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
@@ -142,9 +142,9 @@ class Guard:
         """The application, which receives the body that was read, and then whether the client disconnects."""
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            unread: list[_Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-            async def replay() -> Message:
+            async def replay() -> _Message:
                 return unread.pop() if unread else await receive()
 
             await self.app(scope, replay, send)

@@ -23,7 +23,7 @@ from cratelm.report.results.explainers import (
 from cratelm.report.results.gather import RESAMPLES, SEED, Results, matched_pairs, other_neurons, same_neurons
 from cratelm.report.tables.form import Cell, Column, Table
 
-CONTROLS = ("shuffled", "constant")
+_CONTROLS = ("shuffled", "constant")
 """By explanation, in the order of their columns."""
 KIND = (Column("Protocol"), Column("Model"), Column("Explained by"), Column("Simulated by"))
 Compared = tuple[str, list[tuple[str, ModelDifference]]]
@@ -100,7 +100,7 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
 def _missing(groups: Sequence[Measured]) -> Iterator[str]:
     """Controls that were not run for a language model, and the commands for them."""
     asked = [group for group in groups if not group.key.by_lookup and group.is_main]
-    controls = [name for name in CONTROLS if not all(find(groups, group, control=name) for group in asked)]
+    controls = [name for name in _CONTROLS if not all(find(groups, group, control=name) for group in asked)]
     if controls:
         command = f"cratelm interpret RUN --llm URL --controls {' '.join(controls)}"
         yield f"A dash under {' or '.join(controls)}: not made. Run: {command}"
@@ -112,7 +112,7 @@ def _of_other_neurons(groups: Sequence[Measured], results: Results) -> Iterator[
     """Controls that are not shown because they are of other neurons, and the commands for the right neurons."""
     mode = " --mode compat" * (results.mode == "compat")
     for group in groups:
-        for name in CONTROLS:
+        for name in _CONTROLS:
             control = find(groups, group, control=name) if group.is_main else None
             if control is not None and not same_neurons(control.layers, group.layers):
                 scores = f"{group.run.title} on {group.key.protocol}, explained by {group.key.explainer}"
@@ -136,7 +136,7 @@ def _side_by_side(results: Results, groups: Sequence[Measured]) -> Iterator[tupl
             yield (
                 key.protocol, group.run.title, key.explainer, key.simulator or key.explainer, len(group.layers),
                 model.mean, model.interval, model.scored, failed,
-                *(_control(find(groups, group, control=name), group) for name in CONTROLS),
+                *(_control(find(groups, group, control=name), group) for name in _CONTROLS),
                 lookup if key.simulator else None,
             )  # fmt: skip
 

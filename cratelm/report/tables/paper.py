@@ -16,7 +16,7 @@ COST = (LOSS, PARAMETERS, FLOPS)
 
 SCORED = Column("Scored", "share", "of those chosen")
 
-CONTROLS = (Column("Shuffled", "0.1", "points"), Column("Random-init", "0.1", "points"))
+_CONTROLS = (Column("Shuffled", "0.1", "points"), Column("Random-init", "0.1", "points"))
 
 INTERVAL = Column("95 % interval", "interval", "points")
 
@@ -91,7 +91,7 @@ def interpretability(results: Results) -> Table:
         Column("Protocol"), Column("Model"), Column("Mean", "0.01", "points"), INTERVAL,
         Column("Variance", "0.01", "points²"), Column("Mean, all layers", "0.01", "points"),
         Column("Variance, all layers", "0.01", "points²"), Column("Undefined = 0", "0.01", "points"),
-        *ORDER, SCORED, *CONTROLS, *COST,
+        *ORDER, SCORED, *_CONTROLS, *COST,
     )  # fmt: skip
     rows = [
         (name, run.title, *_aggregate_cells(run.scores[name]), *_control_cells(run, name), *_cost_cells(run))
@@ -114,7 +114,7 @@ def by_layer(results: Results) -> Table:
     columns = (
         Column("Protocol"), Column("Model"), Column("Layer", "count"), Column("Mean", "0.1", "points"), INTERVAL,
         Column("SD over neurons", "0.1", "points"), Column("Undefined = 0", "0.1", "points"), *ORDER, SCORED,
-        Column("Dead", "count"), Column("Too rare", "count"), Column("Otherwise", "count"), *CONTROLS, *COST,
+        Column("Dead", "count"), Column("Too rare", "count"), Column("Otherwise", "count"), *_CONTROLS, *COST,
     )  # fmt: skip
     rows = [
         (name, run.title, *_layer_cells(run, name, layer), *_cost_cells(run))

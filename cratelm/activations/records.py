@@ -11,7 +11,7 @@ numpy alone. `docs/formats.md` gives the layout. In short, under `RUN/records/<m
 An excerpt's position is the index of its first token in the split that was collected (`val.bin` by default).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,17 +92,14 @@ class Excerpts:
         short = max(picks, default=-1) + 1 - self.tokens.shape[1]
         source = self if short <= 0 else join([self, _absent(len(self.tokens), short, self.tokens.shape[2])])
         chosen = np.asarray(picks, dtype=np.int64)
-        return Excerpts(
-            tokens=source.tokens[:, chosen], activations=source.activations[:, chosen],
-            position=source.position[:, chosen], document=source.document[:, chosen],
-        )  # fmt: skip
+        return source._map(lambda array: array[:, chosen])
 
     def rows(self, neurons: Integer[np.ndarray, " chosen"] | slice) -> "Excerpts":
         """The same excerpts for some of the neurons."""
-        return Excerpts(
-            tokens=self.tokens[neurons], activations=self.activations[neurons],
-            position=self.position[neurons], document=self.document[neurons],
-        )  # fmt: skip
+        return self._map(lambda array: array[neurons])
+
+    def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Excerpts":
+        return Excerpts(**{name: change(getattr(self, name)) for name in self.__slots__})
 
     def crop(self, first: Int[np.ndarray, "neurons excerpts"], width: int) -> "Excerpts":
         """Keep `width` tokens from index `first` of each excerpt."""
@@ -278,10 +275,9 @@ def records_tokenizer(run: Path, mode: Mode) -> Path:
     """Path of the tokenizer next to the records. Raises CrateError if it is missing."""
     path = records_folder(run, mode) / "tokenizer.json"
     if not path.exists():
-        option = " --mode compat" if mode == "compat" else ""
         raise CrateError(
             f"{path} is missing. Copy {run / 'model' / 'tokenizer.json'} to it, or remove {path.parent} "
-            f"and run: cratelm collect {run} --data DIR{option}"
+            f"and run: {collect_command(run, mode)}"
         )
     return path
 
@@ -297,10 +293,8 @@ def read_records(run: str | Path, layer: int, *, mode: Mode = "fixed", tap: str 
     path = layer_file(run, mode, tap, layer)
     if not path.exists():
         layers = ", ".join(map(str, recorded_layers(run, mode=mode, tap=tap))) or "none"
-        option = " --mode compat" if mode == "compat" else ""
         raise CrateError(
-            f"no {mode} records of layer {layer} in {run} (found layers: {layers}). "
-            f"Run: cratelm collect {run} --data DIR{option}"
+            f"no {mode} records of layer {layer} in {run} (found layers: {layers}). Run: {collect_command(run, mode)}"
         )
     arrays = read_tensors(path, hint=_collect_again(run, mode))
     if problem := problem_of_layer(arrays):
@@ -336,6 +330,10 @@ def records_strings(run: Path, mode: Mode) -> list[str]:
     return strings
 
 
+def collect_command(run: Path, mode: Mode) -> str:
+    """The command that makes the records of a run."""
+    return f"cratelm collect {run} --data DIR{' --mode compat' if mode == 'compat' else ''}"
+
+
 def _collect_again(run: Path, mode: Mode) -> str:
-    option = " --mode compat" if mode == "compat" else ""
-    return f"Remove {records_folder(run, mode)} and run: cratelm collect {run} --data DIR{option}"
+    return f"Remove {records_folder(run, mode)} and run: {collect_command(run, mode)}"

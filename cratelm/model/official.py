@@ -18,7 +18,7 @@ from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.weight_files import plain_name, read_pickled
-from cratelm.model.weights import build
+from cratelm.model.weights import GPT2_BLOCK, build
 from cratelm.rundir import atomic_path
 
 _SHELL = {"embedding": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f"}
@@ -26,10 +26,7 @@ _BLOCK: dict[Architecture, dict[str, str]] = {
     "crate": {
         "norm_1": "prenorm_1", "mssa.subspaces": "attn.c_attn", "mssa.output": "attn.c_proj", "norm_2": "prenorm_2",
     },
-    "gpt2": {
-        "norm_1": "ln_1", "attention.query_key_value": "attn.c_attn", "attention.output": "attn.c_proj",
-        "norm_2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
-    },
+    "gpt2": GPT2_BLOCK,
 }  # fmt: skip
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _FIELDS = ("num_layers", "d_model", "num_heads", "vocab_size", "context_length")

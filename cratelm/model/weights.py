@@ -27,7 +27,7 @@ from cratelm.rundir import FORMAT_VERSION, atomic_path, check_format_version, ch
 _END_OF_TEXT = "<|endoftext|>"
 
 _GPT2_SHELL = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
-_GPT2_BLOCK = {
+GPT2_BLOCK = {
     "norm_1": "ln_1", "attention.query_key_value": "attn.c_attn", "attention.output": "attn.c_proj",
     "norm_2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
 }  # fmt: skip
@@ -296,13 +296,13 @@ def _gpt2_module(module: str) -> str:
     if module in _GPT2_SHELL:
         return f"transformer.{_GPT2_SHELL[module]}"
     _, layer, inner = module.split(".", 2)
-    return f"transformer.h.{layer}.{_GPT2_BLOCK[inner]}"
+    return f"transformer.h.{layer}.{GPT2_BLOCK[inner]}"
 
 
 def _from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`GPT2LMHeadModel`'s names and layout to ours; mask buffers are left out."""
     shell = {theirs: ours for ours, theirs in _GPT2_SHELL.items()}
-    block = {theirs: ours for ours, theirs in _GPT2_BLOCK.items()}
+    block = {theirs: ours for ours, theirs in GPT2_BLOCK.items()}
     renamed = {}
     for full_name, tensor in state.items():
         name = full_name.removeprefix("transformer.")

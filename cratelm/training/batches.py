@@ -3,9 +3,9 @@
 The rows of a batch are a function of seed, step and process (`sample_batch`), independent of the thread.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -33,17 +33,18 @@ class Batches:
         self.vocab_size = vocab_size
         self.config, self.tokens, self.rows, self.device = config, tokens, rows, device
         self.size = min(config.micro_batch, len(rows))
-        self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=ahead)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._read, args=(first,), name="batches", daemon=True)
+        micros = ((step, micro) for step in range(first, config.steps) for micro in range(self.per_step))
+        self._unread, self._ahead = micros, ahead
+        self._ready: deque[Future[MicroBatch]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def __enter__(self) -> "Batches":
-        self._thread.start()
+        for _ in range(self._ahead):
+            self._read_next()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
 
     @property
     def per_step(self) -> int:
@@ -57,24 +58,19 @@ class Batches:
     def step(self) -> Iterator[MicroBatch]:
         """The micro-batches of the next step."""
         for _ in range(self.per_step):
-            batch = self._ready.get()
-            if isinstance(batch, BaseException):
-                raise batch
-            inputs, targets = batch
+            assert self._ready, "there is no batch after the last step"
+            inputs, targets = self._ready.popleft().result()
+            self._read_next()
             yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def _read(self, first: int) -> None:
-        try:
-            for step in range(first, self.config.steps):
-                for micro in range(self.per_step):
-                    if not self._put(self._cut(step, self.micro_rows(micro))):
-                        return
-            self._put(IndexError("there is no batch after the last step"))
-        except BaseException as error:  # raised again by `step`, which waits for a batch
-            self._put(error)
+    def _read_next(self) -> None:
+        """Let the thread cut the next micro-batch, if there is one."""
+        if (number := next(self._unread, None)) is not None:
+            self._ready.append(self._thread.submit(self._cut, *number))
 
-    def _cut(self, step: int, rows: range) -> MicroBatch:
-        batch = sample_batch(self.tokens, seed=self.config.seed, step=step, rows=rows, context=self.config.context)
+    def _cut(self, step: int, micro: int) -> MicroBatch:
+        config, rows = self.config, self.micro_rows(micro)
+        batch = sample_batch(self.tokens, seed=config.seed, step=step, rows=rows, context=config.context)
         if (largest := max(int(part.max()) for part in batch)) >= self.vocab_size:
             raise CrateError(
                 f"the training tokens must have ids below {self.vocab_size}, the size of the vocabulary; got {largest} "
@@ -84,12 +80,3 @@ class Batches:
         if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
             return inputs.pin_memory(), targets.pin_memory()
         return inputs, targets
-
-    def _put(self, item: MicroBatch | BaseException) -> bool:
-        while not self._ended.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False

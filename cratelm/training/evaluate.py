@@ -46,22 +46,6 @@ class LossesByDocument:
     """Predicted tokens of each."""
 
 
-def evaluate(
-    model: LanguageModel,
-    tokens: Integer[np.ndarray, " stream"],
-    documents: Int[np.ndarray, " bounds"],
-    *,
-    text_bytes: int,
-    batch: int = 16,
-    bar: ProgressBar,
-) -> Evaluation:
-    """Predict each token of a stream once, in non-overlapping sequences of the model's context.
-
-    `documents` holds where each document starts, and the end of the last.
-    """
-    return summarise(document_losses(model, tokens, documents, batch=batch, bar=bar), text_bytes=text_bytes)
-
-
 @torch.inference_mode()
 def document_losses(
     model: LanguageModel,
@@ -71,7 +55,11 @@ def document_losses(
     batch: int,
     bar: ProgressBar,
 ) -> LossesByDocument:
-    """The summed loss and the number of predicted tokens of every document."""
+    """The summed loss and the number of predicted tokens of every document.
+
+    Each token is predicted once, in non-overlapping sequences of the model's context. `documents` holds where each
+    document starts, and the end of the last.
+    """
     if len(tokens) < 2:
         raise CrateError(f"a text must have at least 2 tokens, got {len(tokens)}. Tokenize more text")
     count = len(documents) - 1

@@ -21,7 +21,7 @@ from cratelm.data.tokenizer import end_of_text_id
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import progress_bar
-from cratelm.training.evaluate import Evaluation, evaluate
+from cratelm.training.evaluate import Evaluation, document_losses, summarise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ def token_loss(
         bounds = np.append(np.arange(1, len(stream), model.config.context_length), len(stream))
     size = sum(len(text.encode()) for text in texts)
     with progress_bar(what, total=len(stream)) as bar:
-        return evaluate(model, stream, bounds, text_bytes=size, batch=batch, bar=bar)
+        return summarise(document_losses(model, stream, bounds, batch=batch, bar=bar), text_bytes=size)
 
 
 def _stream(encoded: Sequence[Sequence[int]], end: int) -> Iterator[int]:

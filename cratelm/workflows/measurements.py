@@ -5,6 +5,7 @@ The command passes them to the training as functions, so that `training/` does n
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -138,22 +139,16 @@ def _some_neurons(model: "LanguageModel", neurons: int) -> "Subject":
     """The model as a `Subject` with only some neurons of each layer, evenly spaced."""
     import torch
 
-    from cratelm.activations.subject import Subject
-    from cratelm.activations.taps import capture
+    from cratelm.activations.observe import observe
 
-    taps, total = model.neuron_taps, model.config.num_neurons
+    subject, total = observe(model, model_hash=""), model.config.num_neurons
     count = min(neurons, total)
     index = torch.arange(count, device=model.device) * total // count
 
     def forward(tokens: "torch.Tensor") -> dict[int, "torch.Tensor"]:
-        with torch.inference_mode(), capture(model, taps) as codes:
-            model.features(tokens)
-        return {layer: codes[tap][..., index].float() for layer, tap in enumerate(taps)}
+        return {layer: code[..., index] for layer, code in subject.forward(tokens).items()}
 
-    return Subject(
-        forward=forward, layers=dict.fromkeys(range(len(taps)), count), context=model.config.context_length,
-        tap="neurons", identity={},
-    )  # fmt: skip
+    return replace(subject, forward=forward, layers=dict.fromkeys(subject.layers, count), decoders=None)
 
 
 def _points(run: Path, layers: tuple[int, ...], strings: list[str]) -> dict[str, float]:

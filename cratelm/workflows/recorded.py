@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cratelm.activations.records import Mode, recorded_layers, recorded_taps
+from cratelm.activations.records import Mode, collect_command, recorded_layers, recorded_taps
 from cratelm.errors import CrateError
 
 
@@ -17,7 +17,7 @@ def find_layers(run: Path, mode: Mode, tap: str, wanted: Sequence[int] = ()) -> 
     """The wanted layers, by default all that have records. Raises CrateError for a layer without records."""
     check_run_exists(run)
     recorded = recorded_layers(run, mode=mode, tap=tap)
-    collect = f"cratelm collect {run} --data DIR{' --mode compat' if mode == 'compat' else ''}"
+    collect = collect_command(run, mode)
     if not recorded and (taps := recorded_taps(run, mode=mode)):
         flag = f"--sae {tap.removeprefix('sae-')}" if tap.startswith("sae-") else f"--tap {tap}"
         raise CrateError(

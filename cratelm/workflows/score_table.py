@@ -1,7 +1,7 @@
 """The tables of scores that `interpret` and `score` print: by protocol and layer, 80 columns wide."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,11 +51,18 @@ def print_scores(run: Path, selection: Selection, templates: Sequence[SetKey]) -
 def heading(run: Path, key: SetKey) -> list[str]:
     """Run, mode, explainer and simulator of a table, in lines of 80 columns."""
     of_tap = "" if key.tap == "neurons" else f", {key.tap}"
-    parts = [f"{run.name}{of_tap} ({key.mode} mode", f"explained by {key.explainer}"]
-    parts += [f"simulated by {key.simulator}"] if key.simulator else []
-    parts += [f"explanation {key.sample + 1}"] if key.sample else []
-    parts += [f"control: {key.control} explanations"] if key.control else []
-    return set_words(parts)
+    simulated = [f"simulated by {key.simulator}"] if key.simulator else []
+    return set_words([f"{run.name}{of_tap} ({key.mode} mode", *simulated, *explained_by(key)])
+
+
+def explained_by(key: SetKey) -> Iterator[str]:
+    """Which explanations a set is about, in parts of a heading."""
+    if key.explainer:
+        yield f"explained by {key.explainer}"
+    if key.sample:
+        yield f"explanation {key.sample + 1}"
+    if key.control:
+        yield f"control: {key.control} explanations"
 
 
 def set_words(parts: Sequence[str]) -> list[str]:

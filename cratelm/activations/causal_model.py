@@ -7,7 +7,7 @@ cost from this adapter, so it need not know which kind of model it has.
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from cratelm.activations.places import (
 from cratelm.activations.taps import INPUT, find_tap
 from cratelm.data.tokenizer import end_of_text_id
 from cratelm.errors import CrateError
-from cratelm.model.generate import Reader
+from cratelm.model.generate import Reader, TextReader
 from cratelm.model.language_model import LanguageModel
 from cratelm.model.loss import rows_at_once
 
@@ -36,13 +36,6 @@ USUAL_CONTEXT = 1024
 
 LossesFrom = Callable[[int, Float[Tensor, "batch seq d_model"], Int[Tensor, "batch seq"]], Tensor]
 """(layer, the stream that its block reads, targets) -> cross-entropy of every target, in nats."""
-
-
-@runtime_checkable
-class TextReader(Protocol):
-    """Computes the logits after a growing text, reading only the new tokens."""
-
-    def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch vocab"]: ...
 
 
 class CausalModel(ABC):
@@ -167,7 +160,7 @@ class CausalModel(ABC):
     def reader(
         self, *, longest: int, mask: Bool[Tensor, "batch seq"] | None, slide: int, use_cache: bool
     ) -> TextReader:
-        """A reader of a growing text of at most `longest` tokens; `model.generate.Reader` explains `slide`."""
+        """A reader of a growing text of at most `longest` tokens; `model.generate.TextReader` explains `slide`."""
 
     def read(self, tokens: Int[Tensor, "batch seq"], places: Collection[str]) -> None:
         """Run a forward pass through all places (for hooks there), without the head and the layers behind them."""

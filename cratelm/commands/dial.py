@@ -19,7 +19,7 @@ from cratelm.errors import CrateError
 from cratelm.report.tables.form import write_tables
 from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
-from cratelm.workflows.naming import report_folder
+from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.opening import open_own
 from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.printed_tables import print_tables
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     write_tables((table,), out)
     write_figures(dial_figures(dials), out)
     print_tables((table,))
-    print(f"{(out / 'dial.svg') if not out.is_relative_to('..') else (out / 'dial.svg').resolve()}")
+    print(shown_path(out / "dial.svg"))
 
 
 def _settings(options: Options) -> "Iterator[tuple[str, Setting]]":

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from cratelm.errors import CrateError
 from cratelm.report.tables.form import Table, written
-from cratelm.workflows.naming import report_folder
+from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.options.arguments import Runs
 
 
@@ -55,7 +55,9 @@ def run(options: Options) -> None:
         from cratelm.report.browser.site import write_site
 
         _refuse_ignored(options)
-        _print_path(write_site(options.runs, options.out or report_folder(options.runs, "site"), mode=options.mode))
+        print(
+            shown_path(write_site(options.runs, options.out or report_folder(options.runs, "site"), mode=options.mode))
+        )
     else:
         _report(options)
 
@@ -97,7 +99,7 @@ def _report(options: Options) -> None:
     for sentence in contents.sentences:
         console.print(f"\n{sentence}")
     print()
-    _print_path(page)
+    print(shown_path(page))
 
 
 def _printed(table: "Table", caption: str) -> "RichTable":
@@ -110,7 +112,3 @@ def _printed(table: "Table", caption: str) -> "RichTable":
         texts = [written(cell, column.style) for cell, column in zip(row, table.columns, strict=True)]
         grid.add_row(*(Text(text.replace(" [", "\n[")) for text in texts))
     return grid
-
-
-def _print_path(page: Path) -> None:
-    print(page if not page.is_relative_to("..") else page.resolve())

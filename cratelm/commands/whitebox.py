@@ -16,7 +16,7 @@ from cratelm.errors import CrateError, check_least
 from cratelm.report.tables.form import write_tables
 from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
-from cratelm.workflows.naming import report_folder
+from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.opening import open_own
 from cratelm.workflows.options.arguments import Runs
 from cratelm.workflows.printed_tables import print_tables
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     write_tables(tables, out)
     write_figures(whitebox_figures(views), out)
     print_tables(tables)
-    print(f"\n{(out / 'whitebox.svg') if not out.is_relative_to('..') else (out / 'whitebox.svg').resolve()}")
+    print(f"\n{shown_path(out / 'whitebox.svg')}")
 
 
 def whitebox_run(folder: Path, options: Options, count: int | None) -> None:

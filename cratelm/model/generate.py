@@ -1,6 +1,7 @@
 """Generation: the cache, reading a growing text, sampling the next token; used by `LanguageModel.generate`."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -85,54 +86,69 @@ class Predictor(Protocol):
     ) -> Float[Tensor, "batch vocab"]: ...
 
 
-class Reader:
+class TextReader(ABC):
     """Gives the logits after a text that grows a token at a time, reading only what is new.
 
     Positions are learned, so they cannot slide under a cache: once the context is full, the oldest `slide` tokens are
     forgotten and the rest is read again.
     """
 
-    def __init__(
-        self,
-        model: Predictor,
-        *,
-        longest: int,
-        mask: Bool[Tensor, "batch seq"] | None,
-        slide: int,
-        use_cache: bool,
-    ) -> None:
-        context = model.config.context_length
-        self.model, self.use_cache = model, use_cache
-        self.mask = None if mask is None or bool(mask.all()) else mask
-        self.capacity = min(context, longest)
-        self.slide = slide
-        if not 1 <= self.slide <= context:
-            raise CrateError(f"slide is {slide}, possible are 1 to the context, {context}")
+    def __init__(self, context: int, *, mask: Bool[Tensor, "batch seq"] | None, slide: int) -> None:
+        if not 1 <= slide <= context:
+            raise CrateError(f"slide must be 1 to {context} (the context), got {slide}")
         if mask is not None and not bool(mask[:, -1].all()):
             raise CrateError("a prompt ends in padding. Pad on the left, and give mask=False there")
+        self.context, self.slide = context, slide
+        self.mask = None if mask is None or bool(mask.all()) else mask
         self.start: int | None = None
-        self.cache: Cache | None = None
+        """Index of the first token that is not forgotten; None before the first call."""
 
     def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch vocab"]:
         """Logits after all of `tokens`, which begin with those of the last call."""
-        count, context = tokens.shape[1], self.model.config.context_length
+        count = tokens.shape[1]
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, count - self.mask.shape[1]), value=True)
         if self.start is None:
-            self.start = max(0, count - context)
-        elif count - self.start > context:
-            self.start = count - (context - self.slide + 1)
-            self.cache = None
-        read = self.start
+            self.start = max(0, count - self.context)
+        elif count - self.start > self.context:
+            self.start = count - (self.context - self.slide + 1)
+            self.forget()
+        return self.read(tokens, self.start)
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Empty the cache."""
+
+    @abstractmethod
+    def read(self, tokens: Int[Tensor, "batch seq"], start: int) -> Float[Tensor, "batch vocab"]:
+        """Logits after the tokens from index `start` on, of which the cache may hold the first ones."""
+
+
+class Reader(TextReader):
+    """The reader of a `LanguageModel`, with our cache."""
+
+    def __init__(
+        self, model: Predictor, *, longest: int, mask: Bool[Tensor, "batch seq"] | None, slide: int, use_cache: bool
+    ) -> None:
+        super().__init__(model.config.context_length, mask=mask, slide=slide)
+        self.model, self.use_cache, self.capacity = model, use_cache, min(self.context, longest)
+        self.cache: Cache | None = None
+
+    def forget(self) -> None:
+        """Drop the cache."""
+        self.cache = None
+
+    def read(self, tokens: Int[Tensor, "batch seq"], start: int) -> Float[Tensor, "batch vocab"]:
+        """Logits after the tokens from index `start` on."""
         if self.cache is not None:
-            read += self.cache.length
+            start += self.cache.length
         elif self.use_cache:
             self.cache = Cache(
                 self.model.config, batch=len(tokens), capacity=self.capacity, device=tokens.device,
                 dtype=cache_type(self.model.device),
             )  # fmt: skip
-        mask = None if self.mask is None else self.mask[:, read:]
-        return self.model.last_logits(tokens[:, read:], mask=mask, cache=self.cache)
+        mask = None if self.mask is None else self.mask[:, start:]
+        return self.model.last_logits(tokens[:, start:], mask=mask, cache=self.cache)
 
 
 def cache_type(device: torch.device) -> torch.dtype:

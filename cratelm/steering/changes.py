@@ -15,7 +15,25 @@ CHANGE_EXAMPLES = "1/85=set:2x, 1/85=add:0.5, 1/85=scale:0, 1/85=clamp:0..1 or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class ChangedNeuron:
+    """A neuron, or a latent of a sparse autoencoder, and how it changes."""
+
+    layer: int
+    """Zero-based."""
+    index: int
+    """Zero-based, within the layer."""
+    how: How
+    latent: bool = False
+    """Whether `index` names a latent of the layer's sparse autoencoder."""
+
+    @property
+    def name(self) -> str:
+        """`1/85`, or `sae:1/85` for a latent."""
+        return f"{SAE if self.latent else ''}{self.layer}/{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change(ChangedNeuron):
     """A change of the activation of one neuron, or of one latent of a sparse autoencoder.
 
     | how     | new activation               | identity at             |
@@ -27,22 +45,10 @@ class Change:
     | silence | 0                            |                         |
     """
 
-    layer: int
-    """Zero-based."""
-    index: int
-    """Zero-based, within the layer."""
-    how: How
     value: float | int = 0.0
     """In activation units; a factor for `scale`, the lower bound for `clamp`."""
     most: float | int = math.inf
     """The upper bound for `clamp`, in activation units."""
-    latent: bool = False
-    """Whether `index` names a latent of the layer's sparse autoencoder."""
-
-    @property
-    def name(self) -> str:
-        """`1/85`, or `sae:1/85` for a latent."""
-        return f"{SAE if self.latent else ''}{self.layer}/{self.index}"
 
     def __str__(self) -> str:
         match self.how:
@@ -74,25 +80,16 @@ class Strength:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChangeRequest:
+class ChangeRequest(ChangedNeuron):
     """A change as the user wrote it, with strengths that may be relative."""
 
-    layer: int
-    index: int
-    how: How
     strengths: tuple[Strength, ...]
     """Two bounds for `clamp`, none for `silence` or if a sweep sets it, otherwise one."""
-    latent: bool = False
 
     @property
     def needs_maximum(self) -> bool:
         """Whether a strength is relative to the neuron's maximum."""
         return any(strength.of_maximum for strength in self.strengths)
-
-    @property
-    def name(self) -> str:
-        """`1/85`, or `sae:1/85` for a latent."""
-        return f"{SAE if self.latent else ''}{self.layer}/{self.index}"
 
     def resolve(self, maximum: float | int | None = None) -> Change:
         """The change in activation units; `maximum` is the neuron's, required for relative strengths."""
@@ -181,7 +178,7 @@ def parse_strengths(text: str) -> tuple[Strength, ...]:
     return tuple(sorted(strengths, key=lambda strength: strength.number))
 
 
-def check_indices(requests: Sequence[ChangeRequest | Change], sizes: Mapping[int, int], what: str = "neurons") -> None:
+def check_indices(requests: Sequence[ChangedNeuron], sizes: Mapping[int, int], what: str = "neurons") -> None:
     """Raise `CrateError` for a layer or index that does not exist; `sizes` is layer -> number of neurons or latents."""
     for request in requests:
         layer, size = request.layer, sizes.get(request.layer)

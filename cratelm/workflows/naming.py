@@ -27,6 +27,11 @@ def steering_name(kind: str, opened: "OpenModel", prompts: Sequence[Sequence[int
     return result_name(words, (opened.name, [list(prompt) for prompt in prompts], settings), kind=kind)
 
 
+def shown_path(path: Path) -> Path:
+    """A path to print: relative below the working directory, otherwise absolute."""
+    return path.resolve() if path.is_relative_to("..") else path
+
+
 def report_folder(runs: Sequence[Path], name: str = "report") -> Path:
     """A folder of this name in the folder that holds all the runs; in the run itself if there is one."""
     if len(runs) == 1:

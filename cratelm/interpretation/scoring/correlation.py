@@ -41,7 +41,7 @@ NO_EXPLANATION, NO_SIMULATION = "explanation failed", "simulation failed"
 """Reasons: the language model gave no usable answer; the table `failures` has the answer."""
 NOT_CHOSEN = "not sampled"
 """Reason: the neuron was not chosen."""
-_MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
+SCORE_MEASURES = ("correlation", "r_squared", "absolute_deviation", "spearman", "auroc")
 """Fields of `LayerScores` that are undefined for a neuron without a score."""
 COUNTS = ("tokens", "excerpts", "sums")
 """Fields of `LayerScores` that are 0 for a neuron without a score."""
@@ -122,7 +122,7 @@ class LayerScores:
         reason[self.neuron] = self.reason
         return LayerScores(
             layer=self.layer, neuron=np.arange(num_neurons), reason=tuple(reason),
-            **{name: spread(name, np.nan) for name in _MEASURES}, **{name: spread(name, 0.0) for name in COUNTS},
+            **{name: spread(name, np.nan) for name in SCORE_MEASURES}, **{name: spread(name, 0.0) for name in COUNTS},
         )  # fmt: skip
 
 

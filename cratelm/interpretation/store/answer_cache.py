@@ -29,7 +29,7 @@ from cratelm.runtime import console
 
 DECLINED = "declined"
 """Key of a cached refusal: the model's message."""
-_Row = tuple[str, str, int, int, str, bytes]
+CallRow = tuple[str, str, int, int, str, bytes]
 """A row of the table `calls`."""
 BUSY_ATTEMPTS = 5
 """Attempts to write answers while another process holds the store."""
@@ -48,7 +48,7 @@ class Cached(LLMWrapper):
         self._slots: tuple[Any, asyncio.Semaphore] | None = None
         self._asking: dict[str, Answer] = {}
         self._working: set[asyncio.Task[None]] = set()
-        self._unwritten: list[tuple[_Row, asyncio.Future[None]]] = []
+        self._unwritten: list[tuple[CallRow, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._noted, self._ending = set[str](), False
 
@@ -150,7 +150,7 @@ class Cached(LLMWrapper):
         else:
             future.set_result(answer)
 
-    async def _keep(self, row: _Row) -> None:
+    async def _keep(self, row: CallRow) -> None:
         """Wait until the row is on disk. Rows that arrive during a transaction are written in the next one."""
         written = asyncio.get_running_loop().create_future()
         self._unwritten.append((row, written))
@@ -212,17 +212,17 @@ def unsupported_note(identity: str) -> str:
     return f"unsupported parameters of {identity}"
 
 
-def answer_row(key: str, model: str, answer: Mapping[str, Any]) -> _Row:
+def answer_row(key: str, model: str, answer: Mapping[str, Any]) -> CallRow:
     """The row of an answer, or of a refusal."""
     return _row(key, model, int(answer["prompt_tokens"]), int(answer.get("new_tokens", 1)), answer)
 
 
-def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> _Row:
+def lost_row(model: str, prompt_tokens: int, new_tokens: int) -> CallRow:
     """A row that records the cost of a call without a usable answer; it is never a cache hit."""
     return _row(secrets.token_hex(20), model, prompt_tokens, new_tokens, {})
 
 
-def _row(key: str, model: str, prompt_tokens: int, new_tokens: int, answer: Mapping[str, Any]) -> _Row:
+def _row(key: str, model: str, prompt_tokens: int, new_tokens: int, answer: Mapping[str, Any]) -> CallRow:
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = zlib.compress(json.dumps(answer, ensure_ascii=False).encode(), 6)
     return key, model, prompt_tokens, new_tokens, date, content
@@ -255,7 +255,7 @@ def is_cached(store: Store, key: str) -> bool:
         return connection.execute("SELECT 1 FROM calls WHERE hash = ?", [key]).fetchone() is not None
 
 
-def add_calls(store: Store, rows: Sequence[_Row]) -> None:
+def add_calls(store: Store, rows: Sequence[CallRow]) -> None:
     """Write answers, with `BUSY_ATTEMPTS` attempts while another process holds the store: they are paid for."""
     for attempt in range(1, BUSY_ATTEMPTS + 1):
         try:
@@ -268,7 +268,7 @@ def add_calls(store: Store, rows: Sequence[_Row]) -> None:
             return
 
 
-def add_new_calls(store: Store, rows: Sequence[_Row]) -> int:
+def add_new_calls(store: Store, rows: Sequence[CallRow]) -> int:
     """Write the answers that are not in the store yet. Returns their number."""
     with store.transaction() as connection:
         connection.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)

@@ -12,7 +12,7 @@ from cratelm.activations.records import LayerRecords, read_records, records_stri
 from cratelm.interpretation.explainers.explanation import DEAD
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.scoring.correlation import _MEASURES, NOT_CHOSEN, LayerScores
+from cratelm.interpretation.scoring.correlation import SCORE_MEASURES, NOT_CHOSEN, LayerScores
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.listing import sets_of
 from cratelm.interpretation.store.schema import SetKey
@@ -200,7 +200,7 @@ def _explanations(view: LayerView, index: int) -> list[dict[str, Any]]:
 
 
 def _score(view: LayerView, key: SetKey, scores: LayerScores, index: int) -> dict[str, Any]:
-    return {name: number(getattr(scores, name)[index]) for name in _MEASURES} | {
+    return {name: number(getattr(scores, name)[index]) for name in SCORE_MEASURES} | {
         "protocol": key.protocol, "simulator": key.simulator, "reason": scores.reason[index],
         "tokens": int(scores.tokens[index]), "excerpts": int(scores.excerpts[index]),
         "firing": view.measures.firing_of(key, index),

@@ -167,7 +167,7 @@ def test_an_answer_is_on_disk_before_anybody_has_it(store: Store, monkeypatch: p
     batches, held = [], threading.Event()
     write = calls.add_calls
 
-    def slow(store: Store, rows: Sequence[calls.Row]) -> None:
+    def slow(store: Store, rows: Sequence[calls.CallRow]) -> None:
         batches.append(len(rows))
         held.wait(0.05)
         write(store, rows)
@@ -274,7 +274,7 @@ def test_answers_that_wait_to_be_written_are_no_more_than_are_in_flight(
     behind: list[int] = []
     batches: list[int] = []
 
-    def slow(to: Store, rows: Sequence[calls.Row]) -> None:
+    def slow(to: Store, rows: Sequence[calls.CallRow]) -> None:
         held = threading.Event()
         held.wait(0.02)
         with to.transaction() as connection:

@@ -93,7 +93,7 @@ def test_help_of_a_command_teaches_its_flags(ledger_runs: Any, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--steps", "many"], "--steps"),
         (["--steps", "1", "--stesp", "2"], "--stesp"),
@@ -102,7 +102,7 @@ def test_help_of_a_command_teaches_its_flags(ledger_runs: Any, capsys: pytest.Ca
     ],
 )
 def test_a_wrong_flag_gets_one_line(
-    flags: list[str], said: str, ledger_runs: Any, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, ledger_runs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger_runs(lambda _: pytest.fail("the command ran"))
     assert cli.main(["ledger", *flags]) == 2
@@ -110,7 +110,7 @@ def test_a_wrong_flag_gets_one_line(
     assert out == ""
     assert err.startswith("error: ")
     assert err.endswith("Run: cratelm ledger --help\n")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not set(err) & set("│╭╰─")
 

@@ -116,4 +116,4 @@ def _classes(annotation: Any) -> list[type]:
         return _classes(get_args(annotation)[0])
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _classes(part)]
+    return [result for part in get_args(annotation) for result in _classes(part)]

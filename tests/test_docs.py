@@ -57,21 +57,21 @@ def test_the_examples_of_the_readme_and_of_the_python_page_run(
         exec(compile(block, "README.md", "exec"), readme)
     assert readme["logits"].shape == (*readme["tokens"].shape, readme["model"].config.vocab_size)
     assert capsys.readouterr().out.startswith(f"neuron {readme['neuron']}: ")
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for number, block in enumerate(blocks(REPOSITORY / "docs" / "python.md", "python")):
-        exec(compile(block, f"docs/python.md, block {number}", "exec"), found)
-    model, tokens, length = found["model"], found["tokens"], found["tokens"].shape[1]
-    assert found["logits"].shape == (1, length, model.config.vocab_size)
-    assert found["longer"].shape == found["steered"].shape == (1, length + 20)
-    assert torch.equal(found["longer"][:, :length], tokens)
-    assert {tap: tuple(code.shape) for tap, code in found["codes"].items()} == {
+        exec(compile(block, f"docs/python.md, block {number}", "exec"), result)
+    model, tokens, length = result["model"], result["tokens"], result["tokens"].shape[1]
+    assert result["logits"].shape == (1, length, model.config.vocab_size)
+    assert result["longer"].shape == result["steered"].shape == (1, length + 20)
+    assert torch.equal(result["longer"][:, :length], tokens)
+    assert {tap: tuple(code.shape) for tap, code in result["codes"].items()} == {
         f"blocks.{layer}.ista.neurons": (1, length, 64) for layer in (0, 1)
     }
-    correlation = found["scores"].correlation
-    assert correlation[found["best"]].tolist() == sorted(correlation[~np.isnan(correlation)], reverse=True)[:5]
-    said = capsys.readouterr().out
-    assert found["explanation"].text in said
-    assert "no fixed records of layer 99" in said
+    correlation = result["scores"].correlation
+    assert correlation[result["best"]].tolist() == sorted(correlation[~np.isnan(correlation)], reverse=True)[:5]
+    printed = capsys.readouterr().out
+    assert result["explanation"].text in printed
+    assert "no fixed records of layer 99" in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -79,9 +79,9 @@ def test_every_command_in_the_documentation_is_one_that_runs(page: Path) -> None
     for words in commands(page):
         if words == ["--help"]:
             continue
-        found = cli.split_verb(words)
-        assert found is not None, f"cratelm {' '.join(words)}"
-        verb, rest = found
+        result = cli.split_verb(words)
+        assert result is not None, f"cratelm {' '.join(words)}"
+        verb, rest = result
         module = importlib.import_module(cli.command_module(verb))
         options = cli._parse(module, verb, rest)
         assert isinstance(options, module.Options), f"cratelm {verb} {' '.join(rest)}"
@@ -107,26 +107,26 @@ def recipe(tmp_path: Path, name: str) -> list[list[str]]:
 
 
 def test_the_recipe_of_the_demo_does_what_the_demo_does(tmp_path: Path) -> None:
-    found: dict[str, list[Any]] = {}
+    result: dict[str, list[Any]] = {}
     for verb, *rest in recipe(tmp_path, "demo.sh"):
         module = importlib.import_module(cli.command_module(verb))
-        found.setdefault(verb, []).append(cli._parse(module, verb, rest))
+        result.setdefault(verb, []).append(cli._parse(module, verb, rest))
     out = demo.Options().out
     models = tuple(out / f"{arch}-2l" for arch in demo.COMPARED_ARCHITECTURES)
     controls = tuple(one.with_name(f"{one.name}-random") for one in models)
-    (tokens,) = found["tokenize"]
+    (tokens,) = result["tokenize"]
     assert (tokens.sources, tokens.tokenizer, tokens.held_out) == (demo.SOURCE, demo.TOKENIZER, demo.HELD_OUT)
-    trained = [one for one in found["train"] if one.control_of is None]
+    trained = [one for one in result["train"] if one.control_of is None]
     assert [(one.out, one.arch, one.size) for one in trained] == [
         (model, arch, "2l") for model, arch in zip(models, demo.COMPARED_ARCHITECTURES, strict=True)
     ]
     assert all(one.training == demo.training(demo.Options().tokens) for one in trained)
-    written = [(one.control_of, one.out) for one in found["train"] if one.control_of is not None]
+    written = [(one.control_of, one.out) for one in result["train"] if one.control_of is not None]
     assert written == list(zip(models, controls, strict=True))
     for verb in ("evaluate", "collect"):
-        assert [(one.runs, one.data) for one in found[verb]] == [(models + controls, out / "tokens")]
-    assert [(one.runs, one.controls) for one in found["interpret"]] == [(models, ("shuffled",)), (controls, ())]
-    assert [(one.runs, one.out) for one in found["report"]] == [(models + controls, out / "report")]
+        assert [(one.runs, one.data) for one in result[verb]] == [(models + controls, out / "tokens")]
+    assert [(one.runs, one.controls) for one in result["interpret"]] == [(models, ("shuffled",)), (controls, ())]
+    assert [(one.runs, one.out) for one in result["report"]] == [(models + controls, out / "report")]
 
 
 def test_the_readmes_own_text_is_trained_on_at_a_laptops_size() -> None:

@@ -27,9 +27,9 @@ def reader() -> dict[str, Any]:
     block = PAGE.split("```python\n")[1].split("```")[0]
     assert "cratelm" not in re.sub('".*?"', "", block)
     assert len([line for line in block.splitlines() if line.strip()]) <= 30
-    found: dict[str, Any] = {}
-    exec(compile(block, "docs/formats.md", "exec"), found)
-    return found
+    result: dict[str, Any] = {}
+    exec(compile(block, "docs/formats.md", "exec"), result)
+    return result
 
 
 @pytest.mark.parametrize("mode", ["fixed", "compat"])
@@ -43,9 +43,9 @@ def test_the_reader_of_the_page_reads_what_cratelm_reads(mode: Mode, tmp_path: P
             np.testing.assert_array_equal(tensors[name], values)
         for index in range(records.num_neurons):
             for (width, split, kind), expected in records[index].excerpts.items():
-                found = list(functions["excerpts"](folder, "neurons", layer, index, f"{width}.{split}.{kind}"))
-                assert len(found) == len(expected)
-                for (document, tokens, activations), excerpt in zip(found, expected, strict=True):
+                result = list(functions["excerpts"](folder, "neurons", layer, index, f"{width}.{split}.{kind}"))
+                assert len(result) == len(expected)
+                for (document, tokens, activations), excerpt in zip(result, expected, strict=True):
                     assert document == excerpt.document
                     np.testing.assert_array_equal(tokens, excerpt.tokens)
                     np.testing.assert_array_equal(activations, excerpt.activations)
@@ -88,11 +88,11 @@ def test_a_collected_run_is_listed_and_exported_with_what_only_collections_have(
     collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["neurons", str(collected), "--neuron", "3"]) == 0
-    said = capsys.readouterr().out.replace("\n", " ")
+    printed = capsys.readouterr().out.replace("\n", " ")
     records = read_records(collected, 0)
     nearest = records.tables["similar_neuron"][3][0]
-    assert f"nearest by what they write (cosine): {nearest} ({records.tables['similar_cosine'][3][0]:.2f})" in said
-    assert f"nearest by when they fire (Jaccard): {records.tables['cofiring_neuron'][3][0]} " in said
+    assert f"nearest by what they write (cosine): {nearest} ({records.tables['similar_cosine'][3][0]:.2f})" in printed
+    assert f"nearest by when they fire (Jaccard): {records.tables['cofiring_neuron'][3][0]} " in printed
     for form in ("neuronpedia", "neuronrecord", "csv"):
         assert main(["export", str(collected), "--format", form, "--layer", "0", "--out", str(tmp_path / form)]) == 0
     (batch,) = (tmp_path / "neuronpedia" / "tiny" / "0-cratelm-neurons" / "features").iterdir()

@@ -100,36 +100,36 @@ def internal_imports(root: Path, file: Path) -> Iterator[tuple[int, str]]:
 
 
 def upward_imports(root: Path) -> list[str]:
-    found = []
+    result = []
     for file in files(root, "cratelm"):
         here = module_name(root, file).split(".")[1]
         if here == "__init__":  # the public surface, whose names are imported when they are used
             continue
         if here not in FLOORS:
-            found.append(f"{file}: {here} has no floor in tests/test_house.py")
+            result.append(f"{file}: {here} has no floor in tests/test_house.py")
             continue
         for line, name in internal_imports(root, file):
             there = name.split(".")[1] if "." in name else "the public surface"
             if there != here and not FLOORS.get(there, 9.0) < FLOORS[here]:
-                found.append(f"{file}:{line}: {here} imports {there}")
-    return found
+                result.append(f"{file}:{line}: {here} imports {there}")
+    return result
 
 
 def upward_imports_in_report(root: Path) -> list[str]:
-    found = []
+    result = []
     for file in files(root, "cratelm/report"):
         here = ".".join(module_name(root, file).split(".")[2:3])
         if here == "__init__":
             continue
         if here not in REPORT_FLOORS:
-            found.append(f"{file}: report.{here} has no floor in tests/test_house.py")
+            result.append(f"{file}: report.{here} has no floor in tests/test_house.py")
             continue
         for line, name in internal_imports(root, file):
             room, _, inside = name.removeprefix("cratelm.").partition(".")
             there = inside.partition(".")[0]
             if room == "report" and there != here and not REPORT_FLOORS.get(there, 9) < REPORT_FLOORS[here]:
-                found.append(f"{file}:{line}: report.{here} imports report.{there}")
-    return found
+                result.append(f"{file}:{line}: report.{here} imports report.{there}")
+    return result
 
 
 def relative_imports(root: Path) -> list[str]:
@@ -154,7 +154,7 @@ def import_circles(root: Path) -> list[str]:
 
 
 def torch_above_the_record_line(root: Path) -> list[str]:
-    found = []
+    result = []
     for file in files(root, "cratelm"):
         if file.relative_to(root / "cratelm").as_posix().startswith(NO_TORCH):
             only_for_types = {
@@ -163,12 +163,12 @@ def torch_above_the_record_line(root: Path) -> list[str]:
                 if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
                 for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
             }
-            found += [
+            result += [
                 f"{file}:{line}: imports {name}"
                 for line, name in imports(parsed(file))
                 if name.split(".")[0] == "torch" and line not in only_for_types
             ]
-    return found
+    return result
 
 
 def future_annotations(root: Path) -> list[str]:
@@ -186,14 +186,14 @@ def long_files(root: Path) -> list[str]:
 
 
 def long_functions(root: Path) -> list[str]:
-    found = []
+    result = []
     for file in files(root, "cratelm", "tests", "benchmarks"):
         for node in ast.walk(parsed(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 size = (node.end_lineno or node.lineno) - node.lineno + 1
                 if size > MAX_FUNCTION_LINES:
-                    found.append(f"{file}:{node.lineno}: {node.name} has {size} lines")
-    return found
+                    result.append(f"{file}:{node.lineno}: {node.name} has {size} lines")
+    return result
 
 
 def vague_names(root: Path) -> list[str]:
@@ -201,14 +201,14 @@ def vague_names(root: Path) -> list[str]:
 
 
 def prints(root: Path) -> list[str]:
-    found = []
+    result = []
     for file in files(root, "cratelm"):
         inside = file.relative_to(root / "cratelm")
         if inside.parts[0] not in ("commands", "workflows", "cli.py"):
             for node in ast.walk(parsed(file)):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                    found.append(f"{file}:{node.lineno}")
-    return found
+                    result.append(f"{file}:{node.lineno}")
+    return result
 
 
 def filled_package_files(root: Path) -> list[str]:
@@ -224,21 +224,21 @@ WHOLE_COMMANDS = {"Options", "run"}
 
 def shared_through_commands(root: Path) -> list[str]:
     """A command that uses another command's helpers."""
-    found = []
+    result = []
     for file in files(root, "cratelm/commands"):
         others = set()
         for line, name in imports(parsed(file)):
             if name.startswith("cratelm.commands."):
                 others.add(name.split(".")[2])
                 if len(name.split(".")) > 3:
-                    found.append(f"{file}:{line}: imports {name}; move it to workflows/")
-        found += [
+                    result.append(f"{file}:{line}: imports {name}; move it to workflows/")
+        result += [
             f"{file}:{node.lineno}: uses {ast.unparse(node)}; move it to workflows/"
             for node in ast.walk(parsed(file))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             and node.value.id in others and node.attr not in WHOLE_COMMANDS
         ]  # fmt: skip
-    return found
+    return result
 
 
 def commands_without_a_verb(root: Path) -> list[str]:
@@ -249,7 +249,7 @@ def commands_without_a_verb(root: Path) -> list[str]:
 
 def questions_of_kind(root: Path) -> list[str]:
     """Code outside `model/` and the adapter that asks whether a model is ours or Hugging Face's."""
-    found = []
+    result = []
     for file in files(root, "cratelm"):
         inside = file.relative_to(root / "cratelm").as_posix()
         if not inside.startswith("model/") and inside != "activations/causal_model.py":
@@ -257,8 +257,8 @@ def questions_of_kind(root: Path) -> list[str]:
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and len(node.args) == 2:
                     kinds = {kind.id for kind in ast.walk(node.args[1]) if isinstance(kind, ast.Name)}
                     if "LanguageModel" in kinds:
-                        found.append(f"{file}:{node.lineno}: use activations.causal_model")
-    return found
+                        result.append(f"{file}:{node.lineno}: use activations.causal_model")
+    return result
 
 
 RULES: list[Callable[[Path], list[str]]] = [
@@ -281,8 +281,8 @@ RULES: list[Callable[[Path], list[str]]] = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_house_keeps(rule: Callable[[Path], list[str]]) -> None:
-    found = rule(REPOSITORY)
-    assert not found, "\n".join([f"{rule.__name__}:", *found])
+    result = rule(REPOSITORY)
+    assert not result, "\n".join([f"{rule.__name__}:", *result])
 
 
 VIOLATIONS = [
@@ -340,7 +340,7 @@ def test_what_is_allowed_passes_every_rule(tmp_path: Path) -> None:
     for name, code in ALLOWED.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(code)
-    assert [found for rule in RULES for found in rule(tmp_path)] == []
+    assert [result for rule in RULES for result in rule(tmp_path)] == []
 
 
 def test_every_verb_has_a_separate_file() -> None:

@@ -78,8 +78,8 @@ def swept_files() -> list[Path]:
 
 
 def test_what_people_read_is_plain_english() -> None:
-    found = [line for file in swept_files() for line in unwanted_phrases(file)]
-    assert not found, "\n".join(["", *found])
+    result = [line for file in swept_files() for line in unwanted_phrases(file)]
+    assert not result, "\n".join(["", *result])
 
 
 @pytest.mark.parametrize(

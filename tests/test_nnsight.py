@@ -22,7 +22,7 @@ def test_the_documented_code_reads_and_steers_a_neuron(tmp_path: Path, rng: np.r
     config = ModelConfig(arch="crate", num_layers=2, d_model=32, num_heads=4, vocab_size=384, context_length=48)
     model = LanguageModel(config).initialise(int(rng.integers(2**31))).eval()
     save_model(model, tmp_path / "crate", make_tokenizer())
-    found = runpy.run_path(
+    result = runpy.run_path(
         str(code_block("ecosystem.md", "Open a model in nnsight", tmp_path / "it.py", model=tmp_path / "crate"))
     )
     tokens, tap = torch.tensor([make_tokenizer().encode("def read_file(").ids]), model.neuron_taps[0]
@@ -35,7 +35,7 @@ def test_the_documented_code_reads_and_steers_a_neuron(tmp_path: Path, rng: np.r
         before = model(tokens)
     with torch.no_grad(), cratelm.edit(model, {tap: turn}):
         after = model(tokens)
-    torch.testing.assert_close(found["code"], codes[tap], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["before"], before, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["after"], after, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result["code"], codes[tap], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result["before"], before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result["after"], after, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before, after, atol=1e-3)

@@ -54,14 +54,14 @@ def closure(start: list[Requirement]) -> set[str]:
 
     What its parent pins exactly itself (as torch does with its CUDA libraries) needs no pin of ours.
     """
-    found: set[str] = set()
+    result: set[str] = set()
     waiting = list(start)
     while waiting:
         requirement = waiting.pop()
         key = f"{canonicalize_name(requirement.name)}{sorted(requirement.extras)}"
-        if key in found:
+        if key in result:
             continue
-        found.add(key)
+        result.add(key)
         try:
             below = metadata.requires(requirement.name) or []
         except metadata.PackageNotFoundError:
@@ -72,7 +72,7 @@ def closure(start: list[Requirement]) -> set[str]:
             )
             if wanted and not str(child.specifier).startswith("=="):
                 waiting.append(child)
-    return {key.split("[")[0] for key in found}
+    return {key.split("[")[0] for key in result}
 
 
 def test_everything_that_core_and_dev_bring_is_pinned() -> None:

@@ -227,7 +227,7 @@ def test_file_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "a.json is not there. Run: cratelm make"),
         (b"{", r"a.json is not readable JSON \(.*\). Remove it and run: cratelm make"),
@@ -239,10 +239,12 @@ def test_file_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_an_unusable_json_file_names_the_command_that_makes_it(text: bytes | None, said: str, tmp_path: Path) -> None:
+def test_an_unusable_json_file_names_the_command_that_makes_it(
+    text: bytes | None, message: str, tmp_path: Path
+) -> None:
     if text is not None:
         (tmp_path / "a.json").write_bytes(text)
-    with pytest.raises(CrateError, match=said) as refusal:
+    with pytest.raises(CrateError, match=message) as refusal:
         read_json(tmp_path / "a.json", made_by="cratelm make")
     assert "\n" not in str(refusal.value)
 
@@ -277,18 +279,18 @@ def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:
 
 
 def test_differing_fields_are_named_with_both_values() -> None:
-    found = {"seed": 1, "lr": 0.1, "gone": "x", "same": [1]}
-    assert differing_fields(found, {"seed": 2, "lr": 0.1, "same": [1], "new": None}) == "gone 'x' -> None, seed 1 -> 2"
-    assert differing_fields(found, dict(found)) == ""
+    result = {"seed": 1, "lr": 0.1, "gone": "x", "same": [1]}
+    assert differing_fields(result, {"seed": 2, "lr": 0.1, "same": [1], "new": None}) == "gone 'x' -> None, seed 1 -> 2"
+    assert differing_fields(result, dict(result)) == ""
 
 
 def test_the_origin_says_when_with_what_and_from_which_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cratelm", "train", "--seed", "1"])
-    found = origin()
-    assert found["command"] == "cratelm train --seed 1"
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["date"])
-    assert found["versions"]["numpy"] == np.__version__
-    json.dumps(found)
+    where = origin()
+    assert where["command"] == "cratelm train --seed 1"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", where["date"])
+    assert where["versions"]["numpy"] == np.__version__
+    json.dumps(where)
 
 
 def test_the_commit_is_that_of_the_checkout_and_marks_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

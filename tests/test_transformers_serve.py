@@ -95,9 +95,9 @@ def _wait(process: subprocess.Popen[Any], url: str, log: Path) -> None:
 
 
 def test_the_probe_notices_what_it_ignores(served: Served) -> None:
-    found = served.run(probe)
-    assert (found.chat, found.prompt_logprobs, found.schema) == (True, False, False)
-    notes = "\n".join(found.notes)
+    result = served.run(probe)
+    assert (result.chat, result.prompt_logprobs, result.schema) == (True, False, False)
+    notes = "\n".join(result.notes)
     assert "echo with logprobs: ignored" in notes
     assert "prompt_logprobs: the server refused (HTTP 422): Unexpected fields" in notes
     assert "answers do not follow a JSON schema" in notes
@@ -112,7 +112,7 @@ def test_neurons_are_explained_and_asking_again_costs_nothing(
     served: Served, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     run, store = make_run(tmp_path / "run", rng), Store.create(tmp_path / "run")
-    before, found = served.requests(), []
+    before, result = served.requests(), []
     for number in range(2):
         usage = Usage()
 
@@ -126,11 +126,11 @@ def test_neurons_are_explained_and_asking_again_costs_nothing(
             _keep_only_the_cache(store)
         served.run(explain)
         keys = [replace(KEY, sample=sample) for sample in (0, 1)]
-        found.append([{**store.texts(key), **failures(store, key, "explain")} for key in keys])
+        result.append([{**store.texts(key), **failures(store, key, "explain")} for key in keys])
         assert (usage.calls, usage.cached) == ((0, 4) if number else (4, 0))
     assert served.requests() == before + 4
-    assert found[0] == found[1]
-    assert [sorted(one) for one in found[0]] == [[4, 5], [4, 5]]
+    assert result[0] == result[1]
+    assert [sorted(one) for one in result[0]] == [[4, 5], [4, 5]]
 
 
 def _keep_only_the_cache(store: Store) -> None:

@@ -68,7 +68,7 @@ def held_activations(subject: Subject, corpus: Corpus, layer: int) -> np.ndarray
 
 def all_windows(corpus: Corpus, width: int) -> list[tuple[int, int, int]]:
     """(document, first, last) of every window, cut again from the definition."""
-    found = []
+    result = []
     per_row = (CONTEXT - 4) // 64 * 64
     for document in range(len(corpus.documents) - 1):
         first, last = int(corpus.documents[document]) + 3, int(corpus.documents[document + 1]) - 1
@@ -78,8 +78,8 @@ def all_windows(corpus: Corpus, width: int) -> list[tuple[int, int, int]]:
         for row in range(first, last, per_row):
             inside = min(per_row, last - row)
             count = inside // width or (1 if measured < 64 else 0)
-            found += [(document, row + i * width, min(row + (i + 1) * width, row + inside)) for i in range(count)]
-    return found
+            result += [(document, row + i * width, min(row + (i + 1) * width, row + inside)) for i in range(count)]
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_top_excerpts_equal_brute_force(collected: tuple[Path, Subject, Corpus],
                     entry = (-float(held[first:last, neuron].max()), first, last)
                     best[document] = min(entry, best.get(document, entry))
             expected = [entry for entry in sorted(best.values()) if entry[0] < 0][:keep]
-            found = list(top.of(neuron))
-            assert [excerpt.position for excerpt in found] == [first for _, first, _ in expected]
-            for excerpt, (_, first, last) in zip(found, expected, strict=True):
+            result = list(top.of(neuron))
+            assert [excerpt.position for excerpt in result] == [first for _, first, _ in expected]
+            for excerpt, (_, first, last) in zip(result, expected, strict=True):
                 assert np.allclose(excerpt.activations, held[first:last, neuron], atol=1e-6)
                 assert np.array_equal(excerpt.tokens, corpus.tokens[first:last])
 
@@ -124,9 +124,9 @@ def test_sampled_excerpts_are_windows_of_their_half_with_their_true_activations(
     for index, split in enumerate(SPLITS):
         excerpts = records.excerpts(width, split, kind)
         for neuron in range(records.num_neurons):
-            found = list(excerpts.of(neuron))
-            assert len({excerpt.position for excerpt in found}) == len(found) > 3
-            for excerpt in found:
+            result = list(excerpts.of(neuron))
+            assert len({excerpt.position for excerpt in result}) == len(result) > 3
+            for excerpt in result:
                 document, last = windows[excerpt.position]
                 assert excerpt.document == document
                 assert records.windows.document_split[document] == index
@@ -238,8 +238,8 @@ def test_settling_a_batch_late_and_adding_up_two_processes_change_nothing(rng: n
     for layer in subject.layers:
         expected = layer_arrays(alone, layer, None)
         for other in (late, first):
-            found = layer_arrays(other, layer, None)
-            assert all(np.array_equal(found[name], expected[name], equal_nan=True) for name in expected)
+            result = layer_arrays(other, layer, None)
+            assert all(np.array_equal(result[name], expected[name], equal_nan=True) for name in expected)
 
 
 def test_too_few_documents_are_refused_and_nothing_is_written(rng: np.random.Generator, tmp_path: Path) -> None:

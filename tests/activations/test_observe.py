@@ -29,21 +29,21 @@ def fresh_tokens(rng: np.random.Generator, vocab: int = 60, length: int = 30) ->
 
 def hooked(model: Any, names: list[str], tokens: Tensor, *, read: bool = False) -> list[Tensor]:
     """What modules make, or read, taken with hooks of torch's own and copied at that moment."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     handles = []
     for name in names:
         module = model.get_submodule(name)
 
         def keep(_module: object, inputs: Any, output: Any = None, name: str = name) -> None:
             value = inputs[0] if output is None else output
-            found[name] = (value[0] if isinstance(value, tuple) else value).clone()
+            result[name] = (value[0] if isinstance(value, tuple) else value).clone()
 
         handles.append(module.register_forward_pre_hook(keep) if read else module.register_forward_hook(keep))
     with torch.no_grad():
         model(tokens)
     for handle in handles:
         handle.remove()
-    return [found[name] for name in names]
+    return [result[name] for name in names]
 
 
 def gated(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -185,7 +185,7 @@ def test_folders_of_different_taps_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tap", "said"),
+    ("tap", "message"),
     [
         ("blocks.{layer}.msa.output", r"no modules 'blocks.\{layer\}.msa.output'.*blocks.\{layer\}.mssa.output"),
         ("blocks.{layer}.mssa.outptu:input", r"no modules .*blocks.\{layer\}.mssa.output"),
@@ -195,8 +195,10 @@ def test_folders_of_different_taps_differ() -> None:
         ("blocks", "no module 'blocks'"),
     ],
 )
-def test_a_tap_that_is_not_there_is_an_error_that_lists_what_is(tap: str, said: str, rng: np.random.Generator) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_a_tap_that_is_not_there_is_an_error_that_lists_what_is(
+    tap: str, message: str, rng: np.random.Generator
+) -> None:
+    with pytest.raises(CrateError, match=message):
         observe(random_model(tiny_config(), rng), model_hash="h", tap=tap)
 
 

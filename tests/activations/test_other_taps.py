@@ -61,7 +61,7 @@ def test_a_report_shows_each_tap_in_separate_rows(run: Path, tmp_path: Path, rng
     assert [one.title for one in gather([run]).models] == ["CRATE-2L"]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "error"), [
     (["interpret", "RUN", "--tap", "sae-other"], f"(neurons, {TAP}), got sae-other. Hint: cratelm collect"),
     (["interpret", "RUN", "--tap", "sae-other"], "--data DIR --sae other"),
     (["score", "RUN", "--tap", TAP], f"of layer 1 of {TAP} in"),
@@ -69,11 +69,11 @@ def test_a_report_shows_each_tap_in_separate_rows(run: Path, tmp_path: Path, rng
     (["report", "RUN", "--tap", TAP], f"--tap {TAP}"),
 ])  # fmt: skip
 def test_an_unknown_tap_is_refused_with_the_known_ones(
-    arguments: list[str], said: str, run: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], error: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
     message = capsys.readouterr().err
-    assert said in message
+    assert error in message
     assert message.count("\n") == 1
 
 

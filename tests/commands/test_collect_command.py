@@ -49,12 +49,12 @@ def test_several_taps_live_side_by_side(data: TokenDirectory, tmp_path: Path) ->
         for excerpt in records.excerpts(8, "explain", "top").of(2):
             end = excerpt.position + len(excerpt.tokens)
             assert np.array_equal(excerpt.tokens, corpus[excerpt.position : end])
-    found = read_collection(run)
-    assert found["taps"] == {
+    result = read_collection(run)
+    assert result["taps"] == {
         "blocks.L.attention.output-input": {"layers": [1], "signed": True},
         "neurons": {"layers": [0, 1], "signed": False}, "residual": {"layers": [1], "signed": True},
     }  # fmt: skip
-    assert found["signed"] is True
+    assert result["signed"] is True
 
 
 def test_another_tap_leaves_the_scores_of_the_neurons_valid(data: TokenDirectory, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_records_of_another_model_are_not_mixed(data: TokenDirectory, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "error"),
     [
         ({"tokens": "many"}, "--tokens must be all or a number such as"),
         ({"tokens": "0"}, "got '0'"),
@@ -120,10 +120,10 @@ def test_records_of_another_model_are_not_mixed(data: TokenDirectory, tmp_path: 
     ],
 )
 def test_a_bad_option_gets_one_line_and_changes_nothing(
-    changes: dict[str, Any], said: str, data: TokenDirectory, tmp_path: Path
+    changes: dict[str, Any], error: str, data: TokenDirectory, tmp_path: Path
 ) -> None:
     run, _ = make_run(tmp_path / "run", data)
-    with pytest.raises(CrateError, match=said):
+    with pytest.raises(CrateError, match=error):
         collect.run(options(run, data, **changes))
     assert not list(run.rglob("layer_*"))
 

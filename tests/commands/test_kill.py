@@ -92,9 +92,9 @@ def test_two_ranks_train_and_collect_what_one_process_does(
     for size, run in ((1, alone), (2, ranks)):
         assert forks.ask("run_ranks", size, train.format(run=run / "trained")) == size
         assert forks.ask("run_ranks", size, collect.format(run=run)) == size
-    expected, found = ([row["loss"] for row in rows(run / "trained")] for run in (alone, ranks))
+    expected, result = ([row["loss"] for row in rows(run / "trained")] for run in (alone, ranks))
     assert len(expected) == 12
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
     assert files(ranks / "records") == files(alone / "records")
 
 
@@ -109,15 +109,15 @@ def untouched(data: TokenDirectory, tmp_path_factory: pytest.TempPathFactory) ->
 
 def files(folder: Path) -> dict[str, Any]:
     """Name -> content of every file; of JSON files without their origin."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file():
-            found[str(file.relative_to(folder))] = file.read_bytes()
+            result[str(file.relative_to(folder))] = file.read_bytes()
             if file.name == "records.json":
-                found[str(file.relative_to(folder))] = {
+                result[str(file.relative_to(folder))] = {
                     k: v for k, v in json.loads(file.read_text()).items() if k != "origin"
                 }
-    return found
+    return result
 
 
 @linux
@@ -126,9 +126,9 @@ def test_a_killed_collection_ends_with_the_same_records(
 ) -> None:
     whole, killed = (shutil.copytree(untouched, tmp_path / name / "run") for name in "ab")
     kill_at_random(forks, whole, killed, f"collect {{run}} --data {data.path}")
-    found, expected = files(killed / "records"), files(whole / "records")
-    assert found == expected
-    assert sum("layer_" in name for name in found) == 2
+    result, expected = files(killed / "records"), files(whole / "records")
+    assert result == expected
+    assert sum("layer_" in name for name in result) == 2
     assert left_behind(killed) == []
 
 
@@ -149,7 +149,7 @@ def test_a_killed_interpretation_ends_with_the_same_scores(
     assert cli.main(["collect", str(run), "--data", str(data.path)]) == 0
     whole, killed = (shutil.copytree(run, tmp_path / name / "run") for name in "ab")
     kill_at_random(forks, whole, killed, "interpret {run} --controls shuffled")
-    found, expected = tables(killed), tables(whole)
-    assert found == expected
-    assert len(found["scores"]) == 2 * 64 * 3 * 2
+    result, expected = tables(killed), tables(whole)
+    assert result == expected
+    assert len(result["scores"]) == 2 * 64 * 3 * 2
     assert left_behind(killed) == []

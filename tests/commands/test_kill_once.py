@@ -83,7 +83,7 @@ def test_another_import_or_export_into_the_same_place_is_refused(
 ) -> None:
     other = tmp_path / "other"
     save_model(random_model(CONFIG, np.random.default_rng(1)), other / "model", make_tokenizer())
-    for verb, then, said in (
+    for verb, then, message in (
         ("import", other / "model", "--out must not contain another run"),
         ("import", inputs / "ckpt.pt", "--out must not contain another run"),
         ("export", other / "model", "--out must not exist"),
@@ -92,7 +92,7 @@ def test_another_import_or_export_into_the_same_place_is_refused(
         assert cli.main([verb, str(inputs / "model"), *out]) == 0
         capsys.readouterr()
         assert cli.main([verb, str(then), *out, *(["--tokenizer", "none"] * (then.suffix == ".pt"))]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (tmp_path / "mine" / "model").mkdir(parents=True)
     assert cli.main(["import", str(inputs / "model"), "--out", str(tmp_path / "mine")]) == 2
     assert not list((tmp_path / "mine" / "model").iterdir())

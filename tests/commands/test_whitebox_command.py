@@ -41,25 +41,25 @@ def runs(tmp_path: Path, rng: np.random.Generator) -> tuple[list[Path], Path]:
 def test_the_command_writes_measurements_tables_and_figures(
     runs: tuple[list[Path], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, data = runs
+    result, data = runs
     monkeypatch.setenv("COLUMNS", "80")
-    arguments = [*map(str, found), "--data", str(data), "--device", "cpu", "--tokens", "256"]
+    arguments = [*map(str, result), "--data", str(data), "--device", "cpu", "--tokens", "256"]
     assert main(["whitebox", *arguments]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     assert "CRATE-2L" in out
-    report = found[0].parent / "report"
+    report = result[0].parent / "report"
     names = {path.name for path in report.iterdir()}
     tables = ("compression", "sparsification", "dictionary")
     assert names == {
         *(f"whitebox_{table}.{suffix}" for table in tables for suffix in ("md", "csv", "tex")),
         *(f"{figure}.{suffix}" for figure in ("whitebox", "whitebox_training") for suffix in ("svg", "png")),
     }
-    written = json.loads((found[0] / "whitebox.json").read_text())
+    written = json.loads((result[0] / "whitebox.json").read_text())
     assert (written["tokens"], written["tokens_per_set"], written["split"]) == (256, 16, "val")
     assert written["origin"]["command"]
     assert written["data_hash"] == json.loads((data / "tokens.json").read_text())["splits"]["val"]["sha256"]
-    views = open_views(found)
+    views = open_views(result)
     assert [view.of for view in views] == [None, None, "crate-2l"]
     # Along the training: step 0, 6 and 12, of both layers, and the first point is the control's own measurement.
     tokens, values = views[0].curves["layer_1.active"]
@@ -94,8 +94,8 @@ def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.rand
     run = make_run(tmp_path / "crate-2l", rng)
     assert main(["interpret", str(run)]) == 0
     model = random_model(tiny_config(), rng)
-    found = measure(model, rng.integers(272, size=64).astype(np.uint16), MeasureConfig(), bar=hidden_bar())
-    write_json(run / "whitebox.json", found)
+    result = measure(model, rng.integers(272, size=64).astype(np.uint16), MeasureConfig(), bar=hidden_bar())
+    write_json(run / "whitebox.json", result)
     assert main(["report", str(run)]) == 0
     page = (run / "report" / "report.html").read_text()
     assert "White-box view: compression by attention" in page
@@ -105,7 +105,7 @@ def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.rand
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--tokens", "15"], "a coding rate of a model of width 16 needs 16 tokens"),
         (["--tokens", "0"], "got '0'"),
@@ -119,7 +119,7 @@ def test_the_report_has_a_section_where_the_file_is(tmp_path: Path, rng: np.rand
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
-    arguments: list[str], said: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cratelm.data.tokenizer import load_tokenizer
     from cratelm.model.weights import save_model
@@ -132,7 +132,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert main(["whitebox", str(run), "--data", str(data.path), "--device", "cpu", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert said in err
+    assert message in err
     assert not (run / "whitebox.json").exists()
 
 
@@ -140,14 +140,14 @@ def test_mistakes_get_one_line_and_leave_nothing(
 def test_no_name_heading_or_number_breaks_in_the_terminal(
     columns: int, rng: np.random.Generator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = measure(
+    result = measure(
         random_model(tiny_config(), rng),
         rng.integers(272, size=64).astype(np.uint16),
         MeasureConfig(),
         bar=hidden_bar(),
     )
     views = [
-        View(title=title, name=title, arch="crate", of=None, measurements=found, curves={})
+        View(title=title, name=title, arch="crate", of=None, measurements=result, curves={})
         for title in ("CRATE-2L", "CRATE-2L, random-init")
     ]
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -169,12 +169,12 @@ def test_no_name_heading_or_number_breaks_in_the_terminal(
 
 def test_a_file_from_before_still_gives_tables_and_figures(rng: np.random.Generator) -> None:
     model = random_model(tiny_config(), rng)
-    found = measure(model, rng.integers(272, size=64).astype(np.uint16), MeasureConfig(), bar=hidden_bar())
-    found = json.loads(json.dumps(found))
-    for layer in found["layers"]:
+    result = measure(model, rng.integers(272, size=64).astype(np.uint16), MeasureConfig(), bar=hidden_bar())
+    result = json.loads(json.dumps(result))
+    for layer in result["layers"]:
         for name in ("rate_reduction", "sparse_objective", "objective_at_zero"):
             del layer[name]
-    old = View(title="old", name="old", arch="crate", of=None, measurements=found, curves={})
+    old = View(title="old", name="old", arch="crate", of=None, measurements=result, curves={})
     compression, sparsification, _ = whitebox_tables([old])
     titles = [column.title for column in compression.columns]
     assert compression.rows[0][titles.index("ΔR after")] is None

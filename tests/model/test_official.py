@@ -51,10 +51,10 @@ def test_a_released_crate_gives_the_same_logits_and_codes(
     tmp_path: Path, rng: np.random.Generator, tokens: torch.Tensor
 ) -> None:
     state = released.crate_state(rng, **SIZE)
-    model, said = read_official(save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt"))
+    model, message = read_official(save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt"))
     assert_same(model, tokens, released.crate(state, tokens, HEADS))
-    assert said.iter_num == 600000
-    assert said.best_val_loss == pytest.approx(2.27)
+    assert message.iter_num == 600000
+    assert message.best_val_loss == pytest.approx(2.27)
     assert model.config == ModelConfig(
         arch="crate", num_layers=2, d_model=32, num_heads=4, vocab_size=99, context_length=24
     )
@@ -104,8 +104,8 @@ def test_what_was_read_is_written_back_bit_for_bit(kind: str, tmp_path: Path, rn
         state = released.gpt_state(rng, **SIZE, bias="biases" in kind)
     else:
         state = released.crate_state(rng, **SIZE, complete=kind == "complete")
-    model, said = read_official(save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt"))
-    write_official(model, tmp_path / "again.pt", said)
+    model, message = read_official(save(released.checkpoint(state, heads=HEADS), tmp_path / "ckpt.pt"))
+    write_official(model, tmp_path / "again.pt", message)
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert again["model"].keys() == state.keys()
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in state.items())
@@ -149,7 +149,7 @@ def _tensor(value: torch.Tensor, name: str = "prenorm_1") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_shaped("lm_head.weight", 99, 32), "two different copies of the tied head"),
         (
@@ -186,11 +186,11 @@ def _tensor(value: torch.Tensor, name: str = "prenorm_1") -> Any:
     ],
 )
 def test_a_checkpoint_that_does_not_fit_gets_one_line(
-    damage: Any, said: str, tmp_path: Path, rng: np.random.Generator
+    damage: Any, message: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     content = released.checkpoint(released.crate_state(rng, **SIZE), heads=HEADS)
     damage(content)
-    with pytest.raises(CrateError, match=said) as refusal:
+    with pytest.raises(CrateError, match=message) as refusal:
         read_official(save(content, tmp_path / "ckpt.pt"))
     assert "\n" not in str(refusal.value)
     assert "ckpt.pt" in str(refusal.value) or "n_head" in str(damage) or "num_heads" in str(refusal.value)
@@ -231,9 +231,9 @@ def test_import_and_export_are_commands(tmp_path: Path, rng: np.random.Generator
     described = read_json(run / "run.json", made_by="")
     assert described["imported"]["steps"] == 600000
     assert len(described["imported"]["sha256"]) == 64
-    model, found = cratelm.load(run)
-    assert found is not None
-    assert found.to_str() == tokenizer.to_str()
+    model, loaded = cratelm.load(run)
+    assert loaded is not None
+    assert loaded.to_str() == tokenizer.to_str()
     assert_same(model, tokens, released.crate(state, tokens, HEADS))
     assert cli.main(["export", str(run), "--format", "official", "--out", str(tmp_path / "again.pt")]) == 0
     again = torch.load(tmp_path / "again.pt", weights_only=True)
@@ -263,11 +263,11 @@ def test_a_foreign_vocabulary_brings_no_tokenizer_and_only_text_refuses(
     )
     told = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--held-out", "0.5", "--out", str(tmp_path / "tokens")]
     assert cli.main(["tokenize", str(tmp_path / "text.jsonl"), *told]) == 0
-    for command, said in (("collect", "has no tokenizer.json"), ("evaluate", "at most the 99 tokens")):
+    for command, message in (("collect", "has no tokenizer.json"), ("evaluate", "at most the 99 tokens")):
         capsys.readouterr()
         assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "tokens")]) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
     assert cli.main(["export", str(tmp_path / "run"), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
 
@@ -283,13 +283,13 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
         module, "_from_hub", lambda name: module.gpt2_bpe(real_data / "gpt2") if name == "gpt2" else None
     )
     assert cli.main(["import", str(path), "--out", str(tmp_path / "run")]) == 0
-    found = cratelm.load(tmp_path / "run")[1]
-    assert found is not None
-    assert found.encode("white-box").ids == module.gpt2_bpe(real_data / "gpt2").encode("white-box").ids
+    loaded = cratelm.load(tmp_path / "run")[1]
+    assert loaded is not None
+    assert loaded.encode("white-box").ids == module.gpt2_bpe(real_data / "gpt2").encode("white-box").ids
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["import", "{tmp}/nothing.pt", "--out", "{tmp}/new"], "does not exist. Hint: give a checkpoint"),
         (["import", "{ckpt}", "--out", "{tmp}/new", "--tokenizer", "{tokenizer}"], "the tokenizer must have at most"),
@@ -300,7 +300,7 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
     ],
 )
 def test_a_wrong_import_or_export_gets_one_line(
-    arguments: list[str], said: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ckpt = save(released.checkpoint(released.crate_state(rng, **SIZE), heads=HEADS), tmp_path / "ckpt.pt")
     assert cli.main(["import", str(ckpt), "--out", str(tmp_path / "run")]) == 0
@@ -309,5 +309,5 @@ def test_a_wrong_import_or_export_gets_one_line(
     capsys.readouterr()
     assert cli.main([argument.format(**names) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1

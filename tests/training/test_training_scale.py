@@ -54,11 +54,11 @@ def test_batches_come_in_order_and_from_any_step(data: TokenDirectory, rng: np.r
     own, first = config.rows_of(1, 2), int(rng.integers(1, 5))
     with Batches(config, tokens, own, first=first, device=torch.device("cpu"), ahead=2, vocab_size=1 << 16) as batches:
         for step in range(first, first + 4):
-            found = list(batches.step())
+            result = list(batches.step())
             expected = sample_batch(tokens, seed=config.seed, step=step, rows=own, context=16)
-            assert [len(inputs) for inputs, _ in found] == [3, 3]
+            assert [len(inputs) for inputs, _ in result] == [3, 3]
             for side in (0, 1):
-                np.testing.assert_array_equal(torch.cat([pair[side] for pair in found]).numpy(), expected[side])
+                np.testing.assert_array_equal(torch.cat([pair[side] for pair in result]).numpy(), expected[side])
 
 
 def test_a_failure_to_read_reaches_the_trainer(data: TokenDirectory) -> None:
@@ -102,8 +102,8 @@ def test_the_best_checkpoint_outlives_newer_ones_and_becomes_a_model(
     assert best.name == "step_0000004"
     expected = LanguageModel(tiny_config())
     read_weights(best, expected)
-    found = load_model(tmp_path / "model-best").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    loaded = load_model(tmp_path / "model-best").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.state_dict().items())
     assert weights_of(tmp_path) != (tmp_path / "model-best" / "model.safetensors").read_bytes()
 
 
@@ -151,8 +151,8 @@ def test_a_batch_that_is_not_finite_is_recorded(
     monkeypatch.setattr(Learner, "step", faulty)
     with pytest.raises(CrateError, match="the loss became nan at step 6"):
         train_quietly(short_training(), tiny_config(), data, tmp_path)
-    found = read_json(tmp_path / "diverged.json", made_by="test")
-    assert {name: found[name] for name in ("step", "batch", "seed", "rows_not_finite", "learning_rate")} == {
+    content = read_json(tmp_path / "diverged.json", made_by="test")
+    assert {name: content[name] for name in ("step", "batch", "seed", "rows_not_finite", "learning_rate")} == {
         "step": 6, "batch": 5, "seed": 1337, "rows_not_finite": [2, 3],
         "learning_rate": short_training().learning_rate_at(5),
     }  # fmt: skip
@@ -168,10 +168,10 @@ def test_measurements_are_called_on_schedule_and_logged(data: TokenDirectory, tm
     measured = {"weight": weigh}
     train_quietly(short_training(measure_every=5), tiny_config(), data, tmp_path, measurements=measured)
     assert seen == [(step, False) for step in (0, 5, 10, 12)]
-    found = {row["step"]: row["weight/norm"] for row in rows(tmp_path) if "weight/norm" in row}
-    assert list(found) == [0, 5, 10, 12]
+    result = {row["step"]: row["weight/norm"] for row in rows(tmp_path) if "weight/norm" in row}
+    assert list(result) == [0, 5, 10, 12]
     fresh = LanguageModel(tiny_config()).initialise(1337)
-    assert found[0] == pytest.approx(float(fresh.embedding.weight.detach().norm()))
+    assert result[0] == pytest.approx(float(fresh.embedding.weight.detach().norm()))
     train_quietly(short_training(), tiny_config(), data, tmp_path / "plain")
     assert weights_of(tmp_path) == weights_of(tmp_path / "plain")
 
@@ -181,13 +181,13 @@ def test_lookup_is_measured_and_samples_are_written_once_a_step(data: TokenDirec
     config = short_training(context=96, batch_tokens=96 * 8, micro_batch=8, tokens=96 * 8 * 4, measure_every=2)
     measured = {"lookup": lookup(data, neurons=16), "samples": samples(data, tmp_path)}
     train_quietly(config, model, data, tmp_path, measurements=measured)
-    found = [row for row in rows(tmp_path) if "lookup/points" in row]
-    assert [row["step"] for row in found] == [0, 2, 4]
-    for row in found:
+    result = [row for row in rows(tmp_path) if "lookup/points" in row]
+    assert [row["step"] for row in result] == [0, 2, 4]
+    for row in result:
         assert row["lookup/points"] == pytest.approx((row["lookup/layer_0"] + row["lookup/layer_1"]) / 2)
         assert 0 < row["lookup/scored"] <= 1
     again = measured["lookup"](load_model(tmp_path / "model"), 0)
-    assert again["points"] == pytest.approx(found[-1]["lookup/points"])
+    assert again["points"] == pytest.approx(result[-1]["lookup/points"])
     measured["samples"](load_model(tmp_path / "model"), 2)
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 0, 2, 2]
 
@@ -206,8 +206,8 @@ def test_tensorboard_gets_every_line(data: TokenDirectory, tmp_path: Path) -> No
     train_quietly(short_training(), tiny_config(), data, tmp_path, execution=Execution(track=("tensorboard",)))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    found = {event.step: event.value for event in events.Scalars("loss")}
-    assert found == pytest.approx({row["step"]: row["loss"] for row in rows(tmp_path)}, rel=1e-6)
+    result = {event.step: event.value for event in events.Scalars("loss")}
+    assert result == pytest.approx({row["step"]: row["loss"] for row in rows(tmp_path)}, rel=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["crate", "gpt2"])
@@ -297,10 +297,10 @@ def test_ctrl_c_writes_a_checkpoint_and_asks_to_resume(
 def test_the_held_out_loss_is_the_mean_over_all_tokens(data: TokenDirectory) -> None:
     model = LanguageModel(tiny_config()).initialise(0)
     tokens = data.tokens("val")[:337]
-    found = held_out_loss(model, tokens, batch=4)
+    result = held_out_loss(model, tokens, batch=4)
     pieces = [tokens[first : first + 17].astype(np.int64) for first in range(0, 336, 16)]
     losses = [model.token_losses(torch.tensor(p[None, :-1]), torch.tensor(p[None, 1:])).detach() for p in pieces]
-    assert found == pytest.approx(float(torch.cat([part.flatten() for part in losses]).double().mean()), rel=1e-6)
+    assert result == pytest.approx(float(torch.cat([part.flatten() for part in losses]).double().mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"keep_last": 0}, {"measure_every": 0}, {"decay_share": 0.0}])

@@ -91,7 +91,7 @@ def test_a_threshold_silences_what_is_below_so_many_times_the_rms(arch: Architec
 
 
 @pytest.mark.parametrize(
-    ("turned", "said"),
+    ("turned", "message"),
     [
         ({"penalty": 0.0}, "penalty must be above 0, got 0.0"),
         ({"penalty": -1.0}, "penalty must be above 0, got -1.0"),
@@ -100,8 +100,8 @@ def test_a_threshold_silences_what_is_below_so_many_times_the_rms(arch: Architec
         ({"threshold": -0.1}, "threshold must be 0 or more, got -0.1"),
     ],
 )
-def test_a_setting_that_means_nothing_is_refused(turned: dict[str, Any], said: str) -> None:
-    with pytest.raises(CrateError, match=said):
+def test_a_setting_that_means_nothing_is_refused(turned: dict[str, Any], message: str) -> None:
+    with pytest.raises(CrateError, match=message):
         Setting(**turned)
 
 
@@ -129,8 +129,8 @@ def runs(tmp_path: Path, rng: np.random.Generator) -> tuple[list[Path], Path]:
 def test_the_command_measures_point_by_point_and_goes_on(
     runs: tuple[list[Path], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, data = runs
-    arguments = ["dial", *map(str, found), "--data", str(data), "--device", "cpu", "--tokens", "300", "--loss-only"]
+    result, data = runs
+    arguments = ["dial", *map(str, result), "--data", str(data), "--device", "cpu", "--tokens", "300", "--loss-only"]
     turned = ["--penalty", "1", "4", "--step-size", "--steps", "1", "--threshold", "0", "1"]
     real = command._point
     calls: list[Any] = []
@@ -143,7 +143,7 @@ def test_the_command_measures_point_by_point_and_goes_on(
 
     monkeypatch.setattr(command, "_point", stopped)
     assert main([*arguments, *turned]) == 130
-    kept = json.loads((found[0] / "dial.json").read_text())["points"]
+    kept = json.loads((result[0] / "dial.json").read_text())["points"]
     assert [(point["dial"], point["penalty"], point["steps"]) for point in kept] == [
         ("penalty", 1, None), ("penalty", 4, None), ("steps", 1, 1),
     ]  # fmt: skip
@@ -159,7 +159,7 @@ def test_the_command_measures_point_by_point_and_goes_on(
     assert main([*arguments, *turned]) == 0
     assert len(calls) == 4 + 2 + 2  # the two thresholds of CRATE, the two of GPT-2
     assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 80
-    dials = open_dials(found)
+    dials = open_dials(result)
     assert [len(dial.points) for dial in dials] == [5, 2]
     unchanged = [point for point in dials[0].points if is_unchanged(point)]
     assert len(unchanged) == 2
@@ -204,8 +204,8 @@ def test_points_of_other_calls_stay(
     assert len(axes) == 4
     lines = [len(line.get_xdata()) for line in axes[1].lines]  # type: ignore[arg-type]
     assert sorted(lines) == [1, 2]  # one for each number of tokens
-    found = json.loads((run / "dial.json").read_text())
-    (run / "dial.json").write_text(json.dumps(found | {"model_hash": "another"}))
+    content = json.loads((run / "dial.json").read_text())
+    (run / "dial.json").write_text(json.dumps(content | {"model_hash": "another"}))
     before = (run / "dial.json").read_bytes()
     capsys.readouterr()
     assert main([*base, "--penalty", "1", "--loss-only"]) == 2
@@ -225,7 +225,7 @@ def test_only_what_was_measured_is_drawn(runs: tuple[list[Path], Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--penalty", "0"], "penalty must be above 0, got 0.0"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
@@ -233,14 +233,14 @@ def test_only_what_was_measured_is_drawn(runs: tuple[list[Path], Path]) -> None:
     ],
 )
 def test_mistakes_get_one_line(
-    arguments: list[str], said: str, runs: tuple[list[Path], Path], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, runs: tuple[list[Path], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, data = runs
-    assert main(["dial", str(found[0]), "--data", str(data), "--device", "cpu", *arguments]) == 2
+    result, data = runs
+    assert main(["dial", str(result[0]), "--data", str(data), "--device", "cpu", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert said in err
-    assert not (found[0] / "dial.json").exists()
+    assert message in err
+    assert not (result[0] / "dial.json").exists()
     none = ["--threshold", "--penalty", "2"]
-    assert main(["dial", str(found[1]), "--data", str(data), "--device", "cpu", *none]) == 2
+    assert main(["dial", str(result[1]), "--data", str(data), "--device", "cpu", *none]) == 2
     assert "Use --threshold, the only dial of a GPT-2" in capsys.readouterr().err

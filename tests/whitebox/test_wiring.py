@@ -48,32 +48,32 @@ def test_the_gain_of_any_norm_is_seen(width: int, rng: np.random.Generator) -> N
         assert torch.allclose((seen.along(v) * x).sum(dim=1), (v * seen.before(x)).sum(dim=1))
 
 
-def parts_of(found: Wiring) -> list[str]:
+def parts_of(result: Wiring) -> list[str]:
     """What is known of the first layer's heads and of the ends of the model."""
-    first = found.layers[0]
-    ends = [name for name in ("embedding", "head", "final_norm") if getattr(found, name) is not None]
+    first = result.layers[0]
+    ends = [name for name in ("embedding", "head", "final_norm") if getattr(result, name) is not None]
     return [*first.subspaces, *(["output"] if first.output is not None else []), *ends]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_models_are_wired_as_they_compute(family: str, rng: np.random.Generator) -> None:
     model = build(family, rng)
-    found = wiring(model)
+    result = wiring(model)
     ends = [] if family == "opt" else ["embedding", "head", "final_norm"]  # OPT's embeddings are narrower here
-    assert parts_of(found) == ["query", "key", "value", "output", *ends]
+    assert parts_of(result) == ["query", "key", "value", "output", *ends]
     # Whatever is known fits what the model computes: the map from the last layer's code to the logits at a fixed scale.
     if family == "opt":
         return
     tokens = torch.from_numpy(rng.integers(60, size=(1, 6)))
-    last = found.layers[-1]
+    last = result.layers[-1]
     with torch.no_grad():
         out = model(tokens, output_hidden_states=True)
         normed = out.hidden_states[-1][0, -1]
         bias = model.get_output_embeddings().bias
-        expected = found.head @ normed + (0 if bias is None else bias)
+        expected = result.head @ normed + (0 if bias is None else bias)
         assert torch.allclose(expected, out.logits[0, -1], atol=1e-4)
     assert last.read.shape == last.write.shape
-    arrays = layer_directions(found, 0, vocabulary=60, keep=5)
+    arrays = layer_directions(result, 0, vocabulary=60, keep=5)
     assert {"tokens_in.largest.index", "tokens_out.smallest.value", "successors.largest.index"} <= arrays.keys()
 
 
@@ -84,7 +84,7 @@ def test_gpt2_from_hugging_face_has_the_directions_of_ours(tmp_path: Path, rng: 
     ours, _ = load(save(model, tmp_path / "gpt2"))
     theirs, own = wiring(model), wiring(ours)
     for layer in (0, 1):
-        first, second = (layer_directions(found, layer, vocabulary=60, keep=5) for found in (theirs, own))
+        first, second = (layer_directions(result, layer, vocabulary=60, keep=5) for result in (theirs, own))
         assert first.keys() == second.keys()
         for name, values in first.items():
             if not name.endswith(".index"):
@@ -101,8 +101,8 @@ def test_a_run_of_a_hugging_face_model_has_directions_and_circuits(
     run = tmp_path / "run"
     write_foreign_run(run, load_foreign(tmp_path / "pythia"))
     assert main(["directions", str(run), "--device", "cpu", "--keep", "4"]) == 0
-    found = read_directions(run, 1)
-    assert found.lists == ("tokens_in", "tokens_alone", "tokens_out", "predecessors")
+    result = read_directions(run, 1)
+    assert result.lists == ("tokens_in", "tokens_alone", "tokens_out", "predecessors")
     assert set(read_directions(run, 0).head_shares(3)) == {
         "heads_in", "heads_out.query", "heads_out.key", "heads_out.value",
     }  # fmt: skip
@@ -110,5 +110,5 @@ def test_a_run_of_a_hugging_face_model_has_directions_and_circuits(
     assert capsys.readouterr().out.strip().endswith(".svg")
     assert main(["whitebox", str(run), "--data", str(data.path)]) == 2
     assert main(["dial", str(run), "--data", str(data.path)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert all("must be a model of cratelm, got a Hugging Face model" in line for line in said[-2:])
+    message = capsys.readouterr().err.splitlines()
+    assert all("must be a model of cratelm, got a Hugging Face model" in line for line in message[-2:])

@@ -25,13 +25,13 @@ Place = tuple[str, str]
 
 def places(frame: FrameType | None) -> list[Place]:
     """Frames of the package from the outermost to this one; comprehensions and lambdas count for their function."""
-    found: list[Place] = []
+    result: list[Place] = []
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         if file.startswith(PACKAGE) and not name.startswith("<"):
-            found.insert(0, (file.removeprefix(PACKAGE + "/"), name))
+            result.insert(0, (file.removeprefix(PACKAGE + "/"), name))
         frame = frame.f_back
-    return found
+    return result
 
 
 def walk_to_request(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Place]:

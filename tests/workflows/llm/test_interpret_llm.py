@@ -58,7 +58,11 @@ def server() -> Iterator[RuleServer]:
 def questions(server: Server) -> list[Body]:
     """What was asked about neurons: not the probe, not the self-test."""
     text = [json.dumps(body) for _, body in server.asked]
-    return [body for (_, body), said in zip(server.asked, text, strict=True) if "euron 2" in said and not puzzle(said)]
+    return [
+        body
+        for (_, body), message in zip(server.asked, text, strict=True)
+        if "euron 2" in message and not puzzle(message)
+    ]
 
 
 def by_model(run: Path) -> list[SetKey]:
@@ -66,10 +70,10 @@ def by_model(run: Path) -> list[SetKey]:
     return [key for key in Store.open(run).scored() if key.simulator]
 
 
-def puzzle(said: str) -> bool:
+def puzzle(message: str) -> bool:
     """Whether a prompt is of the self-test of simulators or explainers."""
     known = [(one.explanation, "\\n".join(map("{}\\t{}".format, one.tokens, one.activations))) for one in puzzles()]
-    return any(re.search(rf"fires on {re.escape(a)}(?![ ,\w])", said) or table in said for a, table in known)
+    return any(re.search(rf"fires on {re.escape(a)}(?![ ,\w])", message) or table in message for a, table in known)
 
 
 def test_interpret_with_a_server_finds_the_planted_rules(
@@ -77,18 +81,18 @@ def test_interpret_with_a_server_finds_the_planted_rules(
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--controls", "shuffled", "constant"]
     assert main(command) == 0
-    said = capsys.readouterr()
-    assert max(map(len, said.out.splitlines())) <= 80
+    message = capsys.readouterr()
+    assert max(map(len, message.out.splitlines())) <= 80
     store = Store.open(run)
     assert store.texts(KEY) == dict(enumerate(EXPLANATIONS))
     scores, shuffled = (store.scores(replace(KEY, control=control)) for control in ("", "shuffled"))
     assert (scores.correlation > 0.95).all()
     assert np.nanmean(shuffled.correlation) < 0.2
-    assert "explained by rules, simulated by all-at-once:rules" in said.out
-    assert "control: constant explanations" in said.out
-    assert "returns prompt logprobs" in said.err
-    assert "self-test: mean correlation" in said.err
-    tables = said.out[said.out.index("crate-1l (fixed mode") : said.out.index("\nasked:")]
+    assert "explained by rules, simulated by all-at-once:rules" in message.out
+    assert "control: constant explanations" in message.out
+    assert "returns prompt logprobs" in message.err
+    assert "self-test: mean correlation" in message.err
+    tables = message.out[message.out.index("crate-1l (fixed mode") : message.out.index("\nasked:")]
     asked, everything = len(questions(server)), len(server.asked)
     assert 6 + 2 * 6 * 5 < asked <= 6 + 3 * 6 * 5, "what two neurons ask alike is asked once"
     assert main(command) == 0
@@ -150,11 +154,11 @@ def test_without_probabilities_a_chat_simulates_and_the_reason_is_printed(
 ) -> None:
     with RuleServer(probabilities=False) as server:
         assert main(["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]) == 0
-        said = capsys.readouterr().err
-        assert "simulator: structured:rules (it returns no prompt logprobs, but answers chats)" in said
+        message = capsys.readouterr().err
+        assert "simulator: structured:rules (it returns no prompt logprobs, but answers chats)" in message
         asked = len(server.asked)
         assert main(["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "2"]) == 0
-        unprobed = [line for line in said.splitlines() if not line.startswith("probe of")]
+        unprobed = [line for line in message.splitlines() if not line.startswith("probe of")]
         assert capsys.readouterr().err.splitlines() == unprobed
         assert len(server.asked) == asked, "a second run asks nothing, not even what the model can"
         assert main(["simulate", str(run), "--llm", server.url, *TAR, "--simulator", "all-at-once"]) == 2
@@ -169,13 +173,13 @@ def test_the_other_scorers_are_asked_for_by_name(
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--scorer", "detection", "intruder"]
     assert main([*command, "--controls", "shuffled"]) == 0
-    said = capsys.readouterr().out
-    assert "crate-1l: detection (balanced accuracy, chance 50 %" in said
-    assert "control: shuffled explanations" in said
-    assert "crate-1l: intruder" in said
-    assert max(map(len, said.splitlines())) <= 80
+    printed = capsys.readouterr().out
+    assert "crate-1l: detection (balanced accuracy, chance 50 %" in printed
+    assert "control: shuffled explanations" in printed
+    assert "crate-1l: intruder" in printed
+    assert max(map(len, printed.splitlines())) <= 80
     assert Store.open(run).sets("simulate") == []
-    assert "failed: intruder" in said
+    assert "failed: intruder" in printed
 
 
 def test_a_model_that_cannot_follow_the_format_is_given_up_with_what_it_said(
@@ -189,18 +193,18 @@ def test_a_model_that_cannot_follow_the_format_is_given_up_with_what_it_said(
     run = make_run(tmp_path / "run", rng, layers=1, neurons=30)
     with Server(answer) as server:
         assert main(["explain", str(run), "--llm", server.url, *TAR]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"error: stopped: the first \d+ neurons got no usable answer\. The last one: refused:", said)
-    assert "I only write poems" in said
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: stopped: the first \d+ neurons got no usable answer\. The last one: refused:", message)
+    assert "I only write poems" in message
 
 
 def test_a_context_that_is_too_short_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RuleServer(context=300) as server:
         assert main(["explain", str(run), "--llm", server.url, *TAR]) == 2
         assert questions(server) == []
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: the explainer's prompt has")
-    assert "too long for a context of 300" in said
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: the explainer's prompt has")
+    assert "too long for a context of 300" in message
 
 
 def test_simulations_of_other_records_are_refused(
@@ -251,9 +255,9 @@ def test_a_mistake_is_reported_in_one_line(
 ) -> None:
     named = [server.url if option == "URL" else option for option in options]
     assert main(["interpret", str(run), *TAR, *named]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert message in said[-1]
-    assert said[-1].startswith("error: ")
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith("error: ")
     assert questions(server) == []
 
 
@@ -265,9 +269,9 @@ def test_invalid_options_are_refused_before_the_first_request(
     options: list[str], message: str, run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["interpret", str(run), *TAR, "--llm", server.url, *options]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("error: ")
-    assert message in said[-1]
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: ")
+    assert message in error[-1]
     assert server.asked == []
 
 
@@ -285,8 +289,8 @@ def test_parts_are_merged_into_what_one_process_makes(
     asked = len(questions(server))
     capsys.readouterr()
     assert main(["interpret", str(run), "--merge", *command]) == 0
-    said = capsys.readouterr().out
-    assert "merged parts 1, 2: 8 new rows, 0 failures" in said
+    printed = capsys.readouterr().out
+    assert "merged parts 1, 2: 8 new rows, 0 failures" in printed
     assert len(questions(server)) == asked
     np.testing.assert_array_equal(Store.open(run).scores(KEY).correlation, Store.open(alone).scores(KEY).correlation)
     assert set(Store.open(run).scored()) == set(Store.open(alone).scored()), "lookup is scored there too"
@@ -319,8 +323,8 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     lookup = ["--explainer", "lookup", *TAR, "--neurons", "2"]
     assert main(["explain", str(run), *TAR]) == 0
     assert main(["simulate", str(run), "--llm", str(folder), *lookup]) == 2
-    said = capsys.readouterr().err
-    assert "error: all-at-once:random cannot simulate: on 6 obvious neurons" in said
+    message = capsys.readouterr().err
+    assert "error: all-at-once:random cannot simulate: on 6 obvious neurons" in message
     assert Store.open(run).sets("simulate") == []
     assert main(["interpret", str(run), "--llm", str(folder), *lookup, "--skip-self-test"]) == 0
     assert "its scores are not meaningful" in capsys.readouterr().err

@@ -57,9 +57,9 @@ def by_model(keys: list[SetKey]) -> list[SetKey]:
     return [key for key in keys if key.simulator]
 
 
-def planned(said: str) -> dict[str, list[str]]:
+def planned(message: str) -> dict[str, list[str]]:
     """Stage -> neurons, those that are there, and calls, of the plan that was printed last."""
-    lines = said[said.rindex("stage ") :].splitlines()
+    lines = message[message.rindex("stage ") :].splitlines()
     return {line.split()[0]: line.split()[1:4] for line in lines if re.match(r"(explain|simulate) ", line)}
 
 
@@ -74,9 +74,9 @@ def test_a_plan_counts_as_there_only_what_was_made_with_these_settings(
     assert planned(capsys.readouterr().out)["explain"] == ["3", "3", "0"]
     warmer = [*command, "--temperature", "0.5"]
     assert main([*warmer, "--dry-run"]) == 0
-    found = planned(capsys.readouterr().out)
-    assert found["explain"] == ["3", "0", "3"]
-    assert found["simulate"][:2] == ["3", "0"]
+    result = planned(capsys.readouterr().out)
+    assert result["explain"] == ["3", "0", "3"]
+    assert result["simulate"][:2] == ["3", "0"]
     before = len(questions(server))
     assert main(warmer) == 0
     assert len(questions(server)) == before + 3, "the same explanations: their simulations are in the cache"
@@ -91,16 +91,16 @@ def test_a_plan_counts_what_will_really_be_asked(
     command = ["interpret", str(run), "--llm", server.url, "--protocol", "top-and-random", "random-only"]
     command += ["--controls", "shuffled", "constant", "--neurons", "2", "--scorer", "simulation", "detection"]
     assert main([*command, "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert questions(server) == []
     assert main(command) == 0
     asked = questions(server)
-    total = re.search(r"^in all +\S+ +\S+ +(\d+) ", said, re.M)
+    total = re.search(r"^in all +\S+ +\S+ +(\d+) ", printed, re.M)
     assert total is not None
     judged = sum("Pieces:" in json.dumps(body) for _, body in server.asked)
     assert judged > 0
     assert int(total[1]) == len(asked) + judged
-    assert re.search(r"^\d+ duplicate calls skipped$", said, re.M)
+    assert re.search(r"^\d+ duplicate calls skipped$", printed, re.M)
     capsys.readouterr()
     assert main([*command, "--dry-run"]) == 0
     assert planned(capsys.readouterr().out)["explain"] == ["4", "4", "0"]
@@ -151,8 +151,8 @@ def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     for method, count in (("all-at-once", 8), ("token-by-token", 8), ("structured", 8)):
         before = len(server.asked)
         assert main([*command, "--simulator", method]) == 0
-        said = capsys.readouterr().out
-        assert re.search(rf"^time: about \S+ \S+, as one call took \S+ s now and {count} at once \S+ s$", said, re.M)
+        printed = capsys.readouterr().out
+        assert re.search(rf"^time: about \S+ \S+, as one call took \S+ s now and {count} at once \S+ s$", printed, re.M)
         assert questions(server) == []
         longest = max(len(json.dumps(body)) for _, body in server.asked[before:])
         assert longest > (1000 if method == "structured" else 1500), "as long as those of the work"
@@ -181,13 +181,13 @@ def test_the_time_of_a_plan_follows_from_a_trial() -> None:
 
 
 def test_a_plan_says_what_a_short_context_leaves_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = {}
+    result = {}
     for context in (8192, 1800, 1600):
         with RuleServer(context=context) as server:
             assert main(["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]) == 0
-        said = re.search(r"prompts leave out up to (\d) of 6 few-shot excerpts", capsys.readouterr().out)
-        found[context] = int(said[1]) if said else 0
-    assert found[8192] == 0 < found[1800] <= found[1600] == 2, found
+        printed = re.search(r"prompts leave out up to (\d) of 6 few-shot excerpts", capsys.readouterr().out)
+        result[context] = int(printed[1]) if printed else 0
+    assert result[8192] == 0 < result[1800] <= result[1600] == 2, result
 
 
 def test_a_plan_in_which_no_prompt_fits_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,8 +195,8 @@ def test_a_plan_in_which_no_prompt_fits_is_refused(run: Path, capsys: pytest.Cap
         for more in ([], ["--dry-run"]):
             command = ["interpret", str(run), "--llm", server.url, *TAR, "--skip-self-test", *more]
             assert main(command) == 2
-            said = " ".join(capsys.readouterr().err.split())
-            assert re.search(r"error: the \w+'s prompt has .* too long for a context of 700\.", said), said
+            message = " ".join(capsys.readouterr().err.split())
+            assert re.search(r"error: the \w+'s prompt has .* too long for a context of 700\.", message), message
 
 
 def test_what_is_whole_is_scored_and_the_rest_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,10 +206,10 @@ def test_what_is_whole_is_scored_and_the_rest_is_named(run: Path, capsys: pytest
         assert main([*asked, "--protocol", "anthropic"]) == 0
     capsys.readouterr()
     assert main(["score", str(run), "--model", "rules"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("anthropic") == 2
-    assert "own explanations by top-and-random" in said
-    assert "constant by anthropic" in said
+    printed = capsys.readouterr().out
+    assert printed.count("anthropic") == 2
+    assert "own explanations by top-and-random" in printed
+    assert "constant by anthropic" in printed
     assert main(["score", str(run), "--model", "rules", "--protocol", "top-and-random"]) == 2
     assert "top-and-random simulations of layer 0" in capsys.readouterr().err
 
@@ -238,9 +238,9 @@ def test_controls_of_parts_wait_for_the_merge(
     command = ["--llm", server.url, *TAR, "--neurons", "4", "--controls", "shuffled"]
     for number in (1, 2):
         assert main(["interpret", str(run), *command, "--part", f"{number}/2"]) == 0
-        said = " ".join(capsys.readouterr().err.split())
-        assert "the controls shuffled need the explanations of all parts" in said
-        assert f"merge first (cratelm interpret {run} --merge), then run the same command" in said
+        message = " ".join(capsys.readouterr().err.split())
+        assert "the controls shuffled need the explanations of all parts" in message
+        assert f"merge first (cratelm interpret {run} --merge), then run the same command" in message
     assert main(["interpret", str(run), "--merge"]) == 0
     for number in (1, 2):
         assert main(["interpret", str(run), *command, "--part", f"{number}/2"]) == 0

@@ -62,18 +62,18 @@ async def ask(url: str, store: Store, spending: Spending, *, questions: int = 40
     llm = cached(endpoint, store, usage, spending, spent(store))
     turns = [[Message("user", f"{number} {LONG}")] for number in range(questions)]
     every = (llm.chat(one, Sampling(max_tokens=50)) for one in turns)
-    found = await asyncio.gather(*every, return_exceptions=True)
+    result = await asyncio.gather(*every, return_exceptions=True)
     await endpoint.close()
-    return found, usage
+    return result, usage
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_a_budget_holds_whatever_the_answers_are(bad: Answer, tmp_path: Path) -> None:
     store, answer, spending = Store.create(tmp_path), Billing(bad), Spending(budget_tokens=90_000, in_flight=8)
     with Server(answer) as server:
-        found, usage = asyncio.run(ask(server.url, store, spending))
+        result, usage = asyncio.run(ask(server.url, store, spending))
         assert 60_000 <= answer.billed <= 90_000
-        assert any(type(one) is CrateError and "the budget is spent" in str(one) for one in found)
+        assert any(type(one) is CrateError and "the budget is spent" in str(one) for one in result)
         assert usage.calls == answer.answers
         assert usage.unusable > 0
         assert sum(spent(store)) == usage.prompt_tokens + usage.new_tokens >= answer.billed

@@ -29,7 +29,6 @@ from cratelm.steering.ablation_file import AblationFile, AblationKind, AblationR
 from cratelm.steering.changes import SAE, Change, check_indices
 from cratelm.workflows.opening import OpenModel, open_model
 from cratelm.workflows.options.arguments import Run
-from cratelm.workflows.steering.autoencoders import open_coder
 from cratelm.workflows.steering.printing import plain_console, plain_table
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -119,13 +118,14 @@ def run(options: Options) -> None:
     console.print(f"{folder / 'ablation.json'}, ablation.jsonl")
 
 
-def _places(options: Options, opened: "OpenModel") -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
+def _places(options: Options, opened: OpenModel) -> tuple[Path, dict[str, str], dict[int, "SparseCoder"], str]:
     """The folder for the numbers, the settings and layer of the autoencoder, and the tap of the records."""
     if options.sae is None:
         if (folder := options.out or opened.run) is None:
             raise CrateError(f"{options.run} is a model, not a run, so --out must name a folder for the numbers")
         return folder, {}, {}, "neurons"
     from cratelm.sae.loading import find_sae, load_sae, saes_folder
+    from cratelm.workflows.steering.autoencoders import open_coder
 
     coder, tap = open_coder(opened, options.sae)
     folder = find_sae(opened.run or Path("."), options.sae)
@@ -136,7 +136,7 @@ def _places(options: Options, opened: "OpenModel") -> tuple[Path, dict[str, str]
     return options.out or folder, settings, {coder.layer: coder}, tap
 
 
-def tasks_of(options: Options, opened: "OpenModel", coders: Mapping[int, "SparseCoder"]) -> list[Task]:
+def tasks_of(options: Options, opened: OpenModel, coders: Mapping[int, "SparseCoder"]) -> list[Task]:
     """All measurements without duplicates: groups, single neurons, then whole layers. With `coders`, of latents."""
     from cratelm.steering.place import neuron_places
 
@@ -181,7 +181,7 @@ def _key(task: Task, coders: Mapping[int, "SparseCoder"]) -> tuple[tuple[str, ..
     return tuple(f"{SAE if layer in coders else ''}{layer}/{neuron}" for layer, neuron in neurons), kind
 
 
-def _measure(ablation: "Ablation", file: "AblationFile", tasks: Sequence[Task]) -> None:
+def _measure(ablation: "Ablation", file: AblationFile, tasks: Sequence[Task]) -> None:
     """Measure groups one by one and single neurons `TOGETHER` at a time, writing each result at once."""
     from cratelm.training.document_means import mean_over_documents
 
@@ -213,7 +213,7 @@ def _finite(number: float) -> float | None:
     return None if number != number else number
 
 
-def _print(console: "Console", rows: Sequence["AblationRow"]) -> None:
+def _print(console: Console, rows: Sequence[AblationRow]) -> None:
     for kind in dict.fromkeys(row.kind for row in rows):
         strongest = sorted((row for row in rows if row.kind == kind), key=lambda row: -row.nats)
         console.print(f"\nablated ({kind}), change of loss in nats per token", style="bold")
@@ -226,7 +226,7 @@ def _print(console: "Console", rows: Sequence["AblationRow"]) -> None:
             )
 
 
-def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
+def _table(rows: Sequence[AblationRow], columns: int) -> Table:
     table = plain_table()
     table.add_column("neuron", overflow="fold", max_width=max(12, columns - 40))
     for head in ("change", "± s.e.", "density %"):
@@ -241,7 +241,7 @@ def _table(rows: Sequence["AblationRow"], columns: int) -> "Table":
     return table
 
 
-def _draw(console: "Console", opened: "OpenModel", tap: str, rows: Sequence["AblationRow"], out: Path) -> None:
+def _draw(console: Console, opened: OpenModel, tap: str, rows: Sequence[AblationRow], out: Path) -> None:
     """One figure per kind, of the single neurons, if there are enough."""
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import ablation_figure
@@ -258,7 +258,7 @@ def _draw(console: "Console", opened: "OpenModel", tap: str, rows: Sequence["Abl
             console.print(f"\n{out / f'ablation-{kind}.svg'}, ablation-{kind}.png")
 
 
-def _scores(opened: "OpenModel", tap: str, rows: Sequence["AblationRow"]) -> list[float | None]:
+def _scores(opened: OpenModel, tap: str, rows: Sequence[AblationRow]) -> list[float | None]:
     """The score of each neuron; None if the run has none."""
     from cratelm.interpretation.store.database import Store
     from cratelm.report.neuron_table import open_table

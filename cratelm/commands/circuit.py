@@ -85,7 +85,7 @@ def run(options: Options) -> None:
     print(f"\n{out / name}.svg")
 
 
-def _subject(opened: "OpenModel", options: Options) -> "PromptSubject":
+def _subject(opened: OpenModel, options: Options) -> "PromptSubject":
     import torch
 
     from cratelm.whitebox.circuit import PromptSubject
@@ -121,7 +121,7 @@ def _work(subject: "PromptSubject", config: "CircuitConfig") -> int:
 
 
 def _described(
-    opened: "OpenModel", subject: "PromptSubject",
+    opened: OpenModel, subject: "PromptSubject",
     ranked: Mapping[tuple[int, int, int], float], config: "CircuitConfig",
 ) -> dict[str, Any]:  # fmt: skip
     """Nodes, edges and shares, as written to JSON."""

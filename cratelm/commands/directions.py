@@ -66,7 +66,7 @@ def _is_written(folder: Path, settings: dict[str, object]) -> bool:
     return all(described.get(name) == value for name, value in settings.items())
 
 
-def _write(opened: "OpenModel", options: Options) -> dict[str, list[str]]:
+def _write(opened: OpenModel, options: Options) -> dict[str, list[str]]:
     """Write a file for each layer and the tokenizer; return the lists of each layer."""
     from cratelm.activations.direction_files import directions_file
     from cratelm.activations.observe import observe

@@ -80,7 +80,7 @@ def run(options: Options) -> None:
         _write(console, opened, result, rows, explanations, tokens, out)
 
 
-def title_of(opened: "OpenModel", ledger: "Ledger") -> str:
+def title_of(opened: OpenModel, ledger: "Ledger") -> str:
     """Name of the logit."""
     from cratelm.report.figures.steering import label
     from cratelm.steering.effects import token_text
@@ -89,9 +89,7 @@ def title_of(opened: "OpenModel", ledger: "Ledger") -> str:
     return "logit of " + " minus that of ".join(label(token_text(token, opened.strings)) for token in tokens)
 
 
-def _print(
-    console: "Console", opened: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"], tokens: list[int]
-) -> None:
+def _print(console: Console, opened: OpenModel, ledger: "Ledger", rows: Sequence[LedgerRow], tokens: list[int]) -> None:
     console.print(f"{opened.name}, layer {ledger.layer}: {title_of(opened, ledger)} after")
     console.print(tail(visible(opened.tokenizer.decode(tokens[: ledger.position + 1])), console.width), style="bold")
     explained = console.width >= EXPLAINED and any(row.explanation for row in rows)
@@ -113,7 +111,7 @@ def _print(
 
 
 def _write(
-    console: "Console", opened: "OpenModel", ledger: "Ledger", rows: Sequence["LedgerRow"],
+    console: Console, opened: OpenModel, ledger: "Ledger", rows: Sequence[LedgerRow],
     explanations: Mapping[int, str], tokens: list[int], out: Path,
 ) -> None:  # fmt: skip
     from cratelm.report.figures.form import write_figures

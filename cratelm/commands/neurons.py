@@ -82,7 +82,7 @@ def run(options: Options) -> None:
         _look(console, table, options, options.neuron)
 
 
-def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequence[int]) -> None:
+def _list(console: Console, table: NeuronTable, options: Options, layers: Sequence[int]) -> None:
     from cratelm.report.terminal import layer_table
 
     rows = table.choose(options.filter, options.sort, reverse=options.reverse)
@@ -103,7 +103,7 @@ def _list(console: "Console", table: NeuronTable, options: Options, layers: Sequ
         print(table.hint)
 
 
-def _look(console: "Console", table: NeuronTable, options: Options, index: int) -> None:
+def _look(console: Console, table: NeuronTable, options: Options, index: int) -> None:
     from cratelm.report.export.neuronrecord import choose_width
     from cratelm.report.terminal import excerpt_text, legend, shows_colours
 

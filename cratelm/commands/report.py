@@ -78,7 +78,6 @@ def _refuse_ignored(options: Options) -> None:
 def _report(options: Options) -> None:
     """Write the report, then print its summary and the path of the page."""
     # Reading the options must stay quick; the work needs numpy and matplotlib.
-
     from cratelm.report.contents import ReportContents
     from cratelm.report.page.html import write_report
     from cratelm.report.results.gather import gather
@@ -102,7 +101,7 @@ def _report(options: Options) -> None:
     print(shown_path(page))
 
 
-def _printed(table: "Table", caption: str) -> "RichTable":
+def _printed(table: Table) -> RichTable:
     """A table of the report for a terminal."""
     grid = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
     grid.caption = Text(caption)

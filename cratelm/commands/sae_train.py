@@ -174,7 +174,7 @@ def _train(source: Path, layer: int, tokens: int, options: Options) -> None:
 
 
 def _job(
-    opened: "OpenModel", home: Path, corpus: "Corpus", layer: int, tokens: int, options: Options
+    opened: OpenModel, home: Path, corpus: "Corpus", layer: int, tokens: int, options: Options
 ) -> Job:  # fmt: skip
     from cratelm.activations.observe import observe
     from cratelm.sae.loading import saes_folder

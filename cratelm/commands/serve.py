@@ -148,7 +148,7 @@ def check_addresses(options: Options) -> None:
         raise CrateError(f"--root-path must be a path such as /user/ann/proxy/8080, got {options.root_path}")
 
 
-def live_models(options: Options, limits: "Limits") -> "LiveModels | None":
+def live_models(options: Options, limits: Limits) -> "LiveModels | None":
     """The models of the runs, each opened at its first request; None if no run has a model."""
     from cratelm.live_models import LiveModels
     from cratelm.report.browser.catalogue import catalogue

@@ -30,12 +30,11 @@ from cratelm.workflows.opening import OpenModel, open_model
 from cratelm.workflows.options.arguments import Run
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
-from cratelm.workflows.steering.sweep import sweep
-from cratelm.workflows.steering.task import SteeringTask, open_task
 
 if TYPE_CHECKING:
     from cratelm.steering.effects import Steered
     from cratelm.steering.intervention import Intervention
+    from cratelm.workflows.steering.task import SteeringTask
 
 CONTROL_TOKENS = 10
 """`on_tokens` sums over this many of the tokens that the changes raise most."""
@@ -90,6 +89,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Steer, print, write."""
+    from cratelm.workflows.steering.sweep import sweep
+    from cratelm.workflows.steering.task import open_task
+
     check_least(options, 1, "tokens", "show")
     check_least(options, 0, "temperature", "excerpts")
     texts = read_prompts(options.prompt, options.prompts)
@@ -104,7 +106,7 @@ def run(options: Options) -> None:
     _steer(plain_console(), task, prompts)
 
 
-def _steer(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -> None:
+def _steer(console: Console, task: "SteeringTask", prompts: list[list[int]]) -> None:
     from cratelm.report.figures.form import write_figures
     from cratelm.report.figures.steering import effect_figure
     from cratelm.steering.measure import steered_effect
@@ -147,9 +149,7 @@ def _steer(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -
         console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
 
 
-def _exactness(
-    console: "Console", opened: "OpenModel", prompt: list[int], intervention: "Intervention"
-) -> dict[str, Any]:
+def _exactness(console: Console, opened: OpenModel, prompt: list[int], intervention: "Intervention") -> dict[str, Any]:
     """Largest change of the prompt's logits when the same neurons or latents are changed with strength 0.
 
     With autoencoders also the change that their reconstruction makes, to the logits and to the prompt's loss.
@@ -180,7 +180,7 @@ def _exactness(
     return result
 
 
-def _print_texts(console: "Console", prompt: str, without: str, steered: str) -> None:
+def _print_texts(console: Console, prompt: str, without: str, steered: str) -> None:
     console.print(f"\n{tail(visible(prompt), console.width * 2)}", style="bold")
     if console.width < TWO_COLUMNS:
         for head, text in (("without", without), ("with", steered)):
@@ -194,7 +194,7 @@ def _print_texts(console: "Console", prompt: str, without: str, steered: str) ->
     console.print(table)
 
 
-def _print_effect(console: "Console", name: str, steered: "Steered", strings: Sequence[str], show: int) -> None:
+def _print_effect(console: Console, name: str, steered: "Steered", strings: Sequence[str], show: int) -> None:
     """Tokens that rise and fall, and the controls."""
 
     from cratelm.report.figures.steering import label
@@ -217,7 +217,7 @@ def _print_effect(console: "Console", name: str, steered: "Steered", strings: Se
     console.print(table)
 
 
-def _print_lists(console: "Console", lists: dict[str, list[tuple[str, str]]]) -> None:
+def _print_lists(console: Console, lists: dict[str, list[tuple[str, str]]]) -> None:
     """Lists of pairs side by side; one below the other in a narrow terminal."""
     if console.width < TWO_COLUMNS and len(lists) > 1:
         for head, pairs in lists.items():

@@ -23,8 +23,7 @@ from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
 from cratelm.runtime import DeviceName, console, human, progress_bar
-from cratelm.training.config import Execution, TrainConfig
-from cratelm.workflows.measurements import MeasurementName
+from cratelm.training.config import Execution, MeasurementName, TrainConfig
 from cratelm.workflows.stopping import stopping
 
 

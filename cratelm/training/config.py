@@ -9,6 +9,7 @@ from cratelm.errors import CrateError, check_least
 
 Schedule = Literal["cosine", "wsd"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+MeasurementName = Literal["lookup", "samples", "whitebox"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

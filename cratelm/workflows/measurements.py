@@ -7,24 +7,30 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from rich.progress import Progress
 
+from cratelm.activations.collect import collect
+from cratelm.activations.observe import observe
+from cratelm.activations.plan import CollectConfig
+from cratelm.activations.records import read_records
+from cratelm.activations.subject import Corpus, Subject
+from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
+from cratelm.interpretation.lookup.explain import explain_layer
+from cratelm.interpretation.lookup.simulate import simulate_layer
+from cratelm.interpretation.protocols import protocol
+from cratelm.interpretation.scoring.correlation import score_layer
+from cratelm.model.language_model import LanguageModel
 from cratelm.rundir import append_jsonl, rewind_jsonl
 from cratelm.runtime import ProgressBar
-
-if TYPE_CHECKING:
-    import torch
-
-    from cratelm.activations.subject import Corpus, Subject
-    from cratelm.data.tokens import TokenDirectory
-    from cratelm.model.language_model import LanguageModel
-    from cratelm.training.train import Measurement
-
-MeasurementName = Literal["lookup", "samples", "whitebox"]
+from cratelm.training.config import MeasurementName
+from cratelm.training.train import Measurement
+from cratelm.whitebox.coding_rate import tokens_needed
+from cratelm.whitebox.measure import MeasureConfig, logged_numbers
+from cratelm.whitebox.measure import measure as measure_layers
 
 SAMPLE_TOKENS, SAMPLE_DOCUMENTS = 65_536, 96
 """Minimum of held-out tokens and documents that `lookup` reads, from the beginnings of documents.
@@ -39,7 +45,7 @@ PROMPTS = ("", "The ")
 SAMPLE_LENGTH = 64
 
 
-def measurements(names: tuple[MeasurementName, ...], data: "TokenDirectory", run: Path) -> dict[str, "Measurement"]:
+def measurements(names: tuple[MeasurementName, ...], data: TokenDirectory, run: Path) -> dict[str, Measurement]:
     """Name -> measurement, as `train` expects them."""
     made: dict[MeasurementName, Callable[[], Measurement]] = {
         "lookup": lambda: lookup(data),
@@ -49,7 +55,7 @@ def measurements(names: tuple[MeasurementName, ...], data: "TokenDirectory", run
     return {name: made[name]() for name in dict.fromkeys(names)}
 
 
-def lookup(data: "TokenDirectory", *, neurons: int = SAMPLE_NEURONS) -> "Measurement":
+def lookup(data: TokenDirectory, *, neurons: int = SAMPLE_NEURONS) -> Measurement:
     """The lookup score of some neurons of every layer on a fixed sample of held-out text, in points.
 
     Runs `collect` and `interpret` on few tokens and neurons with one protocol, in a temporary folder. Returns `points`
@@ -57,10 +63,7 @@ def lookup(data: "TokenDirectory", *, neurons: int = SAMPLE_NEURONS) -> "Measure
     """
     corpus = _sample(data)
 
-    def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
-        from cratelm.activations.collect import collect
-        from cratelm.activations.plan import CollectConfig
-
+    def measure(model: LanguageModel, _step: int) -> Mapping[str, float]:
         subject = _some_neurons(model, neurons)
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
@@ -71,14 +74,12 @@ def lookup(data: "TokenDirectory", *, neurons: int = SAMPLE_NEURONS) -> "Measure
     return measure
 
 
-def samples(data: "TokenDirectory", run: Path) -> "Measurement":
+def samples(data: TokenDirectory, run: Path) -> Measurement:
     """Generate text into `samples.jsonl`; returns `distinct`, the share of tokens that are not repeats."""
     tokenizer = data.tokenizer()
     prompts = [tokenizer.encode(prompt).ids or [data.end_of_text] for prompt in PROMPTS]
 
-    def measure(model: "LanguageModel", step: int) -> Mapping[str, float]:
-        import torch
-
+    def measure(model: LanguageModel, step: int) -> Mapping[str, float]:
         rewind_jsonl(run / "samples.jsonl", lambda row: row["step"] < step)  # a resumed run repeats some steps
         distinct = []
         for prompt in prompts:
@@ -91,14 +92,10 @@ def samples(data: "TokenDirectory", run: Path) -> "Measurement":
     return measure
 
 
-def whitebox(data: "TokenDirectory") -> "Measurement":
+def whitebox(data: TokenDirectory) -> Measurement:
     """The white-box view of every layer on one cheap batch of held-out text: `layer_N.rate`, `layer_N.active`, ..."""
 
-    def measure(model: "LanguageModel", _step: int) -> Mapping[str, float]:
-        from cratelm.whitebox.coding_rate import tokens_needed
-        from cratelm.whitebox.measure import MeasureConfig, logged_numbers
-        from cratelm.whitebox.measure import measure as measure_layers
-
+    def measure(model: LanguageModel, _step: int) -> Mapping[str, float]:
         size = tokens_needed(model.config.d_model, model.config.context_length)
         config = MeasureConfig(tokens=max(size, WHITEBOX_TOKENS), converged=False)
         bar = ProgressBar(Progress(disable=True), "whitebox", 1)
@@ -110,10 +107,8 @@ def whitebox(data: "TokenDirectory") -> "Measurement":
     return measure
 
 
-def _sample(data: "TokenDirectory") -> "Corpus":
+def _sample(data: TokenDirectory) -> Corpus:
     """The beginnings of the first held-out documents, each closed by <|endoftext|>."""
-    from cratelm.activations.subject import Corpus
-
     stream, longest = data.tokens("val"), SAMPLE_TOKENS // SAMPLE_DOCUMENTS
     parts: list[np.ndarray] = []
     first = taken = 0
@@ -135,29 +130,20 @@ def _sample(data: "TokenDirectory") -> "Corpus":
     )
 
 
-def _some_neurons(model: "LanguageModel", neurons: int) -> "Subject":
+def _some_neurons(model: LanguageModel, neurons: int) -> Subject:
     """The model as a `Subject` with only some neurons of each layer, evenly spaced."""
-    import torch
-
-    from cratelm.activations.observe import observe
 
     subject, total = observe(model, model_hash=""), model.config.num_neurons
     count = min(neurons, total)
     index = torch.arange(count, device=model.device) * total // count
 
-    def forward(tokens: "torch.Tensor") -> dict[int, "torch.Tensor"]:
+    def forward(tokens: torch.Tensor) -> dict[int, torch.Tensor]:
         return {layer: code[..., index] for layer, code in subject.forward(tokens).items()}
 
     return replace(subject, forward=forward, layers=dict.fromkeys(subject.layers, count), decoders=None)
 
 
 def _points(run: Path, layers: tuple[int, ...], strings: list[str]) -> dict[str, float]:
-    from cratelm.activations.records import read_records
-    from cratelm.interpretation.lookup.explain import explain_layer
-    from cratelm.interpretation.lookup.simulate import simulate_layer
-    from cratelm.interpretation.protocols import protocol
-    from cratelm.interpretation.scoring.correlation import score_layer
-
     excerpts, points, scored = protocol("top-and-random"), {}, []
     for layer in layers:
         records = read_records(run, layer)

@@ -20,7 +20,7 @@ def result_name(words: str, settings: object, *, kind: str = "") -> str:
     return "-".join(part for part in (kind, readable, digest) if part)
 
 
-def steering_name(kind: str, opened: "OpenModel", prompts: Sequence[Sequence[int]], options: Any) -> str:
+def steering_name(kind: str, opened: OpenModel, prompts: Sequence[Sequence[int]], options: Any) -> str:
     """Name of the files of `cratelm steer`: the end of the first prompt and a digest of what affects the numbers."""
     settings = sorted((name, value) for name, value in vars(options).items() if name not in LEAVE_OUT)
     words = str(opened.tokenizer.decode(list(prompts[0])))[-30:]

@@ -10,7 +10,7 @@ from rich.text import Text
 from cratelm.report.tables.form import ABSENT, Table, written
 
 
-def print_tables(tables: "tuple[Table, ...]") -> None:
+def print_tables(tables: tuple[Table, ...]) -> None:
     """Print tables with each model's name before its first row; on a narrow terminal one number per line."""
     console = Console(highlight=False, markup=False, emoji=False)
     for table in tables:
@@ -54,7 +54,7 @@ def _column_widths(headings: Sequence[str], rows: Sequence[Sequence[str]], width
     return sizes
 
 
-def _show_lines(console: "Console", headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _show_lines(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print each row as a block of lines: a value and its heading."""
     for row in rows:
         console.print(f"{row[0]}, {headings[1].lower()} {row[1]}")

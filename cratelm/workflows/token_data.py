@@ -27,7 +27,7 @@ def read_count(text: str) -> int | None:
     return count
 
 
-def open_tokens(opened: "OpenModel", folder: Path, tokenizer: str | None = None) -> "TokenDirectory":
+def open_tokens(opened: OpenModel, folder: Path, tokenizer: str | None = None) -> "TokenDirectory":
     """Open a token directory and check that its tokenizer is the model's and that the model has all its tokens.
 
     `tokenizer` names the tokenizer of a nanoGPT directory, which has no tokens.json.
@@ -42,7 +42,7 @@ def open_tokens(opened: "OpenModel", folder: Path, tokenizer: str | None = None)
 
 
 def open_corpus(
-    opened: "OpenModel", folder: Path, split: str, tokenizer: str | None = None
+    opened: OpenModel, folder: Path, split: str, tokenizer: str | None = None
 ) -> "tuple[Corpus, Tokenizer]":  # fmt: skip
     """A split for a model to read, and the tokenizer that made it: the model's own, or the named one if it has none.
 
@@ -72,7 +72,7 @@ def open_corpus(
 
 
 def _open_checked(
-    opened: "OpenModel", folder: Path, named: str | None, tokenizer: "Tokenizer | None" = None
+    opened: OpenModel, folder: Path, named: str | None, tokenizer: "Tokenizer | None" = None
 ) -> "TokenDirectory":  # fmt: skip
     from cratelm.data.tokenizer import tokenizer_hash
     from cratelm.data.tokens import TokenDirectory

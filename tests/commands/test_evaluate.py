@@ -19,7 +19,8 @@ from cratelm.model.language_model import LanguageModel
 from cratelm.model.weights import load_model, save_model
 from cratelm.report.results.loss import DOCUMENTS, read_loss
 from cratelm.rundir import claim
-from cratelm.training.evaluate import Evaluation, evaluate, held_out_loss
+from cratelm.runtime import ProgressBar
+from cratelm.training.evaluate import Evaluation, document_losses, held_out_loss, summarise
 
 Stream = tuple[LanguageModel, np.ndarray, np.ndarray]
 
@@ -43,6 +44,10 @@ def brute_losses(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
         losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[position]])
     model.float()
     return np.array(losses)
+
+
+def evaluate(*text: Any, text_bytes: int, batch: int, bar: ProgressBar) -> Evaluation:
+    return summarise(document_losses(*text, batch=batch, bar=bar), text_bytes=text_bytes)
 
 
 def run_evaluate(stream: Stream, batch: int = 4) -> Evaluation:

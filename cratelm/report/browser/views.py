@@ -12,7 +12,7 @@ from cratelm.activations.records import LayerRecords, read_records, records_stri
 from cratelm.interpretation.explainers.explanation import DEAD
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.protocols import PROTOCOLS
-from cratelm.interpretation.scoring.correlation import SCORE_MEASURES, NOT_CHOSEN, LayerScores
+from cratelm.interpretation.scoring.correlation import NOT_CHOSEN, SCORE_MEASURES, LayerScores
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.listing import sets_of
 from cratelm.interpretation.store.schema import SetKey

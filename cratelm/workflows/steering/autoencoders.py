@@ -2,23 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from cratelm.errors import CrateError
+from cratelm.sae.loading import check_trained_on, load_sae
+from cratelm.steering.place import SparseCoder
 from cratelm.workflows.opening import OpenModel
-
-if TYPE_CHECKING:
-    from cratelm.steering.place import SparseCoder
 
 LATENTS_AT_ONCE = 256
 
 
-def open_coder(opened: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
+def open_coder(opened: OpenModel, name: Path) -> tuple[SparseCoder, str]:
     """The autoencoder, and the tap of its latents' records in the run."""
-    import torch
-
-    from cratelm.sae.loading import check_trained_on, load_sae
-    from cratelm.steering.place import SparseCoder
 
     device = next(opened.model.parameters()).device
     sae = load_sae(opened.run or Path("."), name, device=device)
@@ -37,7 +33,7 @@ def open_coder(opened: "OpenModel", name: Path) -> tuple["SparseCoder", str]:
     return coder, f"sae-{sae.name}"
 
 
-def open_coders(opened: "OpenModel", names: Sequence[Path]) -> tuple[list["SparseCoder"], dict[int, str]]:
+def open_coders(opened: OpenModel, names: Sequence[Path]) -> tuple[list[SparseCoder], dict[int, str]]:
     """The autoencoders, at most one per layer, and the tap of their latents' records by layer."""
     coders, taps = [], dict[int, str]()
     for name in names:

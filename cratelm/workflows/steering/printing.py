@@ -4,12 +4,12 @@ from rich.console import Console
 from rich.table import Table
 
 
-def plain_console() -> "Console":
+def plain_console() -> Console:
     """A console that prints text as it is, without markup."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def plain_table(width: int | None = None) -> "Table":
+def plain_table(width: int | None = None) -> Table:
     """A table without lines."""
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, width=width)
 

@@ -1,30 +1,25 @@
 """`cratelm steer --sweep`: one change at many strengths, as a table, a figure and JSON."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
+from cratelm.report.figures.form import write_figures
+from cratelm.report.figures.steering import label, sweep_figure
 from cratelm.report.shown_text import visible
 from cratelm.rundir import origin, write_json
 from cratelm.runtime import progress_bar
 from cratelm.steering.changes import parse_strengths
+from cratelm.steering.effects import SweepPoint, token_text
+from cratelm.steering.measure import continuation_loss, steered_effect
 from cratelm.workflows.naming import steering_name
 from cratelm.workflows.steering.printing import plain_table
 from cratelm.workflows.steering.task import SteeringTask
 
-if TYPE_CHECKING:
-    from cratelm.steering.effects import SweepPoint
 
-
-def sweep(console: "Console", task: "SteeringTask", prompts: list[list[int]]) -> None:
+def sweep(console: Console, task: SteeringTask, prompts: list[list[int]]) -> None:
     """Measure every strength of `--sweep`; the continuations are those of the first prompt."""
-    from cratelm.report.figures.form import write_figures
-    from cratelm.report.figures.steering import sweep_figure
-    from cratelm.steering.effects import SweepPoint
-    from cratelm.steering.measure import continuation_loss, steered_effect
-
     opened, options, prompt = task.opened, task.options, prompts[0]
     strengths = parse_strengths(options.sweep)
     interventions = [task.intervention(strength) for strength in strengths]  # a bad one fails before the first runs
@@ -57,10 +52,7 @@ def sweep(console: "Console", task: "SteeringTask", prompts: list[list[int]]) ->
     console.print(f"\n{out / name}.svg, .png, .json", soft_wrap=True)
 
 
-def _print(console: "Console", strings: Sequence[str], points: list["SweepPoint"]) -> None:
-
-    from cratelm.report.figures.steering import label
-    from cratelm.steering.effects import token_text
+def _print(console: Console, strings: Sequence[str], points: list[SweepPoint]) -> None:
 
     wide = console.width >= 70
     grid = plain_table(console.width)

@@ -2,50 +2,51 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from cratelm.activations.records import LayerRecords
 from cratelm.errors import CrateError
 from cratelm.steering.changes import ChangeRequest, Strength, check_indices, parse_request, swept
+from cratelm.steering.generate import Decoding, generate
+from cratelm.steering.intervention import Intervention
+from cratelm.steering.measure import draw_matched_neuron
+from cratelm.steering.place import check_coder, neuron_places
+from cratelm.steering.positions import parse_positions
+from cratelm.steering.reference import reference
 from cratelm.workflows.opening import OpenModel
 from cratelm.workflows.steering.autoencoders import open_coders
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cratelm.activations.records import LayerRecords
-    from cratelm.steering.intervention import Intervention
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringTask:
     """The requested changes, checked against the model and the run."""
 
-    opened: "OpenModel"
-    requests: tuple["ChangeRequest", ...]
-    setting: "Intervention"
+    opened: OpenModel
+    requests: tuple[ChangeRequest, ...]
+    setting: Intervention
     """Positions, autoencoders and their errors; without changes."""
     taps: dict[int, str]
     """Layer -> tap of the records of its autoencoder's latents."""
     options: Any
     """The options of `cratelm steer`."""
 
-    def records(self, request: "ChangeRequest") -> "LayerRecords | None":
+    def records(self, request: ChangeRequest) -> LayerRecords | None:
         """The records of the request's layer, if the run has them."""
         return self.opened.records(request.layer, self.taps[request.layer] if request.latent else "neurons")
 
     def intervention(
-        self, strength: "Strength | None" = None, requests: "Sequence[ChangeRequest] | None" = None
-    ) -> "Intervention":
+        self, strength: Strength | None = None, requests: Sequence[ChangeRequest] | None = None
+    ) -> Intervention:
         """The requests (by default all of them) as an intervention; `strength` is that of a sweep."""
         requests = self.requests if requests is None else requests
         requests = requests if strength is None else [swept(request, strength) for request in requests]
         return replace(self.setting, changes=[self._resolve(request) for request in requests])
 
-    def matched(self, strength: "Strength | None" = None) -> "Intervention":
+    def matched(self, strength: Strength | None = None) -> Intervention:
         """The same changes to matched neurons; relative strengths are multiples of the maximum of each."""
-        from cratelm.steering.measure import draw_matched_neuron
-        from cratelm.steering.place import neuron_places
-
         matched: list[ChangeRequest] = []
         for request in self.requests:
             directions = (
@@ -75,11 +76,8 @@ class SteeringTask:
         texts = [excerpt.tokens[: int(excerpt.activations.argmax()) + 1].tolist() for excerpt in top[:count]]
         return [tokens[-(self.opened.causal.context_length or len(tokens)) :] for tokens in texts]
 
-    def continuation(self, prompt: list[int], intervention: "Intervention") -> tuple["Tensor", str]:
+    def continuation(self, prompt: list[int], intervention: Intervention) -> tuple[Tensor, str]:
         """Continue the prompt as the options ask: tokens of prompt and continuation, text of the continuation alone."""
-        import torch
-
-        from cratelm.steering.generate import Decoding, generate
 
         options, decode = self.options, self.opened.tokenizer.decode
         decoding = Decoding(temperature=options.temperature, top_k=options.top_k, seed=options.seed)
@@ -89,9 +87,7 @@ class SteeringTask:
         )
         return tokens, str(decode(tokens[0].tolist()))[len(decode(prompt)) :]
 
-    def _resolve(self, request: "ChangeRequest") -> Any:
-        from cratelm.steering.reference import reference
-
+    def _resolve(self, request: ChangeRequest) -> Any:
         if not request.needs_maximum:
             return request.resolve()
         if (records := self.records(request)) is None:
@@ -104,12 +100,8 @@ class SteeringTask:
         return request.resolve(reference(records, request.index, self.options.reference))
 
 
-def open_task(opened: "OpenModel", options: Any) -> SteeringTask:
+def open_task(opened: OpenModel, options: Any) -> SteeringTask:
     """Parse and check the options of `cratelm steer` before anything is computed."""
-    from cratelm.steering.intervention import Intervention
-    from cratelm.steering.place import check_coder, neuron_places
-    from cratelm.steering.positions import parse_positions
-
     if not options.neuron:
         raise CrateError("--neuron must name a change. Example: --neuron 1/85=set:2x")
     requests = tuple(parse_request(text, swept=options.sweep is not None) for text in options.neuron)

@@ -61,9 +61,9 @@ def verify(
     checksums = _expected(path) if expected is None else [expected]
     if not checksums or os.environ.get(VERIFY_SWITCH) == "0" or not path.is_file():
         return
-    if (found := remembered_sha256(path)) not in checksums:
+    if (checksum := remembered_sha256(path)) not in checksums:
         raise CrateError(
-            f"{path} is damaged or was changed: its sha256 must be {checksums[-1][:12]}..., got {found[:12]}.... "
+            f"{path} is damaged or was changed: its sha256 must be {checksums[-1][:12]}..., got {checksum[:12]}.... "
             f"{hint.rstrip('.')}. Or read it as it is: --no-verify"
         )
 

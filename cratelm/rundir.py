@@ -204,15 +204,15 @@ def read_json(path: Path, *, made_by: str = "", hint: str = "") -> dict[str, Any
     return value
 
 
-def check_format_version(path: Path, found: object) -> None:
+def check_format_version(path: Path, version: object) -> None:
     """Refuse a file written by a newer cratelm, and a version that is not a whole number."""
-    if not re.fullmatch(r"\d{1,9}", str(found), re.ASCII):
+    if not re.fullmatch(r"\d{1,9}", str(version), re.ASCII):
         raise CrateError(
-            f"{path}: format_version must be a whole number, got {str(found)[:40]!r}. Write the file again"
+            f"{path}: format_version must be a whole number, got {str(version)[:40]!r}. Write the file again"
         )
-    if int(str(found)) > FORMAT_VERSION:
+    if int(str(version)) > FORMAT_VERSION:
         raise CrateError(
-            f"{path} has format version {found}, this cratelm reads up to {FORMAT_VERSION}. "
+            f"{path} has format version {version}, this cratelm reads up to {FORMAT_VERSION}. "
             "Upgrade with: pip install -U cratelm"
         )
 

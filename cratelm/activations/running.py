@@ -66,8 +66,8 @@ class Moments:
         """The leading bits of a float32 are a logarithm; negative numbers come out below all bins, in the first."""
         key = (activations.contiguous().view(torch.int32) >> 22) - _FIRST_KEY
         cell = key.clamp_(0, HISTOGRAM_BINS - 1).add_(self._first).flatten()
-        one = torch.ones((), dtype=torch.int32, device=self.device)
-        self.state["histogram"].index_add_(0, cell, one.expand(len(cell)))
+        increment = torch.ones((), dtype=torch.int32, device=self.device)
+        self.state["histogram"].index_add_(0, cell, increment.expand(len(cell)))
 
     def central(self) -> dict[str, Tensor]:
         """Count, mean and central sums, from which several collections can be added up."""

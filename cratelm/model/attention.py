@@ -26,17 +26,17 @@ class Span:
     """Position of every token in its sequence; one row stands for all."""
     real: Bool[Tensor, "rows keys"] | None
     """False where a token is padding; None if none is."""
-    kept: Float[Tensor, "kinds batch capacity d_model"] | None
+    stored: Float[Tensor, "kinds batch capacity d_model"] | None
     """The layer's part of the cache, to read and to extend; None without one."""
 
     def extend(self, *new: Float[Tensor, "batch queries d_model"]) -> tuple[Float[Tensor, "batch keys d_model"], ...]:
         """Keep the new projections in the cache and return all there are; without a cache, the new ones."""
-        if self.kept is None:
+        if self.stored is None:
             return new
         end = self.positions.shape[1]
-        for kept, projection in zip(self.kept, new, strict=True):
-            kept[:, end - projection.shape[1] : end] = projection
-        return self.kept[:, :, :end].unbind(0)
+        for stored, projection in zip(self.stored, new, strict=True):
+            stored[:, end - projection.shape[1] : end] = projection
+        return self.stored[:, :, :end].unbind(0)
 
 
 class Attend(nn.Module):

@@ -26,19 +26,19 @@ class Cache:
         self, config: ModelConfig, *, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         kinds = 1 if config.shares_projection else 2
-        self.kept = torch.empty(config.num_layers, kinds, batch, capacity, config.d_model, device=device, dtype=dtype)
+        self.stored = torch.empty(config.num_layers, kinds, batch, capacity, config.d_model, device=device, dtype=dtype)
         self.real: Tensor | None = None
         self.length = 0
 
     @property
     def capacity(self) -> int:
         """Most tokens it can hold."""
-        return self.kept.shape[3]
+        return self.stored.shape[3]
 
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
-        return self.kept.nbytes
+        return self.stored.nbytes
 
     def admit(self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> None:
         """Make room for the tokens of the next pass and remember which are real."""
@@ -68,8 +68,8 @@ def spans_of(
         positions = torch.arange(length, device=tokens.device)[None]
     else:
         positions = (real.cumsum(1) - 1).clamp_min(0)
-    kept = [None] * config.num_layers if cache is None else cache.kept
-    return [Span(positions=positions, real=real, kept=layer) for layer in kept]
+    stored = [None] * config.num_layers if cache is None else cache.stored
+    return [Span(positions=positions, real=real, stored=layer) for layer in stored]
 
 
 @runtime_checkable

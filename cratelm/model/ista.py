@@ -56,8 +56,8 @@ class _SparseCode(torch.autograd.Function):
             pushes.append(residual * step_size.to(x.dtype))
             codes.append(_step(codes[-1] if codes else None, pushes[-1], atoms, threshold))
         ctx.from_input, ctx.recompute = from_input, recompute
-        kept = [*codes[: int(from_input)], codes[-1]] if recompute else codes
-        ctx.save_for_backward(atoms, step_sizes, thresholds, *pushes, *kept)
+        saved = [*codes[: int(from_input)], codes[-1]] if recompute else codes
+        ctx.save_for_backward(atoms, step_sizes, thresholds, *pushes, *saved)
         return codes[-1]
 
     @staticmethod

@@ -41,7 +41,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
     try:
         _check_sums(path)
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol, which does not matter here
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
@@ -55,9 +55,9 @@ def read_pickled(path: Path) -> dict[str, Any]:
         raise CrateError(
             f"{path} is damaged or no checkpoint ({reason[0][:120] if reason else type(error).__name__})"
         ) from None
-    if not isinstance(found, dict):
-        raise CrateError(f"{path} holds a {type(found).__name__}, not the dictionary of a checkpoint")
-    return found
+    if not isinstance(checkpoint, dict):
+        raise CrateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
+    return checkpoint
 
 
 def _check_sums(path: Path) -> None:

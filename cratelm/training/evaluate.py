@@ -104,9 +104,9 @@ def held_out_loss(
     for turn in range(0, len(all_passes), world.size):
         if world.any(stop()):
             raise StoppedError
-        own = turn + world.rank
-        losses = _token_losses(model, tokens, *all_passes[min(own, len(all_passes) - 1)])
-        if own < len(all_passes):
+        mine = turn + world.rank
+        losses = _token_losses(model, tokens, *all_passes[min(mine, len(all_passes) - 1)])
+        if mine < len(all_passes):
             total += torch.tensor([losses.sum(), len(losses)], dtype=torch.float64)
     summed, count = world.sum_on_hosts(total).tolist()
     return summed / count

@@ -152,13 +152,13 @@ def _loop(
         if evaluation:
             try:
                 with autocast(learner.device):
-                    found = held_out_loss(
+                    measured = held_out_loss(
                         learner.model, held_out, batch=config.micro_batch, world=world, stop=stop_evaluation
                     )
             except StoppedError:  # the run resumes with this evaluation
                 log.write(row)
                 halt(done)
-            row["held_out_loss"] = monitor.held_out(found, done)
+            row["held_out_loss"] = monitor.held_out(measured, done)
         if measurement:
             row |= _measure(learner, measurements, done)
         log.write(row)

@@ -121,12 +121,12 @@ class Metered(LLMWrapper):
                 return reply
         raise AssertionError("the last attempt raises")
 
-    def bound(self, messages: Sequence[Message], sampling: Sampling) -> Tokens:
+    def bound(self, messages: Sequence[Message], sampling: Sampling) -> _Tokens:
         """Most tokens that a chat reads and generates."""
         # A chat template adds a few tokens to each turn.
         return sum(self.count(turn.text) + 16 for turn in messages), sampling.max_tokens
 
-    def affordable(self, bounds: Sequence[Tokens]) -> int:
+    def affordable(self, bounds: Sequence[_Tokens]) -> int:
         """How many of these calls, from the first, the budget covers together."""
         read = generated = 0
         for number, bound in enumerate(bounds):

@@ -28,7 +28,7 @@ from cratelm.runtime import DeviceName, progress_bar
 from cratelm.steering.ablation_file import AblationFile, AblationKind, AblationRow
 from cratelm.steering.changes import SAE, Change, check_indices
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 from cratelm.workflows.steering.printing import plain_console, plain_table
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -47,7 +47,7 @@ ROWS_SHOWN = 12
 class Options:
     """Options of `cratelm ablate`."""
 
-    run: Run
+    run: RunPath
     """Run directory, model directory, or a Hugging Face name."""
     data: Path
     """Token directory with the held-out text."""

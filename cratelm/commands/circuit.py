@@ -21,7 +21,7 @@ from cratelm.rundir import origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import result_name
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Options:
     """Options of `cratelm circuit`."""
 
-    run: Run
+    run: RunPath
     """Run directory: from `cratelm train`, or of a Hugging Face model after `cratelm collect`."""
     prompt: str
     """Text before the token."""

@@ -22,7 +22,7 @@ from cratelm.errors import CrateError, check_least
 from cratelm.rundir import atomic_path, claim
 from cratelm.runtime import DeviceName, console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_for_run
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Options:
 
     BASIC: ClassVar = ("data", "out", "mode", "tap", "sae", "layer", "tokens", "device", "dry_run")
     """The options that `--help` shows; `--help-all` shows all."""
-    runs: Runs
+    runs: RunPaths
     """Run directories; or one Hugging Face model, as a directory, a GGUF file or a name on the hub."""
     data: Path
     """Token directory to read."""

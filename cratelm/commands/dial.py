@@ -21,7 +21,7 @@ from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.opening import open_own
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.printed_tables import print_tables
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -38,7 +38,7 @@ _FILE = "dial.json"
 class Options:
     """Options of `cratelm dial`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories."""
     data: Path
     """Token directory to read."""

@@ -15,14 +15,14 @@ from cratelm.errors import check_least
 from cratelm.rundir import atomic_path, claim, origin, write_json
 from cratelm.runtime import DeviceName, console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `cratelm directions`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories: from `cratelm train`, or of Hugging Face models after `cratelm collect`."""
     keep: int = 20
     """Length of each list."""

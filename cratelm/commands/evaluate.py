@@ -19,7 +19,7 @@ from cratelm.errors import CrateError, check_least
 from cratelm.rundir import claim, origin, read_json, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.opening import open_own
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.token_data import open_tokens
 
 
@@ -27,7 +27,7 @@ from cratelm.workflows.token_data import open_tokens
 class Options:
     """Options of `cratelm evaluate`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories."""
     data: Path | None = None
     """Token directory to predict."""

@@ -20,7 +20,7 @@ from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.rundir import read_json, remove_leftovers, write_text
 from cratelm.runtime import console
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 from cratelm.workflows.recorded import find_layers
 
 
@@ -28,7 +28,7 @@ from cratelm.workflows.recorded import find_layers
 class Options:
     """Options of `cratelm export`."""
 
-    run: Run
+    run: RunPath
     """Run directory; for hf and official also a model directory."""
     format: Literal["hf", "official", "neuronrecord", "neuronpedia", "csv"] = "hf"
     """hf, official: the model. neuronrecord, neuronpedia, csv: its neurons."""

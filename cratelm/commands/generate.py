@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from cratelm.errors import CrateError, check_least
 from cratelm.runtime import DeviceName
 from cratelm.workflows.opening import open_model
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `cratelm generate`."""
 
-    run: Run
+    run: RunPath
     """Run directory, model directory, or a Hugging Face name."""
     prompt: str | None = None
     """Text to continue; without it the model begins a document."""

@@ -24,7 +24,7 @@ from cratelm.runtime import DeviceName
 from cratelm.steering.ledger_rows import LedgerRow, ledger_csv, ledger_rows
 from cratelm.workflows.naming import result_name
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 
@@ -39,7 +39,7 @@ EXPLAINED = 72
 class Options:
     """Options of `cratelm ledger`."""
 
-    run: Run
+    run: RunPath
     """Run directory, model directory, or a Hugging Face name."""
     prompt: str
     """Text that the model reads; \\n in it is a line break."""

@@ -18,7 +18,7 @@ from rich.console import Console
 from cratelm.activations.records import Mode
 from cratelm.report.neuron_table import NeuronTable, SortColumn, open_table
 from cratelm.report.shown_text import visible
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 from cratelm.workflows.recorded import find_layers, layer_spans
 
 NEIGHBOUR_LISTS = {
@@ -39,7 +39,7 @@ SHOWN_TOKENS = 8
 class Options:
     """Which neurons to show."""
 
-    run: Run
+    run: RunPath
     """Run directory with the records that `cratelm collect` wrote."""
     layer: int | None = None
     """Zero-based layer; by default the first that has records."""

@@ -26,14 +26,14 @@ from rich.text import Text
 from cratelm.errors import CrateError
 from cratelm.report.tables.form import Table, written
 from cratelm.workflows.naming import report_folder, shown_path
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Options of `cratelm report`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories, scored by `cratelm interpret`."""
     out: Path | None = None
     """Folder to write. Default: `report` (`site` with --site) in the folder of the runs; in the run if there is one."""

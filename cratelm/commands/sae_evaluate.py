@@ -20,7 +20,7 @@ from cratelm.errors import CrateError, check_least
 from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar, select_device
 from cratelm.workflows.opening import open_for_run
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.token_data import open_corpus, read_count
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ PRINTED_COLUMNS: tuple[tuple[str, str, str], ...] = (
 class Options:
     """Options of `cratelm sae evaluate`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories."""
     data: Path
     """Token directory to evaluate on."""

@@ -22,7 +22,7 @@ from cratelm.runtime import DeviceName, console, human, progress_bar
 from cratelm.sae.config import SaeConfig
 from cratelm.sae.kinds import SAE_KINDS, describe_kinds
 from cratelm.workflows.opening import OpenModel, open_for_run
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.stopping import stopping
 from cratelm.workflows.token_data import open_corpus, read_count
 
@@ -58,7 +58,7 @@ class Options:
         "kind", "k", "expansion", "l1", "dry_run", "device",
     )  # fmt: skip
     """The options that `--help` shows; `--help-all` shows all."""
-    runs: Runs
+    runs: RunPaths
     """Run directories; or one Hugging Face model (directory or hub name) with --out."""
     data: Path
     """Token directory to train on."""

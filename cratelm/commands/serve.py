@@ -26,7 +26,7 @@ from cratelm.errors import CrateError, check_least
 from cratelm.report.server.requests import Limits
 from cratelm.runtime import DeviceName, console
 from cratelm.workflows.opening import open_model
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.options.language_model import Explaining, Name, Where
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ STOP_SECONDS = 3.0
 class Options:
     """Options of `cratelm serve`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories with records."""
     host: str = "127.0.0.1"
     """Address to listen on. For an address other than localhost, visitors need the printed token."""

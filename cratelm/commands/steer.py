@@ -27,7 +27,7 @@ from cratelm.rundir import origin, write_json
 from cratelm.runtime import DeviceName
 from cratelm.workflows.naming import steering_name
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import Run
+from cratelm.workflows.options.arguments import RunPath
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 
@@ -48,7 +48,7 @@ class Options:
 
     BASIC: ClassVar = ("neuron", "prompt", "positions", "sweep", "sae", "tokens", "temperature", "out", "device")
     """The options that `--help` shows; `--help-all` shows all."""
-    run: Run
+    run: RunPath
     """Run directory, model directory, or a Hugging Face name."""
     neuron: tuple[str, ...]
     """Changes: 1/85=set:2x, 1/85=add:0.5, 1/85=scale:0, 1/85=clamp:0..1 or 1/85=silence. 1/85 alone is set:1x."""

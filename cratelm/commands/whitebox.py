@@ -18,7 +18,7 @@ from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar
 from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.opening import open_own
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.printed_tables import print_tables
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -27,7 +27,7 @@ from cratelm.workflows.token_data import open_tokens, read_count
 class Options:
     """Options of `cratelm whitebox`."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories; give random-init controls along with their models."""
     data: Path
     """Token directory to read."""

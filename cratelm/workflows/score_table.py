@@ -51,14 +51,15 @@ def print_scores(run: Path, selection: Selection, templates: Sequence[SetKey]) -
 def heading(run: Path, key: SetKey) -> list[str]:
     """Run, mode, explainer and simulator of a table, in lines of 80 columns."""
     of_tap = "" if key.tap == "neurons" else f", {key.tap}"
-    simulated = [f"simulated by {key.simulator}"] if key.simulator else []
-    return set_words([f"{run.name}{of_tap} ({key.mode} mode", *simulated, *explained_by(key)])
+    return set_words([f"{run.name}{of_tap} ({key.mode} mode", *set_parts(key)])
 
 
-def explained_by(key: SetKey) -> Iterator[str]:
-    """Which explanations a set is about, in parts of a heading."""
+def set_parts(key: SetKey) -> Iterator[str]:
+    """Explainer, simulator, sample and control of a set, in the parts of a heading."""
     if key.explainer:
         yield f"explained by {key.explainer}"
+    if key.simulator and not key.judge:
+        yield f"simulated by {key.simulator}"
     if key.sample:
         yield f"explanation {key.sample + 1}"
     if key.control:

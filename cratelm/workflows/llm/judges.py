@@ -12,7 +12,7 @@ from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION, ScorerA
 from cratelm.interpretation.stages.judge import JudgeContext, aggregate_judged, judged_key, judged_sets
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
-from cratelm.workflows.score_table import explained_by, interval_text, line_of, set_words, warning_of_few
+from cratelm.workflows.score_table import interval_text, line_of, set_parts, set_words, warning_of_few
 
 FEW = ("too few excerpts",)
 
@@ -80,7 +80,7 @@ def print_judged(run: Path, wanted: Sequence[tuple[str, SetKey]]) -> None:
         words = [
             f"{run.name}: {scorer} ({SCORERS[scorer].number.replace('_', ' ')}, chance {aggregates[0].chance:.0f} %"
         ]
-        print("\n" + "\n".join(set_words([*words, f"asked: {kind.judge}", *explained_by(kind)])))
+        print("\n" + "\n".join(set_words([*words, f"asked: {kind.judge}", *set_parts(kind)])))
         print("\n".join(_table(keys, aggregates)))
 
 

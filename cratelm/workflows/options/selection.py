@@ -8,7 +8,7 @@ import tyro
 
 from cratelm.activations.records import Mode
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
-from cratelm.workflows.options.arguments import Runs
+from cratelm.workflows.options.arguments import RunPaths
 from cratelm.workflows.recorded import check_run_exists, find_layers
 
 
@@ -16,7 +16,7 @@ from cratelm.workflows.recorded import check_run_exists, find_layers
 class Selection:
     """Which neurons of which runs, and by which protocols."""
 
-    runs: Runs
+    runs: RunPaths
     """Run directories, each with the records that `cratelm collect` wrote."""
     protocol: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("all",)
     """One or more of top-and-random, random-only, anthropic; or all."""

@@ -57,12 +57,8 @@ def server() -> Iterator[RuleServer]:
 
 def questions(server: Server) -> list[Body]:
     """What was asked about neurons: not the probe, not the self-test."""
-    text = [json.dumps(body) for _, body in server.asked]
-    return [
-        body
-        for (_, body), message in zip(server.asked, text, strict=True)
-        if "euron 2" in message and not puzzle(message)
-    ]
+    prompts = ((body, json.dumps(body)) for _, body in server.asked)
+    return [body for body, prompt in prompts if "euron 2" in prompt and not puzzle(prompt)]
 
 
 def by_model(run: Path) -> list[SetKey]:
@@ -70,10 +66,10 @@ def by_model(run: Path) -> list[SetKey]:
     return [key for key in Store.open(run).scored() if key.simulator]
 
 
-def puzzle(message: str) -> bool:
+def puzzle(prompt: str) -> bool:
     """Whether a prompt is of the self-test of simulators or explainers."""
     known = [(one.explanation, "\\n".join(map("{}\\t{}".format, one.tokens, one.activations))) for one in puzzles()]
-    return any(re.search(rf"fires on {re.escape(a)}(?![ ,\w])", message) or table in message for a, table in known)
+    return any(re.search(rf"fires on {re.escape(a)}(?![ ,\w])", prompt) or table in prompt for a, table in known)
 
 
 def test_interpret_with_a_server_finds_the_planted_rules(

@@ -101,7 +101,7 @@ def _report(options: Options) -> None:
     print(shown_path(page))
 
 
-def _printed(table: Table) -> RichTable:
+def _printed(table: Table, caption: str) -> RichTable:
     """A table of the report for a terminal."""
     grid = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left", caption_style="")
     grid.caption = Text(caption)

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import tyro
 from rich.markup import escape
 
-from cratelm.errors import CrateError
+from cratelm.errors import CrateError, check_least
 from cratelm.rundir import differing_fields, read_json, write_json
 from cratelm.runtime import DeviceName, console
 from cratelm.workflows.next_command import explored_run
-from cratelm.workflows.options.language_model import Name, Where, least
+from cratelm.workflows.options.language_model import Name, Where
 from cratelm.workflows.token_data import read_count
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     """Run every step that is not done yet, then open the browser."""
     from cratelm.workflows.opening import describe, open_model
 
-    least("--minutes", options.minutes, 0)
+    check_least(options, 0, "minutes")
     if options.minutes == 0:
         raise CrateError("--minutes must be above 0, got 0")
     _, is_run = describe(options.model)

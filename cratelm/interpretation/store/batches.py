@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from cratelm.errors import CrateError
-from cratelm.interpretation.store.answer_cache import Row
+from cratelm.interpretation.store.answer_cache import CallRow
 from cratelm.interpretation.store.database import Store
 
 NOTE = "batch "
@@ -57,7 +57,7 @@ def write_batch(store: Store, record: BatchRecord) -> None:
     store.note(NOTE + record.file, json.dumps(asdict(record)))
 
 
-def close_batch(store: Store, record: BatchRecord, rows: Sequence[Row]) -> None:
+def close_batch(store: Store, record: BatchRecord, rows: Sequence[CallRow]) -> None:
     """Add the answers of a batch to the cache, and remove its note."""
     with store.transaction() as connection:
         connection.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?, ?, ?)", rows)

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from cratelm.data.special_tokens import SpecialTokens, special_tokens
 from cratelm.errors import CrateError
 from cratelm.model.weights import find_model, load, save_model
 from cratelm.report.export.model_card import model_card, run_of
@@ -13,8 +14,10 @@ def write_directory(source: str | Path, folder: Path, *, title: str | None = Non
     """Write the model and tokenizer of a run, with the model card as README.md."""
     model, tokenizer = load(source)
     directory = find_model(source)
+    special = SpecialTokens() if tokenizer is None else special_tokens(tokenizer, directory, post_processor=False)
+    begin = special.begin[0] if special.begin else None
     with atomic_path(folder) as temporary:
-        save_model(model, temporary, tokenizer)
+        save_model(model, temporary, tokenizer, begin=begin, end=special.end)
         card = model_card(run_of(directory) or temporary, title=title or folder.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 

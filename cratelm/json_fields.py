@@ -41,7 +41,7 @@ JSON_FIELDS: dict[str, Any] = {
     "run.json": {
         "name": _TEXT, "arch": _TEXT, "model": ({"num_layers": _WHOLE}, None), "parameters": _WHOLE,
         "flops_per_token": _WHOLE,
-        "control": _TEXT, "of": _TEXT, "source": _TEXT, "imported": _OBJECT,
+        "control": _TEXT, "of": _TEXT, "source": _TEXT, "imported": _OBJECT, "begin_of_text": ([int], None),
         "training": ({"tokens": _WHOLE, "batch_tokens": _WHOLE, "seed": _WHOLE}, None),
         "origin": ({"date": _TEXT, "command": _TEXT, "machine": _TEXT, "python": _TEXT, "versions": _OBJECT}, None),
     },
@@ -52,10 +52,11 @@ JSON_FIELDS: dict[str, Any] = {
     "records.json": {
         "tokens": _WHOLE, "documents": _WHOLE, "num_layers": _WHOLE, "per_quantile": _WHOLE, "model_hash": _TEXT,
         "data_hash": _TEXT, "tokenizer_hash": _TEXT, "mode": _TEXT, "taps": ({...: _TAP}, [str], None),
+        "row_beginning": ({"rows": str, "tokens": [int]}, None),
     },
     "tokens.json": {
         "tokenizer": str, "tokenizer_hash": str, "end_of_text": int, "vocab_size": int, "dtype": str,
-        "splits": {...: _SPLIT}, "source": {"settings": _OBJECT},
+        "splits": {...: _SPLIT}, "source": {"settings": _OBJECT}, "begin_of_text": ([int], None),
     },
     "explore.json": {"tokens": _WHOLE, "minutes": float, "layer": [int]},
     "whitebox.json": {"layers": [_LAYER], "tokens_per_set": int, "sets": int},

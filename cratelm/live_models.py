@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cratelm.activations.causal_model import CausalModel, causal_model
 from cratelm.activations.taps import capture
+from cratelm.data.special_tokens import SpecialTokens
 from cratelm.errors import CrateError
 from cratelm.report.server.requests import Limits, SteerRequest, TextRequest
 from cratelm.steering.effects import token_rows
@@ -39,20 +40,22 @@ class LiveModel:
     """Text of each token id."""
     maximum: Callable[[int, int], float | None]
     """(layer, neuron) -> its largest recorded activation; None without records."""
+    special: SpecialTokens | None = None
+    """The tokens that begin and end texts."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def causal(self) -> CausalModel:
         """The adapter of the model."""
-        return causal_model(self.model, self.tokenizer)
+        return causal_model(self.model, self.tokenizer, self.special)
 
     def tokens(self, text: str, limits: Limits) -> Tensor:
         """Token ids of a text, (1, seq). Raises `CrateError` for an empty text and for one above the limits."""
         causal = self.causal
-        ids = causal.encode(text)
-        most = min(limits.text_tokens, causal.context_length or limits.text_tokens)
-        if len(ids) > most:
-            raise CrateError(f"the text must have at most {most} tokens, got {len(ids)}")
+        ids, begin = causal.encode(text), len(causal.text_beginning)
+        most = min(limits.text_tokens, (causal.context_length or 1 << 30) - begin)
+        if len(ids) - begin > most:
+            raise CrateError(f"the text must have at most {most} tokens, got {len(ids) - begin}")
         return torch.tensor([ids], device=causal.device)
 
     def intervention(self, request: SteerRequest) -> Intervention:
@@ -93,8 +96,9 @@ class LiveModels:
         taps = places if request.layer is None else {request.layer: places[request.layer]}
         with live.lock, torch.inference_mode(), capture(live.model, taps.values()) as captured:
             live.causal.read(tokens, list(taps.values()))
-        codes = {layer: captured[tap][0].float().cpu().numpy() for layer, tap in taps.items()}
-        answer = {"tokens": [live.strings[token] for token in tokens[0].tolist()]}
+        begin = len(live.causal.text_beginning)  # the user did not type these tokens, and no records hold them
+        codes = {layer: captured[tap][0, begin:].float().cpu().numpy() for layer, tap in taps.items()}
+        answer = {"tokens": [live.strings[token] for token in tokens[0, begin:].tolist()]}
         if request.neuron is None:
             return answer | {"layers": [_strongest(layer, code, request.strongest) for layer, code in codes.items()]}
         assert request.layer is not None

@@ -142,7 +142,7 @@ def test_the_quantisation_is_named_in_the_identity_and_in_the_records(write: Wri
     data, run = tmp_path / "data", tmp_path / "run"
     make_tokens(tmp_path / "texts", np.random.default_rng(2), documents=120)
     tokenize([str(tmp_path / "texts.jsonl")], data, str(file), held_out=0.8)
-    collect.run(collect.Options(runs=(file,), data=data, out=run, context=128, device="cpu"))
+    collect.run(collect.Options(runs=(file,), data=data, out=run, context=128, device="cpu", force=True))
     records, described = (json.loads((run / name).read_text()) for name in ("records/fixed/records.json", "run.json"))
     assert records["quantization"] == described["quantization"] == "Q8_0"
     assert described["source"] == str(file)

@@ -104,7 +104,7 @@ def test_every_package_of_an_extra_imports(extra: str, tmp_path: Path) -> None:
     modules = [
         module
         for module, owners in metadata.packages_distributions().items()
-        if names & set(map(canonicalize_name, owners)) and not module.startswith("_")
+        if names & set(map(canonicalize_name, owners)) and module.isidentifier() and not module.startswith("_")
     ]
     code = "\n".join(f"import {module}" for module in modules)
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}

@@ -20,12 +20,13 @@ from cratelm.activations.places import (
     attention_widths,
     decoders,
     find_places,
+    map_directions,
     num_layers,
     stopping_after,
     vocabulary_rows,
 )  # fmt: skip
 from cratelm.activations.taps import INPUT, find_tap
-from cratelm.data.tokenizer import end_of_text_id
+from cratelm.data.special_tokens import LED_BY_END_OF_TEXT, SpecialTokens, special_tokens
 from cratelm.errors import CrateError
 from cratelm.model.generate import Reader, TextReader
 from cratelm.model.language_model import LanguageModel
@@ -44,8 +45,14 @@ class CausalModel(ABC):
     has_known_parts: bool
     """Whether its blocks, norms and embedding have the names of `cratelm.model`; if not, they are searched for."""
 
-    def __init__(self, module: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Tokenizer | None = None, special: SpecialTokens | None = None
+    ) -> None:  # fmt: skip
+        """`special` are the tokens that begin and end texts, by default what the tokenizer alone shows."""
         self.module, self.tokenizer = module, tokenizer
+        if special is None and tokenizer is not None:
+            special = special_tokens(tokenizer, post_processor=not self.has_known_parts)
+        self.special = special or SpecialTokens()
 
     @property
     def device(self) -> torch.device:
@@ -108,21 +115,30 @@ class CausalModel(ABC):
             raise CrateError("the prompt is empty. Give at least one token")
 
     @property
-    def start_token(self) -> int | None:
-        """The token that stands before a document; None if the tokenizer has no end-of-text token."""
-        assert self.tokenizer is not None, "a text needs the model's tokenizer"
-        try:
-            return end_of_text_id(self.tokenizer)
-        except CrateError:
-            return None
+    @abstractmethod
+    def row_beginning(self) -> tuple[int, ...] | None:
+        """Tokens before every row that the model reads, in mid-document too; empty for a family without any.
+
+        None: end-of-text stands before each document, as in the model's training; other rows begin mid-document.
+        """
+
+    @property
+    def text_beginning(self) -> tuple[int, ...]:
+        """Tokens before a text: the beginning of a row, or the end-of-text token that leads a document."""
+        return self.end_tokens if self.row_beginning is None else self.row_beginning
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The end-of-text token; empty if the tokenizer has none."""
+        return () if self.special.end is None else (self.special.end,)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with a start token if the tokenizer adds it. Raises CrateError for an empty prompt."""
+        """Token ids of a text, after `text_beginning`. Raises CrateError for an empty text."""
         assert self.tokenizer is not None, "a text needs the model's tokenizer"
-        tokens = self.tokenizer.encode(text).ids
+        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
         if not tokens:
             raise CrateError("the prompt is empty. Give some text with --prompt")
-        return list(tokens)
+        return [*self.text_beginning, *tokens]
 
     def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the next token at every position."""
@@ -176,6 +192,10 @@ class OwnModel(CausalModel):
 
     has_known_parts = True
     module: LanguageModel
+
+    @property
+    def row_beginning(self) -> tuple[int, ...] | None:
+        return self.special.begin or None
 
     @property
     def context_length(self) -> int:
@@ -241,6 +261,10 @@ class HuggingFaceModel(CausalModel):
     module: Any
 
     @property
+    def row_beginning(self) -> tuple[int, ...] | None:
+        return self.special.begin or (None if self._config("model_type") in LED_BY_END_OF_TEXT else ())
+
+    @property
     def context_length(self) -> int | None:
         return self._config("max_position_embeddings") or None
 
@@ -271,8 +295,8 @@ class HuggingFaceModel(CausalModel):
 
     def shape(self) -> dict[str, Any]:
         neurons = None
-        with contextlib.suppress(CrateError):
-            neurons = [len(rows) for rows in (self.directions(self.places()) or {}).values()][0]
+        with contextlib.suppress(CrateError, IndexError):
+            neurons = [len(rows) for rows in (map_directions(self.module, self.places()) or {}).values()][0]
         return {
             "num_layers": self.num_layers, "d_model": self._config("hidden_size"),
             "num_heads": self._config("num_attention_heads"), "num_neurons": neurons,
@@ -315,9 +339,12 @@ class HuggingFaceModel(CausalModel):
         return body(tokens) if all(find_tap(self.module, place) in inside for place in places) else self.module(tokens)
 
 
-def causal_model(module: nn.Module, tokenizer: Tokenizer | None = None) -> CausalModel:
+def causal_model(
+    module: nn.Module, tokenizer: Tokenizer | None = None, special: SpecialTokens | None = None
+) -> CausalModel:
     """The adapter of a model; of a `CrateForCausalLM`, the adapter of the `LanguageModel` inside."""
     inside = getattr(module, "model", None)
     if isinstance(inside, LanguageModel):
         module = inside
-    return (OwnModel if isinstance(module, LanguageModel) else HuggingFaceModel)(module, tokenizer)
+    adapter = OwnModel if isinstance(module, LanguageModel) else HuggingFaceModel
+    return adapter(module, tokenizer, special)

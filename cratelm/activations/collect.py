@@ -22,6 +22,7 @@ from cratelm.activations.collector import Collector
 from cratelm.activations.plan import SPLITS, CollectConfig, Plan, make_plan, read_rows
 from cratelm.activations.records import records_folder
 from cratelm.activations.results import layer_arrays
+from cratelm.activations.row_beginning import EVERY_DOCUMENT
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.activations.writing import already_collected, write_description, write_layers, write_windows
 from cratelm.distributed import ALONE, World
@@ -54,10 +55,7 @@ def collect(
     settings = asdict(config) | {"max_tokens": max_tokens} | dict(subject.identity) | dict(corpus.identity)
     if already_collected(run, "fixed", subject.tap, settings):
         return
-    plan = make_plan(
-        corpus.tokens, corpus.documents, context=subject.context, wide=config.wide, narrow=config.narrow,
-        warmup=config.warmup, max_tokens=max_tokens, seed=config.seed,
-    )  # fmt: skip
+    plan = plan_of(config, subject, corpus, max_tokens)
     check_documents(plan, config)
     reading = CorpusReading(config, subject, corpus, plan, world, device, run, settings)
     reading.read(bar)
@@ -66,6 +64,16 @@ def collect(
         _write(collector, subject, corpus, plan, settings, run)
     world.wait()
     reading.partial(world.rank).unlink(missing_ok=True)
+
+
+def plan_of(config: CollectConfig, subject: Subject, corpus: Corpus, max_tokens: int | None = None) -> Plan:
+    """The rows of a corpus for a subject: its beginning of a row counts as tokens of warm-up."""
+    begin = subject.row_beginning
+    return make_plan(
+        corpus.tokens, corpus.documents, context=subject.context, wide=config.wide, narrow=config.narrow,
+        warmup=max(0, config.warmup - len(begin or ())), max_tokens=max_tokens, seed=config.seed,
+        lead=1 if begin is None else 0,
+    )  # fmt: skip
 
 
 @dataclass
@@ -183,6 +191,7 @@ def _write(
         "split_documents": {split: int((plan.document_split == i).sum()) for i, split in enumerate(SPLITS)},
         "quantile_rank_error": {str(width): 0.5 / keep**0.5 for width, (_, keep) in collector.sizes.items()},
         "cofiring_tokens": collector.layout.cofiring_tokens,
+        "row_beginning": {"rows": EVERY_DOCUMENT, "tokens": [corpus.end_of_text]},
     }  # fmt: skip
     write_description(run, "fixed", dict(settings) | description, subject, corpus)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cratelm.activations.released import NARROW, PER_INTERVAL, QUANTILES, TOKENS, WIDE, ReleasedLayer
 from cratelm.activations.results import statistics_arrays
+from cratelm.activations.row_beginning import EVERY_ROW
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.activations.writing import already_collected, write_description, write_layers, write_windows
 from cratelm.errors import CrateError
@@ -72,7 +73,8 @@ def collect_compat(
     covered = np.array([[0, end]])
     write_windows(run, "compat", corpus.tokens[:end], covered, documents, np.zeros_like(documents))
     description = {
-        "tokens": end, "tokens_narrow": tokens[NARROW], "documents": len(documents), "num_layers": len(subject.layers)
+        "tokens": end, "tokens_narrow": tokens[NARROW], "documents": len(documents), "num_layers": len(subject.layers),
+        "row_beginning": {"rows": EVERY_ROW, "tokens": []},
     }  # fmt: skip
     write_description(run, "compat", settings | description, subject, corpus)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cratelm.activations.collect import CorpusReading
+from cratelm.activations.collect import CorpusReading, plan_of
 from cratelm.activations.collector import Collector
-from cratelm.activations.plan import SPLITS, CollectConfig, make_plan
+from cratelm.activations.plan import SPLITS, CollectConfig
 from cratelm.activations.results import layer_arrays
 from cratelm.activations.subject import Corpus, Subject
 from cratelm.distributed import ALONE
@@ -47,10 +47,7 @@ def forecast_collection(
     config: CollectConfig, subject: Subject, corpus: Corpus, *, device: torch.device
 ) -> CollectionForecast:
     """Read the first batches for some seconds. Raises CrateError if no document is long enough for a row."""
-    plan = make_plan(
-        corpus.tokens, corpus.documents, context=subject.context, wide=config.wide, narrow=config.narrow,
-        warmup=config.warmup, max_tokens=TRIAL_TOKENS, seed=config.seed,
-    )  # fmt: skip
+    plan = plan_of(config, subject, corpus, TRIAL_TOKENS)
     if not len(plan.row_length):
         raise CrateError(f"a document must have more than {config.warmup} tokens, got none that has. Give longer texts")
     reading = CorpusReading(config, subject, corpus, plan, ALONE, device, Path(), {})
@@ -75,13 +72,10 @@ def forecast_collection(
     )  # fmt: skip
 
 
-def fewest_tokens(config: CollectConfig, corpus: Corpus, context: int) -> int:
+def fewest_tokens(config: CollectConfig, subject: Subject, corpus: Corpus) -> int:
     """Tokens of the fewest first documents of which each half has enough; of all documents if they are too few."""
     needed = max(config.top_wide, config.top_narrow)
-    plan = make_plan(
-        corpus.tokens, corpus.documents, context=context, wide=config.wide, narrow=config.narrow,
-        warmup=config.warmup, seed=config.seed,
-    )  # fmt: skip
+    plan = plan_of(config, subject, corpus)
     readable = np.unique(plan.row_document)
     halves = [readable[plan.document_split[readable] == index] for index in range(len(SPLITS))]
     last = max((half[min(needed, len(half)) - 1] for half in halves if len(half)), default=-1)

@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from cratelm.activations.causal_model import causal_model
+from cratelm.data.special_tokens import SpecialTokens, special_tokens
 from cratelm.data.tokenizer import load_tokenizer
 from cratelm.errors import CrateError
 from cratelm.gguf_files import quantization
@@ -37,6 +39,8 @@ class ForeignModel:
     """SHA-256 of configuration and weights."""
     quantization: str | None = None
     """Quantisation of the GGUF file that the weights come from, such as `Q4_K_M`; None for other files."""
+    special: SpecialTokens | None = None
+    """The tokens that begin and end texts, by the tokenizer and the files next to it; None without a tokenizer."""
 
 
 def load_foreign(source: str | Path) -> ForeignModel:
@@ -50,20 +54,29 @@ def load_foreign(source: str | Path) -> ForeignModel:
     model: nn.Module
     if arch == "crate":
         model, tokenizer = load(folder)
-        return ForeignModel(model=model, tokenizer=tokenizer, source=name, arch=arch, model_hash=weights_hash(model))
+        special = None if tokenizer is None else special_tokens(tokenizer, folder, post_processor=False)
+        return ForeignModel(
+            model=model, tokenizer=tokenizer, source=name, arch=arch, model_hash=weights_hash(model), special=special
+        )
     model, tokenizer = _load_with_transformers(folder), _find_tokenizer(folder)
     settings = {key: value for key, value in fields.items() if key not in _STORAGE_FIELDS}
     model_hash = digest(settings, model.state_dict())
+    special = None if tokenizer is None else special_tokens(tokenizer, folder)
     return ForeignModel(
-        model=model, tokenizer=tokenizer, source=name, arch=arch, model_hash=model_hash,
+        model=model, tokenizer=tokenizer, source=name, arch=arch, model_hash=model_hash, special=special,
         quantization=quantization(folder),
     )  # fmt: skip
 
 
-def write_foreign_run(run: Path, foreign: ForeignModel) -> None:
-    """Write the `run.json` of a foreign model. Raises CrateError if the run belongs to another model."""
+def write_foreign_run(run: Path, foreign: ForeignModel, begin: tuple[int, ...] | None = None) -> None:
+    """Write the `run.json` of a foreign model. Raises CrateError if the run belongs to another model.
+
+    `begin` are the tokens that --begin-token put in the place of the model's own beginning of a row.
+    """
     path = run / "run.json"
-    description = {"arch": foreign.arch, "model_hash": foreign.model_hash}
+    description: dict[str, Any] = {"arch": foreign.arch, "model_hash": foreign.model_hash}
+    if begin is not None:
+        description["begin_of_text"] = list(begin)
     if path.exists():
         described = read_json(path, made_by=f"cratelm collect {foreign.source} --data DIR --out {run}")
         if different := differing_fields({key: described.get(key) for key in description}, description):
@@ -82,7 +95,7 @@ def write_foreign_run(run: Path, foreign: ForeignModel) -> None:
 
 
 def _find_tokenizer(folder: Path) -> Tokenizer | None:
-    pairs = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+    pairs = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
     has_tokenizer = any(all((folder / name).is_file() for name in names) for names in pairs)
     return load_tokenizer(folder) if has_tokenizer else None
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cratelm.activations.causal_model import causal_model
 from cratelm.activations.places import tap_folder
+from cratelm.activations.row_beginning import setting_of
 from cratelm.activations.subject import Subject
 from cratelm.activations.taps import capture
 from cratelm.errors import CrateError
@@ -25,34 +26,44 @@ def observe(
     layers: Sequence[int] = (),
     context: int | None = None,
     bf16: bool = False,
+    row_beginning: tuple[int, ...] | None = None,
 ) -> Subject:
     """A function from token ids to the activations at a tap (see `places.find_places`) of some or all layers.
 
+    `row_beginning` are the tokens that the model reads before every row (`Subject.row_beginning`).
     `sign="negative"` returns the activations times -1, under a separate tap name. A forward pass of a few tokens
     determines the number of features. Raises CrateError for a tap whose shape is not (batch, seq, features) and for a
     model that sees later tokens.
     """
     causal = causal_model(model)
     places = _chosen(causal.places(tap), layers)
-    device = causal.device
+    device, begin = causal.device, torch.tensor(row_beginning or (), dtype=torch.int64)
 
-    def forward(tokens: Int[Tensor, "batch seq"]) -> dict[int, Tensor]:
+    def forward(text: Int[Tensor, "batch seq"]) -> dict[int, Tensor]:
+        tokens = with_beginning(text, begin)
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
         with torch.inference_mode(), autocast, capture(causal.module, places.values()) as codes:
             causal.read(tokens, places.values())
         if missing := [place for place in places.values() if place not in codes]:
             raise CrateError(f"{missing[0]} does not run in the model's forward pass. Give another --tap")
-        return _signed({layer: _by_row(codes[place], tokens).float() for layer, place in places.items()}, sign)
+        rows = {layer: _by_row(codes[place], tokens)[:, len(begin) :].float() for layer, place in places.items()}
+        return _signed(rows, sign)
 
-    length = causal.row_length(context)
+    length = causal.row_length(context) - len(begin)
     sizes = _probe(forward, tap, causal.vocabulary_rows, min(6, length), device)
     identity = {"model_hash": model_hash, "precision": "bfloat16" if bf16 else "float32"}
     directions = causal.directions(places)
     return Subject(
         forward=forward, layers=sizes, context=length, tap=tap_folder(tap, negative=sign == "negative"),
-        identity=identity | {"context": length, "layers": sorted(sizes)},
-        decoders=None if directions is None else _signed(directions, sign),
+        identity=identity | {"context": length + len(begin), "layers": sorted(sizes)} | setting_of(row_beginning),
+        row_beginning=row_beginning, decoders=None if directions is None else _signed(directions, sign),
     )  # fmt: skip
+
+
+def with_beginning(tokens: Int[Tensor, "batch seq"], begin: Sequence[int] | Tensor) -> Int[Tensor, "batch longer"]:
+    """The rows with the same tokens before each."""
+    first = torch.as_tensor(begin, dtype=tokens.dtype, device=tokens.device)
+    return torch.cat([first.expand(len(tokens), -1), tokens], dim=1)
 
 
 def _by_row(code: Tensor, tokens: Int[Tensor, "batch seq"]) -> Tensor:

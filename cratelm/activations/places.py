@@ -14,11 +14,19 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cratelm.activations.post_norms import through_post_norms
 from cratelm.activations.taps import INPUT, find_tap, near
 from cratelm.errors import CrateError
 
 LAYER = "{layer}"
 """Placeholder for the layer number in a tap."""
+
+NOT_AN_MLP = ("att", "per_layer", "laurel")
+"""Parts of names of modules that lead out of the stream and back without being the MLP: attention, Gemma's gates of
+per-layer embeddings and low-rank residuals. So do modules with a convolution (Mamba, LFM2)."""
+
+HEAD_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "output")
+"""Names of the map after the attention's heads."""
 
 
 def find_places(model: nn.Module, tap: str) -> dict[int, str]:
@@ -44,6 +52,19 @@ def tap_folder(tap: str, *, negative: bool = False) -> str:
 
 def decoders(model: nn.Module, places: Mapping[int, str]) -> dict[int, Float[Tensor, "neurons d_model"]] | None:
     """Decoder directions of each layer's neurons, as they are added to the residual stream; None if a place has none.
+
+    As `map_directions`, times the gain of a norm between the map and the stream (`post_norms`).
+    """
+    known = map_directions(model, places)
+    behind_maps = {layer: place.removesuffix(INPUT) for layer, place in places.items() if place.endswith(INPUT)}
+    if known is None or len(behind_maps) < len(places):
+        return known
+    written = through_post_norms(model, {path: known[layer] for layer, path in behind_maps.items()})
+    return {layer: written[path] for layer, path in behind_maps.items()}
+
+
+def map_directions(model: nn.Module, places: Mapping[int, str]) -> dict[int, Float[Tensor, "neurons d_model"]] | None:
+    """What each neuron of a layer adds to the output of its map per unit of activation; None if a place has none.
 
     The neurons that a linear map reads are decoded by its rows; CRATE's code by the atoms.
     """
@@ -104,7 +125,7 @@ def _neuron_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
     width = _width(model)
     for layer, path, block in _blocks(model):
         maps = list(_down_maps(block, width))
-        if len(maps) != 1 or any(weight.ndim > 2 for weight in block.parameters()):
+        if len(maps) != 1 or _has_experts(block):
             inside = ", ".join(name for name, part in block.named_modules() if name and not list(part.children()))
             raise CrateError(
                 f"layer {layer} of {type(model).__name__} is not an attention with one MLP, so its neurons are not "
@@ -116,9 +137,12 @@ def _neuron_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
 def _down_maps(block: nn.Module, width: int) -> Iterator[str]:
     """The last map of each MLP: from the width that another map (or a gate) leads to, back to the residual stream."""
     for name, parent in block.named_modules():
-        if "att" in name.lower():
+        if any(part in name.lower() for part in NOT_AN_MLP) or any(map(_is_convolution, parent.children())):
             continue
-        maps = {child: shape for child, part in parent.named_children() if (shape := map_shape(part))}
+        maps = {
+            child: shape for child, part in parent.named_children()
+            if not child.startswith(NOT_AN_MLP) and (shape := map_shape(part))
+        }  # fmt: skip
         downs = [
             child for child, (neurons, out) in maps.items()
             if out == width and any(
@@ -129,18 +153,31 @@ def _down_maps(block: nn.Module, width: int) -> Iterator[str]:
             yield f"{name}.{downs[-1]}".lstrip(".")
 
 
+def _has_experts(block: nn.Module) -> bool:
+    """Whether a block has weights of more than two dimensions that are not those of a convolution."""
+    parts = (part for part in block.modules() if not _is_convolution(part))
+    return any(weight.ndim > 2 for part in parts for weight in part.parameters(recurse=False))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
 def _head_maps(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """The map after the heads of each layer: the last one inside its attention."""
-    width = _width(model)
+    """The map after the heads of each layer with an attention: the last one inside it, of those named as an output."""
+    width, some = _width(model), False
     for layer, path, block in _blocks(model):
         maps = [
             name for name, part in block.named_modules()
             if ("att" in name.lower() or name.startswith("mssa."))
             and (shape := map_shape(part)) is not None and shape[1] == width
         ]  # fmt: skip
-        if not maps:
-            raise CrateError(f"layer {layer} of {type(model).__name__} has no attention with a known name. Use --tap")
-        yield layer, f"{path}.{maps[-1]}"
+        outputs = [name for name in maps if name.rpartition(".")[2] in HEAD_OUTPUTS]
+        if maps:
+            some = True
+            yield layer, f"{path}.{(outputs or maps)[-1]}"
+    if not some:
+        raise CrateError(f"no layer of {type(model).__name__} has an attention with a known name. Use --tap")
 
 
 def map_shape(module: Any) -> tuple[int, int] | None:

@@ -1,9 +1,9 @@
 """Which tokens the collector reads in `fixed` mode: documents cut into rows and rows into windows, before any pass.
 
-Each document is read separately: <|endoftext|> and then its tokens, in rows that fit the model's context. A row starts
-with `warmup` tokens of context that are in no window. Windows tile the rest, so each token lies in one window of each
-width, and its activation was computed with at least `warmup` tokens of its document before it. The plan is a function
-of the corpus and the seed, so excerpts can be drawn before the pass.
+Each document is read separately, in rows that fit the model's context. A row starts with `warmup` tokens of context
+that are in no window: the tokens with which every row of the model begins, or the end-of-text token that leads a
+document, count as some of them. Windows tile the rest, so each token lies in one window of each width. The plan is a
+function of the corpus and the seed, so excerpts can be drawn before the pass.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class CollectConfig:
     per_quantile: int = 2
     """Excerpts kept per interval and split."""
     warmup: int = 4
-    """Tokens at the start of each row that are context only."""
+    """Tokens at the start of each row that are context only, the beginning of the row included."""
     seed: int = 0
     """Seed of the document split and of random excerpts."""
     batch_rows: int = 16
@@ -59,7 +59,7 @@ class Plan:
     warmup: int
     """Tokens at the start of each row that are context only."""
     row_position: Int[np.ndarray, " rows"]
-    """Index in the corpus of the row's first token; one less than the document's first where <|endoftext|> leads."""
+    """Index in the corpus of the row's first token; one less than the document's first where end-of-text leads."""
     row_length: Int[np.ndarray, " rows"]
     """Tokens in the row, the warm-up included."""
     row_document: Int[np.ndarray, " rows"]
@@ -99,13 +99,14 @@ def make_plan(
     warmup: int = 4,
     max_tokens: int | None = None,
     seed: int = 0,
+    lead: int = 1,
 ) -> Plan:
     """Cut a corpus into rows. `documents` has the start of each, which ends in <|endoftext|>, and the last end.
 
-    With `max_tokens`, only the first documents, of about that many tokens together.
+    `lead` is 1 if the end-of-text token before a document belongs to its first row, else 0. With `max_tokens`, only
+    the first documents, of about that many tokens together.
     """
     assert wide % narrow == 0, "narrow windows tile wide ones"
-    assert warmup >= 1, "the first token of a row has no context"
     per_row = (context - warmup) // wide * wide
     if per_row == 0:
         raise CrateError(
@@ -115,7 +116,7 @@ def make_plan(
     if max_tokens is not None:
         documents = documents[: max(2, np.searchsorted(documents, max_tokens, side="right"))]
     content = np.diff(documents) - 1  # without the closing <|endoftext|>
-    measured = np.maximum(content + 1 - warmup, 0)  # the row's <|endoftext|> counts as a token of warm-up
+    measured = np.maximum(content + lead - warmup, 0)
     rows = -(-measured // per_row)
     row_document = np.repeat(np.arange(len(content)), rows)
     index = np.arange(len(row_document)) - np.repeat(np.cumsum(rows) - rows, rows)
@@ -123,7 +124,7 @@ def make_plan(
     order = np.argsort(-inside, kind="stable")
     return Plan(
         wide=wide, narrow=narrow, warmup=warmup,
-        row_position=(documents[:-1][row_document] - 1 + index * per_row)[order],
+        row_position=(documents[:-1][row_document] - lead + index * per_row)[order],
         row_length=(inside + warmup)[order], row_document=row_document[order],
         document_position=documents[:-1].astype(np.int64), document_split=split_documents(tokens, documents, seed),
         short=measured < wide,

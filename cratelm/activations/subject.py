@@ -22,6 +22,8 @@ class Corpus:
     end_of_text: int
     identity: Mapping[str, Any]
     """Fields of `records.json` about the corpus: split, hashes of data and tokenizer."""
+    begin_of_text: tuple[int, ...] | None = None
+    """The token that was named for the beginning of rows when tokenizing; None: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +34,14 @@ class Subject:
     layers: Mapping[int, int]
     """Neurons of each layer."""
     context: int
-    """Longest sequence, in tokens."""
+    """Longest sequence, in tokens, without the beginning of a row."""
     tap: str
     """Name of the tap in the run directory: `neurons` for a model's own."""
     identity: Mapping[str, Any]
     """Fields of `records.json` about the model: hash of the weights, precision."""
     decoders: Mapping[int, Float[Tensor, "neurons d_model"]] | None = None
     """Decoder directions per layer; None for a tap without them."""
+    row_beginning: tuple[int, ...] | None = None
+    """Tokens that `forward` puts before every row and leaves out of the codes, so that no statistic, excerpt or table
+    holds them. None: `forward` adds nothing, and a row at the start of a document includes the end-of-text token that
+    leads the document."""

@@ -91,7 +91,8 @@ def run(options: Options) -> None:
     tasks = tasks_of(options, opened, coders)
     data = open_tokens(opened, options.data, options.tokenizer)
     tokens = data.tokens(options.split)
-    text = held_out(tokens, data.documents(options.split), opened.model, limit)
+    begin = (opened.causal.row_beginning if data.begin_of_text is None else data.begin_of_text) or ()
+    text = held_out(tokens, data.documents(options.split), opened.model, limit, begin)
     with claim(folder):
         layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})
         ablation = Ablation(opened.model, text, layers, coders=coders)
@@ -99,7 +100,7 @@ def run(options: Options) -> None:
         settings = {
             "model_hash": opened.model_hash, "data_hash": data.splits[options.split].sha256, "split": options.split,
             "read": options.tokens, "tokens": int(text.real.sum()), "documents": len(text.sizes),
-            "context": text.context, **sae_settings,
+            "context": text.context, **sae_settings, **({"row_beginning": list(begin)} if begin else {}),
         }  # fmt: skip
         loss = {"nats_per_token": float(plain), "standard_error": _finite(float(error))}
         file = AblationFile(folder)

@@ -23,7 +23,7 @@ from cratelm.rundir import atomic_path, claim
 from cratelm.runtime import DeviceName, console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_for_run
 from cratelm.workflows.options.arguments import RunPaths
-from cratelm.workflows.token_data import open_corpus, read_count
+from cratelm.workflows.token_data import open_corpus, read_count, row_beginning
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,9 @@ class Options:
     """Compute the forward pass in bfloat16 (recorded with the results); float32 by default."""
     batch_rows: int = 16
     """Rows of tokens per forward pass."""
+    force: bool = False
+    """Collect from a Hugging Face model even if it predicts the text worse than token frequencies do, as an untrained
+    model does."""
     device: DeviceName = "auto"
     """Where to compute."""
     dry_run: bool = False
@@ -93,13 +96,17 @@ def collect_run(source: Path, options: Options) -> None:
     with join_world(options.device, same_errors=False) as (world, device):
         opened, home = open_for_run(source, device, out=options.out, data=options.data)
         corpus, tokenizer = open_corpus(opened, options.data, options.split, options.tokenizer)
-        subjects = _subjects(opened, home, options)
+        begin = row_beginning(opened, corpus)
+        subjects = _subjects(opened, home, options, begin)
         if options.dry_run:
             _print_forecast(subjects, corpus, options, max_tokens, device)
             return
+        collected = (records_folder(home, options.mode) / "records.json").exists()
+        if not opened.causal.has_known_parts and not collected:
+            _check_loss(opened, corpus, begin, options, shown=world.leads)
         with claim(home) if world.leads else contextlib.nullcontext():
             if world.leads:
-                _write_head(opened, home, tokenizer, options.mode)
+                _write_head(opened, home, tokenizer, options.mode, corpus.begin_of_text)
             for subject in subjects:
                 _collect(subject, corpus, home, options, max_tokens, device, world)
                 if world.leads:
@@ -119,14 +126,16 @@ def _print_forecast(
         print(f"{subject.tap}: {forecast_collection(config, subject, corpus, device=device).line(total)}")
 
 
-def _subjects(opened: OpenModel, home: Path, options: Options) -> "list[Subject]":
+def _subjects(
+    opened: OpenModel, home: Path, options: Options, begin: tuple[int, ...] | None
+) -> "list[Subject]":  # fmt: skip
     """The activations to record: the requested tap, or the latents of each autoencoder."""
     from cratelm.activations.observe import observe
 
     def at(tap: str, layers: tuple[int, ...]) -> "Subject":
         return observe(
             opened.model, model_hash=opened.model_hash, tap=tap, sign=options.sign, layers=layers,
-            context=options.context, bf16=options.bf16,
+            context=options.context, bf16=options.bf16, row_beginning=begin,
         )  # fmt: skip
 
     if not options.sae:
@@ -151,12 +160,37 @@ def _named(subject: "Subject", opened: OpenModel) -> "Subject":
     return replace(subject, identity={**subject.identity, "quantization": name}) if name else subject
 
 
-def _write_head(opened: OpenModel, home: Path, tokenizer: "Tokenizer", mode: Mode) -> None:
+def _check_loss(
+    opened: OpenModel, corpus: "Corpus", begin: tuple[int, ...] | None, options: Options, *, shown: bool
+) -> None:  # fmt: skip
+    """Print the loss of a Hugging Face model on the text. Raises CrateError if a unigram model has a lower one."""
+    from cratelm.activations.text_loss import loss_on
+
+    loss = loss_on(opened.causal, corpus, begin, bf16=options.bf16)
+    hint, other = "", opened.causal.special.unused_begin
+    if other is not None and begin == () and loss_on(opened.causal, corpus, (other,)).model < loss.model - 0.1:
+        hint = f"The loss is lower with {opened.strings[other]} before each row: tokenize with --begin-token"
+    if shown:
+        console.print(
+            f"loss on this text: {loss.model:.2f} nats per token, of a unigram model {loss.unigram:.2f} "
+            f"(first {loss.tokens} tokens). {hint}".rstrip()
+        )
+    if loss.model > loss.unigram and not options.force:
+        raise CrateError(
+            f"the loss of {opened.source} on this text must be below {loss.unigram:.2f} nats per token, that of a "
+            f"unigram model, got {loss.model:.2f}: {hint or 'the text, its tokens or the weights do not fit the model'}"
+            ". Hint: --force collects all the same, as from an untrained model"
+        )
+
+
+def _write_head(
+    opened: OpenModel, home: Path, tokenizer: "Tokenizer", mode: Mode, begin: tuple[int, ...] | None
+) -> None:  # fmt: skip
     """Write the tokenizer next to the records, and the `run.json` of a foreign model."""
     from cratelm.activations.foreign import write_foreign_run
 
     if opened.foreign is not None:
-        write_foreign_run(home, opened.foreign)
+        write_foreign_run(home, opened.foreign, begin)
     with atomic_path(records_folder(home, mode) / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
 

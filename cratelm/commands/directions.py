@@ -77,13 +77,15 @@ def _write(opened: OpenModel, options: Options) -> dict[str, list[str]]:
 
     causal, weights = opened.causal, wiring(opened.model)
     vocabulary = min(vocabulary_size(opened.tokenizer), causal.vocabulary_rows)
-    subject = observe(opened.model, model_hash=opened.model_hash)
+    begin = causal.row_beginning
+    subject = observe(opened.model, model_hash=opened.model_hash, row_beginning=begin)
     with atomic_path(opened.source / "directions" / "tokenizer.json") as temporary:
         opened.tokenizer.save(str(temporary))
     written = {}
     with progress_bar(f"directions {opened.source.name}", total=2 * vocabulary) as bar:
         alone = tokens_alone(
-            subject, vocabulary=vocabulary, start=causal.start_token, device=causal.device, bar=bar, keep=options.keep
+            subject, vocabulary=vocabulary, start=None if begin else causal.special.end, device=causal.device, bar=bar,
+            keep=options.keep,
         )  # fmt: skip
         for layer in range(len(weights.layers)):
             arrays = layer_directions(weights, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]

@@ -67,6 +67,8 @@ class Options:
     """Measure this machine, print the commands, tokens and time, then stop."""
     device: DeviceName = "auto"
     """Where to compute."""
+    force: bool = False
+    """Continue with a Hugging Face model that predicts the text worse than token frequencies do."""
     no_open: bool = False
     """Write the browser without opening it."""
 
@@ -111,11 +113,16 @@ def _steps(options: Options, home: Path, tokens: int | None, *, is_run: bool) ->
 
     collecting = collect.Options(
         runs=(options.model,), data=home / "tokens", out=None if is_run else home, split=SPLIT, layer=options.layer,
-        tokens="all" if tokens is None else str(tokens), device=options.device,
+        tokens="all" if tokens is None else str(tokens), device=options.device, force=options.force,
     )  # fmt: skip
     layers = ["--layer", *options.layer] if options.layer else []
     to_collect: list[Any] = ["collect", options.model, "--data", home / "tokens", "--split", SPLIT, *layers]
-    to_collect += ["--tokens", collecting.tokens, *([] if is_run else ["--out", home])]
+    to_collect += [
+        "--tokens",
+        collecting.tokens,
+        *([] if is_run else ["--out", home]),
+        *(["--force"] if options.force else []),
+    ]
     by_lookup = interpret.Options(runs=(home,), layer=options.layer, controls=("shuffled",))
     steps: list[Step] = [
         (to_collect, lambda: collect.run(collecting)),
@@ -153,7 +160,7 @@ def _write_directions(home: Path, device: DeviceName) -> None:
 def _tokenize(opened: "OpenModel", text: tuple[str, ...], out: Path) -> None:
     from cratelm.data.tokens import tokenize
 
-    data = tokenize(text, out, opened.tokenizer, held_out=0.0)
+    data = tokenize(text, out, opened.tokenizer, held_out=0.0, known_end=opened.causal.special.end)
     split = data.splits[SPLIT]
     console.print(f"{split.documents:,} documents, {split.tokens:,} tokens in {out}", soft_wrap=True)
 
@@ -163,7 +170,7 @@ def _tokens_within(opened: "OpenModel", options: Options, home: Path) -> int | N
     from cratelm.activations.forecast import fewest_tokens, forecast_collection
     from cratelm.activations.observe import observe
     from cratelm.activations.plan import CollectConfig
-    from cratelm.workflows.token_data import open_corpus
+    from cratelm.workflows.token_data import open_corpus, row_beginning
 
     path, wanted = home / "explore.json", {"minutes": options.minutes, "layer": list(options.layer)}
     if path.exists():
@@ -175,10 +182,12 @@ def _tokens_within(opened: "OpenModel", options: Options, home: Path) -> int | N
             )
         return cast("int | None", before["tokens"])
     corpus, _ = open_corpus(opened, home / "tokens", SPLIT)
-    subject = observe(opened.model, model_hash=opened.model_hash, layers=options.layer)
+    subject = observe(
+        opened.model, model_hash=opened.model_hash, layers=options.layer, row_beginning=row_beginning(opened, corpus)
+    )
     cost = forecast_collection(CollectConfig(), subject, corpus, device=opened.causal.device)
     within = round(60 * COLLECTING * options.minutes * cost.tokens_per_second / 1000) * 1000
-    fitting = max(within, fewest_tokens(CollectConfig(), corpus, subject.context))
+    fitting = max(within, fewest_tokens(CollectConfig(), subject, corpus))
     tokens = fitting if fitting < len(corpus.tokens) else None
     console.print(
         f"{len(subject.layers)} layers with {sum(subject.layers.values()):,} neurons, "

@@ -49,11 +49,11 @@ def run(options: Options) -> None:
     causal, tokenizer = opened.causal, opened.tokenizer
     if options.prompt is not None:
         prompt = causal.encode(options.prompt)
-    elif causal.start_token is not None:
-        prompt = [causal.start_token]
+    elif begin := causal.text_beginning or causal.end_tokens:
+        prompt = list(begin)
     else:
-        raise CrateError("the model's tokenizer has no end-of-text token to begin from. Give a text with --prompt")
-    made: list[int] = [] if options.prompt is None else list(prompt)
+        raise CrateError("the model's tokenizer has no token to begin a document from. Give a text with --prompt")
+    made: list[int] = [] if options.prompt is None else prompt[len(causal.text_beginning) :]
     shown = tokenizer.decode(made)
     sys.stdout.write(shown)
 

@@ -47,6 +47,11 @@ class Options:
     """A tokenizer.json or its folder, a folder with encoder.json and vocab.bpe, a name on the hub, or none."""
     activation: Literal["relu", "gelu"] = "relu"
     """The nonlinearity of a GPT-2 in a .pt file, which does not record it: relu as released, gelu as in nanoGPT."""
+    begin_token: str | None = None
+    """Token that stands before every text; by default none, or the bos_token of a model directory whose
+    tokenizer_config.json says add_bos_token."""
+    end_token: str | None = None
+    """Token that ends a document; by default <|endoftext|>, or the eos_token that the model directory names."""
 
 
 def run(options: Options) -> None:
@@ -66,8 +71,12 @@ def run(options: Options) -> None:
         raise CrateError(f"{path} does not exist. Hint: give a checkpoint, a model directory or a name on the hub")
     is_checkpoint = path.is_file() and not is_gguf(path)
     model, tokenizer, facts = _read_checkpoint(path, options) if is_checkpoint else _read_hugging_face(options)
+    begin = end = None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, model, options)
+        begin, end = _edges(tokenizer, path, options)
+    named = {"begin_token": options.begin_token, "end_token": options.end_token}
+    facts |= {name: text for name, text in named.items() if text is not None}
     imported = {"source": path.name or options.checkpoint, **facts}
     with claim(options.out):
         done = _is_done(options.out, model, tokenizer, imported)
@@ -76,7 +85,7 @@ def run(options: Options) -> None:
         for part in ("run.json", "model"):
             remove_leftovers(options.out / part)
         if not done:
-            save_model(model, options.out / "model", tokenizer)
+            save_model(model, options.out / "model", tokenizer, begin=begin, end=end)
     size, text = human(float(model.config.num_parameters)), "with its tokenizer" if tokenizer else "no tokenizer"
     where = f"{options.out} (imported before)" if done else str(options.out)
     console.print(f"{where}: {model.config.arch}, {model.config.num_layers} layers, {size} parameters, {text}")
@@ -139,9 +148,24 @@ def _read_hugging_face(options: Options) -> "tuple[LanguageModel, Tokenizer | No
     model = load_model(folder)
     if options.tokenizer == "none":
         return model, None, {}
-    has_tokenizer = (folder / "tokenizer.json").exists() or (folder / "merges.txt").exists()
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "merges.txt"))
     named = options.tokenizer or (str(folder) if has_tokenizer else None)
     return model, None if named is None else load_tokenizer(named), {}
+
+
+def _edges(tokenizer: "Tokenizer", path: Path, options: Options) -> tuple[int | None, int | None]:
+    """Ids of the token that begins a text and of the token that ends a document; None where there is none."""
+    from cratelm.data.special_tokens import choose_known, special_tokens
+    from cratelm.model.weights import find_model
+
+    folder = None if path.is_file() and not is_gguf(path) else find_model(options.checkpoint)
+    special = special_tokens(tokenizer, folder, post_processor=False)
+    begin, end = special.begin[0] if special.begin else None, special.end
+    if options.begin_token is not None:
+        begin = choose_known(tokenizer, options.begin_token, "--begin-token")
+    if options.end_token is not None:
+        end = choose_known(tokenizer, options.end_token, "--end-token")
+    return begin, end
 
 
 def _check_vocabulary(tokenizer: "Tokenizer", model: "LanguageModel", options: Options) -> None:

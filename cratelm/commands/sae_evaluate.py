@@ -21,7 +21,7 @@ from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import DeviceName, progress_bar, select_device
 from cratelm.workflows.opening import open_for_run
 from cratelm.workflows.options.arguments import RunPaths
-from cratelm.workflows.token_data import open_corpus, read_count
+from cratelm.workflows.token_data import open_corpus, read_count, row_beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +103,12 @@ def evaluate_saes(source: Path, names: Sequence[str], options: Options) -> dict[
             check_name_is_free(source, sae.name, find_sae(source, name))
             sae.place(model)
             subject = observe(
-                model, model_hash=opened.model_hash, tap=sae.tap, layers=(sae.layer,), context=options.context
+                model,
+                model_hash=opened.model_hash,
+                tap=sae.tap,
+                layers=(sae.layer,),
+                context=options.context,
+                row_beginning=row_beginning(opened, corpus),
             )
             result = evaluate_sae(
                 model, sae, subject, corpus, max_tokens=max_tokens, at_once=options.batch_rows, bar=bar,

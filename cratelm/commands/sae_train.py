@@ -41,6 +41,10 @@ else:
 __doc__ = f"{__doc__}\n{describe_kinds()}"
 
 
+IDENTITY = ("model_hash", "precision", "row_beginning")
+"""Settings of the activations that a trained autoencoder records."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(SaeConfig):
     """Settings of the training."""
@@ -144,7 +148,7 @@ class Job:
         return costly_inputs(
             self.model, self.place.path, trainer.sae, self.corpus.tokens, count=count,
             rows=self.config.resample_rows, context=min(self.place.context, len(self.corpus.tokens) - 1),
-            seed=self.config.seed, step=step,
+            seed=self.config.seed, step=step, begin=self.subject.row_beginning or (),
         )  # fmt: skip
 
 
@@ -179,16 +183,17 @@ def _job(
     from cratelm.activations.observe import observe
     from cratelm.sae.loading import saes_folder
     from cratelm.sae.training import TrainingPlace
+    from cratelm.workflows.token_data import row_beginning
 
     causal = opened.causal
     subject = observe(
         opened.model, model_hash=opened.model_hash, tap=options.tap, layers=(layer,), context=options.context,
-        bf16=options.bf16,
+        bf16=options.bf16, row_beginning=row_beginning(opened, corpus),
     )  # fmt: skip
     place = TrainingPlace(
         tap=options.tap, layer=layer, path=causal.places(options.tap)[layer], d_in=subject.layers[layer],
         context=subject.context, model_flops_per_token=causal.flops_per_token,
-        identity={name: value for name, value in subject.identity.items() if name in ("model_hash", "precision")}
+        identity={name: value for name, value in subject.identity.items() if name in IDENTITY}
         | dict(corpus.identity),
     )  # fmt: skip
     config = options.training

@@ -182,7 +182,9 @@ def _open(run: Path, options: Options) -> "LiveModel":
         value = maxima[layer][neuron] if neuron < len(maxima[layer]) else 0.0
         return value if value > 0 else None
 
-    return LiveModel(model=opened.model, tokenizer=opened.tokenizer, strings=opened.strings, maximum=maximum)
+    return LiveModel(
+        model=opened.model, tokenizer=opened.tokenizer, strings=opened.strings, maximum=maximum, special=opened.special
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,9 +4,10 @@
     cratelm tokenize books/ notes.md pile-00.jsonl.zst --out data/mine --tokenizer gpt2 --held-out 0.02
     cratelm tokenize hf:monology/pile-uncopyrighted --out data/pile
 
-Each document is followed by one <|endoftext|>. A document goes to train, val or test by a hash of its text, so copies
-of a text never land on both sides. The folder holds train.bin and val.bin (nanoGPT reads them), tokenizer.json, and
-tokens.json with counts and hashes. The same command again finds it done.
+Each document is followed by one end-of-text token: <|endoftext|>, or what the tokenizer's files name. A document goes
+to train, val or test by a hash of its text, so copies of a text never land on both sides. The folder holds train.bin
+and val.bin (nanoGPT reads them), tokenizer.json, and tokens.json with counts and hashes. The same command again finds
+it done.
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ class Options:
     """Skip unreadable documents and count them."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    begin_token: str | None = None
+    """Token with which every row begins when a Hugging Face model reads these tokens, such as '<s>'; by default what
+    the model's own tokenizer puts before a text."""
+    end_token: str | None = None
+    """Token that follows every document; by default the tokenizer's own. A text that is not a token of the tokenizer
+    is added as a special token, for models that you train."""
 
 
 def run(options: Options) -> None:
@@ -51,7 +58,8 @@ def run(options: Options) -> None:
     held_out = options.held_out if options.held_out is not None else 0.2 if stdlib_alone else 0.01
     directory = tokenize(
         options.sources, options.out, options.tokenizer, held_out=held_out, test=options.test, seed=options.seed,
-        skip_bad=options.skip_bad, text_field=options.text_field,
+        skip_bad=options.skip_bad, text_field=options.text_field, begin_token=options.begin_token,
+        end_token=options.end_token,
     )  # fmt: skip
     print(f"{'split':<8}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'bytes/token':>13}")
     for name, split in directory.splits.items():

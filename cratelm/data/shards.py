@@ -19,7 +19,7 @@ from jaxtyping import UInt
 from tokenizers import Tokenizer
 
 from cratelm.data.text import Document
-from cratelm.data.tokenizer import END_OF_TEXT, end_of_text_id, vocabulary_size
+from cratelm.data.tokenizer import vocabulary_size
 from cratelm.errors import CrateError
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -69,8 +69,12 @@ def write_shards(
     seed: int,
     shares: Mapping[str, float],
     workers: int,
+    end: int,
 ) -> tuple[dict[str, Split], str]:
-    """Encode and write all documents; return the contents of the shards and the sha256 of the stream of documents."""
+    """Encode and write all documents; return the contents of the shards and the sha256 of the stream of documents.
+
+    `end` is the id that follows every document.
+    """
     stream = hashlib.sha256()
 
     def pieces() -> Iterator[_Piece]:
@@ -79,7 +83,7 @@ def write_shards(
             stream.update(len(data).to_bytes(8, "little") + data)
             yield from _cut(document, split_of(document.text, seed=seed, shares=shares))
 
-    encode = _encoder(tokenizer, little_endian(dtype_for(vocabulary_size(tokenizer))), end_of_text_id(tokenizer))
+    encode = _encoder(tokenizer, little_endian(dtype_for(vocabulary_size(tokenizer))), end)
     with contextlib.ExitStack() as opened:
         shards = {name: _Shard(folder, name, opened) for name in SPLIT_NAMES if name == "train" or name in shares}
         for batch in _in_order(encode, _batches(pieces()), workers):
@@ -184,7 +188,10 @@ def _encoder(tokenizer: Tokenizer, dtype: np.dtype[Any], end: int) -> Callable[[
             ids = encoding.ids
             tokens = np.array([*ids, end] if piece.ends else ids, dtype=dtype)
             if np.count_nonzero(tokens == end) > piece.ends:
-                raise CrateError(f"{piece.origin}: this tokenizer gives {END_OF_TEXT} for ordinary text. Use another")
+                raise CrateError(
+                    f"{piece.origin}: this tokenizer gives {tokenizer.id_to_token(end)!r}, the end of a document, for "
+                    "ordinary text. Hint: name another token with --end-token, or use another tokenizer"
+                )
             encoded.append((piece, tokens))
         return encoded
 

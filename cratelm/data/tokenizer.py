@@ -1,5 +1,6 @@
 """Tokenizers: train a byte-level BPE, read GPT-2's BPE or any `tokenizer.json`, show tokens as text."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,13 +12,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from cratelm.data.converted_tokenizer import converted
+from cratelm.data.special_tokens import END_OF_TEXT, NAMING_FILES, NUMBERING_FILES
 from cratelm.data.text import Document
 from cratelm.errors import CrateError
 from cratelm.gguf_files import is_gguf, model_directory
 from cratelm.rundir import check_regular, read_json
-
-END_OF_TEXT = "<|endoftext|>"
-"""The only special token; it follows every document."""
 
 LONGEST_WORD = 1000
 """Longest word, or run of spaces, from which a byte-level BPE learns merges; ordinary text has no longer ones."""
@@ -104,7 +104,7 @@ def _interruptible(work: Callable[[Iterator[str]], object], texts: Iterator[str]
 def gpt2_bpe(folder: Path | None = None) -> Tokenizer:
     """GPT-2's BPE from `encoder.json` + `vocab.bpe` (or `vocab.json` + `merges.txt`) in `folder`, else from the hub."""
     if folder is None:
-        return _from_hub("gpt2")
+        return _from_json(_fetched("gpt2"))
     for vocab_name, merges_name in _GPT2_FILES:
         if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
             return _from_vocab_and_merges(folder / vocab_name, folder / merges_name)
@@ -113,38 +113,45 @@ def gpt2_bpe(folder: Path | None = None) -> Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`, a folder holding one (or GPT-2's two files), a GGUF file, `gpt2`, or a hub name."""
+    """Read a `tokenizer.json`, a folder holding one (or GPT-2's two files), a GGUF file, `gpt2`, or a hub name.
+
+    A folder that holds only a SentencePiece `tokenizer.model` is converted, which needs the extra `hf`.
+    """
+    path = find_tokenizer(source)
+    if path.is_file():
+        return _from_json(path)
+    if (path / "tokenizer.model").is_file():
+        return converted(path)
+    return gpt2_bpe(path)
+
+
+def find_tokenizer(source: str | Path) -> Path:
+    """The tokenizer.json or the folder that a source of `load_tokenizer` names; from the hub it is fetched."""
     path = Path(source)
     if is_gguf(path) and not path.is_dir():
         path = model_directory(path)
     if (path / "tokenizer.json").is_file():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        return _from_json(path)
-    if path.is_dir():
-        return gpt2_bpe(path)
+        return path / "tokenizer.json"
+    if path.exists():
+        return path
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and path.suffix != ".json":
-        return _from_hub(source)
+        return _fetched(source)
     raise CrateError(
         f"tokenizer {source} does not exist. Give a tokenizer.json, its folder, gpt2, or bpe:4096 to train one"
     )
 
 
-OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>")
-"""The end-of-text tokens of Llama 3, of Llama 2 and Mistral, and of Gemma."""
+def folder_of(source: str | Path) -> Path:
+    """The folder of a tokenizer, where files may name its special tokens."""
+    path = find_tokenizer(source)
+    return path if path.is_dir() else path.parent
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id of `<|endoftext|>` or of another family's end-of-text token. Raises CrateError without one."""
-    specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    ends = [END_OF_TEXT, *(end for end in OTHER_ENDS if end in specials)]
-    number = next((tokenizer.token_to_id(end) for end in ends if tokenizer.token_to_id(end) is not None), None)
-    if number is None:
-        names = ", ".join(sorted(specials)[:5]) or "none"
-        raise CrateError(
-            f"the tokenizer has no {END_OF_TEXT} (special tokens: {names}). Use gpt2, or train with bpe:4096"
-        )
-    return int(number)
+def without_fixed_lengths(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without the truncation and padding that some files store: both would change a text's tokens."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -221,14 +228,15 @@ def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 def _from_json(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(check_regular(path).read_text(encoding="utf-8"))
+        return without_fixed_lengths(Tokenizer.from_str(check_regular(path).read_text(encoding="utf-8")))
     except Exception as error:  # the library raises a bare Exception for every fault of the content
         if type(error) not in (Exception, UnicodeDecodeError):
             raise
         raise CrateError(f"{path} is not a readable tokenizer ({error}). Give a tokenizer.json of tokenizers") from None
 
 
-def _from_hub(name: str) -> Tokenizer:
+def _fetched(name: str) -> Path:
+    """The tokenizer.json of a name on the hub, with the files that name its special tokens next to it."""
     # Only this path needs the hub's client, which takes a tenth of a second to import.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -237,7 +245,11 @@ def _from_hub(name: str) -> Tokenizer:
     level = logger.level
     logger.setLevel(logging.ERROR)  # it logs each of five retries on an offline machine
     try:
-        return _from_json(Path(hf_hub_download(name, "tokenizer.json")))
+        path = Path(hf_hub_download(name, "tokenizer.json"))
+        for file in (*NAMING_FILES, *NUMBERING_FILES):
+            with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
+                hf_hub_download(name, file)
+        return path
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise CrateError(
             f"tokenizer {name} is not a local file and could not be fetched from the hub ({type(error).__name__}). "

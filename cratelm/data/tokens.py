@@ -18,9 +18,10 @@ from tokenizers import Tokenizer
 from cratelm import runtime
 from cratelm.checksums import verify
 from cratelm.data.shards import SPLIT_NAMES, Split, dtype_for, little_endian, split_of, write_shards
+from cratelm.data.special_tokens import choose_end, choose_known, end_of_text_id
 from cratelm.data.text import Document, fingerprint, source_bytes, stream_documents
 from cratelm.data.tokenizer import (
-    end_of_text_id,
+    folder_of,
     load_tokenizer,
     token_bytes,
     tokenizer_hash,
@@ -52,6 +53,8 @@ class TokenDirectory:
     """A file inside the folder; for a nanoGPT folder, the value of --tokenizer."""
     source: Mapping[str, Any]
     """Settings, hash of the document stream, skipped documents, time and versions; empty for a nanoGPT folder."""
+    begin_of_text: tuple[int, ...] | None = None
+    """The token of --begin-token, with which a model's rows over these tokens begin; None: as its tokenizer does."""
 
     @classmethod
     def open(cls, path: Path, *, tokenizer: str | None = None) -> "TokenDirectory":
@@ -66,6 +69,8 @@ class TokenDirectory:
             splits = {name: Split(**counts) for name, counts in value["splits"].items()}
             keys = ("vocab_size", "end_of_text", "dtype", "tokenizer_hash", "source")
             fields = {key: value[key] for key in keys} | {"tokenizer_source": value["tokenizer"]}
+            begin = value.get("begin_of_text")
+            fields["begin_of_text"] = None if begin is None else tuple(begin)
         except (KeyError, TypeError, AttributeError) as error:
             raise CrateError(f"{path / 'tokens.json'} lacks or misspells a field ({error}). Tokenize again") from None
         directory = cls(path=path, splits=splits, **fields)
@@ -158,8 +163,9 @@ def _open_bare(path: Path, tokenizer: str | None) -> TokenDirectory:
             raise CrateError(f"{path / name}.bin holds {size} bytes, not a whole number of {dtype} ids. Write it again")
         splits[name] = Split(tokens=size // width, documents=None, text_bytes=None, sha256=None)
     return TokenDirectory(
-        path=path, vocab_size=vocabulary_size(loaded), end_of_text=end_of_text_id(loaded), dtype=dtype,
-        tokenizer_hash=tokenizer_hash(loaded), splits=splits, tokenizer_source=tokenizer, source={},
+        path=path, vocab_size=vocabulary_size(loaded), dtype=dtype,
+        end_of_text=end_of_text_id(loaded, folder_of(tokenizer)), tokenizer_hash=tokenizer_hash(loaded), splits=splits,
+        tokenizer_source=tokenizer, source={},
     )  # fmt: skip
 
 
@@ -192,13 +198,18 @@ def tokenize(
     skip_bad: bool = False,
     workers: int | None = None,
     text_field: str = "text",
+    begin_token: str | None = None,
+    end_token: str | None = None,
+    known_end: int | None = None,
 ) -> TokenDirectory:
     """Write the token directory `out`, or open it if the same call has made it before.
 
     `tokenizer` may be what `load_tokenizer` reads, or `bpe:N`: a vocabulary of N trained on the training split alone.
     `workers` threads encode (default: one per core, at most 16, where Python's lock is the limit); their number does
     not change the files. Memory stays bounded by the longest document. Documents go to a split by a hash of their text
-    and the seed: copies land on one side.
+    and the seed: copies land on one side. `end_token` names the token that follows each document (`choose_end`),
+    `begin_token` the token with which a model's rows over these tokens begin. `known_end` is the id of the end token of
+    a `Tokenizer` whose files name it.
     """
     shares, files = _checked_shares(held_out, test), fingerprint(sources)
     trains = isinstance(tokenizer, str) and tokenizer.startswith("bpe:")
@@ -208,6 +219,8 @@ def tokenize(
         "tokenizer": loaded if isinstance(loaded, str) else tokenizer_hash(loaded),
         "held_out": held_out, "test": test, "seed": seed, "skip_bad": skip_bad,
     }  # fmt: skip
+    named = {"begin_token": begin_token, "end_token": end_token}  # absent from older directories, which stay valid
+    settings |= {name: text for name, text in named.items() if text is not None}
     if _made_before(out, settings):
         remove_leftovers(out)
         return TokenDirectory.open(out)
@@ -219,14 +232,20 @@ def tokenize(
     if isinstance(loaded, str):
         with read("train the tokenizer", lambda _: None) as documents:
             loaded = train_bpe(_sample(documents, seed, shares), _asked_vocabulary(loaded))
+    folder = folder_of(tokenizer) if isinstance(tokenizer, str) and not trains else None
+    end = choose_end(loaded, folder, end_token) if known_end is None or end_token is not None else known_end
     description: dict[str, Any] = {
-        "tokenizer": "tokenizer.json", "tokenizer_hash": tokenizer_hash(loaded), "end_of_text": end_of_text_id(loaded),
+        "tokenizer": "tokenizer.json", "tokenizer_hash": tokenizer_hash(loaded), "end_of_text": end,
         "vocab_size": vocabulary_size(loaded), "dtype": dtype_for(vocabulary_size(loaded)),
     }  # fmt: skip
+    if begin_token is not None:
+        description["begin_of_text"] = [choose_known(loaded, begin_token, "--begin-token")]
     with atomic_path(out) as folder, read("tokenize", skipped.add) as documents:
         folder.mkdir()
         loaded.save(str(folder / "tokenizer.json"))
-        splits, stream = write_shards(documents, folder, loaded, seed, shares, workers or min(os.cpu_count() or 1, 16))
+        splits, stream = write_shards(
+            documents, folder, loaded, seed, shares, workers or min(os.cpu_count() or 1, 16), end
+        )  # fmt: skip
         description["splits"] = {name: asdict(split) for name, split in splits.items()}
         description["source"] = {
             "settings": settings, "documents_sha256": stream, "skipped": skipped.count,

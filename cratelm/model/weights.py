@@ -51,16 +51,25 @@ __all__ = ["CrateConfig", "CrateForCausalLM", "CrateModel"]
 """The file `modeling_crate.py` of a directory of type `crate`, which its `auto_map` names."""
 
 
-def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a model directory, atomically; an existing one is replaced."""
+def save_model(
+    model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None, *, begin: int | None = None,
+    end: int | None = None,
+) -> None:  # fmt: skip
+    """Write a model directory, atomically; an existing one is replaced.
+
+    `begin` is the id of a token that stands before every text, if the model has one; `end` the id of the token that
+    ends a document, by default that of `<|endoftext|>`.
+    """
     stock = is_stock_gpt2(model.config)
     to_config, to_state = (_gpt2_config, _to_gpt2) if stock else (_crate_config, _to_crate)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         state = {name: tensor.contiguous() for name, tensor in to_state(model.state_dict()).items()}
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        end = None if tokenizer is None else tokenizer.token_to_id(_END_OF_TEXT)
-        config = to_config(model.config) | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+        if tokenizer is not None and end is None:
+            end = tokenizer.token_to_id(_END_OF_TEXT)
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+        config = to_config(model.config) | ids | ({} if begin is None else {"bos_token_id": begin})
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if not stock:
             (temporary / "modeling_crate.py").write_text(STUB)
@@ -69,8 +78,10 @@ def save_model(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None =
             names = ("bos_token", "eos_token", "unk_token", "pad_token") if end is not None else ()
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context_length,
-                "padding_side": "left", **dict.fromkeys(names, _END_OF_TEXT),
+                "padding_side": "left", **dict.fromkeys(names, end is not None and tokenizer.id_to_token(end)),
             }  # fmt: skip
+            if begin is not None:
+                settings |= {"bos_token": tokenizer.id_to_token(begin), "add_bos_token": True}
             (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         write_checksums(temporary)
 
@@ -154,7 +165,10 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer | None]:
 def _read_tokenizer(path: Path) -> Tokenizer:
     verify(path)
     try:
-        return Tokenizer.from_file(str(check_regular(path)))
+        tokenizer = Tokenizer.from_file(str(check_regular(path)))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # the library raises a bare Exception for every fault of the content
         if type(error) is not Exception:
             raise
@@ -191,9 +205,11 @@ def find_model(source: str | Path) -> Path:
             f"{source} is not a local folder, and hub names need an extra. Run: pip install 'cratelm[hf]'"
         ) from None
     try:
-        fetched = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        fetched = Path(snapshot_download(str(source), allow_patterns=["*.json", "tokenizer.model", "*.safetensors"]))
         if not any(fetched.glob("*.safetensors")):
-            fetched = Path(snapshot_download(str(source), allow_patterns=["*.json", "pytorch_model*.bin"]))
+            fetched = Path(
+                snapshot_download(str(source), allow_patterns=["*.json", "tokenizer.model", "pytorch_model*.bin"])
+            )
         return fetched
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -140,7 +140,8 @@ def evaluate_sae(
     losses: dict[str, list[np.ndarray]] = {name: [] for name in edits}
     for batch in rows:
         for name, change in edits.items():
-            batch_losses = spliced_losses(model, batch.to(device), None if change is None else {path: change})
+            changes = None if change is None else {path: change}
+            batch_losses = spliced_losses(model, batch.to(device), changes, subject.row_beginning or ())
             losses[name].append(batch_losses.double().cpu().numpy().ravel())
         bar.advance(batch[:, 1:].numel())
     flat = {name: np.concatenate(parts) for name, parts in losses.items()}

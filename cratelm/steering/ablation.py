@@ -57,7 +57,10 @@ class HeldOut:
     context: int
     """Tokens per window."""
     real: Bool[np.ndarray, " stream"]
-    """False for the end token that replaces the rest of a truncated document: it is input, its own loss is ignored."""
+    """False for tokens that are input only, their own loss is ignored: the end token that replaces the rest of a
+    truncated document, and the beginnings of windows."""
+    begins: Bool[np.ndarray, " stream"] | None = None
+    """True for the tokens with which every window of the model begins; None without any."""
 
     @property
     def sizes(self) -> Float64[np.ndarray, " documents"]:
@@ -81,14 +84,15 @@ class HeldOut:
 
 
 def held_out(
-    tokens: Integer[np.ndarray, " stream"], documents: Int[np.ndarray, " bounds"], model: nn.Module, limit: int | None
-) -> HeldOut:
-    """All tokens, or about `limit` tokens from the beginnings of the first documents.
+    tokens: Integer[np.ndarray, " stream"], documents: Int[np.ndarray, " bounds"], model: nn.Module, limit: int | None,
+    begin: Sequence[int] = (),
+) -> HeldOut:  # fmt: skip
+    """All tokens, or about `limit` tokens from the beginnings of the first documents; `begin` before every window.
 
     With a limit, at most one context of each document is read, so that many documents count and a standard error over
     documents is meaningful. A truncated document gets its end token, which is not scored. Needs at least 2 tokens.
     """
-    context = min(causal_model(model).context_length or USUAL_CONTEXT, USUAL_CONTEXT)
+    context = min(causal_model(model).context_length or USUAL_CONTEXT, USUAL_CONTEXT) - len(begin)
     real = np.ones(len(tokens), dtype=np.bool_)
     if limit is not None:
         lengths = np.minimum(np.diff(documents), context)
@@ -103,7 +107,21 @@ def held_out(
         real[documents[1:][truncated] - 1] = False
     if len(tokens) < 2:
         raise CrateError(f"the held-out text must have at least 2 tokens, got {len(tokens)}. Tokenize more text")
-    return HeldOut(tokens=tokens, documents=documents, context=context, real=real)
+    text = HeldOut(tokens=tokens, documents=documents, context=context, real=real)
+    return _begun(text, begin) if begin else text
+
+
+def _begun(text: HeldOut, begin: Sequence[int]) -> HeldOut:
+    """The text with the same tokens before every window, which is longer by their number."""
+    places = np.repeat(np.arange(0, len(text.tokens), text.context), len(begin))
+    documents = text.documents + len(begin) * (text.documents // text.context + 1)
+    tokens = np.insert(text.tokens, places, np.resize(begin, len(places)))
+    documents[0], documents[-1] = 0, len(tokens)
+    begins = np.insert(np.zeros(len(text.tokens), dtype=np.bool_), places, True)
+    return HeldOut(
+        tokens=tokens, documents=documents, context=text.context + len(begin), begins=begins,
+        real=np.insert(text.real, places, False),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,18 +178,22 @@ class Ablation:
         sums: dict[int, Tensor] = {}
         fires: dict[int, Tensor] = {}
         losses = []
-        for _, inputs, targets in self._batches():
+        begins, count = self.text.begins, len(self.text.tokens) - 1
+        for first, inputs, targets in self._batches():
             with capture(self.model, taps.values()) as codes:
                 losses.append(self.causal.token_losses(inputs, targets).flatten())
             for layer, tap in taps.items():
                 code = self._code(layer, codes[tap].flatten(0, -2))
+                if begins is not None:
+                    code = code[torch.from_numpy(~begins[first - 1 : first - 1 + len(code)])]
                 sums[layer] = sums.get(layer, 0) + code.double().sum(0)
                 fires[layer] = fires.get(layer, 0) + (code > 0).double().sum(0)
         self.plain = torch.cat(losses).double().cpu().numpy()
         if not np.isfinite(self.plain).all():
             raise CrateError("the loss of this model is not finite: its training has diverged. Train it again")
-        self.means = {layer: total / len(self.plain) for layer, total in sums.items()}
-        self.densities = {layer: (total / len(self.plain)).cpu().numpy() for layer, total in fires.items()}
+        count -= 0 if begins is None else int(begins[:count].sum())
+        self.means = {layer: total / count for layer, total in sums.items()}
+        self.densities = {layer: (total / count).cpu().numpy() for layer, total in fires.items()}
 
     def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         vocabulary = self.readout.head.shape[0] if self.readout is not None else 50304

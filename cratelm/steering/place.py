@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cratelm.activations.places import decoders, find_places
+from cratelm.activations.places import find_places, map_directions
 from cratelm.activations.taps import INPUT, find_tap
 from cratelm.errors import CrateError
 
@@ -47,7 +47,7 @@ class SparseCoder:
 def neuron_places(model: nn.Module) -> Mapping[int, NeuronPlace]:
     """Layer -> its neurons, for a `LanguageModel` or a Hugging Face model whose structure is known."""
     taps = find_places(model, "neurons")
-    directions = decoders(model, taps)
+    directions = map_directions(model, taps)
     if directions is None:
         raise CrateError(
             f"the neurons of {type(model).__name__} have no known decoder directions. Use a model with plain MLPs"

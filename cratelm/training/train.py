@@ -12,6 +12,8 @@ from typing import NoReturn
 import torch
 from tokenizers import Tokenizer
 
+from cratelm.data.special_tokens import find_end
+from cratelm.data.tokenizer import load_tokenizer
 from cratelm.data.tokens import TokenDirectory
 from cratelm.distributed import ALONE, World
 from cratelm.errors import CrateError
@@ -97,7 +99,7 @@ def train(
             world.decide(lambda: None)  # each waits here for the last checkpoint's name
         whole = learner.whole_model()
         if whole is not None:
-            _write_models(run, whole, tokenizer, saved)
+            _write_models(run, whole, tokenizer, data.end_of_text, saved)
         return whole if whole is not None else model
 
 
@@ -186,14 +188,14 @@ def _measure(learner: Learner, measurements: Mapping[str, Measurement], step: in
     return numbers
 
 
-def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer, saved: Checkpoints) -> None:
+def _write_models(run: Path, model: LanguageModel, tokenizer: Tokenizer, end: int, saved: Checkpoints) -> None:
     """Write the final model to `model/`, and to `model-best/` an earlier checkpoint with a lower held-out loss."""
     if not (run / "model").exists():
-        save_model(model, run / "model", tokenizer)
+        save_model(model, run / "model", tokenizer, end=end)
     if not (run / "model-best").exists():
         best = saved.read_best(lambda: LanguageModel(model.config))
         if best is not None:
-            save_model(best, run / "model-best", tokenizer)
+            save_model(best, run / "model-best", tokenizer, end=end)
 
 
 def write_control(of: Path, run: Path) -> None:
@@ -215,4 +217,5 @@ def write_control(of: Path, run: Path) -> None:
             write_run(run, model_config, training=None, control="random-init", of=name)
         if not (run / "model").exists():
             model = LanguageModel(model_config).initialise(trained["training"]["seed"])
-            save_model(model, run / "model", Tokenizer.from_file(str(of / "model" / "tokenizer.json")))
+            tokenizer = load_tokenizer(of / "model")
+            save_model(model, run / "model", tokenizer, end=find_end(tokenizer, of / "model"))

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from cratelm.data.special_tokens import end_of_text_id
 from cratelm.data.text import stream_documents
-from cratelm.data.tokenizer import end_of_text_id
 from cratelm.errors import CrateError
 from cratelm.model.language_model import LanguageModel
 from cratelm.runtime import progress_bar

@@ -28,6 +28,9 @@ def foreign_wiring(model: Any) -> Wiring:
         down = place.removesuffix(INPUT)
         reading = _reading_map(model.get_submodule(down.rpartition(".")[0]), down, len(writes[layer]))
         norm = watched.norm_before(reading)
+        if norm is None and watched.norm_after(model.get_submodule(down)) is not None:
+            # OLMo-2: the MLP reads the stream itself, and a norm follows the MLP.
+            norm = Norm(module=nn.Identity(), gain=torch.ones_like(writes[layer][0]), centres=False)
         if norm is None:
             raise CrateError(f"layer {layer} of {type(model).__name__} has no recognised norm right before its MLP")
         read, bias = _rows(reading), getattr(reading, "bias", None)
@@ -46,11 +49,13 @@ def foreign_wiring(model: Any) -> Wiring:
 
 
 class _Watched:
-    """Outputs of norms and inputs of linear maps in one forward pass of a few tokens."""
+    """Inputs and outputs of norms and of linear maps in one forward pass of a few tokens."""
 
     def __init__(self, model: Any) -> None:
         self.given: list[tuple[nn.Module, Tensor]] = []
         self.read: dict[nn.Module, Tensor] = {}
+        self.written: dict[nn.Module, Tensor] = {}
+        self.normalised: list[tuple[nn.Module, Tensor]] = []
         hooks = [part.register_forward_hook(self._see) for part in model.modules()]
         try:
             model(torch.arange(1, 5, device=next(model.parameters()).device)[None])
@@ -62,8 +67,10 @@ class _Watched:
         weight = getattr(module, "weight", None)
         if map_shape(module) is not None and inputs:
             self.read[module] = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            self.written[module] = output.detach().reshape(-1, output.shape[-1])
         elif isinstance(weight, Tensor) and weight.ndim == 1 and isinstance(output, Tensor):
             self.given.append((module, output.detach().reshape(-1, output.shape[-1])))
+            self.normalised.append((module, inputs[0].detach().reshape(-1, inputs[0].shape[-1])))
 
     def norm_before(self, module: nn.Module) -> Norm | None:
         """The norm whose output the map reads; None if it reads another."""
@@ -71,6 +78,14 @@ class _Watched:
         for norm, output in self.given:
             if read is not None and output.shape == read.shape and torch.equal(output, read):
                 return seen_norm(norm, output)
+        return None
+
+    def norm_after(self, module: nn.Module) -> Norm | None:
+        """The norm that reads what the map wrote, before the stream gets it; None if there is none."""
+        written = self.written.get(module)
+        for norm, read in self.normalised:
+            if written is not None and read.shape == written.shape and torch.equal(read, written):
+                return seen_norm(norm, read)
         return None
 
 
@@ -86,16 +101,15 @@ def _reading_map(parent: nn.Module, down: str, neurons: int) -> nn.Module:
 
 def _attended(model: Any, block: nn.Module, watched: _Watched, neurons: dict[str, Any]) -> LayerWiring:
     """A layer, with its heads if their linear maps are recognised."""
-    config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    size = int(getattr(config, "head_dim", None) or neurons["write"].shape[1] // heads)
+    heads, width = int(model.config.get_text_config().num_attention_heads), neurons["write"].shape[1]
     maps = {name: part for name, part in block.named_modules() if "att" in name.lower() and map_shape(part)}
-    parts = _subspaces(maps, heads, size)
     first = next((part for part in maps.values() if watched.norm_before(part) is not None), None)
     behind = [part for part in maps.values() if watched.norm_before(part) is None]  # what reads the heads
-    output = None
-    if len(behind) == 1 and map_shape(behind[0]) == (heads * size, neurons["write"].shape[1]):
-        output = _rows(behind[0]).unflatten(1, (heads, size)).permute(1, 0, 2)
+    size = ((map_shape(behind[0]) if len(behind) == 1 else None) or (width, width))[0] // heads
+    parts, output = _subspaces(maps, heads, size), None
+    if len(behind) == 1 and map_shape(behind[0]) == (heads * size, width):
+        written, after = map_matrix(behind[0]), watched.norm_after(behind[0])
+        output = (written if after is None else after.along(written)).T.unflatten(1, (heads, size)).permute(1, 0, 2)
     norm = None if first is None else watched.norm_before(first)
     return LayerWiring(**neurons, attention_norm=norm, subspaces=parts if norm else {}, output=output)
 

@@ -8,9 +8,10 @@ the tied dictionary; in GPT-2 they are a row of W1 and a column of W2.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from cratelm.activations.post_norms import norm_gain
 
 Rows = Float[Tensor, "rows d_model"]
 
@@ -64,15 +65,6 @@ class Wiring:
 
 
 def seen_norm(module: nn.Module, like: Tensor) -> Norm:
-    """The gain of a norm, and whether it subtracts the mean; of an unknown kind, measured on some vectors."""
-    if isinstance(module, nn.LayerNorm) and module.weight is not None:
-        return Norm(module=module, gain=module.weight.detach(), centres=True)
-    signs = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
-    signs[1::2] = -1
-    signs[-1] = 0 if len(signs) % 2 else -1  # as many +1 as -1
-    signs = signs / signs.square().mean().sqrt()
-    plus, minus, shifted = module(signs), module(-signs), module(signs + 3)
-    gain = torch.where(signs == 0, torch.nan, (plus - minus) / (2 * signs))
-    if signs[-1] == 0:
-        gain[-1] = ((module(signs.roll(1)) - module(-signs.roll(1))) / (2 * signs.roll(1)))[-1]
-    return Norm(module=module, gain=gain, centres=bool(torch.allclose(shifted, plus, rtol=1e-3, atol=1e-4)))
+    """The gain of a norm, and whether it subtracts the mean."""
+    gain, centres = norm_gain(module, like)
+    return Norm(module=module, gain=gain, centres=centres)

@@ -77,7 +77,7 @@ def lookup(data: TokenDirectory, *, neurons: int = SAMPLE_NEURONS) -> Measuremen
 def samples(data: TokenDirectory, run: Path) -> Measurement:
     """Generate text into `samples.jsonl`; returns `distinct`, the share of tokens that are not repeats."""
     tokenizer = data.tokenizer()
-    prompts = [tokenizer.encode(prompt).ids or [data.end_of_text] for prompt in PROMPTS]
+    prompts = [[data.end_of_text, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in PROMPTS]
 
     def measure(model: LanguageModel, step: int) -> Mapping[str, float]:
         rewind_jsonl(run / "samples.jsonl", lambda row: row["step"] < step)  # a resumed run repeats some steps

@@ -1,7 +1,7 @@
 """Open the model that a command works on: of a run, of a model directory, or by its Hugging Face name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cratelm.activations.causal_model import CausalModel
     from cratelm.activations.foreign import ForeignModel
     from cratelm.activations.records import LayerRecords
+    from cratelm.data.special_tokens import SpecialTokens
     from cratelm.model.language_model import LanguageModel
 
 Expected = Literal["anything", "run", "ours"]
@@ -38,6 +39,8 @@ class OpenModel:
     """`run.json`; empty for a bare model."""
     foreign: "ForeignModel | None"
     """The source of a Hugging Face model; None for a model of this package."""
+    special: "SpecialTokens | None" = None
+    """The tokens that begin and end texts, where files next to the tokenizer name them."""
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -65,7 +68,7 @@ class OpenModel:
         """The adapter of the model."""
         from cratelm.activations.causal_model import causal_model
 
-        return causal_model(self.model, self.known_tokenizer)
+        return causal_model(self.model, self.known_tokenizer, self.special)
 
     @property
     def name(self) -> str:
@@ -157,10 +160,27 @@ def open_model(
     opened = OpenModel(
         source=source, model=model.requires_grad_(False).to(place), known_tokenizer=tokenizer,
         run=source if is_run else None, description=description, foreign=foreign,
+        special=_special_tokens(source, tokenizer, foreign, description),
     )  # fmt: skip
     if needs_tokenizer:
         _ = opened.tokenizer
     return opened
+
+
+def _special_tokens(
+    source: Path, tokenizer: "Tokenizer | None", foreign: "ForeignModel | None", description: Mapping[str, Any]
+) -> "SpecialTokens | None":
+    """The tokens that begin and end texts; those that `collect` was given for this run come first."""
+    from cratelm.data.special_tokens import special_tokens
+    from cratelm.model.weights import find_model
+
+    if tokenizer is None:
+        return None
+    if foreign is None:
+        return special_tokens(tokenizer, find_model(source), post_processor=False)
+    special = foreign.special or special_tokens(tokenizer)
+    given = description.get("begin_of_text")
+    return special if given is None else replace(special, begin=tuple(given))
 
 
 def open_own(source: Path, device: "DeviceName | torch.device") -> "tuple[OpenModel, LanguageModel]":

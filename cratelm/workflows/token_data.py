@@ -66,9 +66,15 @@ def open_corpus(
         )
     identity = {"split": split, "tokenizer_hash": data.tokenizer_hash, "data_hash": data.splits[split].sha256}
     corpus = Corpus(
-        tokens=tokens, documents=data.documents(split), end_of_text=data.end_of_text, identity=identity
+        tokens=tokens, documents=data.documents(split), end_of_text=data.end_of_text, identity=identity,
+        begin_of_text=data.begin_of_text,
     )  # fmt: skip
     return corpus, known
+
+
+def row_beginning(opened: "OpenModel", corpus: "Corpus") -> tuple[int, ...] | None:
+    """Tokens before every row over a corpus: what --begin-token named when tokenizing, else the model's own."""
+    return opened.causal.row_beginning if corpus.begin_of_text is None else corpus.begin_of_text
 
 
 def _open_checked(

@@ -136,7 +136,7 @@ def test_a_foreign_model_gets_a_run(data: TokenDirectory, texts: Path, tmp_path:
     model = save(
         build("llama", np.random.default_rng(3), vocab=data.vocab_size), tmp_path / "m", data.path / "tokenizer.json"
     )
-    explore.run(exploring(model, texts, out=tmp_path / "run", layer=(1,)))
+    explore.run(exploring(model, texts, out=tmp_path / "run", layer=(1,), force=True))
     assert (tmp_path / "run" / "site" / "index.html").is_file()
     assert read_json(tmp_path / "run" / "explore.json", made_by="")["layer"] == [1]
 
@@ -162,7 +162,7 @@ def test_the_fewest_tokens_are_just_enough_documents(explored: Path) -> None:
     corpus, config = corpus_of(explored), CollectConfig(top_narrow=5, top_wide=5)
     opened = open_model(explored, "cpu")
     subject = observe(opened.model, model_hash=opened.model_hash)
-    fewest = fewest_tokens(config, corpus, subject.context)
+    fewest = fewest_tokens(config, subject, corpus)
 
     def plan(tokens: int) -> None:
         check_documents(make_plan(corpus.tokens, corpus.documents, context=subject.context, max_tokens=tokens), config)

@@ -87,7 +87,8 @@ def test_the_command_streams_prompt_and_continuation(folder: Path, capsys: pytes
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == first
     tokenizer = make_tokenizer()
-    prompt = torch.tensor([tokenizer.encode("the neuron").ids])
+    end = tokenizer.token_to_id("<|endoftext|>")  # before a text, as before every document
+    prompt = torch.tensor([[end, *tokenizer.encode("the neuron").ids]])
     made = load(folder)[0].generate(prompt, 20, temperature=0.8, seed=3)
     assert first == tokenizer.decode(made[0].tolist()) + "\n"
     assert first.startswith("the neuron")

@@ -83,7 +83,7 @@ def test_steer_writes_both_texts_the_effect_and_its_controls(runs: Path, tmp_pat
     result = written(tmp_path)
     model, tokenizer = load(run)
     assert tokenizer is not None
-    prompt = torch.tensor([tokenizer.encode(PROMPT).ids])
+    prompt = torch.tensor([[tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(PROMPT).ids]])
     value = 20 * float(read_records(run, 1).statistics["maximum"][9])
     decoding = Decoding(temperature=0.8, seed=0)
     for key, changes in (("without", []), ("with", [Change(layer=1, index=9, how="set", value=value)])):

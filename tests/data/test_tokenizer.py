@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from cratelm.data.special_tokens import end_of_text_id
 from cratelm.data.text import Document, stream_documents
 from cratelm.data.tokenizer import (
     END_OF_TEXT,
     LONGEST_WORD,
     _without_long_words,
-    end_of_text_id,
     gpt2_bpe,
     load_tokenizer,
     token_bytes,
@@ -184,7 +184,7 @@ def test_an_id_without_a_token_has_an_empty_string() -> None:
 def test_a_tokenizer_without_end_of_text_is_refused() -> None:
     tokenizer = word_level()
     tokenizer.add_special_tokens(["<s>"])
-    with pytest.raises(CrateError, match=r"has no <\|endoftext\|> \(special tokens: <s>\)"):
+    with pytest.raises(CrateError, match=r"has no <\|endoftext\|>.*\(special tokens: <s>\).*--end-token"):
         end_of_text_id(tokenizer)
 
 

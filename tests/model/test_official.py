@@ -279,9 +279,7 @@ def test_the_gpt2_vocabulary_brings_the_gpt2_tokenizer(
 
     state = released.gpt_state(rng, layers=1, width=8, vocab=50304, context=8, bias=False)
     path = save(released.checkpoint(state, heads=2), tmp_path / "ckpt.pt")
-    monkeypatch.setattr(
-        module, "_from_hub", lambda name: module.gpt2_bpe(real_data / "gpt2") if name == "gpt2" else None
-    )
+    monkeypatch.setattr(module, "_fetched", lambda name: real_data / "gpt2" if name == "gpt2" else None)
     assert cli.main(["import", str(path), "--out", str(tmp_path / "run")]) == 0
     loaded = cratelm.load(tmp_path / "run")[1]
     assert loaded is not None

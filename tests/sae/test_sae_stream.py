@@ -1,6 +1,7 @@
 """The stream of activations: bounded, shuffled, the same after a restart; and losses with something spliced in."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_latents_restart_where_the_reconstruction_costs_most(count: int, rng: np
     model = random_model(tiny_config(), rng)
     corpus, tap = rng.integers(0, 272, 400).astype(np.uint16), model.neuron_taps[0]
 
-    def settings(**changes: int) -> dict[str, int]:
+    def settings(**changes: Any) -> dict[str, Any]:
         # In about every second row the loss is lower without the last token's code: of many rows some pay for it.
         return {"count": count, "rows": 64 if count == 3 else 8, "context": 16, "seed": 1, "step": 70} | changes
 

@@ -166,7 +166,7 @@ def test_the_command_writes_draws_and_prints(run: Path, capsys: pytest.CaptureFi
     actual = json.loads(path.read_text())
     assert len(actual["nodes"]) == 6
     assert actual["origin"]["versions"]["torch"]
-    assert "".join(actual["tokens"]) == "a crate holds"
+    assert "".join(actual["tokens"]) == "<|endoftext|>a crate holds"
     assert f"probability {100 * math.exp(actual['explained']['log_probability']):.2f} %" in message
     assert message.splitlines()[-1].endswith(".svg")
     assert list(circuit_lines(actual))[0] in message

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cratelm.activations.records import Mode, read_collection, recorded_layers, records_strings
+from cratelm.activations.row_beginning import earlier_beginning
 from cratelm.errors import CrateError
 from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.scoring.correlation import LayerScores, ModelAggregate, aggregate
@@ -314,6 +315,7 @@ def _attach_controls(runs: Sequence[RunResult]) -> tuple[RunResult, ...]:
 
 def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[str]:
     for run in models:
+        yield from earlier_beginning(run.title, run.arch, run.collection)
         if run.loss is None and not run.training and run.control is None:
             yield f"The loss of {run.title} is not measured: cratelm evaluate reads models that cratelm trained."
         elif run.loss is None:
@@ -334,9 +336,8 @@ def outcome(first: ModelAggregate, second: ModelAggregate) -> Outcome | None:
     """How the first compares with the second: different if their 95 % intervals do not overlap. None without both."""
     if first.interval is None or second.interval is None:
         return None
-    if first.interval[0] > second.interval[1]:
-        return "higher"
-    return "lower" if first.interval[1] < second.interval[0] else "no clear difference"
+    lower: Outcome = "lower" if first.interval[1] < second.interval[0] else "no clear difference"
+    return "higher" if first.interval[0] > second.interval[1] else lower
 
 
 def matched_pairs(models: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:

@@ -93,25 +93,30 @@ def test_nothing_in_an_address_becomes_a_path(server: Served, path: str) -> None
     assert "root:" not in found.content.decode()
 
 
+def read_by_the_model(tokenizer: Any) -> torch.Tensor:
+    """A text is a document: the end-of-text token comes before it."""
+    return torch.tensor([[tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(TEXT).ids]])
+
+
 def test_activations_of_a_text_are_those_of_the_model(server: Served, runs: list[Path]) -> None:
     model, tokenizer = loaded(runs[0])
-    tokens = torch.tensor([tokenizer.encode(TEXT).ids])
+    tokens = read_by_the_model(tokenizer)
     with torch.inference_mode(), cratelm.capture(model, model.neuron_taps) as codes:
         model(tokens)
     found = server.post("/api/activations", {"model": "crate-2l", "text": TEXT, "strongest": 4}).json
     assert "".join(found["tokens"]) == TEXT
     for layer, tap in zip(found["layers"], model.neuron_taps, strict=True):
-        code = codes[tap][0].numpy()
+        code = codes[tap][0, 1:].numpy()
         for row, listed in zip(code, layer["strongest"], strict=True):
             order = [int(i) for i in np.argsort(-row, kind="stable")[:4] if row[i] > 0]
             assert [row[neuron] for neuron, _ in listed] == pytest.approx([row[i] for i in order], rel=1e-5)
     along = server.post("/api/activations", {"model": "crate-2l", "text": TEXT, "layer": 1, "neuron": 5}).json
-    np.testing.assert_allclose(along["values"], codes[model.neuron_taps[1]][0, :, 5], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(along["values"], codes[model.neuron_taps[1]][0, 1:, 5], rtol=1e-5, atol=1e-7)
 
 
 def test_the_effect_equals_that_of_an_edit(server: Served, runs: list[Path]) -> None:
     model, tokenizer = loaded(runs[0])
-    tokens = torch.tensor([tokenizer.encode(TEXT).ids])
+    tokens = read_by_the_model(tokenizer)
 
     def set_neuron_7(code: torch.Tensor) -> torch.Tensor:
         code = code.clone()
@@ -139,12 +144,12 @@ def lines(server: Served, asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_the_text_without_steering_is_the_models_own(server: Served, runs: list[Path]) -> None:
     model, tokenizer = loaded(runs[0])
-    prompt = torch.tensor([tokenizer.encode(TEXT).ids])
+    prompt = read_by_the_model(tokenizer)
     own = tokenizer.decode(model.generate(prompt, 12, temperature=0)[0].tolist(), skip_special_tokens=False)
     found = lines(server, steering())
     assert found[-1] == {"done": True}
     text = {side: "".join(line.get(side, "") for line in found) for side in ("plain", "steered")}
-    assert TEXT + text["plain"] == own
+    assert f"<|endoftext|>{TEXT}{text['plain']}" == own
     assert text["steered"] != text["plain"]
     same = lines(server, steering(changes=[{"layer": 1, "neuron": 7, "how": "scale", "strength": 1}]))
     sides = {side: "".join(line.get(side, "") for line in same) for side in ("plain", "steered")}
@@ -156,7 +161,7 @@ def test_the_text_without_steering_is_the_models_own(server: Served, runs: list[
     [
         ("activations", {"model": "none", "text": "t"}, "got 'none'"),
         ("activations", {"model": "crate-2l", "text": ""}, "text must be a text that is not empty"),
-        ("activations", {"model": "crate-2l", "text": "the " * 200}, f"at most {CONTEXT} tokens"),
+        ("activations", {"model": "crate-2l", "text": "the " * 200}, f"at most {CONTEXT - 1} tokens"),
         ("activations", {"model": "crate-2l", "text": "t", "layer": 7, "neuron": 0}, "layer must be 0 to 1, got 7"),
         ("activations", {"model": "crate-2l", "text": "t", "layer": 0, "neuron": NEURONS}, f"0 to {NEURONS - 1}"),
         ("effect", steering(changes=[{"layer": 0, "neuron": 64, "strength": 1}]), "64"),

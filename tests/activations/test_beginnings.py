@@ -1,0 +1,206 @@
+"""How rows and texts begin: the live value of a recorded excerpt is the recorded one, for every family."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixtures import earlier
+from fixtures.dense_families import BOS, DENSE, END_FIRST, NOTHING_FIRST, build_dense, save_with_beginning
+from fixtures.tiny import OBJECTS, SUBJECTS, VERBS, hidden_bar, make_tokens, random_model, tiny_config
+from tokenizers import Tokenizer
+
+from cratelm.activations.collect import collect
+from cratelm.activations.observe import observe
+from cratelm.activations.plan import CollectConfig
+from cratelm.activations.records import Excerpt, read_collection, read_records, records_strings
+from cratelm.activations.row_beginning import describe_row_beginning
+from cratelm.activations.subject import Corpus
+from cratelm.activations.taps import capture
+from cratelm.commands import collect as command
+from cratelm.data.special_tokens import SpecialTokens
+from cratelm.data.tokens import TokenDirectory, tokenize
+from cratelm.errors import CrateError
+from cratelm.live_models import LiveModel, LiveModels
+from cratelm.model.weights import save_model
+from cratelm.report.server.requests import Limits, TextRequest
+from cratelm.workflows.opening import OpenModel, open_model
+from cratelm.workflows.token_data import open_corpus, row_beginning
+
+CONTEXT = 72
+"""Room for one wide excerpt in a row, so that most documents have rows in mid-document."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TokenDirectory:
+    """Documents of 15 to 150 tokens whose tokenizer has a beginning-of-text token."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(8)
+    words = [*SUBJECTS, *VERBS, *OBJECTS]
+    texts = [f"{i} " + " ".join(rng.choice(words, size=int(rng.integers(4, 40)))) for i in range(120)]
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    plain = tokenize([str(source)], folder / "plain", "bpe:280", held_out=0.6).tokenizer()
+    plain.add_special_tokens([BOS])
+    return tokenize([str(source)], folder / "tokens", plain, held_out=0.6)
+
+
+def collected(opened: OpenModel, data: TokenDirectory, run: Path) -> Corpus:
+    """Collect records of both layers; the corpus that was read."""
+    corpus, tokenizer = open_corpus(opened, data.path, "val")
+    begin = row_beginning(opened, corpus)
+    subject = observe(opened.model, model_hash="h", context=CONTEXT, row_beginning=begin)
+    collect(CollectConfig(sample_wide=8, sample_narrow=12), subject, corpus, run, device=torch.device("cpu"),
+            bar=hidden_bar())  # fmt: skip
+    tokenizer.save(str(run / "records" / "fixed" / "tokenizer.json"))
+    return corpus
+
+
+def live_values(opened: OpenModel, text: str, layer: int, neuron: int) -> list[float]:
+    """What the live browser answers for a text."""
+    live = LiveModel(
+        model=opened.model, tokenizer=opened.tokenizer, strings=opened.strings, maximum=lambda *_: None,
+        special=opened.special,
+    )  # fmt: skip
+    models = LiveModels({"m": 128}, lambda _: live, limits=Limits())
+    values: list[float] = models.activations(TextRequest(model="m", text=text, layer=layer, neuron=neuron))["values"]
+    return values
+
+
+def row_of(excerpt: Excerpt, corpus: Corpus, begin: tuple[int, ...] | None) -> list[int]:
+    """The tokens that the model read up to the end of an excerpt, by the rules of docs/collect.md."""
+    start = int(corpus.documents[excerpt.document])
+    context = 4 - (1 if begin is None or begin else 0)  # of the document's tokens before the first excerpt
+    row = (excerpt.position - start - context) // 64
+    first = start + 64 * row - (1 if begin is None and row else 0)
+    lead = [*(begin or ())] if begin is not None or row else [corpus.end_of_text]
+    return [*lead, *corpus.tokens[first : excerpt.position + len(excerpt.tokens)].tolist()]
+
+
+def check_live_equals_recorded(opened: OpenModel, corpus: Corpus, run: Path) -> None:
+    tokenizer, begin, places = opened.tokenizer, opened.causal.row_beginning, opened.causal.places()
+    whole = later = 0
+    for layer in (0, 1):
+        records = read_records(run, layer)
+        for kind, width, neuron in (("top", 64, 3), ("random", 8, 17), ("quantile", 8, 39)):
+            for excerpt in list(records.excerpts(width, "score", kind).of(neuron))[:6]:
+                start, end = corpus.documents[excerpt.document : excerpt.document + 2].tolist()
+                row = row_of(excerpt, corpus, begin)
+                with torch.inference_mode(), capture(opened.model, [places[layer]]) as codes:
+                    opened.causal.read(torch.tensor([row]), [places[layer]])
+                live = codes[places[layer]].reshape(len(row), -1)[-len(excerpt.tokens) :, neuron].numpy()
+                np.testing.assert_allclose(live, excerpt.activations, rtol=2e-4, atol=2e-6)
+                later += excerpt.position - start > 68
+                if excerpt.position - start < 68 and end - start < 120:  # in the first row of the document
+                    text = tokenizer.decode(corpus.tokens[start : end - 1].tolist())
+                    values = live_values(opened, text, layer, neuron)
+                    at = slice(excerpt.position - start, excerpt.position - start + len(excerpt.tokens))
+                    np.testing.assert_allclose(values[at], excerpt.activations, rtol=2e-4, atol=2e-6)
+                    whole += 1
+    assert whole > 3
+    assert later > 3
+
+
+FAST = ("gpt2", "llama", "qwen2")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
+)
+def test_the_live_value_of_a_recorded_excerpt_is_the_recorded_value(
+    family: str, data: TokenDirectory, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model = build_dense(family, rng, vocab=data.vocab_size)
+    opened = open_model(save_with_beginning(family, model, tmp_path / "model", data.tokenizer()), "cpu")
+    bos, end = data.tokenizer().token_to_id(BOS), data.end_of_text
+    expected = None if family in END_FIRST else () if family in NOTHING_FIRST else (bos,)
+    assert opened.causal.row_beginning == expected
+    text = data.tokenizer().encode("a crate").ids
+    assert opened.causal.encode("a crate") == [*((end,) if expected is None else expected), *text]
+    corpus = collected(opened, data, tmp_path / "run")
+    check_live_equals_recorded(opened, corpus, tmp_path / "run")
+    sentence = describe_row_beginning(read_collection(tmp_path / "run"), opened.strings)
+    words = "<|endoftext|> comes before each document" if expected is None else f"Every row begins with {BOS}"
+    assert sentence.startswith("Rows begin with the text itself" if expected == () else words)
+
+
+@pytest.mark.parametrize("arch", ["crate", "gpt2"])
+def test_a_text_is_a_document_for_models_of_this_package(
+    arch: Any, data: TokenDirectory, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    config = tiny_config(arch, vocab_size=data.vocab_size, context_length=128)
+    save_model(random_model(config, rng), tmp_path / "run" / "model", data.tokenizer())
+    opened = open_model(tmp_path / "run", "cpu")
+    corpus = collected(opened, data, tmp_path / "run")
+    check_live_equals_recorded(opened, corpus, tmp_path / "run")
+
+
+def test_the_beginning_is_in_no_excerpt_histogram_or_maximum(
+    data: TokenDirectory, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model = build_dense("llama", rng, vocab=data.vocab_size)
+    bos = data.tokenizer().token_to_id(BOS)
+    model.model.embed_tokens.weight.data[bos] *= 1000
+    model.model.layers[0].mlp.gate_proj.weight.data *= 1000 ** (torch.rand(40, 1) < 0.5)
+    opened = open_model(save_with_beginning("llama", model, tmp_path / "model", data.tokenizer()), "cpu")
+    corpus = collected(opened, data, tmp_path / "run")
+    records = read_records(tmp_path / "run", 0)
+    assert bos not in records.windows.tokens
+    subject = observe(opened.model, model_hash="h", context=CONTEXT, row_beginning=opened.causal.row_beginning)
+    largest, counted = np.full(40, -np.inf), 0
+    for start, end in zip(corpus.documents[:-1], corpus.documents[1:], strict=True):
+        for first in range(start, end - 1 - 3, 64):
+            row = corpus.tokens[first : min(first + 67, end - 1)].astype(np.int64)
+            code = subject.forward(torch.from_numpy(row)[None])[0][0, 3:]
+            largest, counted = np.maximum(largest, code.amax(0).numpy()), counted + len(code)
+    np.testing.assert_allclose(records.statistics["maximum"], largest, rtol=1e-4)
+    assert read_collection(tmp_path / "run")["tokens"] == counted
+    assert records.tables["histogram"].sum(1).max() <= counted / 4 + 200
+
+
+def test_records_with_another_beginning_do_not_share_a_run(
+    data: TokenDirectory, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model = build_dense("llama", rng, vocab=data.vocab_size)
+    opened = open_model(save_with_beginning("llama", model, tmp_path / "model", data.tokenizer()), "cpu")
+    collected(opened, data, tmp_path / "run")
+    other = replace(opened, special=SpecialTokens(end=data.end_of_text))
+    with pytest.raises(CrateError, match="holds fixed records of other settings .*row_beginning"):
+        collected(other, data, tmp_path / "run")
+
+
+def test_older_records_say_that_their_rows_did_not_begin_so(tmp_path: Path) -> None:
+    earlier.unpack(tmp_path)
+    run = tmp_path / earlier.RUN
+    sentence = describe_row_beginning(read_collection(run), records_strings(run, "fixed"))
+    assert "no row begins with a beginning-of-text token" in sentence
+
+
+def test_a_token_named_when_tokenizing_begins_the_rows_of_the_run(
+    data: TokenDirectory, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_bytes((data.path.parent / "texts.jsonl").read_bytes())
+    named = tokenize([str(source)], tmp_path / "tokens", data.tokenizer(), held_out=0.6, begin_token=BOS)
+    assert named.begin_of_text == (data.tokenizer().token_to_id(BOS),)
+    model = build_dense("qwen2", rng, vocab=data.vocab_size)
+    folder = save_with_beginning("qwen2", model, tmp_path / "model", data.tokenizer())
+    assert open_model(folder, "cpu").causal.row_beginning == ()
+    run = tmp_path / "run"
+    command.run(command.Options(runs=(folder,), data=named.path, out=run, device="cpu", context=CONTEXT, force=True))
+    assert read_collection(run)["row_beginning"] == {"rows": "every", "tokens": list(named.begin_of_text)}
+    assert open_model(run, "cpu").causal.row_beginning == named.begin_of_text
+
+
+def test_our_own_models_begin_a_text_with_the_token_that_ended_their_documents(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    data = make_tokens(tmp_path / "tokens", rng, documents=40)
+    tokenizer = Tokenizer.from_str(data.tokenizer().to_str())
+    tokenizer.add_special_tokens(["[EOS]"])
+    model = random_model(tiny_config(vocab_size=280), rng)
+    save_model(model, tmp_path / "run" / "model", tokenizer, end=tokenizer.token_to_id("[EOS]"))
+    causal = open_model(tmp_path / "run", "cpu").causal
+    assert causal.text_beginning == (tokenizer.token_to_id("<|endoftext|>"),)  # the tokenizer's usual end comes first

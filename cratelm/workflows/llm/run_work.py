@@ -111,7 +111,7 @@ class RunWork:
         if llm is None or "explain" not in request.stages or request.spending.dry_run:
             return as_table
         explainer = LLMExplainer(llm=self._cached(llm), settings=as_table.settings, strings=())
-        return as_table if (await explainer_self_test(explainer)).passed else as_compact
+        return as_compact if (await explainer_self_test(explainer)).copied else as_table
 
     def _stored_explainers(self) -> set[str]:
         """The explainers that this run has explanations of, finished or not; they were tested before the first one."""

@@ -95,9 +95,17 @@ class Prompt:
     rest: str
     """The text after the prefix; only its tokens are in the result."""
     at: tuple[int, ...] | None = None
-    """Character offsets into `rest` at which candidates are requested; None for every token."""
+    """Character offsets into `rest` at which candidates are requested; None for every token.
+
+    The offset behind the last character, alone, requests the candidates of the next token (`asks_next`).
+    """
     numbers: bool = False
     """Whether only the numbers among the candidates are used, so that nothing else has to be cached."""
+
+    @property
+    def asks_next(self) -> bool:
+        """Whether only the candidates of the token after the text are requested."""
+        return self.at == (len(self.rest),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +187,11 @@ class LLM(Protocol):
         ...
 
     @property
+    def slots(self) -> int | None:
+        """Prompts that the server computes and keeps at the same time; None if it reports no slots."""
+        ...
+
+    @property
     def served(self) -> tuple[str, ...]:
         """Models that the server lists; empty for a model in this process."""
         ...
@@ -192,6 +205,7 @@ class LLM(Protocol):
     def logprobs_format(self) -> tuple[str, int] | None:
         """How the server returns prompt logprobs: `vllm` or `openai`, and the most candidates (0: no limit).
 
+        `next-token` if it returned only candidates of the next token.
         None while not known, and for a model in this process.
         """
         ...
@@ -247,6 +261,7 @@ class InProcess:
     remote = False
     price: tuple[float, float] | None = None
     batch_api: BatchService | None = None
+    slots: int | None = None
     served: tuple[str, ...] = ()
     counts_exactly = True
     logprobs_format: tuple[str, int] | None = None
@@ -308,6 +323,10 @@ class LLMWrapper:
     @property
     def remote(self) -> bool:
         return self.inner.remote
+
+    @property
+    def slots(self) -> int | None:
+        return self.inner.slots
 
     @property
     def served(self) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class PromptTokenizer:
         """The tokens of prefix and rest as one text."""
         ids, ends = self._encode(prompt.prefix, prompt.rest)
         ends[-1:] = [len(prompt.prefix) + len(prompt.rest)] * bool(ends)
+        if prompt.asks_next and ids:  # any token stands for the next one, whose candidates do not depend on it
+            ids, ends = [*ids, ids[-1]], [*ends, ends[-1]]
         return PromptTokens(prompt, [*self.start, *ids], [*[0] * len(self.start), *ends])
 
     def _encode(self, prefix: str, rest: str) -> tuple[list[int], list[int]]:

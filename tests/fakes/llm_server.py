@@ -12,8 +12,11 @@ import torch
 from tokenizers import Tokenizer
 
 Body = dict[str, Any]
-Shape = Literal["vllm", "openai", "silent"]
-"""How prompt log-probabilities are given: `prompt_logprobs`, `echo` with `logprobs`, or not at all, without a word."""
+Shape = Literal["vllm", "openai", "silent", "next-openai", "next-llama"]
+"""How prompt log-probabilities are given: `prompt_logprobs`, `echo` with `logprobs`, or not at all, without a word.
+
+The last two have only the candidates of the next token, in the form of OpenAI's completions and of llama.cpp.
+"""
 
 
 class Answer:
@@ -148,6 +151,14 @@ class ModelServer(Server):
         if self.shape == "openai" and body.get("echo"):
             text = body["prompt"] + text
             choice["logprobs"] = self.openai([*prompt, next_token], logprobs, body["logprobs"])
+        if self.shape.startswith("next") and body.get("logprobs"):
+            order = np.argsort(-logprobs[-1], kind="stable")[: body["logprobs"]].tolist()
+            best = [{"token": self.text(one), "logprob": float(logprobs[-1][one])} for one in order]
+            as_openai = {"tokens": [text], "token_logprobs": [best[0]["logprob"]], "top_logprobs": [
+                {one["token"]: one["logprob"] for one in reversed(best)}
+            ]}  # fmt: skip
+            as_llama = {"content": [best[0] | {"top_logprobs": best}]}
+            choice["logprobs"] = as_llama if self.shape == "next-llama" else as_openai
         usage = {"prompt_tokens": len(prompt), "completion_tokens": new, "total_tokens": len(prompt) + new}
         return Answer({
             "id": "1", "object": "text_completion", "created": 0, "model": "small",

@@ -82,7 +82,8 @@ class RuleFollower(InProcess):
     def _echo(self, prompt: Prompt, top: int) -> PromptLogprobs:
         tokens = self.tokens(prompt.rest)
         begins = np.cumsum([0, *map(len, tokens)]).tolist()[:-1]
-        at = begins if prompt.at is None else [place for place in prompt.at if place in begins]
+        known = [*begins, *([len(prompt.rest)] if prompt.asks_next else [])]
+        at = begins if prompt.at is None else [place for place in prompt.at if place in known]
         candidates = {place: self.expects(prompt.prefix + prompt.rest[:place], top) for place in at}
         logprobs = [candidates.get(place, {}).get(token, np.nan) for place, token in zip(begins, tokens, strict=True)]
         return PromptLogprobs(tokens=tuple(tokens), logprobs=np.array(logprobs), candidates=candidates)
@@ -98,6 +99,8 @@ class RuleFollower(InProcess):
         elif explanation and text.endswith("\t"):
             *rows, current = text.rpartition("<start>\n")[2].split("\tunknown\n")
             number = rule_of(explanation[0])([*rows, current[:-1]], len(rows))
+        elif text.endswith("\t") and text.count("\t10\n") > 3:
+            number = 10.0
         self.top = 9 if "number from 0 to 9" in text else 10
         number = None if number is None else min(number, float(self.top))
         return dict(sorted(self._numbers(number).items(), key=lambda one: -one[1])[:top])

@@ -24,13 +24,16 @@ def best_rule(messages: list[Message]) -> str:
 class RuleServer(Server):
     """Serves `rules`. With `probabilities=False` it ignores `prompt_logprobs`, as many servers do.
 
+    With `next_token=True` it returns the candidates of the next token instead, in the form of llama.cpp.
     With `system=False` its chat template knows no turn of the system, and refuses a chat that has one.
     """
 
     def __init__(
-        self, *, probabilities: bool = True, context: int = 8192, ten: bool = True, system: bool = True
-    ) -> None:
+        self, *, probabilities: bool = True, context: int = 8192, ten: bool = True, system: bool = True,
+        next_token: bool = False,
+    ) -> None:  # fmt: skip
         self.follower, self.probabilities, self.system = RuleFollower(ten=ten), probabilities, system
+        self.next_token = next_token
         super().__init__(self.answer, served=[{"id": "rules", "max_model_len": context}])
 
     def answer(self, path: str, body: Body) -> Answer:
@@ -81,6 +84,10 @@ class RuleServer(Server):
                     for number, (text, p) in enumerate(table.items())
                 })  # fmt: skip
             choice["prompt_logprobs"] = places
+        if self.next_token and body.get("logprobs"):
+            found = self.follower.expects(body["prompt"], body["logprobs"])
+            entries = [{"token": text, "logprob": p} for text, p in found.items()]
+            choice["logprobs"] = {"content": [entries[0] | {"top_logprobs": entries}]}
         usage = {"prompt_tokens": len(tokens), "completion_tokens": 1, "total_tokens": len(tokens) + 1}
         return Answer({
             "id": "1", "object": "text_completion", "created": 0, "model": "rules", "choices": [choice], "usage": usage,

@@ -17,7 +17,7 @@ from typing import Any
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.batch_api import BatchAPI
 from cratelm.interpretation.clients.parameters import Attempt, Parameters, chat_body
-from cratelm.interpretation.clients.prompt_logprobs import STYLES, Absent, read, request
+from cratelm.interpretation.clients.prompt_logprobs import NEXT_TOKEN, STYLES, Absent, read, request
 from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text
 from cratelm.interpretation.clients.responses_endpoint import CHAT_LABEL, NO_CHAT, as_chat_completion, responses_body
 from cratelm.interpretation.clients.server_facts import cache_hint, context_in, price_in, slots_in, with_cache_hint
@@ -57,6 +57,7 @@ class Endpoint:
         self.identity = self._identity({})
         self.context: int | None = None
         self.price: tuple[float, float] | None = None
+        self.slots: int | None = None
         self.served: tuple[str, ...] = ()
         self.logprobs_format: tuple[str, int] | None = None
         self.transport = Transport(
@@ -105,6 +106,7 @@ class Endpoint:
                 slots, context = slots_in(await self.transport.get(path, timeout=5.0, root=True))
                 if slots:
                     self.transport.limit(slots)
+                    self.slots = self.transport.in_flight
                     self.context = context or self.context
                     return
 
@@ -114,7 +116,7 @@ class Endpoint:
 
     def set_logprobs_format(self, style: str, most: int) -> None:
         """Restore the format that an earlier process detected."""
-        if style in STYLES:
+        if style in (*STYLES, NEXT_TOKEN):
             self.logprobs_format = style, most
 
     def count(self, text: str) -> int:
@@ -255,10 +257,12 @@ class Endpoint:
         """Prompt logprobs. Raises `LLMError` if the server does not return them."""
         if not prompts:
             return []
+        if all(prompt.asks_next for prompt in prompts):
+            return await asyncio.gather(*(self._next_token(prompt, top) for prompt in prompts))
         detected: list[PromptLogprobs] = []
-        if self.logprobs_format is None:
+        if self._style not in STYLES:
             async with self._detecting:  # concurrent callers wait for the first one's result
-                if self.logprobs_format is None:
+                if self._style not in STYLES:
                     detected = [await self._detect_format(prompts[0], top)]
         assert self.logprobs_format is not None
         style, most = self.logprobs_format
@@ -268,6 +272,29 @@ class Endpoint:
         except Absent:
             url = self.transport.url
             raise LLMError(f"{url} returned prompt logprobs before, and does not return them any more") from None
+
+    @property
+    def _style(self) -> str:
+        return self.logprobs_format[0] if self.logprobs_format is not None else ""
+
+    async def _next_token(self, prompt: Prompt, top: int) -> PromptLogprobs:
+        """The candidates of the token after a prompt; fewer if the server refuses that many."""
+        most = self.logprobs_format[1] if self.logprobs_format is not None else 0
+        try:
+            try:
+                answer = await self._post_prompt(NEXT_TOKEN, prompt, top, most)
+            except Refused:
+                if most or top <= FEWER:
+                    raise
+                answer, most = await self._post_prompt(NEXT_TOKEN, prompt, top, FEWER), FEWER
+        except Absent:
+            raise LLMError(f"{self.transport.url} does not return candidates of the next token (logprobs)") from None
+        except Refused as error:
+            await self._check_model(error)
+            raise
+        if self._style not in STYLES:
+            self.logprobs_format = NEXT_TOKEN, most
+        return answer
 
     async def _post_prompt(self, style: str, prompt: Prompt, top: int, most: int) -> PromptLogprobs:
         top = min(top, most or top)

@@ -18,6 +18,10 @@ _SCHEMA = {
     "type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"],
     "additionalProperties": False,
 }  # fmt: skip
+NEXT = TABLE + " boat\t"
+"""A text whose next token is requested."""
+SAMPLED = 1e-9, -30.0
+"""A best log-probability within this of 0, and all others below that: the candidates are those after sampling."""
 SAME = 0.05
 """Nats by which the answers to two equal requests may differ: servers batch in 16 bits."""
 
@@ -36,8 +40,10 @@ class Capabilities:
     """Whether it answers a chat."""
     prompt_logprobs: bool = False
     """Whether it returns prompt logprobs that pass the checks."""
+    next_token: int = 0
+    """Most candidates of the next token that it returned, if it returns no prompt logprobs; 0: none."""
     style: str = ""
-    """Format of a server's prompt logprobs: `vllm` or `openai`."""
+    """Format of a server's prompt logprobs: `vllm` or `openai`; `next-token` if it has only the next token's."""
     top: int = 0
     """Most candidates that it returned at a token."""
     most: int | None = None
@@ -82,6 +88,7 @@ class Capabilities:
             logprobs = f"returns prompt logprobs{how}, {self.top} candidates, {ten}"
         else:
             logprobs = "returns no prompt logprobs"
+            logprobs += f", but {self.next_token} candidates of the next token" if self.next_token else ""
         can = ["answers chats" if self.chat else "has no chat", logprobs]
         can += ["follows a JSON schema"] if self.schema else []
         context = f", context {self.context}" if self.context else ""
@@ -102,13 +109,15 @@ async def probe(
     metered = meter(llm) if meter is not None else llm
     chat = await _chats(metered, temperature, notes)
     answers = await _prompt_logprobs(metered, top, notes)
+    next_token = 0 if answers else await _next_token(metered, top, notes)
     if llm.served and llm.name not in llm.served:
         notes.append(f"the server answers as {llm.name}, but lists only {', '.join(llm.served[:5])}")
     style, most = llm.logprobs_format or ("", None)
     return Capabilities(
         name=llm.name, served=llm.served, context=llm.context, chat=chat, prompt_logprobs=bool(answers),
-        style=style if answers else "", top=_candidates(answers[0]) if answers else 0,
-        pieces=_pieces(answers[0]) if answers else {}, most=most if answers else None,
+        next_token=next_token, style=style if answers or next_token else "",
+        top=_candidates(answers[0]) if answers else 0,
+        pieces=_pieces(answers[0]) if answers else {}, most=most if answers or next_token else None,
         schema=chat and await _follows_a_schema(metered, temperature, notes), notes=tuple(notes),
     )  # fmt: skip
 
@@ -135,6 +144,28 @@ async def _prompt_logprobs(llm: LLM, top: int, notes: list[str]) -> list[PromptL
         notes.append(f"its prompt logprobs are not usable: {fault}")
         return []
     return answers
+
+
+async def _next_token(llm: LLM, top: int, notes: list[str]) -> int:
+    """Number of candidates of the next token, requested twice; 0 if they fail a check."""
+    prompt = Prompt(prefix="Boats:\n", rest=NEXT, at=(len(NEXT),))
+    try:
+        answers = [(await llm.prompt_logprobs([prompt], top=top))[0] for _ in range(2)]
+    except LLMError as error:
+        notes.append(f"no candidates of the next token: {error}")
+        return 0
+    first, second = (answer.candidates.get(len(NEXT), {}) for answer in answers)
+    best, *others = [*sorted(first.values(), reverse=True), *[-math.inf] * 2][: max(len(first), 2)]
+    fault = ""
+    if len(first) < 2 or (best > -SAMPLED[0] and others[0] < SAMPLED[1]):
+        fault = "they are those after sampling"
+    elif len(first) > top or sum(map(math.exp, first.values())) > 1.01:
+        fault = f"{len(first)} candidates have a probability of {sum(map(math.exp, first.values())):.3g}"
+    elif any(abs(first[text] - second[text]) > SAME for text in first.keys() & second.keys()):
+        fault = "two equal requests have different log-probabilities"
+    if fault:
+        notes.append(f"its candidates of the next token are not usable: {fault}")
+    return 0 if fault else len(first)
 
 
 def _fault(answer: PromptLogprobs, top: int) -> str:

@@ -16,6 +16,8 @@ from cratelm.interpretation.clients.token_alignment import TokenSpan, align
 from cratelm.interpretation.llm import Prompt, PromptLogprobs
 
 STYLES = ("vllm", "openai")
+NEXT_TOKEN = "next-token"
+"""The style of a request for the candidates of the next token."""
 ROUNDING = 1e-2
 """Probabilities may add up to 1 plus this: some servers compute in 16 bits."""
 Entries = Sequence[tuple[str, float]]
@@ -40,6 +42,8 @@ class _Response(NamedTuple):
 def request(style: str, model: str, prompt: Prompt, top: int) -> dict[str, Any]:
     """Body of the request. One token is generated: to some servers 0 means no limit."""
     body = {"model": model, "prompt": prompt.prefix + prompt.rest, "max_tokens": 1, "temperature": 0}
+    if style == NEXT_TOKEN:
+        return body | {"logprobs": top}
     return body | ({"prompt_logprobs": top} if style == "vllm" else {"echo": True, "logprobs": top})
 
 
@@ -47,6 +51,8 @@ def read(style: str, answer: Mapping[str, Any], prompt: Prompt, top: int) -> Pro
     """The prompt logprobs in a response. Raises `Absent` or `Malformed`."""
     try:
         usage = answer.get("usage") or {}
+        if style == NEXT_TOKEN:
+            return _next_token(answer["choices"][0], usage, prompt, top)
         response = (_vllm if style == "vllm" else _openai)(answer["choices"][0], usage)
         spans = _spans(response, prompt.prefix + prompt.rest)
         return _of_rest(prompt, response, spans, usage.get("prompt_tokens") or len(spans), top)
@@ -84,6 +90,22 @@ def _openai(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> _Response:
         return [(tokens[token], math.nan if logprobs[token] is None else float(logprobs[token]))]
 
     return _Response(tokens[:count], reading, lambda token: [*(top[token] or {}).items()])
+
+
+def _next_token(choice: Mapping[str, Any], usage: Mapping[str, Any], prompt: Prompt, top: int) -> PromptLogprobs:
+    """The candidates of the token after the prompt, in OpenAI's format or, as llama.cpp has it, in that of chats."""
+    lists = choice.get("logprobs") or {}
+    if lists.get("content"):
+        entries = [(entry["token"], float(entry["logprob"])) for entry in lists["content"][0]["top_logprobs"]]
+    else:
+        entries = [(text, float(logprob)) for text, logprob in next(iter(lists.get("top_logprobs") or [{}])).items()]
+    if not entries:
+        raise Absent
+    best = sorted(_distribution(entries).items(), key=lambda entry: -entry[1])[:top]
+    return PromptLogprobs(
+        tokens=(prompt.rest,), logprobs=np.array([math.nan]), candidates={len(prompt.rest): dict(best)},
+        prompt_tokens=usage.get("prompt_tokens") or math.ceil(len((prompt.prefix + prompt.rest).encode()) / 3),
+    )  # fmt: skip
 
 
 def _spans(response: _Response, text: str) -> list[TokenSpan]:

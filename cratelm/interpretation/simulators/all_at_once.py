@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.activations.records import Mode
-from cratelm.interpretation.llm import LLM, Prompt
+from cratelm.interpretation.llm import LLM, Prompt, PromptLogprobs
 from cratelm.interpretation.prompts import simulator as prompts
 from cratelm.interpretation.prompts.few_shot import FewShotNeuron
 from cratelm.interpretation.simulators.prompt_fitting import (
@@ -65,7 +65,7 @@ class AllAtOnce:
         rests = [rest for rest, _ in tables]
         prefix = fitting_prefix(partial(self._prefix, explanation), rests, self.llm, self.counts, self.left_out)
         questions = [Prompt(prefix=prefix, rest=rest, at=places, numbers=True) for rest, places in tables]
-        answers = await self.llm.prompt_logprobs(questions, top=self.read_out.candidates)
+        answers = await self.ask(questions)
         reads = [
             read_activations(self.read_out, answer, places, self.llm)
             for answer, (_, places) in zip(answers, tables, strict=True)
@@ -75,6 +75,10 @@ class AllAtOnce:
             np.array([values[place] or 0.0 for place in places])
             for values, (_, places) in zip(reads, tables, strict=True)
         ]
+
+    async def ask(self, questions: Sequence[Prompt]) -> Sequence[PromptLogprobs]:
+        """The candidates at every wanted place of each prompt."""
+        return await self.llm.prompt_logprobs(questions, top=self.read_out.candidates)
 
     def _prefix(self, explanation: str, examples: Sequence[FewShotNeuron]) -> str:
         top, escaped = self.read_out.top, self.read_out.escaped

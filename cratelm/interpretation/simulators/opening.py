@@ -1,6 +1,7 @@
 """Open a simulator for a language model.
 
     all-at-once       one prompt per excerpt; all activations are read from the prompt logprobs
+    next-token        the same prompts, cut before each activation; needs the candidates of the next token
     token-by-token    one prompt per token, read from the prompt logprobs
     structured        one answer per excerpt, as JSON; needs no logprobs
 
@@ -15,6 +16,7 @@ from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM, LLMError, Prompt
 from cratelm.interpretation.simulators.all_at_once import UNKNOWN, AllAtOnce
+from cratelm.interpretation.simulators.next_token import NextToken, writes_ten_as_a_token
 from cratelm.interpretation.simulators.readout import ReadOut
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.simulators.structured import Structured
@@ -28,12 +30,16 @@ async def open_simulator(method: str, llm: LLM, *, mode: Mode = "fixed", answer_
     """Open the simulator of this method; the methods that read logprobs first test how the model tokenizes numbers.
 
     `answer_tokens` is the smallest limit of a structured answer.
-    Raises `LLMError` if the model does not give prompt logprobs.
+    Raises `LLMError` if the model does not give the log-probabilities that the method needs.
     """
     if method not in METHODS:
         raise CrateError(f"--simulator must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "structured":
         return Structured(llm=llm, mode=mode, answer_tokens=answer_tokens)
+    if method == "next-token":
+        # The tokens of the prompt are not known; behind a tab, the text is cut between two of them.
+        read_out = ReadOut.of(mode, ten_is_one_token=await writes_ten_as_a_token(llm))
+        return NextToken(llm=llm, read_out=read_out)
     ten, unknown = await find_notation(llm)
     read_out = ReadOut.of(mode, ten_is_one_token=ten)
     if method == "token-by-token":

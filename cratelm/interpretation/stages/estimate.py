@@ -50,6 +50,8 @@ class CountingLLM(LLMWrapper):
     depends_on: str = ""
     """Hash of what the next prompts depend on, if a placeholder stands for an explanation that is not made yet."""
     cost: Cost = field(default_factory=Cost)
+    last: Prompt | None = None
+    """The last prompt for a next token: one that extends it is not computed whole."""
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Count a chat. The answer is a placeholder."""
@@ -66,10 +68,14 @@ class CountingLLM(LLMWrapper):
         """Count prompts. The model seems to expect a 0 everywhere."""
         new = [prompt for prompt in prompts if self._is_new(prompt_logprobs_hash(self.identity, prompt, top))]
         prefixes = {prefix: self.expected(prefix) for prefix in {prompt.prefix for prompt in new}}
-        self.cost.computed += sum(prefixes.values())
+        known = {self.last.prefix} if self.last is not None and all(prompt.asks_next for prompt in new) else set()
+        self.cost.computed += sum(tokens for prefix, tokens in prefixes.items() if prefix not in known)
         for prompt in new:
             rest = self.expected(prompt.rest)
-            self.cost.add(Cost(calls=1, read=prefixes[prompt.prefix] + rest, computed=rest))
+            before = self.last.rest if self.last is not None and prompt.prefix in known else ""
+            shared = self.expected(before) if before and prompt.rest.startswith(before) else 0
+            self.cost.add(Cost(calls=1, read=prefixes[prompt.prefix] + rest, computed=rest - shared))
+            self.last = prompt if prompt.asks_next else None
         return [
             PromptLogprobs(
                 tokens=(prompt.rest,), logprobs=np.array([np.nan]),

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from cratelm.interpretation.prompts.normalisation import Rounding
 
-SimulationMethod = Literal["all-at-once", "token-by-token", "structured"]
+SimulationMethod = Literal["all-at-once", "next-token", "token-by-token", "structured"]
 CalibrationMethod = Literal["linear", "percentile"]
 ContrastMethod = Literal["minus-neutral"]
 PromptForm = Literal["table", "compact"]

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError
@@ -184,9 +185,10 @@ def _known(store: Store, name: str, method: str) -> Capabilities | None:
     if noted is None:
         return None
     capabilities = Capabilities.of_row(json.loads(noted))
-    enough = {"auto": capabilities.prompt_logprobs or capabilities.chat, "structured": capabilities.chat}.get(
-        method, capabilities.prompt_logprobs
-    )
+    logprobs, next_token = capabilities.prompt_logprobs, capabilities.prompt_logprobs or capabilities.next_token
+    enough = {
+        "auto": next_token or capabilities.chat, "structured": capabilities.chat, "next-token": next_token
+    }.get(method, logprobs)  # fmt: skip
     return capabilities if enough else None
 
 
@@ -223,20 +225,33 @@ def _counter(source: str) -> Any:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def many_calls_cost_little(where: str, llm: LLM, spending: Spending) -> bool:
+    """Whether a request per token is acceptable: the server keeps prompts in slots or is on this machine, unpaid."""
+    nearby = urlsplit(where).hostname in ("localhost", "127.0.0.1", "::1")
+    return not spending.price_in and (llm.slots is not None or nearby or not llm.remote)
+
+
 async def choose_simulator(
-    llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities, *, answer_tokens: int = 0
-) -> TextSimulator:
-    """Choose how a model simulates. Raises `CrateError` if it does not support the requested method."""
+    llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities, *, answer_tokens: int = 0, many_calls: bool = True
+) -> TextSimulator:  # fmt: skip
+    """Choose how a model simulates. Raises `CrateError` if it does not support the requested method.
+
+    `many_calls`: whether a request per token is acceptable without being asked for.
+    """
     method, why = simulating.simulator, "as asked for"
     if method == "auto" and can.prompt_logprobs:
         method, why = "all-at-once", "it returns prompt logprobs"
+    elif method == "auto" and can.next_token and (many_calls or not can.chat):
+        method, why = "next-token", "it returns candidates of the next token, and no prompt logprobs"
     elif method == "auto" and can.chat:
         method, why = "structured", "it returns no prompt logprobs, but answers chats"
+        why += "; --simulator next-token is closer to the paper and sends a request per token" if can.next_token else ""
     if method == "auto":
         raise CrateError(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
-    if method != "structured" and not can.prompt_logprobs:
+    if method != "structured" and not (can.prompt_logprobs or (can.next_token and method == "next-token")):
+        needed = "candidates of the next token" if method == "next-token" else "the probabilities of a prompt"
         raise CrateError(
-            f"the simulator {method} needs the probabilities of a prompt, and {llm.name} does not give them. "
+            f"the simulator {method} needs {needed}, and {llm.name} does not give them. "
             "Use --simulator structured, or another --simulator-llm"
         )
     simulator = await open_simulator(method, llm, mode=mode, answer_tokens=answer_tokens)

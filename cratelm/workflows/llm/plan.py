@@ -254,7 +254,8 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
     words = [token for puzzle in puzzles() for token in puzzle.tokens]
     number, remote = min(TIMED_AT_ONCE, in_flight), simulator.llm.remote
     excerpts = [list(islice(cycle(words), 7 * i, 7 * i + TIMED_TOKENS)) for i in range(1 + number)]
-    one_by_one = simulator.name.method == "token-by-token"  # one call per token
+    method = simulator.name.method
+    one_by_one = method in ("token-by-token", "next-token")  # one call per token
     first = excerpts[0][: 1 if one_by_one else None]
     if not remote:  # the speed is the same without few-shot neurons, and a trial is short
         simulator = replace(simulator, left_out=len(few_shot_neurons()))
@@ -266,10 +267,12 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
         return max(time.perf_counter() - started, 1e-6)
 
     try:
+        if method == "next-token":  # the server reads the shared beginning of the prompts only once
+            await seconds([words[:1]], simulator.llm)
         alone = await seconds([first], simulator.llm)
         number = max(min(number, int(LONGEST_TRIAL / alone)), 0)
         others = [excerpts[1][:number]] if one_by_one and number else excerpts[1 : 1 + number]
-        others = others or [first]
+        others = [[token] for token in others[0]] if method == "next-token" and others else others or [first]
         together = await seconds(others, simulator.llm) if number else alone
     except LLMError as error:
         return f"time: unknown, because a simulation that was tried failed: {error}"

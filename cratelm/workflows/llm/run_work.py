@@ -38,6 +38,7 @@ from cratelm.workflows.llm.opening import (
     examine,
     examine_explainer,
     explainer_name,
+    many_calls_cost_little,
     metered,
 )
 from cratelm.workflows.llm.plan import CostPlan, time_trial
@@ -125,9 +126,11 @@ class RunWork:
         meter = partial(metered, usage=self.usage, spending=request.spending, spent_before=self.spent_before)
         temperature, limit = request.settings.temperature, request.explaining.max_answer_tokens or 0
         can = await self.llms.ask_what_it_can(llm, self.store, simulating.simulator, meter, temperature)
+        where = simulating.simulator_llm or request.explaining.llm
         simulator = await choose_simulator(
-            self._cached(llm), simulating, request.selection.mode, can, answer_tokens=limit
-        )
+            self._cached(llm), simulating, request.selection.mode, can, answer_tokens=limit,
+            many_calls=many_calls_cost_little(where, llm, request.spending),
+        )  # fmt: skip
         if not request.spending.dry_run:
             await examine(simulator, skip=request.explaining.skip_self_test)
         calibrate = None if simulating.calibrate == "none" else simulating.calibrate

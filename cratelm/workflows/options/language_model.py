@@ -20,7 +20,7 @@ Scorers = Annotated[
     tuple[str, ...],
     tyro.conf.arg(metavar="NAME...", help=f"Scorers: {SIMULATION} (the paper's), {', '.join(SCORERS)}."),
 ]
-SimulatorChoice = Literal["auto", "all-at-once", "token-by-token", "structured"]
+SimulatorChoice = Literal["auto", "all-at-once", "next-token", "token-by-token", "structured"]
 CalibrationName = Literal["none", "linear", "percentile"]
 
 
@@ -60,7 +60,8 @@ class Explaining:
     """Number format of a model that runs in this process. auto: that of the stored weights, but on a CPU float32 unless
     it multiplies bfloat16 faster (AMX, SVE)."""
     llm_tokenizer: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = ""
-    """Tokenizer of a server's model, to count prompts exactly: tokenizer.json, its directory, or a name on the hub."""
+    """Tokenizer of a server's model, to count prompts exactly: tokenizer.json, its directory, a GGUF file, or a name on
+    the hub."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
     """Environment variable with the server's key; by default OPENAI_API_KEY."""
     timeout: float = 300.0
@@ -100,8 +101,9 @@ class Simulating:
     """The simulator, which predicts activations from an explanation."""
 
     simulator: SimulatorChoice = "auto"
-    """all-at-once: one prompt per excerpt, read from prompt logprobs. token-by-token: one prompt per token. structured:
-    the model answers in JSON. auto: the best that the model supports."""
+    """all-at-once: one prompt per excerpt, read from prompt logprobs. next-token: the same prompt, cut before each
+    activation, for servers with candidates of the next token only (llama.cpp). token-by-token: one prompt per token.
+    structured: the model answers in JSON. auto: the best that the model supports."""
     simulator_llm: Where = ""
     """Another server or directory for simulation; by default --llm. Base models simulate better than chat models."""
     simulator_model: Name = ""

@@ -189,7 +189,8 @@ def test_solved_neurons_are_left_out_where_the_context_is_short() -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(
-        CrateError, match="^--simulator must be one of all-at-once, token-by-token, structured, got 'sideways'"
+        CrateError,
+        match="^--simulator must be one of all-at-once, next-token, token-by-token, structured, got 'sideways'",
     ):
         opened("sideways", RuleFollower())
 

@@ -26,7 +26,7 @@ REPAIRS = ((), ("spaced-numbers",), ("fifteen-candidates", "spaced-numbers", "es
 @pytest.mark.parametrize("model", MODELS)
 def test_every_name_survives_rendering_and_parsing(model: str) -> None:
     for method, top, repairs, contrast, calibration in itertools.product(
-        ("all-at-once", "token-by-token", "structured"), (9, 10), REPAIRS, (None, "minus-neutral"),
+        ("all-at-once", "next-token", "token-by-token", "structured"), (9, 10), REPAIRS, (None, "minus-neutral"),
         (None, "linear", "percentile"),
     ):  # fmt: skip
         name = SimulatorName(

@@ -148,7 +148,7 @@ def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]
-    for method, count in (("all-at-once", 8), ("token-by-token", 8), ("structured", 8)):
+    for method, count in (("all-at-once", 8), ("token-by-token", 8), ("next-token", 8), ("structured", 8)):
         before = len(server.asked)
         assert main([*command, "--simulator", method]) == 0
         printed = capsys.readouterr().out

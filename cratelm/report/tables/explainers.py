@@ -60,8 +60,8 @@ def explainer_tables(results: Results) -> tuple[Table, ...]:
         Table(
             name="explainers", caption=f"Explainers and simulators side by side ({results.mode} mode)",
             columns=SIDE_BY_SIDE, rows=tuple(_side_by_side(results, groups)), notes=(
-                "A simulator is named by its method and model: all-at-once, next-token and token-by-token read expected "
-                "activations from the probabilities of a prompt, on a scale of 0 to 10 or, where the name says so, "
+                "A simulator is named by its method and model: all-at-once, next-token and token-by-token read the "
+                "expected activations from probabilities, on a scale of 0 to 10 or, where the name says so, "
                 "0 to 9; in structured the model writes them; +linear and +percentile are calibrated; any other + is "
                 "a deviation from the released procedure. Numbers of different methods are not comparable.",
                 "Failed: neurons for which a language model gave no usable answer; no score counts them. Lookup, same "

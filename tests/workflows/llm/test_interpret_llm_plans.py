@@ -106,6 +106,25 @@ def test_a_plan_counts_what_will_really_be_asked(
     assert planned(capsys.readouterr().out)["explain"] == ["4", "4", "0"]
 
 
+def test_a_plan_counts_a_request_for_each_next_token_and_what_the_server_computes_of_them(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RuleServer(probabilities=False, next_token=True) as server:
+        command = ["interpret", str(run), "--llm", server.url, "--protocol", "random-only", "--neurons", "1"]
+        assert main([*command, "--dry-run"]) == 0
+        said = capsys.readouterr()
+        assert "simulator: next-token:rules (it returns candidates of the next token" in " ".join(said.err.split())
+        line = re.search(r"^simulate +1 +0 +(\d+) +(\S+)k +(\S+)k", said.out, re.M)
+        assert line is not None
+        assert questions(server) == []
+        assert main(command) == 0
+        asked = [body for body in questions(server) if "prompt" in body]
+        assert len(asked) == int(line[1]) == len({body["prompt"] for body in asked}) > 100
+        assert float(line[3]) > 0.9 * float(line[2]), "almost all tokens are those of the request before"
+        assert main(command) == 0
+        assert len([body for body in questions(server) if "prompt" in body]) == len(asked)
+
+
 def test_a_plan_expects_the_likely_tokens_and_a_budget_the_possible_ones(tmp_path: Path) -> None:
     endpoint = Endpoint("http://localhost:1/v1", "x")
     text = "a" * 1000
@@ -148,6 +167,7 @@ def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]
+    server.next_token = True
     for method, count in (("all-at-once", 8), ("token-by-token", 8), ("next-token", 8), ("structured", 8)):
         before = len(server.asked)
         assert main([*command, "--simulator", method]) == 0

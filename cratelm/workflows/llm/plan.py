@@ -268,7 +268,7 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
 
     try:
         if method == "next-token":  # the server reads the shared beginning of the prompts only once
-            await seconds([words[:1]], simulator.llm)
+            await seconds([words[1:2]], simulator.llm)
         alone = await seconds([first], simulator.llm)
         number = max(min(number, int(LONGEST_TRIAL / alone)), 0)
         others = [excerpts[1][:number]] if one_by_one and number else excerpts[1 : 1 + number]

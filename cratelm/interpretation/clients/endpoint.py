@@ -18,7 +18,7 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.clients.batch_api import BatchAPI
 from cratelm.interpretation.clients.parameters import Attempt, Parameters, chat_body
 from cratelm.interpretation.clients.prompt_logprobs import NEXT_TOKEN, STYLES, Absent, read, request
-from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text
+from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text, paid_tokens
 from cratelm.interpretation.clients.responses_endpoint import CHAT_LABEL, NO_CHAT, as_chat_completion, responses_body
 from cratelm.interpretation.clients.server_facts import cache_hint, context_in, price_in, slots_in, with_cache_hint
 from cratelm.interpretation.clients.transport import Refused, Retry, T, Transport
@@ -149,13 +149,13 @@ class Endpoint:
             question = [Message("user", text)], Sampling(max_tokens=4, temperature=self.temperature)
             for attempt in self._attempts(*question):
                 with attempt:
-                    cost = await self._post_chat(attempt.body, _reported_usage)
+                    cost = await self._post_chat(attempt.body, paid_tokens)
             if attempt.refusal is not None:
                 raise attempt.refusal
         except LLMError:
             body = {"model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0}
             with contextlib.suppress(LLMError):
-                cost = await self.transport.post("/completions", body, _reported_usage)
+                cost = await self.transport.post("/completions", body, paid_tokens)
         self.transport.usage.add(*cost)
         return cost[0] / len(text)
 
@@ -260,9 +260,9 @@ class Endpoint:
         if all(prompt.asks_next for prompt in prompts):
             return await asyncio.gather(*(self._next_token(prompt, top) for prompt in prompts))
         detected: list[PromptLogprobs] = []
-        if self._style not in STYLES:
+        if self.logprobs_format is None or self.logprobs_format[0] == NEXT_TOKEN:
             async with self._detecting:  # concurrent callers wait for the first one's result
-                if self._style not in STYLES:
+                if self.logprobs_format is None or self.logprobs_format[0] == NEXT_TOKEN:
                     detected = [await self._detect_format(prompts[0], top)]
         assert self.logprobs_format is not None
         style, most = self.logprobs_format
@@ -272,10 +272,6 @@ class Endpoint:
         except Absent:
             url = self.transport.url
             raise LLMError(f"{url} returned prompt logprobs before, and does not return them any more") from None
-
-    @property
-    def _style(self) -> str:
-        return self.logprobs_format[0] if self.logprobs_format is not None else ""
 
     async def _next_token(self, prompt: Prompt, top: int) -> PromptLogprobs:
         """The candidates of the token after a prompt; fewer if the server refuses that many."""
@@ -292,7 +288,7 @@ class Endpoint:
         except Refused as error:
             await self._check_model(error)
             raise
-        if self._style not in STYLES:
+        if self.logprobs_format is None:
             self.logprobs_format = NEXT_TOKEN, most
         return answer
 
@@ -303,7 +299,7 @@ class Endpoint:
             try:
                 return read(style, answer, prompt, top)
             except Absent:
-                self.transport.usage.add(*_reported_usage(answer), usable=False)
+                self.transport.usage.add(*paid_tokens(answer), usable=False)
                 raise
 
         return await self.transport.post("/completions", request(style, self.name, prompt, top), parse)
@@ -350,9 +346,3 @@ class Endpoint:
             raise CrateError(
                 f"{self.transport.url} does not serve {self.name} (it serves: {listed}). {error}"
             ) from None
-
-
-def _reported_usage(answer: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens read and generated as the server reports them, 0 if it does not."""
-    usage = answer.get("usage") or {}
-    return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0

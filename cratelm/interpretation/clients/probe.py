@@ -18,7 +18,7 @@ _SCHEMA = {
     "type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"],
     "additionalProperties": False,
 }  # fmt: skip
-NEXT = TABLE + " boat\t"
+CUT_TABLE = TABLE + " boat\t"
 """A text whose next token is requested."""
 SAMPLED = 1e-9, -30.0
 """A best log-probability within this of 0, and all others below that: the candidates are those after sampling."""
@@ -148,13 +148,13 @@ async def _prompt_logprobs(llm: LLM, top: int, notes: list[str]) -> list[PromptL
 
 async def _next_token(llm: LLM, top: int, notes: list[str]) -> int:
     """Number of candidates of the next token, requested twice; 0 if they fail a check."""
-    prompt = Prompt(prefix="Boats:\n", rest=NEXT, at=(len(NEXT),))
+    prompt = Prompt(prefix="Boats:\n", rest=CUT_TABLE, at=(len(CUT_TABLE),))
     try:
         answers = [(await llm.prompt_logprobs([prompt], top=top))[0] for _ in range(2)]
     except LLMError as error:
         notes.append(f"no candidates of the next token: {error}")
         return 0
-    first, second = (answer.candidates.get(len(NEXT), {}) for answer in answers)
+    first, second = (answer.candidates.get(len(CUT_TABLE), {}) for answer in answers)
     best, *others = [*sorted(first.values(), reverse=True), *[-math.inf] * 2][: max(len(first), 2)]
     fault = ""
     if len(first) < 2 or (best > -SAMPLED[0] and others[0] < SAMPLED[1]):

@@ -108,3 +108,9 @@ def _credible(counts: Iterable[Any], most: int) -> int | None:
     """The first number of tokens from 0 to `most`; None without one."""
     numbers = (count for count in counts if type(count) in (int, float) and math.isfinite(count))
     return next((int(count) for count in numbers if 0 <= count <= most), None)
+
+
+def paid_tokens(answer: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens read and generated as the server reports them, 0 if it does not."""
+    usage = answer.get("usage") or {}
+    return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0

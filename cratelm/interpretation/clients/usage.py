@@ -10,7 +10,6 @@ from cratelm.interpretation.llm import (
     LLM,
     Declined,
     LLMError,
-    LLMWrapper,
     Message,
     Prompt,
     PromptLogprobs,
@@ -18,6 +17,7 @@ from cratelm.interpretation.llm import (
     Sampling,
     Unparsed,
 )
+from cratelm.interpretation.llm_wrapper import LLMWrapper
 from cratelm.runtime import human
 
 _Tokens = tuple[int, int]

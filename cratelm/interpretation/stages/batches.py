@@ -17,7 +17,6 @@ from cratelm.interpretation.llm import (
     LLM,
     BatchService,
     LLMError,
-    LLMWrapper,
     Message,
     Prompt,
     PromptLogprobs,
@@ -25,6 +24,7 @@ from cratelm.interpretation.llm import (
     Reply,
     Sampling,
 )
+from cratelm.interpretation.llm_wrapper import LLMWrapper
 from cratelm.interpretation.store.answer_cache import DECLINED, Cached, answer_row, chat_hash
 from cratelm.interpretation.store.batches import BatchRecord, close_batch, open_batches, write_batch
 from cratelm.interpretation.store.database import Store

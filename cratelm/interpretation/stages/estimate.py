@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cratelm.interpretation.llm import LLM, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm_wrapper import LLMWrapper
 from cratelm.interpretation.prompts.explainer import TURN
 from cratelm.interpretation.store.answer_cache import chat_hash, is_cached, prompt_logprobs_hash
 from cratelm.interpretation.store.database import Store

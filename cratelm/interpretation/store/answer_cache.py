@@ -22,7 +22,8 @@ import numpy as np
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.parameters import unpinned
 from cratelm.interpretation.clients.usage import Metered, Usage
-from cratelm.interpretation.llm import LLM, Declined, LLMWrapper, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm import LLM, Declined, Message, Prompt, PromptLogprobs, Reply, Sampling
+from cratelm.interpretation.llm_wrapper import LLMWrapper
 from cratelm.interpretation.reasoning import is_cut, larger_limit, spoken
 from cratelm.interpretation.store.database import Store, StoreBusy
 from cratelm.runtime import console

@@ -20,15 +20,7 @@ from tokenizers import Tokenizer, models
 from cratelm.activations.records import ABSENT, Mode, layer_file, records_folder
 from cratelm.checksums import write_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import (
-    atomic_path,
-    check_regular,
-    origin,
-    parse_json,
-    read_json,
-    remove_leftovers,
-    write_json,
-)
+from cratelm.rundir import atomic_path, check_regular, origin, parse_json, read_json, remove_leftovers, write_json
 from cratelm.runtime import ProgressBar, progress_bar
 
 Half = Literal["explain", "score"]

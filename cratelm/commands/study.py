@@ -42,19 +42,9 @@ class Options:
     """Options of `cratelm study`."""
 
     BASIC: ClassVar = (
-        "data",
-        "out",
-        "sizes",
-        "seeds",
-        "variant",
-        "dry_run",
-        "device",
-        "tokens",
-        "batch_tokens",
-        "context",
-        "learning_rate",
-        "warmup_steps",
-    )
+        "data", "out", "sizes", "seeds", "variant", "dry_run",
+        "device", "tokens", "batch_tokens", "context", "learning_rate", "warmup_steps",
+    )  # fmt: skip
     """The options that `--help` shows; `--help-all` shows all."""
     data: Path
     """Token directory (from `cratelm tokenize`, or nanoGPT's)."""

@@ -32,20 +32,9 @@ class Options:
     """Options of `cratelm train`."""
 
     BASIC: ClassVar = (
-        "out",
-        "data",
-        "arch",
-        "size",
-        "control_of",
-        "dry_run",
-        "device",
-        "tokens",
-        "batch_tokens",
-        "context",
-        "learning_rate",
-        "warmup_steps",
-        "seed",
-    )
+        "out", "data", "arch", "size", "control_of", "dry_run", "device",
+        "tokens", "batch_tokens", "context", "learning_rate", "warmup_steps", "seed",
+    )  # fmt: skip
     """The options that `--help` shows; `--help-all` shows all."""
     out: Path
     """Run directory to create or resume."""

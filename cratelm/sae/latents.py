@@ -9,13 +9,6 @@ from torch import Tensor
 from cratelm.activations.subject import Subject
 from cratelm.sae.autoencoder import Autoencoder
 
-TAP_PREFIX = "sae-"
-
-
-def latents_tap(name: str) -> str:
-    """The name of the tap and records folder of an autoencoder's latents."""
-    return f"{TAP_PREFIX}{name}"
-
 
 def observe_latents(subject: Subject, sae: Autoencoder) -> Subject:
     """A subject whose neurons are the latents of an autoencoder on one layer of another subject.
@@ -33,6 +26,6 @@ def observe_latents(subject: Subject, sae: Autoencoder) -> Subject:
     through = None if subject.decoders is None else subject.decoders[layer]
     directions = rows if through is None else rows @ through.to(rows)
     return replace(
-        subject, forward=forward, layers={layer: sae.width}, tap=latents_tap(sae.name), decoders={layer: directions},
+        subject, forward=forward, layers={layer: sae.width}, tap=f"sae-{sae.name}", decoders={layer: directions},
         identity=dict(subject.identity) | {"layers": [layer], "sae_hash": sae.sae_hash},
     )  # fmt: skip

@@ -3,7 +3,6 @@
 A training that resumes from a checkpoint first drops the later lines of the killed run, so no step is logged twice.
 """
 
-import hashlib
 import importlib
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cratelm.checksums import sha256_of
 from cratelm.errors import CrateError
 from cratelm.rundir import append_jsonl, read_jsonl, rewind_jsonl
 from cratelm.training.config import Tracker
@@ -95,9 +95,7 @@ def _tensorboard(run: Path, first: int, _config: Settings) -> tuple[Callable[[_R
 
 def _wandb(run: Path, _first: int, config: Settings) -> tuple[Callable[[_Row], None], Callable[[], None]]:
     wandb: Any = _package("wandb", "wandb")
-    run_id = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[
-        :16
-    ]  # a resumed run stays one run in the tracker
+    run_id = sha256_of(run / "run.json")[:16]  # a resumed run stays one run in the tracker
     try:
         session = wandb.init(
             project="cratelm", name=run.resolve().name, dir=str(run), config=dict(config), id=run_id, resume="allow"

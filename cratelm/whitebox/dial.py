@@ -97,22 +97,23 @@ def _cut(least: float) -> Any:
 @torch.inference_mode()
 def activation_scales(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> dict[str, float]:
     """The root mean square of each layer's activations, zeros included, over one batch of whole contexts."""
-    with capture(model, model.neuron_taps) as codes:
-        model.features(_rows(model, tokens))
-    return {tap: float(code.double().square().mean().sqrt()) for tap, code in codes.items()}
+    return {tap: float(code.double().square().mean().sqrt()) for tap, code in _codes(model, tokens).items()}
 
 
 @torch.inference_mode()
 def active_neurons(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> list[float]:
     """L0: the mean number of active neurons per token in each layer, over one batch of whole contexts."""
-    with capture(model, model.neuron_taps) as codes:
-        model.features(_rows(model, tokens))
+    codes = _codes(model, tokens)
     return [float((codes[tap] != 0).double().sum(dim=-1).mean()) for tap in model.neuron_taps]
 
 
-def _rows(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> Tensor:
+def _codes(model: LanguageModel, tokens: Integer[np.ndarray, " stream"]) -> dict[str, Tensor]:
+    """Tap -> its code, over one batch of whole contexts."""
     context = model.config.context_length
     whole = len(tokens) // context * context
     if whole == 0:
         raise CrateError(f"--tokens must be at least the model's context of {context}, got {len(tokens)}")
-    return torch.from_numpy(tokens[:whole].astype(np.int64)).view(-1, context).to(model.device)
+    rows = torch.from_numpy(tokens[:whole].astype(np.int64)).view(-1, context).to(model.device)
+    with capture(model, model.neuron_taps) as codes:
+        model.features(rows)
+    return codes

@@ -24,11 +24,11 @@ from rich.text import Text
 
 from cratelm.errors import CrateError
 from cratelm.rundir import claim, origin
-from cratelm.runtime import DeviceName, progress_bar
+from cratelm.runtime import progress_bar
 from cratelm.steering.ablation_file import AblationFile, AblationKind, AblationRow
 from cratelm.steering.changes import SAE, Change, check_indices
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import RunPath
+from cratelm.workflows.options.arguments import Device, RunPath, SplitName, TokensTokenizer
 from cratelm.workflows.steering.printing import plain_console, plain_table
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -66,14 +66,11 @@ class Options:
     tokens: str = "20k"
     """About how many tokens to read, as in 20k: the first context of each document, so that many documents count; or
     all."""
-    split: str = "val"
-    """Split to read; the default is held-out text."""
-    tokenizer: str | None = None
-    """Tokenizer of --data if that is a nanoGPT directory, which has no tokens.json."""
+    split: SplitName = "val"
+    tokenizer: TokensTokenizer = None
     out: Path | None = None
     """Folder for the numbers and the figure; by default the run."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cratelm.errors import CrateError, check_least
 from cratelm.rundir import origin, write_json
-from cratelm.runtime import DeviceName, progress_bar
+from cratelm.runtime import progress_bar
 from cratelm.workflows.naming import result_name
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import RunPath
+from cratelm.workflows.options.arguments import Device, RunPath
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,7 @@ class Options:
     """Ablations per forward pass."""
     out: Path | None = None
     """Folder for graph and numbers; RUN/circuits by default."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -20,9 +20,9 @@ from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
 from cratelm.errors import CrateError, check_least
 from cratelm.rundir import atomic_path, claim
-from cratelm.runtime import DeviceName, console, progress_bar
+from cratelm.runtime import console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_for_run
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths, SplitName, TokensTokenizer
 from cratelm.workflows.token_data import open_corpus, read_count, row_beginning
 
 if TYPE_CHECKING:
@@ -45,10 +45,8 @@ class Options:
     """Token directory to read."""
     out: Path | None = None
     """Run directory to write for a Hugging Face model. The records of a run always go to that run."""
-    tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json, or of a model without a tokenizer."""
-    split: str = "val"
-    """Split to read; held-out text by default."""
+    tokenizer: TokensTokenizer = None
+    split: SplitName = "val"
     mode: Mode = "fixed"
     """`fixed`, or `compat` for the released procedure."""
     tap: str = "neurons"
@@ -73,8 +71,7 @@ class Options:
     force: bool = False
     """Collect from a Hugging Face model even if it predicts the text worse than token frequencies do, as an untrained
     model does."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
     dry_run: bool = False
     """Measure for some seconds, print the time, disk space and memory that the collection will take, then stop."""
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from cratelm.model.config import Architecture, padded_vocabulary, sized
 from cratelm.rundir import append_jsonl
-from cratelm.runtime import DeviceName, ProgressBar, console, progress_bars, select_device
+from cratelm.runtime import ProgressBar, console, progress_bars, select_device
 from cratelm.training.config import TrainConfig
+from cratelm.workflows.options.arguments import Device
 
 COMPARED_ARCHITECTURES: tuple[Architecture, ...] = ("crate", "gpt2")
 SOURCE, TOKENIZER, HELD_OUT = ("stdlib",), "bpe:4096", 0.2
@@ -34,8 +35,7 @@ class Options:
     """Tokens each model is trained on."""
     dry_run: bool = False
     """Print the stages, then stop."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

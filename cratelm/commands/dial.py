@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from cratelm.errors import CrateError
 from cratelm.report.tables.form import write_tables
 from cratelm.rundir import claim, origin, read_json, write_json
-from cratelm.runtime import DeviceName, progress_bar
+from cratelm.runtime import progress_bar
 from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.opening import open_own
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths
 from cratelm.workflows.printed_tables import print_tables
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -56,8 +56,7 @@ class Options:
     """Skip the lookup scores, which take most of the time."""
     out: Path | None = None
     """Folder of tables and figures; by default `report` in the folder that contains the runs, or in a single run."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cratelm.errors import check_least
 from cratelm.rundir import atomic_path, claim, origin, write_json
-from cratelm.runtime import DeviceName, console, progress_bar
+from cratelm.runtime import console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,7 @@ class Options:
     """Run directories: from `cratelm train`, or of Hugging Face models after `cratelm collect`."""
     keep: int = 20
     """Length of each list."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

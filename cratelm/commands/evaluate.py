@@ -17,9 +17,9 @@ from typing import Any
 
 from cratelm.errors import CrateError, check_least
 from cratelm.rundir import claim, origin, read_json, write_json
-from cratelm.runtime import DeviceName, progress_bar
+from cratelm.runtime import progress_bar
 from cratelm.workflows.opening import open_own
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths, SplitName, TokensTokenizer
 from cratelm.workflows.token_data import open_tokens
 
 
@@ -31,18 +31,15 @@ class Options:
     """Run directories."""
     data: Path | None = None
     """Token directory to predict."""
-    tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
-    split: str = "val"
-    """Split to predict."""
+    tokenizer: TokensTokenizer = None
+    split: SplitName = "val"
     zero_shot: str = ""
     """Texts to predict, with commas between: lambada, wikitext2, ptb, or paths of text files."""
     eval_data: str = "hub"
     """Folder with lambada_test.jsonl, wikitext2-test.txt and ptb-test.txt; or hub, which needs the extra hf."""
     batch: int = 16
     """Sequences per forward pass."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

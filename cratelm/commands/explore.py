@@ -25,6 +25,7 @@ from cratelm.errors import CrateError, check_least
 from cratelm.rundir import differing_fields, read_json, write_json
 from cratelm.runtime import DeviceName, console
 from cratelm.workflows.next_command import explored_run
+from cratelm.workflows.options.arguments import Device
 from cratelm.workflows.options.language_model import Name, Where
 from cratelm.workflows.token_data import read_count
 
@@ -65,8 +66,7 @@ class Options:
     """With --llm: neurons of each layer to explain, as for `cratelm interpret`."""
     dry_run: bool = False
     """Measure this machine, print the commands, tokens and time, then stop."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
     force: bool = False
     """Continue with a Hugging Face model that predicts the text worse than token frequencies do."""
     no_open: bool = False

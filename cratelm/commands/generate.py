@@ -10,9 +10,8 @@ import sys
 from dataclasses import dataclass
 
 from cratelm.errors import CrateError, check_least
-from cratelm.runtime import DeviceName
 from cratelm.workflows.opening import open_model
-from cratelm.workflows.options.arguments import RunPath
+from cratelm.workflows.options.arguments import Device, RunPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,7 @@ class Options:
     """Sample only from the fewest most probable tokens that together have this probability."""
     seed: int | None = None
     """The same seed gives the same text."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -20,11 +20,10 @@ from rich.text import Text
 from cratelm.errors import check_least
 from cratelm.report.shown_text import visible
 from cratelm.rundir import origin, write_json, write_text
-from cratelm.runtime import DeviceName
 from cratelm.steering.ledger_rows import LedgerRow, ledger_csv, ledger_rows
 from cratelm.workflows.naming import result_name
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import RunPath
+from cratelm.workflows.options.arguments import Device, RunPath
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 
@@ -53,8 +52,7 @@ class Options:
     """Positive and negative neurons to list, each."""
     out: Path | None = None
     """Folder for numbers and the figure; by default `report` in the run."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -18,9 +18,9 @@ import tyro
 
 from cratelm.errors import CrateError, check_least
 from cratelm.rundir import claim, origin, write_json
-from cratelm.runtime import DeviceName, progress_bar, select_device
+from cratelm.runtime import progress_bar, select_device
 from cratelm.workflows.opening import open_for_run
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths, SplitName, TokensTokenizer
 from cratelm.workflows.token_data import open_corpus, read_count, row_beginning
 
 if TYPE_CHECKING:
@@ -52,18 +52,15 @@ class Options:
     """Activations of an autoencoder from elsewhere whose files name none: neurons, heads, residual, or a module."""
     layer: int | None = None
     """Zero-based layer of an autoencoder from elsewhere whose files name none."""
-    tokenizer: str | None = None
-    """Tokenizer, if neither the token directory (as of nanoGPT) nor the model has one."""
-    split: str = "val"
-    """Split to read; the default is held-out text."""
+    tokenizer: TokensTokenizer = None
+    split: SplitName = "val"
     tokens: str = "all"
     """Number of tokens to read from the start, such as 200k or 1M; or all."""
     context: int | None = None
     """Tokens per row. Default: the model's context, at most 1024 for a Hugging Face model."""
     batch_rows: int = 16
     """Rows of tokens per forward pass."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

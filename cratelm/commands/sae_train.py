@@ -18,11 +18,11 @@ import tyro
 
 from cratelm.errors import CrateError
 from cratelm.rundir import claim
-from cratelm.runtime import DeviceName, console, human, progress_bar
+from cratelm.runtime import console, human, progress_bar
 from cratelm.sae.config import SaeConfig
 from cratelm.sae.kinds import SAE_KINDS, describe_kinds
 from cratelm.workflows.opening import OpenModel, open_for_run
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths, SplitName, TokensTokenizer
 from cratelm.workflows.stopping import stopping
 from cratelm.workflows.token_data import open_corpus, read_count
 
@@ -68,10 +68,8 @@ class Options:
     """Token directory to train on."""
     out: Path | None = None
     """Run directory to create for a Hugging Face model."""
-    tokenizer: str | None = None
-    """Tokenizer, if neither the token directory (as of nanoGPT) nor the model has one."""
-    split: str = "train"
-    """Split to read."""
+    tokenizer: TokensTokenizer = None
+    split: SplitName = "train"
     tap: str = "neurons"
     """Activations to train on: neurons, heads (their outputs joined), residual (the output of the layer), or a module
     such as 'model.layers.{layer}.mlp.down_proj:input'."""
@@ -89,8 +87,7 @@ class Options:
     """Settings of the training."""
     dry_run: bool = False
     """Print what would be trained with an estimate of memory and time, then stop."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -24,9 +24,9 @@ import tyro
 from cratelm.activations.records import Mode
 from cratelm.errors import CrateError, check_least
 from cratelm.report.server.requests import Limits
-from cratelm.runtime import DeviceName, console
+from cratelm.runtime import console
 from cratelm.workflows.opening import open_model
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths
 from cratelm.workflows.options.language_model import Explaining, Name, Where
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class Options:
     """Name of the model on the server of --llm; required if the server has several."""
     llm_key: Annotated[str, tyro.conf.arg(metavar="VARIABLE", help_behavior_hint="")] = ""
     """Environment variable with the key of the server of --llm; by default OPENAI_API_KEY."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -24,10 +24,9 @@ from rich.text import Text
 from cratelm.errors import CrateError, check_least
 from cratelm.report.shown_text import visible
 from cratelm.rundir import origin, write_json
-from cratelm.runtime import DeviceName
 from cratelm.workflows.naming import steering_name
 from cratelm.workflows.opening import OpenModel, open_model
-from cratelm.workflows.options.arguments import RunPath
+from cratelm.workflows.options.arguments import Device, RunPath
 from cratelm.workflows.prompts import read_prompts
 from cratelm.workflows.steering.printing import plain_console, plain_table, tail
 
@@ -83,8 +82,7 @@ class Options:
     """Tokens to list whose probability rises, and the same number whose probability falls."""
     out: Path | None = None
     """Folder for numbers and figures; by default `report` in the run."""
-    device: DeviceName = "auto"
-    """Device to compute on."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

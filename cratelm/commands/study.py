@@ -21,8 +21,9 @@ import tyro
 from cratelm.errors import CrateError, check_least
 from cratelm.model.config import SIZES, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
-from cratelm.runtime import DeviceName, console, duration, human, progress_bar, select_device
+from cratelm.runtime import console, duration, human, progress_bar, select_device
 from cratelm.training.config import Execution, TrainConfig
+from cratelm.workflows.options.arguments import Device, TokensTokenizer
 from cratelm.workflows.stopping import stopping
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class Options:
     """Trainings of each variant and size; the seeds count up from --seed."""
     variant: tuple[str, ...] = ("crate", "gpt2")
     """Variants to compare: crate, gpt2, or NAME:FIELD=VALUE,... (fields of a model's configuration)."""
-    tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
+    tokenizer: TokensTokenizer = None
     vocab_size: int | None = None
     """Rows of the embedding; by default the tokenizer's vocabulary, rounded up to a multiple of 64."""
     collect_tokens: int | None = None
@@ -68,8 +68,7 @@ class Options:
     """How to execute the training."""
     dry_run: bool = False
     """Print the plan and an estimate of the time, then stop."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,8 +22,9 @@ import tyro
 from cratelm.errors import CrateError
 from cratelm.model.config import Architecture, ModelConfig, Size, padded_vocabulary, sized
 from cratelm.model.settings import field_value
-from cratelm.runtime import DeviceName, console, human, progress_bar
+from cratelm.runtime import console, human, progress_bar
 from cratelm.training.config import Execution, MeasurementName, TrainConfig
+from cratelm.workflows.options.arguments import Device, TokensTokenizer
 from cratelm.workflows.stopping import stopping
 
 
@@ -40,8 +41,7 @@ class Options:
     """Run directory to create or resume."""
     data: Path | None = None
     """Token directory (from `cratelm tokenize`, or nanoGPT's)."""
-    tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json: gpt2, or a tokenizer.json."""
+    tokenizer: TokensTokenizer = None
     arch: Architecture = "crate"
     """CRATE, or the GPT-2 baseline."""
     size: Size = "2l"
@@ -63,8 +63,7 @@ class Options:
     """Instead of training, write the random-init control of this trained run."""
     dry_run: bool = False
     """Print the model and its estimated cost, then stop."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from cratelm.errors import CrateError, check_least
 from cratelm.report.tables.form import write_tables
 from cratelm.rundir import claim, origin, write_json
-from cratelm.runtime import DeviceName, progress_bar
+from cratelm.runtime import progress_bar
 from cratelm.workflows.naming import report_folder, shown_path
 from cratelm.workflows.opening import open_own
-from cratelm.workflows.options.arguments import RunPaths
+from cratelm.workflows.options.arguments import Device, RunPaths, SplitName, TokensTokenizer
 from cratelm.workflows.printed_tables import print_tables
 from cratelm.workflows.token_data import open_tokens, read_count
 
@@ -31,10 +31,8 @@ class Options:
     """Run directories; give random-init controls along with their models."""
     data: Path
     """Token directory to read."""
-    tokenizer: str | None = None
-    """Tokenizer of a nanoGPT directory, which has no tokens.json."""
-    split: str = "val"
-    """Split to read; held-out text by default."""
+    tokenizer: TokensTokenizer = None
+    split: SplitName = "val"
     tokens: str = "32k"
     """Number of tokens to read, such as 32k or 1M, in whole sets."""
     epsilon: float = 0.1
@@ -43,8 +41,7 @@ class Options:
     """Codes up to this value count as zero in the share within tolerance."""
     out: Path | None = None
     """Folder of tables and figures; by default `report` in the folder that contains the runs, or in a single run."""
-    device: DeviceName = "auto"
-    """Where to compute."""
+    device: Device = "auto"
 
 
 def run(options: Options) -> None:

@@ -8,11 +8,12 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 CODE := cratelm tests $(wildcard benchmarks docs)
 
-.PHONY: help demo test test-all check format clean browser
+.PHONY: help demo demo-llm test test-all check format clean browser
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      install, then run the whole job on text that is already here (under 5 minutes)"
+	@echo "make demo-llm LLM=...  the same, then a language model explains neurons for 10 minutes; without LLM: how to get one"
 	@echo "make test      install, then run the tests of the core that are fast (under 5 minutes on 2 cores)"
 	@echo "make test-all  install every extra, then run all tests but the GPU ones: slow ones, several processes, servers"
 	@echo "make check     formatting, lint, types"
@@ -21,6 +22,9 @@ help:
 
 demo: $(VENV)/.core
 	$(BIN)/cratelm demo
+
+demo-llm: $(VENV)/.llm
+	$(BIN)/cratelm demo --llm $(LLM)
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not gpu and not slow"
@@ -54,6 +58,10 @@ $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.core $@
+
+$(VENV)/.llm: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) -e '.[llm,gguf]'
 	@touch $(VENV)/.core $@
 
 $(VENV)/.all: $(VENV)/.made pyproject.toml constraints.txt

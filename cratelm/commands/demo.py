@@ -1,25 +1,35 @@
 """Run the paper's comparison in small, on text that is already on this machine.
 
     cratelm demo
+    cratelm demo --llm models/Qwen2.5-1.5B-Instruct
 
 Tokenizes the Python library that runs this program, trains CRATE and GPT-2 with two layers side by side on the same
 tokens, records every neuron of both and of their random-init controls on held-out documents, explains and scores the
 neurons by the paper's three protocols without a language model, and writes tables, figures and a page. Under five
 minutes on two cores. Stopped and started again, it resumes.
+
+With --llm a language model (a directory, a GGUF file, or the URL of a server) then explains and simulates as many
+neurons of each layer as fit into --minutes, and a table shows it next to lookup. --llm alone prints how to get a model.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+from cratelm.errors import CrateError, check_least
 from cratelm.model.config import Architecture, padded_vocabulary, sized
 from cratelm.rundir import append_jsonl
 from cratelm.runtime import ProgressBar, console, progress_bars, select_device
 from cratelm.training.config import TrainConfig
 from cratelm.workflows.options.arguments import Device
+from cratelm.workflows.options.language_model import Name
 
 COMPARED_ARCHITECTURES: tuple[Architecture, ...] = ("crate", "gpt2")
 SOURCE, TOKENIZER, HELD_OUT = ("stdlib",), "bpe:4096", 0.2
@@ -36,13 +46,35 @@ class Options:
     dry_run: bool = False
     """Print the stages, then stop."""
     device: Device = "auto"
+    llm: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")] = None
+    """Language model for the last table: a directory, a GGUF file, a name on the Hugging Face hub, or a server's URL.
+    Without SOURCE the commands that fetch a small model are printed."""
+    model: Name = ""
+    """Name of the model on the server; required if the server has several."""
+    minutes: float = 10.0
+    """Minutes for --llm, loading the model included; they set the number of neurons."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "minutes")
+        if self.llm and len(self.llm) > 1:
+            raise CrateError(f"--llm must be one model, got {' '.join(self.llm)}")
+        source = self.llm[0] if self.llm else ""
+        is_path = source.endswith(".gguf") or source.startswith((".", "/", "models/")) or source.count("/") > 1
+        if is_path and "://" not in source and not Path(source).exists():
+            raise CrateError(f"--llm must be a model, got {source}, which does not exist. Hint: cratelm demo --llm")
 
 
 def run(options: Options) -> None:
     """Run every stage that is not done yet."""
+    if options.llm == ():
+        from cratelm.workflows.llm.timed_sample import fetching_lines
+
+        print("\n".join(fetching_lines()))
+        return
     config = training(options.tokens)
     runs = [options.out / f"{arch}-2l" for arch in COMPARED_ARCHITECTURES]
     controls = [folder.with_name(f"{folder.name}-random") for folder in runs]
+    table = list[str]()
     stages: list[tuple[str, Callable[[], None]]] = [
         (f"tokenize {SOURCE[0]}, {int(100 * HELD_OUT)} % of the documents held out", lambda: _tokenize(options)),
         (f"train CRATE-2L and GPT-2-2L on {config.tokens:,} tokens each", lambda: _train(options, config)),
@@ -50,8 +82,10 @@ def run(options: Options) -> None:
         ("evaluate the held-out loss", lambda: _evaluate(options, runs + controls)),
         ("collect the records of every neuron", lambda: _collect(options, runs + controls)),
         ("explain, simulate and score by three protocols", lambda: _interpret(runs, controls)),
+        *([(f"explain and simulate with {options.llm[0]}, {options.minutes:g} minutes",
+            lambda: table.extend(_measure(options, runs)))] if options.llm else []),
         ("report", lambda: _report(options, runs + controls)),
-    ]
+    ]  # fmt: skip
     for number, (what, do) in enumerate(stages, 1):
         console.print(f"[bold]{number}/{len(stages)}[/bold] {what}", markup=True)
         if not options.dry_run:
@@ -60,6 +94,8 @@ def run(options: Options) -> None:
             append_jsonl(
                 options.out / "timings.jsonl", {"stage": what, "seconds": round(time.monotonic() - started, 1)}
             )
+    if table:
+        print("\n" + "\n".join(table))
     if options.dry_run:
         console.print(f"nothing done (--dry-run). Everything would go to {options.out}")
 
@@ -137,6 +173,14 @@ def _interpret(runs: list[Path], controls: list[Path]) -> None:
     for folder in runs + controls:
         shuffled = () if folder in controls else ("shuffled",)
         interpret_by_lookup(Selection(runs=(folder,)), controls=shuffled)
+
+
+def _measure(options: Options, runs: list[Path]) -> list[str]:
+    from cratelm.workflows.llm.timed_sample import measure_for, sample_lines
+
+    assert options.llm
+    sample = asyncio.run(measure_for(runs, options.llm[0], model=options.model, minutes=options.minutes))
+    return list(sample_lines(sample))
 
 
 def _report(options: Options, runs: list[Path]) -> None:

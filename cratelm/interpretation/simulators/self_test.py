@@ -56,6 +56,10 @@ class SelfTest:
         return self.mean >= THRESHOLD
 
 
+class CannotSimulate(CrateError):
+    """A model gives no simulations, or none that mean anything."""
+
+
 @cache
 def puzzles() -> tuple[Puzzle, ...]:
     """The obvious neurons."""
@@ -94,7 +98,7 @@ async def self_test(simulator: TextSimulator) -> SelfTest:
 
 
 async def require_self_test(simulator: TextSimulator) -> SelfTest:
-    """Raise `CrateError` with the scores if a simulator cannot predict the puzzles."""
+    """Raise `CannotSimulate` with the scores if a simulator cannot predict the puzzles."""
     result = await self_test(simulator)
     if result.passed:
         return result
@@ -103,7 +107,7 @@ async def require_self_test(simulator: TextSimulator) -> SelfTest:
         for text, value in result.correlations.items()
     )
     first_failure = f" It said: {next(iter(result.failures.values()))}." if result.failures else ""
-    raise CrateError(
+    raise CannotSimulate(
         f"{result.simulator} cannot simulate: on {len(result.correlations)} obvious neurons its mean "
         f"correlation is {result.mean:.2f}, and {THRESHOLD} is the least ({each}).{first_failure} Use a larger model"
     )

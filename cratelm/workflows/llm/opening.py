@@ -20,7 +20,7 @@ from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.simulators.contrastive import Contrastive, better_in_self_test
 from cratelm.interpretation.simulators.opening import open_simulator
-from cratelm.interpretation.simulators.self_test import require_self_test, self_test
+from cratelm.interpretation.simulators.self_test import CannotSimulate, require_self_test, self_test
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.store.answer_cache import Cached, add_calls, lost_row, unsupported_note
 from cratelm.interpretation.store.database import Store
@@ -247,7 +247,7 @@ async def choose_simulator(
         method, why = "structured", "it returns no prompt logprobs, but answers chats"
         why += "; --simulator next-token is closer to the paper and sends a request per token" if can.next_token else ""
     if method == "auto":
-        raise CrateError(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
+        raise CannotSimulate(f"{llm.name} cannot simulate: {'; '.join(can.notes)}. Give another --simulator-llm")
     if method != "structured" and not (can.prompt_logprobs or (can.next_token and method == "next-token")):
         needed = "candidates of the next token" if method == "next-token" else "the probabilities of a prompt"
         raise CrateError(

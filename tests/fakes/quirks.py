@@ -54,10 +54,27 @@ REASONED = {
     "channels": "<|channel|>analysis<|message|>" + THOUGHTS + "<|end|><|start|>assistant<|channel|>final<|message|>"
     + ANSWER + "<|return|>",
     "bare channels": f"analysis{THOUGHTS}assistantfinal{ANSWER}",
+    **{f"<{name}> too": f"<{name}>{THOUGHTS}</{name}>{ANSWER}" for name in ("cot", "plan", "inner_thoughts")},
+    "half channels": f"<|channel>thought\n{THOUGHTS}<channel|>{ANSWER}",
+    "unused": f"<unused94>thought\n{THOUGHTS}<unused95>{ANSWER}",
+    "spaces": f"< think >{THOUGHTS}< / think >{ANSWER}", "wide bars": f"<｜think｜>{THOUGHTS}<｜/think｜>{ANSWER}",
+    "details": f'<details type="reasoning">{THOUGHTS}</details>{ANSWER}',
+    "escaped": f"&lt;think&gt;{THOUGHTS}&lt;/think&gt;{ANSWER}",
+    "headings": f"**Thinking:** {THOUGHTS}\n\n**Answer:** {ANSWER}",
+    "sentences": f"Here is my thought process: {THOUGHTS}\nHere is my response: {ANSWER}",
+    **{
+        f"in <{name}>": f"<think>{THOUGHTS}</think>\n<{name}>\n{ANSWER}\n</{name}>"
+        for name in ("answer", "response", "output", "final_answer")
+    },
+    "solution": f"<|begin_of_thought|>{THOUGHTS}<|end_of_thought|><|begin_of_solution|>{ANSWER}<|end_of_solution|>",
+    "words and tags": f"{THOUGHTS} <answer>{ANSWER}</answer>",
+    **{f"before {end}": f"<think>{THOUGHTS}</think>{ANSWER}{end}" for end in ("<|im_end|>", "<|eot_id|>", "</s>")},
 }  # fmt: skip
 """Answers with reasoning before `ANSWER`."""
 ONLY_REASONED = {
     "tag": f"<think>{THOUGHTS}", "pair": f"<think>{THOUGHTS}</think>", "closed": f"{THOUGHTS}</think>",
-    "channel": f"<|channel|>analysis<|message|>{THOUGHTS}", "bare channel": f"analysis{THOUGHTS}",
+    "heading": f"Reasoning: {THOUGHTS}", "half channel": f"<|channel>thought\n{THOUGHTS}",
+    "sentence": f"Here's my thinking process: {THOUGHTS}", "channel": f"<|channel|>analysis<|message|>{THOUGHTS}",
+    "bare channel": f"analysis{THOUGHTS}",
 }  # fmt: skip
 """Answers that are only reasoning."""

@@ -83,14 +83,18 @@ async def _explain(explainer: LLMExplainer, puzzle: Puzzle) -> str | LLMError:
         return error
 
 
+class CannotExplain(CrateError):
+    """A model whose explanations are mostly copies."""
+
+
 async def require_explainer_self_test(explainer: LLMExplainer) -> ExplainerSelfTest:
-    """Raise `CrateError` with the explanations if most of them are copies."""
+    """Raise `CannotExplain` with the explanations if most of them are copies."""
     result = await explainer_self_test(explainer)
     if result.passed:
         return result
     each = "; ".join(f"{name}: {text!r}" for name, text in result.explanations.items() if text in result.copied)
     other = "" if explainer.settings.prompt == "compact" else " or --explainer-prompt compact"
-    raise CrateError(
+    raise CannotExplain(
         f"{explainer.llm.name} cannot explain: {len(result.copied)} of its {len(result.explanations)} explanations of "
         f"obvious neurons repeat a few-shot example or each other ({each}). Use a larger model{other}"
     )

@@ -154,7 +154,7 @@ class RunWork:
             for scorer, key in self.judged_sets:
                 assert self.judges is not None
                 await plan.judge(scorer, self.tasks([key]), self.judges.context_for(scorer))
-        if not plan.lines:
+        if not plan.lines or self.quiet:
             return
         time_line = ""
         if request.spending.dry_run and isinstance(self.simulator, LLMSimulator):

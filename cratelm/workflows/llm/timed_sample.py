@@ -5,6 +5,7 @@ self-test only explains, because its scores would not be meaningful.
 """
 
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from cratelm.activations.records import recorded_layers
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.explainers.explanation import unexplained
+from cratelm.interpretation.explainers.self_test import CannotExplain
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scorers.registry import SIMULATION
@@ -51,10 +53,10 @@ ENOUGH_MEMORY = 12e9
 class TimedSample:
     """What was made."""
 
-    works: tuple[RunWork, ...]
-    """The work on each run."""
+    works: tuple[RunWork, ...] = ()
+    """The work on each run; empty if the model does not explain."""
     reason: str = ""
-    """Why nothing is scored."""
+    """Why nothing is scored, or explained."""
 
 
 def fetching_lines() -> list[str]:
@@ -89,7 +91,10 @@ async def measure_for(runs: Sequence[Path], source: str, *, model: str = "", min
             claimed.enter_context(claim(run))
         async with open_llms(request.explaining, request.simulating, request.spending, usage) as llms:
             request = replace(request, spending=priced(request.spending, llms))
-            request, reason = await _capable(request, runs[0], llms, usage)
+            try:
+                request, reason = await _capable(request, runs[0], llms, usage)
+            except CannotExplain as error:
+                return TimedSample(reason=str(error))
             begun = time.monotonic()
             works = await _make(request, runs, llms, usage, quiet=True)
             each = (time.monotonic() - begun) / FIRST
@@ -111,7 +116,11 @@ async def _capable(
         await work.prepare()
     except CannotSimulate as error:
         console.print(f"{error}\nIts scores would not be meaningful, so it only explains.", soft_wrap=True)
-        return replace(request, stages=("explain",), simulating=None, controls=()), str(error)
+        explaining = replace(request, stages=("explain",), simulating=None, controls=())
+        await RunWork(
+            request=explaining, run=run, llms=replace(llms, simulator=None), usage=usage, quiet=True
+        ).prepare()
+        return explaining, str(error)
     finally:
         await work.settle()
     return request, ""
@@ -153,6 +162,10 @@ def _listed(neurons: Sequence[int]) -> str:
 
 def sample_lines(sample: TimedSample) -> Iterator[str]:
     """Lookup and the language model side by side on the same neurons, in lines of 80 columns, and some explanations."""
+    short = textwrap.wrap(printable(sample.reason).partition(" (")[0], 80)
+    if not sample.works:
+        yield from ("the language model explains nothing", *short)
+        return
     name = sample.works[0].explainer_name
     yield f"lookup and {printable(name)} (LLM) on the same neurons, {PROTOCOL}, in points"
     yield "shuf.: with the explanation of another neuron"
@@ -164,7 +177,7 @@ def sample_lines(sample: TimedSample) -> Iterator[str]:
             counts.append(scored)
             yield _row(work.run.name, str(key.layer), *cells)
     if sample.reason:
-        yield f"LLM not scored: {printable(sample.reason)}"
+        yield from ("the language model is not scored:", *short)
     elif any(counts):
         yield from warning_of_few(counts)
     for work in sample.works:

@@ -83,7 +83,12 @@ def test_an_answer_that_is_only_reasoning_is_a_failure_that_says_so(text: str, s
 
 
 def test_words_for_reasoning_are_not_removed_from_an_answer() -> None:
-    for text in ('the tag "<think>" in code', "analysis of data", "thoughts and [reasons]", "closing tags `</think>`"):
+    texts = [
+        'the tag "<think>" in code', "analysis of data", "thoughts and [reasons]", "closing tags `</think>`",
+        "the token <|im_end|> and </s>", 'the tag "<answer>" in XML', "plans and answers: dates", "HTML <b>tags</b>",
+        "thinking, thoughts", "words after <output", "the token <|eot_id|>",
+    ]  # fmt: skip
+    for text in texts:
         assert without_reasoning(text) == text
 
 

@@ -77,8 +77,17 @@ def test_a_model_that_cannot_simulate_only_explains(runs: list[Path], capsys: py
         lines = list(sample_lines(measured(runs, server, minutes=0.0)))
     assert "so it only explains" in " ".join(capsys.readouterr().err.split())
     assert [line.split()[4:] for line in lines[3:5]] == [["-", "-", "-", "-", "0/2"]] * 2
-    assert any(line.startswith("LLM not scored: ") and "cannot simulate" in line for line in lines)
+    assert lines[5] == "the language model is not scored:"
+    assert "cannot simulate" in lines[6]
     assert sum("words about boats" in line for line in lines) == 4
+
+
+def test_a_model_that_copies_explains_nothing_and_the_reason_is_given(runs: list[Path]) -> None:
+    copied = few_shot_neurons()[0].explanation
+    with Server(lambda *_: Answer(completion(copied))) as server:
+        lines = list(sample_lines(measured(runs, server, minutes=0.0)))
+    assert lines[0] == "the language model explains nothing"
+    assert max(map(len, lines)) <= 80
 
 
 def test_without_a_model_two_commands_that_fetch_one_are_printed(

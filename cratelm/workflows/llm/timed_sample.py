@@ -35,17 +35,17 @@ from cratelm.workflows.options.language_model import Explaining, Simulating, Spe
 from cratelm.workflows.options.selection import Selection
 from cratelm.workflows.score_table import interval_text, warning_of_few
 
-PROTOCOL = "top-and-random"
-FIRST = 2
+_PROTOCOL = "top-and-random"
+_FIRST = 2
 """Neurons of each layer whose time is measured; a shuffled control needs two."""
-MOST = 50
+_MOST = 50
 """Neurons of each layer, however fast the model is."""
-SEED = 0
-SHOWN = 3
+_SEED = 0
+_SHOWN = 3
 """Explanations of each run that are printed."""
-SMALL, LARGE = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"
-"""Instruct models that run without a GPU, for less and for more than `ENOUGH_MEMORY`."""
-ENOUGH_MEMORY = 12e9
+_SMALL, _LARGE = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"
+"""Instruct models that run without a GPU, for less and for more than `_ENOUGH_MEMORY`."""
+_ENOUGH_MEMORY = 12e9
 """Bytes of memory from which the larger model is proposed: it takes 6.5 GB."""
 
 
@@ -65,7 +65,7 @@ def fetching_lines() -> list[str]:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         memory = 0
-    name = LARGE if memory >= ENOUGH_MEMORY else SMALL
+    name = _LARGE if memory >= _ENOUGH_MEMORY else _SMALL
     folder = f"models/{name.partition('/')[2]}"
     return [
         "A language model to explain and simulate neurons is missing. These two lines fetch one for this machine:",
@@ -78,12 +78,12 @@ def fetching_lines() -> list[str]:
 
 
 async def measure_for(runs: Sequence[Path], source: str, *, model: str = "", minutes: float) -> TimedSample:
-    """Explain, simulate and score as many neurons as fit into the minutes, at least `FIRST` of each layer."""
+    """Explain, simulate and score as many neurons as fit into the minutes, at least `_FIRST` of each layer."""
     started, usage = time.monotonic(), Usage()
     order = neurons_of_all(runs)
     request = InterpretRequest(
-        selection=Selection(runs=tuple(runs), protocol=(PROTOCOL,)), stages=("explain", "simulate", "score"),
-        explaining=Explaining(llm=source, model=model, neurons=_listed(order[:FIRST])), simulating=Simulating(),
+        selection=Selection(runs=tuple(runs), protocol=(_PROTOCOL,)), stages=("explain", "simulate", "score"),
+        explaining=Explaining(llm=source, model=model, neurons=_listed(order[:_FIRST])), simulating=Simulating(),
         spending=Spending(), controls=("shuffled",), scorers=(SIMULATION,),
     )  # fmt: skip
     with ExitStack() as claimed:
@@ -97,11 +97,11 @@ async def measure_for(runs: Sequence[Path], source: str, *, model: str = "", min
                 return TimedSample(reason=str(error))
             begun = time.monotonic()
             works = await _make(request, runs, llms, usage, quiet=True)
-            each = (time.monotonic() - begun) / FIRST
+            each = (time.monotonic() - begun) / _FIRST
             left = 60 * minutes - (time.monotonic() - started)
-            number = min(FIRST + max(int(left / max(each, 1e-3)), 0), MOST, len(order))
+            number = min(_FIRST + max(int(left / max(each, 1e-3)), 0), _MOST, len(order))
             console.print(f"{each:.0f} seconds for a neuron of every layer: {number} neurons of each layer")
-            if number > FIRST:
+            if number > _FIRST:
                 explaining = replace(request.explaining, neurons=_listed(order[:number]))
                 works = await _make(replace(request, explaining=explaining), runs, llms, usage)
     return TimedSample(works=tuple(works), reason=reason)
@@ -146,14 +146,14 @@ def neurons_of_all(runs: Sequence[Path]) -> list[int]:
     possible: set[int] | None = None
     for run in runs:
         for layer in recorded_layers(run):
-            records = records_for(run, SetKey(layer=layer, protocol=PROTOCOL))
-            reasons = unexplained(records, protocol(PROTOCOL, "fixed"))
+            records = records_for(run, SetKey(layer=layer, protocol=_PROTOCOL))
+            reasons = unexplained(records, protocol(_PROTOCOL, "fixed"))
             able = {neuron for neuron, reason in enumerate(reasons) if not reason}
             possible = able if possible is None else possible & able
-    if len(possible or ()) < FIRST:
-        raise CrateError(f"{', '.join(map(str, runs))} must have at least {FIRST} neurons that fire in every layer")
+    if len(possible or ()) < _FIRST:
+        raise CrateError(f"{', '.join(map(str, runs))} must have at least {_FIRST} neurons that fire in every layer")
     neurons = np.array(sorted(possible or ()))
-    return neurons[np.random.default_rng(SEED).permutation(len(neurons))].tolist()
+    return neurons[np.random.default_rng(_SEED).permutation(len(neurons))].tolist()
 
 
 def _listed(neurons: Sequence[int]) -> str:
@@ -167,7 +167,7 @@ def sample_lines(sample: TimedSample) -> Iterator[str]:
         yield from ("the language model explains nothing", *short)
         return
     name = sample.works[0].explainer_name
-    yield f"lookup and {printable(name)} (LLM) on the same neurons, {PROTOCOL}, in points"
+    yield f"lookup and {printable(name)} (LLM) on the same neurons, {_PROTOCOL}, in points"
     yield "shuf.: with the explanation of another neuron"
     yield _row("run", "layer", "lookup", "shuf.", "LLM", "95 % interval", "shuf.", "95 % interval", "scored")
     counts = list[int]()
@@ -182,7 +182,7 @@ def sample_lines(sample: TimedSample) -> Iterator[str]:
         yield from warning_of_few(counts)
     for work in sample.works:
         texts = [(key, text) for key in work.explained_keys for text in work.store.texts(key).items()]
-        for key, (neuron, text) in texts[:SHOWN]:
+        for key, (neuron, text) in texts[:_SHOWN]:
             yield f"{work.run.name}, layer {key.layer}, neuron {neuron}: {printable(text)}"
 
 
@@ -200,7 +200,7 @@ def _cells(work: RunWork, key: SetKey) -> tuple[list[str], int]:
     shown = chosen if main is None else main.neuron[np.isfinite(main.correlation)]
     cells = [_mean(store.scores(replace(lookup, control=control)), shown) for control in ("", "shuffled")]
     for scores in scored.values():
-        whole = None if scores is None else aggregate([scores], protocol=PROTOCOL).layers[0]
+        whole = None if scores is None else aggregate([scores], protocol=_PROTOCOL).layers[0]
         points = None if whole is None else whole.points
         cells += ["-" if points is None else f"{points:z.1f}", interval_text(whole.interval if whole else None)]
     count = 0 if main is None else len(shown)

@@ -65,7 +65,7 @@ def test_the_table_has_lookup_control_and_model_on_the_same_neurons(runs: list[P
 def test_without_time_the_first_neurons_are_made(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     with RuleServer() as server:
         sample = measured(runs, server, minutes=0.0)
-    first = sorted(neurons_of_all(runs)[: timed_sample.FIRST])
+    first = sorted(neurons_of_all(runs)[: timed_sample._FIRST])
     assert "2 neurons of each layer" in capsys.readouterr().err
     for work in sample.works:
         texts = work.store.texts(work.explained_keys[0])

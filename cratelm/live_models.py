@@ -97,7 +97,10 @@ class LiveModels:
         with live.lock, torch.inference_mode(), capture(live.model, taps.values()) as captured:
             live.causal.read(tokens, list(taps.values()))
         begin = len(live.causal.text_beginning)  # the user did not type these tokens, and no records hold them
-        codes = {layer: captured[tap][0, begin:].float().cpu().numpy() for layer, tap in taps.items()}
+        codes = {
+            layer: captured[tap].reshape(tokens.numel(), -1)[begin:].float().cpu().numpy()
+            for layer, tap in taps.items()
+        }
         answer = {"tokens": [live.strings[token] for token in tokens[0, begin:].tolist()]}
         if request.neuron is None:
             return answer | {"layers": [_strongest(layer, code, request.strongest) for layer, code in codes.items()]}

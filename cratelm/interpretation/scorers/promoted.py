@@ -43,7 +43,7 @@ def _item(token: int, effect: float) -> Excerpt:
     return Excerpt(tokens=np.array([token]), activations=activations, position=token, document=ABSENT)
 
 
-def promoting_directions(run: Path, layer: int, tap: str) -> LayerDirections:
+def promoting_directions(run: Path, tap: str, layer: int) -> LayerDirections:
     """Read the directions of a layer. Raises `CrateError` if they have no promoted tokens."""
     if tap != "neurons":
         raise CrateError(f"promoted tokens need --tap neurons, whose directions are known, got {tap}")

@@ -6,7 +6,7 @@ quantile excerpt on whose every token the neuron is silent. No two windows of a 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from cratelm.activations.records import Excerpt, Kind, NeuronId, NeuronRecord
 from cratelm.errors import CrateError
 from cratelm.interpretation.prompts.escaping import Character, characters, shown_letter, text_of
+from cratelm.interpretation.protocols import Part
 
 TOO_FEW = "too few excerpts"
 """Reason: the scoring half has too few windows on which the neuron fires, or on which it is silent."""
@@ -73,18 +74,25 @@ class Contrast:
         return np.random.default_rng([seed, self.neuron.layer, self.neuron.index, *"/".join(what).encode()])
 
 
-def contrast(record: NeuronRecord, windows: Windows) -> Contrast:
-    """Draw the windows of one neuron.
+def contrast(
+    record: NeuronRecord, windows: Windows, *, part: Part = "score", seen: Collection[int] = ()
+) -> Contrast:  # fmt: skip
+    """Draw the windows of one neuron from the excerpts of one half, by default the scoring half.
 
-    Raises `CrateError` for records without held-out documents for scoring (`compat` mode).
+    `seen`: documents to draw no window from. With `part` explain these are the documents that the explainer saw, and
+    no window is of the scoring half. Raises `CrateError` for records without held-out documents (`compat` mode).
     """
-    scored = _recorded(record, "score")
+    scored = [
+        (kind, tuple(excerpt for excerpt in excerpts if excerpt.document not in seen))
+        for kind, excerpts in _recorded(record, part)
+    ]
     if not scored:
         raise CrateError(
             "this scorer needs records with held-out documents, which mode compat does not have. "
             "Run: cratelm collect RUN --data DIR, and leave --mode out"
         )
-    explained = {excerpt.document for _, excerpts in _recorded(record, "explain") for excerpt in excerpts}
+    other = "explain" if part == "score" else "score"
+    apart = {excerpt.document for _, excerpts in _recorded(record, other) for excerpt in excerpts} | set(seen)
     rng = np.random.default_rng([windows.seed, record.neuron.layer, record.neuron.index])
     active = _apart(_around_peaks(_of(scored, ACTIVE_KINDS), windows.width, rng))
     positives = tuple(_evenly(active, windows.positives, windows.strengths, rng))
@@ -95,7 +103,7 @@ def contrast(record: NeuronRecord, windows: Windows) -> Contrast:
         negatives=tuple(silent[: windows.negatives]),
     )  # fmt: skip
     used = {window.document for window in (*drawn.positives, *drawn.negatives)}
-    assert used.isdisjoint(explained), f"{record.neuron} would be scored on documents it was explained from"
+    assert used.isdisjoint(apart), f"{record.neuron} would be scored on documents it was explained from"
     return drawn
 
 
@@ -132,6 +140,12 @@ def _silent(excerpts: Iterable[Excerpt], width: int) -> Iterator[Excerpt]:
             window = _cut(excerpt, first, width)
             if window.activations.max() <= 0:
                 yield window
+
+
+def silent_windows(record: NeuronRecord, width: int) -> list[Excerpt]:
+    """Every window of the explaining half in which the neuron is silent on every token."""
+    kinds = dict.fromkeys((*SILENT_KINDS, *ACTIVE_KINDS))
+    return _apart(list(_silent(_of(_recorded(record, "explain"), tuple(kinds)), width)))
 
 
 def _cut(excerpt: Excerpt, first: int, width: int) -> Excerpt:

@@ -63,7 +63,8 @@ class CountingLLM(LLMWrapper):
             self.seen.add(beginning)
             cost = Cost(calls=1, read=sum(before) + last, computed=once + last, once=once, written=sampling.max_tokens)
             self.cost.add(cost)
-        return Reply(text="tokens", finish="stop", prompt_tokens=0, new_tokens=0)
+        text = f"tokens {sampling.seed}" if sampling.seed else "tokens"  # samples differ
+        return Reply(text=text, finish="stop", prompt_tokens=0, new_tokens=0)
 
     async def prompt_logprobs(self, prompts: Sequence[Prompt], *, top: int = 15) -> Sequence[PromptLogprobs]:
         """Count prompts. The model seems to expect a 0 everywhere."""

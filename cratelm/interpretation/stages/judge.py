@@ -65,7 +65,7 @@ def judged_key(key: SetKey, scorer: str, judge_name: str) -> SetKey:
 def items_source(task: SetTask, scorer: str, questions: Questions) -> Callable[[int], Contrast]:
     """Neuron -> the items that a scorer asks about. Raises `CrateError` if the run has no directions for it."""
     if SCORERS[scorer].items == "promoted tokens":
-        directions = promoting_directions(task.store.run, task.key.layer, task.key.tap)
+        directions = promoting_directions(task.store.run, task.key.tap, task.key.layer)
         return lambda neuron: promoted_tokens(directions, neuron, questions)
     return lambda neuron: contrast(task.records[neuron], questions)
 

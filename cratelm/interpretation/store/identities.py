@@ -1,6 +1,6 @@
 """The names in a `SetKey` as typed records: who explained, who simulated, who judged.
 
-    explainer    lookup            MODEL[+compact][+rounded-up]
+    explainer    lookup            MODEL[+compact][+rounded-up][+outputs][+hard-negatives][+best-of-K-by-SCORER]
     simulator    (empty: lookup)   METHOD[-0-TOP][+REPAIR...][+CONTRAST][+CALIBRATION]:MODEL    judge MODEL
 
 `str` of a record is the stored name, and `parse_explainer` and `parse_simulator` are the only code that takes a stored
@@ -17,8 +17,11 @@ SimulationMethod = Literal["all-at-once", "next-token", "token-by-token", "struc
 CalibrationMethod = Literal["linear", "percentile"]
 ContrastMethod = Literal["minus-neutral"]
 PromptForm = Literal["table", "compact"]
+ExplanationSource = Literal["excerpts", "outputs"]
 SUFFIXES: dict[Rounding, str] = {"ceil": "+rounded-up", "floor": "+rounded-down"}
 """Appended to an explainer's name when its prompts round activations differently from the mode's default."""
+OUTPUTS, NEGATIVES = "+outputs", "+hard-negatives"
+_BEST = re.compile(r"\+best-of-([2-9]|[1-9]\d+)-by-([a-z]+(?:-[a-z]+)*)$")
 _JUDGE = "judge "
 _SIMULATOR = re.compile(rf"({'|'.join(get_args(SimulationMethod))})(?:-0-([1-9]\d*))?((?:\+[^:+]+)*):(.*)", re.DOTALL)
 
@@ -33,10 +36,21 @@ class ExplainerName:
     """How prompts round activations, if not by the mode's default."""
     prompt: PromptForm = "table"
     """The form of the prompt."""
+    source: ExplanationSource = "excerpts"
+    """What prompts show: text on which the neuron fires, or the tokens that it promotes."""
+    hard_negatives: bool = False
+    """Whether prompts show text on which the neuron is silent (`explainers/hard_negatives.py`)."""
+    best_of: int = 1
+    """Explanations that the stored one was chosen from (`explainers/best_of.py`)."""
+    best_by: str = ""
+    """The scorer that chose it; empty for a single explanation."""
 
     def __str__(self) -> str:
+        rounded = SUFFIXES[self.rounding] if self.rounding else ""
+        best = f"+best-of-{self.best_of}-by-{self.best_by}" if self.best_of > 1 else ""
+        outputs = OUTPUTS if self.source == "outputs" else ""
         form = "" if self.prompt == "table" else f"+{self.prompt}"
-        return self.model + form + (SUFFIXES[self.rounding] if self.rounding else "")
+        return self.model + form + rounded + outputs + (NEGATIVES if self.hard_negatives else "") + best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +93,17 @@ class JudgeName:
 
 def parse_explainer(name: str) -> ExplainerName:
     """Parse the name of an explainer."""
-    rounding = next((rounding for rounding, suffix in SUFFIXES.items() if name.endswith(suffix)), None)
-    model = name.removesuffix(SUFFIXES[rounding]) if rounding else name
-    compact = model.endswith("+compact")
+    best = _BEST.search(name)
+    rest = name[: best.start()] if best else name
+    negatives, rest = rest.endswith(NEGATIVES), rest.removesuffix(NEGATIVES)
+    outputs, rest = rest.endswith(OUTPUTS), rest.removesuffix(OUTPUTS)
+    rounding = next((rounding for rounding, suffix in SUFFIXES.items() if rest.endswith(suffix)), None)
+    rest = rest.removesuffix(SUFFIXES[rounding]) if rounding else rest
     return ExplainerName(
-        model=model.removesuffix("+compact"), rounding=rounding, prompt="compact" if compact else "table"
-    )
+        model=rest.removesuffix("+compact"), prompt="compact" if rest.endswith("+compact") else "table",
+        rounding=rounding, source="outputs" if outputs else "excerpts", hard_negatives=negatives,
+        best_of=int(best[1]) if best else 1, best_by=best[2] if best else "",
+    )  # fmt: skip
 
 
 def parse_simulator(name: str) -> SimulatorName | JudgeName | None:

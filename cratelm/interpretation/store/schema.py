@@ -183,7 +183,10 @@ def asking(explainer: str) -> str:
     name = parse_explainer(explainer)
     rounding = {"ceil": " --rounding up", "floor": " --rounding down", None: ""}[name.rounding]
     prompt = "" if name.prompt == "table" else f" --explainer-prompt {name.prompt}"
-    return f" --llm URL --model {name.model}{prompt}{rounding}"
+    outputs = " --explain-from outputs" if name.source == "outputs" else ""
+    negatives = " --hard-negatives" if name.hard_negatives else ""
+    best = f" --best-of {name.best_of} --best-by {name.best_by}" if name.best_of > 1 else ""
+    return f" --llm URL --model {name.model}{prompt}{rounding}{outputs}{negatives}{best}"
 
 
 @contextlib.contextmanager

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.errors import CrateError
+from cratelm.interpretation.explainers.best_of import BestOf
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import Questions
 from cratelm.interpretation.scorers.registry import SCORERS, SIMULATION, ScorerAggregate, check_llm
 from cratelm.interpretation.stages.judge import JudgeContext, aggregate_judged, judged_key, judged_sets
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey
+from cratelm.workflows.llm.request import InterpretRequest
 from cratelm.workflows.score_table import interval_text, line_of, set_parts, set_words, warning_of_few
 
 FEW = ("too few excerpts",)
@@ -65,6 +67,20 @@ async def find_judges(
     questions = Questions(answer_tokens=answer_tokens) if answer_tokens else Questions()
     context = JudgeContext(pieces=pieces(), questions=questions, llm=chat, encoder=opened)
     return Judges(scorers=asked, context=context, reader=reader)
+
+
+async def find_best_of(
+    request: InterpretRequest, chat: LLM, reader: LLM, pieces: Callable[[], Sequence[bytes]]
+) -> BestOf | None:  # fmt: skip
+    """What chooses among several explanations; None for one. Raises `CrateError` if the model lacks what it needs."""
+    settings, answer_tokens = request.settings, request.explaining.max_answer_tokens
+    if settings.best_of == 1:
+        return None
+    questions = Questions(answer_tokens=answer_tokens) if answer_tokens else Questions()
+    llm = reader if SCORERS[settings.best_by].needs == "prompt-logprobs" else chat
+    await check_llm([settings.best_by], llm, questions)
+    context = JudgeContext(pieces=pieces(), questions=questions, llm=llm)
+    return BestOf(scorer=settings.best_by, context=context)
 
 
 def print_judged(run: Path, wanted: Sequence[tuple[str, SetKey]]) -> None:

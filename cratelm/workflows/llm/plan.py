@@ -86,9 +86,9 @@ class CostPlan:
             async def ask(
                 llm: CountingLLM, neuron: int, task: SetTask = task, left_out: int = settings.get("left_out", 0)
             ) -> int:
-                counting = replace(explainer, llm=llm)
+                counting = explainer.with_llm(llm)
                 [(_, prompt)] = counting.prompts(task.records, task.protocol, [neuron], left_out=left_out)
-                await counting.ask(prompt, task.key.sample)
+                await counting.answers(task)(neuron, prompt)
                 return 0 if isinstance(prompt, PromptTooLong) else prompt.dropped
 
             await self._add("explain", task, "explain", task.explainable, settings, explainer.llm, ask)

@@ -102,14 +102,25 @@ class InterpretRequest:
             self.selection.mode, samples=asked.samples, temperature=asked.temperature, seed=asked.seed,
             rounding=ROUNDINGS[asked.rounding], max_tokens=asked.max_answer_tokens,
             prompt=None if asked.explainer_prompt == "auto" else asked.explainer_prompt,
+            source=asked.explain_from, hard_negatives=asked.hard_negatives, best_of=asked.best_of,
+            best_by=asked.best_by,
         )  # fmt: skip
 
     def with_prompt(self, form: PromptForm) -> "InterpretRequest":
         """The request with this prompt of the explainer."""
         return replace(self, explaining=replace(self.explaining, explainer_prompt=form))
 
+    def subject(self, run: Path) -> str:
+        """For the plan: how many neurons of which layers of a run."""
+        layers = chosen_layers(run, self.selection)
+        key = SetKey(mode=self.selection.mode, tap=self.selection.tap, layer=layers[0], protocol="")
+        total = records_for(run, key).num_neurons
+        asked = len(self.chosen.of(total, layer=layers[0]))
+        some = f"all {total:,} neurons" if asked == total else f"{asked:,} of {total:,} neurons"
+        return f"{some} of {f'each of {len(layers)} layers' if len(layers) > 1 else f'layer {layers[0]}'}"
+
     def named(self, model: str) -> str:
-        """The stored name of a model's explanations, with the rounding if it is not the mode's default."""
+        """The stored name of a model's explanations, with the settings that are not the mode's default."""
         return str(self.settings.name(model)) if model not in ("", EXPLAINER) else model
 
 

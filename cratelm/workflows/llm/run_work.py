@@ -12,6 +12,7 @@ from cratelm.activations.records import records_tokenizer
 from cratelm.data.tokenizer import load_tokenizer, token_bytes, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Usage
+from cratelm.interpretation.explainers.best_of import BestOf
 from cratelm.interpretation.explainers.language_model import LLMExplainer
 from cratelm.interpretation.explainers.self_test import explainer_self_test
 from cratelm.interpretation.lookup.explain import LookupExplainer
@@ -19,6 +20,7 @@ from cratelm.interpretation.lookup.simulate import LookupSimulator
 from cratelm.interpretation.lookup.tables import EXPLAINER
 from cratelm.interpretation.prompts.escaping import prompt_strings
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
+from cratelm.interpretation.scorers.promoted import promoting_directions
 from cratelm.interpretation.simulators.language_model import LLMSimulator
 from cratelm.interpretation.stages.judge import judge_set
 from cratelm.interpretation.stages.pipeline import Simulator, score_set
@@ -29,7 +31,7 @@ from cratelm.interpretation.store.listing import explainers_of
 from cratelm.interpretation.store.schema import MADE, SetKey, Stage
 from cratelm.runtime import ProgressBar, console, progress_bar
 from cratelm.workflows.llm.batches import RunBatches
-from cratelm.workflows.llm.judges import Judges, find_judges
+from cratelm.workflows.llm.judges import Judges, find_best_of, find_judges
 from cratelm.workflows.llm.opening import (
     LLMs,
     cached,
@@ -63,6 +65,8 @@ class RunWork:
     """Set by `prepare`; None if nothing is simulated."""
     judges: Judges | None = None
     """Set by `prepare`; None if no other scorer was requested."""
+    best_of: BestOf | None = None
+    """Set by `prepare`; None if each neuron gets a single explanation."""
     _strings: dict[str, list[str]] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
     """The models with cache and budget, by identity."""
@@ -77,6 +81,9 @@ class RunWork:
         for llm in (llms.explainer, llms.simulator, llms.judge):
             await calibrate_counts(llm, self.store, self.usage)
         self.request = request = await self.settle_prompt()
+        if llms.explainer is not None and "explain" in request.stages:
+            chat, reader = self._cached(llms.explainer), self._cached(llms.simulator or llms.explainer)
+            self.best_of = await find_best_of(request, chat, reader, lambda: self._pieces)
         if request.by_lookup and "simulate" in request.stages:
             self.simulator = LookupSimulator()
         elif llms.simulator is not None and request.simulating is not None:
@@ -85,8 +92,8 @@ class RunWork:
             request.scorers, chat=self._cached(llms.judge), encoder=request.encoder, pieces=lambda: self._pieces,
             reader=self._cached(llms.simulator or llms.judge), answer_tokens=request.explaining.max_answer_tokens,
         )  # fmt: skip
-        new = self.explainer_name not in self._stored_explainers()
-        if isinstance(self.explainer, LLMExplainer) and new and not request.spending.dry_run:
+        tested = self.explainer_name in self._stored_explainers() or request.settings.source == "outputs"
+        if isinstance(self.explainer, LLMExplainer) and not (tested or request.spending.dry_run):
             await examine_explainer(self.explainer, skip=request.explaining.skip_self_test)
         await self._print_estimate()
         return not request.spending.dry_run
@@ -103,7 +110,8 @@ class RunWork:
         """
         request, llm = self.request, self.llms.explainer
         model = llm.name if llm is not None else explainer_name(request.explaining)
-        if request.explaining.explainer_prompt != "auto" or request.selection.mode == "compat" or model == EXPLAINER:
+        of_table = request.selection.mode == "fixed" and request.settings.source == "excerpts"
+        if request.explaining.explainer_prompt != "auto" or not of_table or model == EXPLAINER:
             return request
         stored = self._stored_explainers()
         as_table, as_compact = (request.with_prompt(form) for form in ("table", "compact"))
@@ -160,7 +168,7 @@ class RunWork:
         if request.spending.dry_run and isinstance(self.simulator, LLMSimulator):
             in_flight = request.spending.in_flight
             time_line = await time_trial(self.simulator.simulator, self.store, in_flight, plan.total)
-        print("\n".join([f"\n{self.run.name}: {self._subject()}", *plan.table(time_line)]))
+        print("\n".join([f"\n{self.run.name}: {self.request.subject(self.run)}", *plan.table(time_line)]))
         if request.spending.dry_run and plan.error:
             raise CrateError(plan.error)
 
@@ -244,7 +252,10 @@ class RunWork:
         request = self.request
         if "explain" in request.stages and self.llms.explainer is not None:
             llm, strings = self._cached(self.llms.explainer), self._text(request.selection.mode)
-            return LLMExplainer(llm=llm, settings=request.settings, strings=strings)
+            of_layer = partial(promoting_directions, self.run, request.selection.tap)
+            return LLMExplainer(
+                llm=llm, settings=request.settings, strings=strings, best=self.best_of, directions=of_layer
+            )
         if request.explains_by_lookup and not request.spending.dry_run:
             return LookupExplainer(strings=lambda: self._token_strings)
         return None
@@ -298,13 +309,6 @@ class RunWork:
     def judged_sets(self) -> list[tuple[str, SetKey]]:
         """The other scorers with the sets of their results."""
         return list(self.judges.sets(self.explained_keys, self.controls)) if self.judges else []
-
-    def _subject(self) -> str:
-        layers = chosen_layers(self.run, self.request.selection)
-        total = records_for(self.run, self.explained_keys[0]).num_neurons
-        asked = len(self.request.chosen.of(total, layer=layers[0]))
-        some = f"all {total:,} neurons" if asked == total else f"{asked:,} of {total:,} neurons"
-        return f"{some} of {f'each of {len(layers)} layers' if len(layers) > 1 else f'layer {layers[0]}'}"
 
     def _text(self, mode: Any) -> list[str]:
         """Text of each token id in prompts."""

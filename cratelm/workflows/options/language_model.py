@@ -46,6 +46,17 @@ class Explaining:
     """Draw the neurons at random with this seed, instead of evenly spaced; the same indices for every run."""
     samples: int = 1
     """Explanations per neuron, each scored separately, to measure the variance between samples."""
+    best_of: int = 1
+    """Explanations to draw for each neuron, at temperature 1, of which --best-by keeps the best. It is chosen on
+    excerpts for explaining that no prompt showed, never on those for scoring."""
+    best_by: Annotated[str, tyro.conf.arg(metavar="SCORER")] = "detection"
+    """Scorer that chooses the best: detection, fuzzing or fuzzing-active ask the chat; rating, quick-detection and
+    surprisal cost one request for each explanation and need prompt logprobs."""
+    explain_from: Literal["excerpts", "outputs"] = "excerpts"
+    """excerpts: text on which the neuron fires. outputs: the tokens that it promotes, which `cratelm directions` lists;
+    the explanation says before which tokens the neuron fires."""
+    hard_negatives: bool = False
+    """Show the explainer also text on which the neuron is silent, although the neurons nearest to it fire on it."""
     temperature: Amount = None
     """Sampling temperature of explanations; by default 0 for one sample, 1 for several samples and in compat mode."""
     seed: int = 0

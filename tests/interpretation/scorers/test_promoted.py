@@ -97,7 +97,7 @@ def test_the_explanations_of_a_layer_are_asked_about_with_their_tokens(
     write_directions(run, effects(rng, 12, len(pieces(run))))
     model = Rater(lambda text: {"1": 0.75 if text.strip() else 0.5, "0": 0.25})
     apply(run, "output", model)
-    store, directions = Store.open(run), promoting_directions(run, 0, "neurons")
+    store, directions = Store.open(run), promoting_directions(run, "neurons", 0)
     results, beginnings = judged(store, judged_key(KEY, "output", "judge"), "output"), set()
     assert len(model.prompts) == len(results) > 0
     for neuron, result in results.items():
@@ -125,4 +125,4 @@ def test_other_directions_are_asked_about_again_and_missing_ones_are_named(
         numbers.append(len(model.prompts))
     assert numbers[0] == numbers[2] > numbers[1] == 0
     with pytest.raises(CrateError, match="need --tap neurons"):
-        promoting_directions(run, 0, "sae-small")
+        promoting_directions(run, "sae-small", 0)

@@ -3,7 +3,7 @@
 import ast
 import itertools
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -11,6 +11,7 @@ import cratelm
 from cratelm.interpretation.prompts.normalisation import Rounding
 from cratelm.interpretation.store.identities import (
     ExplainerName,
+    ExplanationSource,
     JudgeName,
     PromptForm,
     SimulatorName,
@@ -36,9 +37,13 @@ def test_every_name_survives_rendering_and_parsing(model: str) -> None:
         assert SetKey(layer=0, protocol="", simulator=str(name)).simulated_by == name
         assert name.is_plain == (not repairs and calibration is None)
     roundings: tuple[Rounding | None, ...] = (None, *get_args(Rounding))
-    forms: tuple[PromptForm, ...] = get_args(PromptForm)
-    for rounding, prompt in itertools.product(roundings, forms):
-        explainer = ExplainerName(model=model, rounding=rounding, prompt=prompt)
+    bests: tuple[dict[str, Any], ...] = ({}, {"best_of": 4, "best_by": "quick-detection"})
+    for rounding, prompt, source, negatives, best in itertools.product(
+        roundings, get_args(PromptForm), get_args(ExplanationSource), (False, True), bests
+    ):
+        explainer = ExplainerName(
+            model=model, rounding=rounding, prompt=prompt, source=source, hard_negatives=negatives, **best
+        )
         assert parse_explainer(str(explainer)) == explainer
     assert parse_simulator(str(JudgeName(model=model))) == JudgeName(model=model)
 
@@ -56,6 +61,11 @@ def test_every_name_survives_rendering_and_parsing(model: str) -> None:
         "+:",
         ":",
         "judge ",
+        "m+best-of-1-by-rating",
+        "m+best-of-04-by-rating",
+        "m+best-of-4-by-",
+        "m+best-of-4-by-rating+rounded-up",
+        "m+hard-negatives+rounded-up",
     ],
 )
 def test_every_text_renders_back_to_itself(name: str) -> None:

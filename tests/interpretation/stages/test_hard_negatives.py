@@ -130,7 +130,7 @@ def test_the_prompt_has_them_before_its_request_and_is_otherwise_the_same(run: P
     assert different > 0
 
 
-def test_they_are_a_set_of_their_own(run: Path) -> None:
+def test_they_are_a_separate_set(run: Path) -> None:
     settings = explainer_settings("fixed", hard_negatives=True)
     assert str(settings.name("m")) == "m+hard-negatives"
     assert settings.cache_settings(ScriptedLLM(), 0)["hard_negatives"] is True

@@ -33,9 +33,7 @@ def test_the_plan_counts_the_candidates_and_what_chooses_among_them(tmp_path: Pa
     assert again.total.calls == 0
 
 
-def test_best_of_is_a_set_of_its_own_that_every_command_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_best_of_is_a_separate_set_that_every_command_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
     run = make_planted(tmp_path / "crate-1l", np.random.default_rng(7))
     best = ["--protocol", "random-only", "--neurons", "2", "--best-of", "2", "--best-by", "fuzzing"]

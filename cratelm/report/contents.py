@@ -24,6 +24,7 @@ from cratelm.report.results.gather import Results
 from cratelm.report.results.study import Study, study_of
 from cratelm.report.results.whitebox import View, views_of
 from cratelm.report.sentences import firing_sentences, study_sentences, verdict
+from cratelm.report.tables.agreement import agreement_tables
 from cratelm.report.tables.explainers import explainer_tables
 from cratelm.report.tables.faithfulness import faithfulness, faithfulness_summary
 from cratelm.report.tables.firing import firing_tables
@@ -90,7 +91,8 @@ class ReportContents:
         """The tables that are shown unfolded."""
         main = (self.summary, performance(self.results), interpretability(self.results))
         latents = (faithfulness(self.results, self.units),) if self.units else ()
-        others = (*explainer_tables(self.results), *judged_tables(self.results), *latents)
+        scorers = (*judged_tables(self.results), *agreement_tables(self.results))
+        others = (*explainer_tables(self.results), *scorers, *latents)
         return (*study_tables(self.study), *main, *others)
 
     @cached_property

@@ -19,15 +19,18 @@ from typing import Any, Literal
 import numpy as np
 
 from cratelm.activations.records import Excerpt
+from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM, LLMError, Prompt
 from cratelm.interpretation.scorers.classification import Questions, enough_windows, filled, too_few
-from cratelm.interpretation.scorers.results import UNREADABLE, Judged, Unreadable
+from cratelm.interpretation.scorers.results import UNREADABLE, Judged, Unreadable, auc
 from cratelm.interpretation.scorers.windows import Contrast, plain
 from cratelm.rundir import read_json
 
 ONE_REQUEST_PROMPTS = Path(__file__).parent.parent / "prompts" / "one_request.json"
 CANDIDATES = 20
 """Candidates requested at each place: most servers give no more."""
+LEAST_AUC = 0.75
+"""Least mean AUC on the obvious texts; random ratings have 0.5 with a standard deviation of 0.07."""
 Form = Literal["rating", "detection", "output"]
 
 
@@ -78,6 +81,34 @@ async def _judged(
         score=tuple(None if isinstance(value, str) else value for value in expected),
         position=tuple(windows[i].position for i in order), failures=failures,
     )  # fmt: skip
+
+
+async def obvious_aucs(form: Form, llm: LLM) -> dict[str, float]:
+    """How well a model separates texts that obviously fit an explanation from others: explanation -> AUC.
+
+    It is asked in the same form as about a neuron. A text without a number counts as 0.
+    """
+    obvious: dict[str, list[str]] = _words()["obvious"]
+    texts = [text for turn in range(4) for texts in obvious.values() for text in texts[turn : turn + 1]]
+    prompts = [one_request_prompt(form, explanation, texts) for explanation in obvious]
+    aucs, top = {}, _words()[form]["levels"] - 1
+    for explanation, answer in zip(obvious, await llm.prompt_logprobs(prompts, top=CANDIDATES), strict=True):
+        values = [_expected(answer.candidates.get(place, {}), top) for place in _places(texts)]
+        scores = np.array([0.0 if isinstance(value, str) else value for value in values])
+        aucs[explanation] = auc(np.array([text in obvious[explanation] for text in texts]), scores)
+    return aucs
+
+
+async def require_obvious(name: str, form: Form, llm: LLM) -> None:
+    """Raise `CrateError` if a model cannot tell which texts obviously fit an explanation: its scores mean nothing."""
+    aucs = await obvious_aucs(form, llm)
+    mean = float(np.mean(list(aucs.values())))
+    if mean < LEAST_AUC:
+        each = ", ".join(f"{explanation} {value:.2f}" for explanation, value in aucs.items())
+        raise CrateError(
+            f"{llm.name} is not able to do {name}: on obvious texts its mean AUC is {mean:.2f}, and {LEAST_AUC} is the "
+            f"least ({each}). Use a larger model, another --scorer, or --skip-self-test"
+        )
 
 
 def strength_levels(positives: Sequence[Excerpt], top: int) -> list[int]:

@@ -23,7 +23,14 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.scorers.classification import SCORER_PROMPTS, Questions, detection, fuzzing, intruder
 from cratelm.interpretation.scorers.embedding import Encoder, embedding, example_embedding
-from cratelm.interpretation.scorers.one_request import ONE_REQUEST_PROMPTS, output, quick_detection, rating
+from cratelm.interpretation.scorers.one_request import (
+    ONE_REQUEST_PROMPTS,
+    Form,
+    output,
+    quick_detection,
+    rating,
+    require_obvious,
+)
 from cratelm.interpretation.scorers.results import Judged, weighted_correlation
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
 from cratelm.interpretation.scorers.windows import Contrast, contrast
@@ -55,6 +62,8 @@ class Scorer:
     """The number in `Judged.numbers` that stands for the result."""
     items: Literal["windows", "promoted tokens"] = "windows"
     """What is asked about: windows of text (`windows.py`), or tokens that the neuron promotes (`promoted.py`)."""
+    tested: Form | None = None
+    """Form of prompt in which the model is first asked about obvious texts (`one_request.require_obvious`)."""
     prompts: Path = SCORER_PROMPTS
     """File with its prompts; results depend on its hash."""
 
@@ -88,10 +97,18 @@ SCORERS: dict[str, Scorer] = {
             name="quick-detection",
             needs="prompt-logprobs",
             run=quick_detection,
+            tested="detection",
             number="auc",
             prompts=ONE_REQUEST_PROMPTS,
         ),
-        Scorer(name="rating", needs="prompt-logprobs", run=rating, number="correlation", prompts=ONE_REQUEST_PROMPTS),
+        Scorer(
+            name="rating",
+            needs="prompt-logprobs",
+            run=rating,
+            tested="rating",
+            number="correlation",
+            prompts=ONE_REQUEST_PROMPTS,
+        ),
         Scorer(
             name="output",
             needs="prompt-logprobs",
@@ -115,11 +132,15 @@ def chosen_scorers(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in known if name in requested or "all" in requested)
 
 
-async def check_llm(names: Iterable[str], llm: LLM, questions: Questions) -> None:
-    """Refuse a model that lacks what these scorers need, before any call is paid for."""
-    needs = {SCORERS[name].needs for name in names if name in SCORERS}
+async def check_llm(names: Sequence[str], llm: LLM, questions: Questions, *, skip_self_test: bool = True) -> None:
+    """Refuse a model that lacks what these scorers need, before any call about a neuron is paid for."""
+    scorers = [SCORERS[name] for name in names if name in SCORERS]
+    needs = {scorer.needs for scorer in scorers}
     if "prompt-logprobs" in needs or ("chat" in needs and questions.answers == "probabilities"):
         await check_prompt_logprobs(llm)
+    for scorer in scorers:
+        if scorer.tested is not None and not skip_self_test:
+            await require_obvious(scorer.name, scorer.tested, llm)
 
 
 async def judge(

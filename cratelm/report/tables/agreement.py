@@ -45,8 +45,8 @@ def _rows(run: RunResult, results: Results) -> Iterator[tuple[Cell, ...]]:
             continue
         for simulated in store.scored():
             if simulated.explained == key.explained and not simulated.control:
-                kind = (scorer, replace(key, layer=0), simulated.simulator)
-                kinds.setdefault(kind, []).append(_pair(store, key, scorer, simulated))
+                compared = (scorer, replace(key, layer=0), simulated.simulator)
+                kinds.setdefault(compared, []).append(_pair(store, key, scorer, simulated))
     for (scorer, kind, simulator), pairs in kinds.items():
         agreement = rank_agreement(pairs, generator(0, f"agreement {scorer} {kind.protocol}", 0))
         if agreement is not None:

@@ -47,7 +47,7 @@ class Judges:
 
 async def find_judges(
     scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str,
-    pieces: Callable[[], Sequence[bytes]], answer_tokens: int | None = None,
+    pieces: Callable[[], Sequence[bytes]], answer_tokens: int | None = None, skip_self_test: bool = True,
 ) -> Judges | None:  # fmt: skip
     """Open the models that the scorers need; None without other scorers. Raises `CrateError` if one is missing."""
     asked = tuple(name for name in scorers if name != SIMULATION)
@@ -58,7 +58,8 @@ async def find_judges(
         if need != "encoder" and chat is None:
             raise CrateError(f"the scorer {name} asks a language model. Give --llm URL of a server, or a directory")
     if "prompt-logprobs" in needs and reader is not None:
-        await check_llm([needs["prompt-logprobs"]], reader, Questions())
+        reading = [name for name in asked if SCORERS[name].needs == "prompt-logprobs"]
+        await check_llm(reading, reader, Questions(), skip_self_test=skip_self_test)
     opened: Any = None
     if "encoder" in needs:
         from cratelm.encoder import DEFAULT, SentenceEncoder
@@ -78,7 +79,8 @@ async def find_best_of(
         return None
     questions = Questions(answer_tokens=answer_tokens) if answer_tokens else Questions()
     llm = reader if SCORERS[settings.best_by].needs == "prompt-logprobs" else chat
-    await check_llm([settings.best_by], llm, questions)
+    skip = request.explaining.skip_self_test or request.spending.dry_run
+    await check_llm([settings.best_by], llm, questions, skip_self_test=skip)
     context = JudgeContext(pieces=pieces(), questions=questions, llm=llm)
     return BestOf(scorer=settings.best_by, context=context)
 

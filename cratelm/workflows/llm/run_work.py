@@ -91,6 +91,7 @@ class RunWork:
         self.judges = await find_judges(
             request.scorers, chat=self._cached(llms.judge), encoder=request.encoder, pieces=lambda: self._pieces,
             reader=self._cached(llms.simulator or llms.judge), answer_tokens=request.explaining.max_answer_tokens,
+            skip_self_test=request.explaining.skip_self_test or request.spending.dry_run,
         )  # fmt: skip
         tested = self.explainer_name in self._stored_explainers() or request.settings.source == "outputs"
         if isinstance(self.explainer, LLMExplainer) and not (tested or request.spending.dry_run):

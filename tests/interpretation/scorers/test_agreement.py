@@ -14,7 +14,7 @@ def agreement(rng: np.random.Generator, *layers: tuple[np.ndarray, np.ndarray], 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     ranked = [np.array([np.sum(x < v) + np.sum(x == v) / 2 for v in x]) for x in (first, second)]
-    return float(np.corrcoef(*ranked)[0, 1])
+    return float(np.corrcoef(np.stack(ranked))[0, 1])
 
 
 def test_one_layer_gives_spearmans_correlation_with_ties(rng: np.random.Generator) -> None:

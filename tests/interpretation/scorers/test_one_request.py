@@ -15,7 +15,14 @@ from interpretation.stages.test_judge import KEY, apply, make_explained
 from cratelm import CrateError, read_records
 from cratelm.interpretation.llm import LLMError, Prompt, PromptLogprobs
 from cratelm.interpretation.scorers.classification import Questions
-from cratelm.interpretation.scorers.one_request import one_request_prompt, quick_detection, rating, strength_levels
+from cratelm.interpretation.scorers.one_request import (
+    Form,
+    obvious_aucs,
+    one_request_prompt,
+    quick_detection,
+    rating,
+    strength_levels,
+)
 from cratelm.interpretation.scorers.registry import aggregate_scorer, chance, check_llm
 from cratelm.interpretation.scorers.results import UNREADABLE, Judged, auc, weighted_correlation
 from cratelm.interpretation.scorers.windows import TOO_FEW, Contrast, contrast, plain
@@ -188,3 +195,41 @@ def test_the_windows_are_those_of_detection(tmp_path: Path, rng: np.random.Gener
         if not result.reason:
             both = (*windows.positives, *windows.negatives)
             assert sorted(result.position) == sorted(window.position for window in both)
+
+
+OBVIOUS = {
+    "words for colours": ("green", "scarf", "yellow", "purple"),
+    "numbers": ("17", "eggs", "1984", "42"),
+    "names of people": ("Robert", "Anna", "Elizabeth", "Peter"),
+    "words for animals": ("dog", "horse", "goat", "wolf"),
+    "question marks and exclamation marks": ("where are", "come here", "true?", "stop!"),
+    "words for parts of the body": ("knee", "hands", "shoulder", "bleeding"),
+}
+
+
+@pytest.mark.parametrize("form", ["rating", "detection"])
+def test_a_model_that_cannot_tell_obvious_texts_apart_is_refused(form: Form) -> None:
+    class Knowing(Rater):
+        """Right about every obvious text, or about none."""
+
+        def __init__(self, *, right: bool) -> None:
+            super().__init__(lambda _: {})
+            self.right = right
+
+        def read(self, prompt: Prompt, top: int) -> PromptLogprobs:
+            explanation = prompt.prefix.splitlines()[-1].removeprefix("The neuron fires on ")
+            fits = OBVIOUS[explanation]
+            self.expect = lambda text: {"1": 0.9 if any(word in text for word in fits) == self.right else 0.1, "0": 0.5}
+            return super().read(prompt, top)
+
+    knows, opposite, flat = Knowing(right=True), Knowing(right=False), Rater(lambda _: {"1": 0.5, "0": 0.5})
+    assert asyncio.run(obvious_aucs(form, knows)) == dict.fromkeys(OBVIOUS, 1.0)
+    assert asyncio.run(obvious_aucs(form, opposite)) == dict.fromkeys(OBVIOUS, 0.0)
+    assert {len(prompt.at or ()) for prompt in knows.prompts} == {24}
+    name = "rating" if form == "rating" else "quick-detection"
+    asyncio.run(check_llm([name], knows, QUESTIONS, skip_self_test=False))
+    with pytest.raises(
+        CrateError, match=r"mean AUC is 0.50, and 0.75 is the least .*words for colours 0.50.*Use a larger"
+    ):
+        asyncio.run(check_llm([name], flat, QUESTIONS, skip_self_test=False))
+    asyncio.run(check_llm([name], flat, QUESTIONS))

@@ -218,7 +218,7 @@ def test_a_model_that_cannot_tell_obvious_texts_apart_is_refused(form: Form) -> 
 
         def read(self, prompt: Prompt, top: int) -> PromptLogprobs:
             explanation = prompt.prefix.splitlines()[-1].removeprefix("The neuron fires on ")
-            fits = OBVIOUS[explanation]
+            fits = OBVIOUS.get(explanation, ())
             self.expect = lambda text: {"1": 0.9 if any(word in text for word in fits) == self.right else 0.1, "0": 0.5}
             return super().read(prompt, top)
 

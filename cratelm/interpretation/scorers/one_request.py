@@ -100,7 +100,7 @@ async def obvious_aucs(form: Form, llm: LLM) -> dict[str, float]:
 
 
 async def require_obvious(name: str, form: Form, llm: LLM) -> None:
-    """Raise `CrateError` if a model cannot tell which texts obviously fit an explanation: its scores mean nothing."""
+    """Raise `CrateError` if a model does not recognise which texts obviously fit an explanation."""
     aucs = await obvious_aucs(form, llm)
     mean = float(np.mean(list(aucs.values())))
     if mean < LEAST_AUC:

@@ -208,7 +208,7 @@ OBVIOUS = {
 
 
 @pytest.mark.parametrize("form", ["rating", "detection"])
-def test_a_model_that_cannot_tell_obvious_texts_apart_is_refused(form: Form) -> None:
+def test_a_model_that_does_not_recognise_obvious_texts_is_refused(form: Form) -> None:
     class Knowing(Rater):
         """Right about every obvious text, or about none."""
 

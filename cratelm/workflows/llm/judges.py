@@ -46,11 +46,10 @@ class Judges:
 
 
 async def find_judges(
-    scorers: Sequence[str], *, chat: LLM | None, reader: LLM | None, encoder: str,
-    pieces: Callable[[], Sequence[bytes]], answer_tokens: int | None = None, skip_self_test: bool = True,
+    request: InterpretRequest, chat: LLM | None, reader: LLM | None, pieces: Callable[[], Sequence[bytes]]
 ) -> Judges | None:  # fmt: skip
     """Open the models that the scorers need; None without other scorers. Raises `CrateError` if one is missing."""
-    asked = tuple(name for name in scorers if name != SIMULATION)
+    asked = tuple(name for name in request.scorers if name != SIMULATION)
     if not asked:
         return None
     needs = {SCORERS[name].needs: name for name in asked}
@@ -59,12 +58,14 @@ async def find_judges(
             raise CrateError(f"the scorer {name} asks a language model. Give --llm URL of a server, or a directory")
     if "prompt-logprobs" in needs and reader is not None:
         reading = [name for name in asked if SCORERS[name].needs == "prompt-logprobs"]
-        await check_llm(reading, reader, Questions(), skip_self_test=skip_self_test)
+        skip = request.explaining.skip_self_test or request.spending.dry_run
+        await check_llm(reading, reader, Questions(), skip_self_test=skip)
     opened: Any = None
     if "encoder" in needs:
         from cratelm.encoder import DEFAULT, SentenceEncoder
 
-        opened = SentenceEncoder.open(encoder or DEFAULT)
+        opened = SentenceEncoder.open(request.encoder or DEFAULT)
+    answer_tokens = request.explaining.max_answer_tokens
     questions = Questions(answer_tokens=answer_tokens) if answer_tokens else Questions()
     context = JudgeContext(pieces=pieces(), questions=questions, llm=chat, encoder=opened)
     return Judges(scorers=asked, context=context, reader=reader)

@@ -88,11 +88,8 @@ class RunWork:
             self.simulator = LookupSimulator()
         elif llms.simulator is not None and request.simulating is not None:
             self.simulator = await self._open_simulator()
-        self.judges = await find_judges(
-            request.scorers, chat=self._cached(llms.judge), encoder=request.encoder, pieces=lambda: self._pieces,
-            reader=self._cached(llms.simulator or llms.judge), answer_tokens=request.explaining.max_answer_tokens,
-            skip_self_test=request.explaining.skip_self_test or request.spending.dry_run,
-        )  # fmt: skip
+        chat, reader = self._cached(llms.judge), self._cached(llms.simulator or llms.judge)
+        self.judges = await find_judges(request, chat, reader, lambda: self._pieces)
         tested = self.explainer_name in self._stored_explainers() or request.settings.source == "outputs"
         if isinstance(self.explainer, LLMExplainer) and not (tested or request.spending.dry_run):
             await examine_explainer(self.explainer, skip=request.explaining.skip_self_test)

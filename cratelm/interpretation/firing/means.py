@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
 from cratelm.interpretation.firing.measures import KINDS, MEASURES, STATED, Counts, LayerFiring, measured
-from cratelm.interpretation.scoring.small_samples import freedom_of, pooled_freedom, unbiased
+from cratelm.interpretation.scoring.small_samples import freedom_of, pooled_freedom, rescaled
 from cratelm.interpretation.scoring.statistics import generator, interval, sets_each, shown_layers
 
 FIRING_RESAMPLES = 64
@@ -101,7 +101,7 @@ def _mean(counts: Counts, rng: np.random.Generator, resamples: int) -> Mean:
     samples = _resampled(counts, rng, resamples) if len(observed) else np.full((resamples, len(ALL)), np.nan)
     moved = 100 * (samples - _nanmean(samples) + values[STATED])
     defined = (~np.isnan(observed[:, STATED])).sum(axis=0).tolist()
-    columns = [unbiased(column, count) for column, count in zip(moved.T, defined, strict=True)]
+    columns = [rescaled(*pair) for pair in zip(moved.T, 100 * observed[:, STATED].T, strict=True)]
     return Mean(
         values=100 * values, samples=np.stack(columns, axis=1).astype(np.float32), neurons=len(observed),
         permuted=100 * _nanmean(counts.permuted[:, STATED]), freedom=np.array([freedom_of(count) for count in defined]),

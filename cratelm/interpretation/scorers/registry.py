@@ -34,7 +34,7 @@ from cratelm.interpretation.scorers.one_request import (
 from cratelm.interpretation.scorers.results import Judged, weighted_correlation
 from cratelm.interpretation.scorers.surprisal import check_prompt_logprobs, surprisal
 from cratelm.interpretation.scorers.windows import Contrast, contrast
-from cratelm.interpretation.scoring.small_samples import freedom_of, unbiased
+from cratelm.interpretation.scoring.small_samples import freedom_of, rescaled
 from cratelm.interpretation.scoring.statistics import interval, sets_each
 
 SIMULATION = "simulation"
@@ -242,7 +242,7 @@ def _resampled(
     table = np.where(np.isnan(table), values[:, None], table)
     table += (values - table.mean(axis=1))[:, None]
     drawn = rng.integers(len(results), size=(resamples, len(results)))
-    return unbiased(table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1), len(results))
+    return rescaled(table[drawn, rng.integers(table.shape[1], size=drawn.shape)].mean(axis=1), values)
 
 
 def _resample_items(result: Judged, number: str, rng: np.random.Generator, sets: int) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Small-sample correction of bootstrap intervals and p values of means over neurons.
 
-A bootstrap over n neurons has a spread that is too small by sqrt((n-1)/n), and its percentiles are those of a normal
-distribution, where a spread estimated from n neurons needs Student's t. So the spread of resampled means around their
-mean is multiplied by sqrt(n/(n-1)), and for an interval by the quotient of the quantiles of t, with n - 1 degrees of
-freedom, and of the normal distribution. Both apply where fewer than `FEW_NEURONS` neurons are behind a mean. From there
-on they would change a half-width by less than 2 %, and the numbers are those of the plain bootstrap to the last digit.
+The spread of a two-level bootstrap over n neurons is wrong in two ways. It is too small by sqrt((n-1)/n), and it counts
+the noise of excerpts twice: the values of the neurons differ by this noise already, and the excerpts of each drawn
+neuron are drawn again. So resampled means are scaled around their mean to the standard error of the n values, s /
+sqrt(n) with s of ddof 1. For an interval they are also multiplied by the quotient of the 97.5 % quantiles of Student's
+t, with n - 1 degrees of freedom, and of the normal distribution. Both apply where fewer than `FEW_NEURONS` neurons are
+behind a mean. From there on the numbers are those of the plain bootstrap to the last digit, which covers rather too
+much.
 
 A mean over layers, or a difference of two models, has the degrees of freedom of Satterthwaite:
 
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-FEW_NEURONS = 100
+FEW_NEURONS = 250
 """Neurons behind a mean from which on nothing is corrected."""
 WARN_BELOW = 20
 """Neurons behind a mean below which tables warn of its interval."""
@@ -39,9 +41,18 @@ def student(freedom: int | float) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
-def unbiased(samples: Float[np.ndarray, " samples"], neurons: int) -> Float[np.ndarray, " samples"]:
-    """Resampled means over few neurons, spread around their mean by sqrt(n/(n-1))."""
-    return _spread(samples, math.sqrt(neurons / (neurons - 1))) if 1 < neurons < FEW_NEURONS else samples
+def rescaled(
+    samples: Float[np.ndarray, " samples"], values: Float[np.ndarray, " neurons"]
+) -> Float[np.ndarray, " samples"]:
+    """Resampled means over few neurons with the standard error of the neurons' values; undefined values are NaN.
+
+    Values that are all equal say nothing about their spread, and the resampled means stay as they are.
+    """
+    known = values[~np.isnan(values)]
+    if not 1 < len(known) < FEW_NEURONS:
+        return samples
+    error, spread = known.std(ddof=1) / math.sqrt(len(known)), samples.std()
+    return _spread(samples, error / spread) if error and spread else samples
 
 
 def freedom_of(neurons: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from cratelm.interpretation.scoring.small_samples import unbiased, widened
+from cratelm.interpretation.scoring.small_samples import rescaled, widened
 
 EXCERPT_RESAMPLES = 256
 """Fewest bootstrap sets of excerpts per neuron (`sets_each`); each draw of a neuron uses one."""
@@ -54,8 +54,8 @@ def bootstrap_means(
     one draw from all of them. An undefined resampled correlation is left out, as in the mean itself. A resample of
     five excerpts has three or four distinct ones, which lowers correlations on average, so the resampled means are
     shifted to the observed mean. Their spread counts the excerpts' noise twice, because the differences between neurons
-    contain it too: the interval is rather too wide. Fewer than 100 neurons are
-    corrected (`small_samples.py`); from 100 on the means are those of the plain bootstrap, to the last digit.
+    contain it too. Fewer than 250 neurons are corrected (`small_samples.py`); from 250 on the means are those of the
+    plain bootstrap, to the last digit, and the interval is rather too wide.
     """
     correlations = resampled_correlations(sums, rng, sets_each(len(sums), resamples, EXCERPT_RESAMPLES)).ravel()
     known = ~np.isnan(correlations)
@@ -65,7 +65,8 @@ def bootstrap_means(
         drawn = rng.integers(len(values), size=(min(_CHUNK, resamples - start), len(sums)))
         counts = len(sums) if all_known else np.maximum(known[drawn].sum(axis=1), 1)
         means[start : start + _CHUNK] = values[drawn].sum(axis=1) / counts
-    return unbiased(means - means.mean() + np.nanmean(correlation_of_sums(sums.sum(axis=1))), len(sums))
+    observed = correlation_of_sums(sums.sum(axis=1))
+    return rescaled(means - means.mean() + np.nanmean(observed), observed)
 
 
 def sets_each(neurons: int, resamples: int, least: int) -> int:

@@ -26,6 +26,7 @@ from cratelm.interpretation.firing.measures import (
 from cratelm.interpretation.lookup.explain import explain_layer
 from cratelm.interpretation.lookup.simulate import simulate_layer
 from cratelm.interpretation.protocols import PROTOCOLS, protocol
+from cratelm.interpretation.scoring import small_samples
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import write_explanations, write_simulations
 from cratelm.interpretation.store.schema import SetKey
@@ -209,7 +210,10 @@ def brute(layer: LayerFiring, rng: np.random.Generator, times: int) -> np.ndarra
     return 100 * np.array(means)
 
 
-def test_means_and_intervals_are_those_of_brute_force(rng: np.random.Generator) -> None:
+def test_means_and_intervals_are_those_of_brute_force(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_samples, "FEW_NEURONS", 0)  # the plain bootstrap, which is at work from 250 neurons on
     layers = [made_up(rng, layer, 15) for layer in (0, 1)]
     found = mean_firing(layers, resamples=1500)
     for layer, mean in zip(layers, found.by_layer["random"], strict=True):

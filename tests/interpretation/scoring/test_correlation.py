@@ -127,10 +127,11 @@ def layer_scores(layer: int, a: np.ndarray, s: np.ndarray, *, reasons: list[str]
 
 
 def population(
-    rng: np.random.Generator, neurons: int, excerpts: int = 6, width: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
+    rng: np.random.Generator, neurons: int, excerpts: int = 6, width: int = 10,
+    skills: tuple[float, float] = (-0.2, 0.9),
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Neurons that are predicted more or less well, each excerpt with a different strength."""
-    skill = rng.uniform(-0.2, 0.9, size=(neurons, 1, 1))
+    skill = rng.uniform(*skills, size=(neurons, 1, 1))
     s = rng.normal(size=(neurons, excerpts, width)) * rng.uniform(0.3, 2, size=(neurons, excerpts, 1))
     return skill * s + np.sqrt(1 - skill**2) * rng.normal(size=s.shape), s
 

@@ -78,7 +78,7 @@ def run(options: Options) -> None:
         import uvicorn
 
         from cratelm.report.server.application import application
-        from cratelm.report.server.connections import CONNECTIONS, limited_protocol
+        from cratelm.report.server.connections import limited_protocol
     except ImportError as error:
         raise CrateError(f"cratelm serve needs {error.name}. Hint: pip install 'cratelm[serve]'") from None
     with listen(options.host, options.port) as listening:
@@ -88,7 +88,7 @@ def run(options: Options) -> None:
         console.print(f"{address(options.host, port, parts.access)}   (Ctrl-C ends it)", markup=False, soft_wrap=True)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=10,
-            timeout_graceful_shutdown=2, limit_concurrency=CONNECTIONS, ws="none", http=limited_protocol(),
+            timeout_graceful_shutdown=2, ws="none", http=limited_protocol(),
         )  # fmt: skip
         returned = threading.Event()
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -44,6 +45,8 @@ _NUMBERS = {
 """Columns of scores that are fields of `LayerScores`. NaN is NULL in a table."""
 BUSY_SECONDS = 60.0
 """How long a transaction waits for other processes, whose transactions take milliseconds each."""
+SEARCH_SECONDS = 5.0
+"""Longest time of a full-text search."""
 _ONE = " WHERE set_id = ? AND neuron = ?"
 _ALL = " WHERE set_id = ? ORDER BY neuron"
 
@@ -114,6 +117,8 @@ class Store:
                     f"{self.path} was in use by another process for {BUSY_SECONDS:g} seconds. Run the same command "
                     "again; what is done is kept"
                 ) from error
+            if str(error) == "interrupted":
+                raise CrateError(f"the search took more than {SEARCH_SECONDS:g} seconds. Hint: fewer words") from error
             if "full" in str(error):
                 raise CrateError(f"no space left for {self.path}. Free some and run the same command again") from error
             if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
@@ -268,7 +273,10 @@ class Store:
         return explanation, simulation, score
 
     def search(self, words: str, *, mode: Mode = "fixed", limit: int = 50) -> list[tuple[SetKey, int, str]]:
-        """Explanations that contain all the words, best match first, as (set, neuron index, text)."""
+        """Explanations that contain all the words, best match first, as (set, neuron index, text).
+
+        Raises `CrateError` after `SEARCH_SECONDS`.
+        """
         quoted = " ".join('"{}"'.format(word.replace('"', '""')) for word in words.replace("\0", " ").split())
         query = (
             f"SELECT {KEY_COLUMNS}, neuron, explanations.text FROM explanation_search "
@@ -276,6 +284,8 @@ class Store:
             "WHERE explanation_search MATCH ? AND mode = ? ORDER BY rank, layer, neuron LIMIT ?"
         )
         with self.transaction() as connection:
+            deadline = time.monotonic() + SEARCH_SECONDS
+            connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
             rows = connection.execute(query, [quoted, mode, limit]).fetchall() if quoted else []
         return [(SetKey.of_row(key), neuron, text) for *key, neuron, text in rows]
 

@@ -24,7 +24,7 @@ from cratelm.interpretation.store.listing import stamps_of
 from cratelm.report.browser.catalogue import Model
 from cratelm.report.browser.chunks import encoded
 from cratelm.report.browser.overview import overview, public
-from cratelm.rundir import atomic_path
+from cratelm.rundir import atomic_path, check_regular, parse_json
 from cratelm.runtime import console
 
 FOLDER = "overviews"
@@ -78,9 +78,9 @@ class CachedOverview:
     def read(self) -> tuple[str, bytes] | None:
         """Stamp and content of the file; None if it is missing or damaged."""
         try:
-            stamp, content = self.path.read_bytes().split(b"\n", 1)
-            return json.loads(stamp)["stamp"], content if isinstance(json.loads(content), dict) else b""
-        except (OSError, ValueError, KeyError, TypeError):
+            stamp, content = check_regular(self.path).read_bytes().split(b"\n", 1)
+            return parse_json(stamp)["stamp"], content if isinstance(parse_json(content), dict) else b""
+        except (CrateError, OSError, ValueError, KeyError, TypeError):
             return None
 
     def make(self, stamp: str) -> bytes:

@@ -1,10 +1,11 @@
-"""Limits of the connections to a live browser: per address, until a request arrives, and while an answer is not read.
+"""Limits of the connections to a live browser: in all, per address, until a request arrives, while an answer is unread.
 
 The guard counts requests. A connection without a request is invisible to it, and still takes one of the files that the
 process may open.
 """
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 CONNECTIONS = 800
@@ -18,12 +19,13 @@ READ_SECONDS = 30.0
 
 
 def limited_protocol(
-    per_address: int = PER_ADDRESS, head_seconds: float = HEAD_SECONDS, read_seconds: float = READ_SECONDS
-) -> type[asyncio.Protocol]:
+    connections: int = CONNECTIONS, per_address: int = PER_ADDRESS, head_seconds: float = HEAD_SECONDS,
+    read_seconds: float = READ_SECONDS,
+) -> type[asyncio.Protocol]:  # fmt: skip
     """uvicorn's HTTP protocol with these limits. uvicorn itself limits only the pause after an answer.
 
-    A new connection of an address with too many replaces the oldest one that waits for a request; it is refused if
-    every connection of the address has a request.
+    A new connection of an address with too many replaces the oldest one that waits for a request; one too many in all
+    replaces the oldest waiting one of the address that has most of these. It is refused if there is none to replace.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -32,15 +34,21 @@ def limited_protocol(
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.opened, address = self.loop.time(), self.client and self.client[0]
-            peers = [
-                peer for peer in self.connections
-                if (peer.client and peer.client[0]) == address and not peer.transport.is_closing()
-            ]  # fmt: skip
-            if len(peers) > per_address:
-                idle = [peer for peer in peers if peer is not self and peer.is_idle()]
-                min(idle, key=lambda peer: peer.opened, default=self).transport.abort()
+            self.opened, self.address = self.loop.time(), self.client and self.client[0]
             self.expect(head_seconds)
+            peers = [peer for peer in self.connections if not peer.transport.is_closing()]
+            alike = [peer for peer in peers if peer.address == self.address]
+            if len(alike) > per_address:
+                self.replace(alike)
+            elif len(peers) > connections:
+                self.replace(peers)
+
+        def replace(self, peers: list[Any]) -> None:
+            """Close the oldest waiting connection of the address with most of them, or this one if none is waiting."""
+            idle = [peer for peer in peers if peer is not self and peer.is_idle()]
+            waiting = Counter(peer.address for peer in idle)
+            oldest = min(idle, key=lambda peer: (-waiting[peer.address], peer.opened), default=self)
+            oldest.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.expect(None)

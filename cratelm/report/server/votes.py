@@ -58,12 +58,16 @@ class Votes:
         with self._connection() as connection:
             query = "SELECT id, vote FROM votes WHERE id > ? ORDER BY id LIMIT ?"
             rows = connection.execute(query, [after, PAGE + 1]).fetchall()
-        return [json.loads(text) for _, text in rows[:PAGE]], rows[PAGE - 1][0] if len(rows) > PAGE else None
+            votes = [rundir.parse_json(text) for _, text in rows[:PAGE]]
+            if not all(isinstance(vote, dict) for vote in votes):
+                raise TypeError("a vote must be a JSON object")
+        return votes, rows[PAGE - 1][0] if len(rows) > PAGE else None
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         try:
-            rundir.check_writable(self.path).parent.mkdir(parents=True, exist_ok=True)
+            for file in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+                rundir.check_writable(file).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as connection, connection:
                 connection.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
                 connection.execute("CREATE TABLE IF NOT EXISTS votes (id INTEGER PRIMARY KEY, vote TEXT NOT NULL)")
@@ -73,5 +77,5 @@ class Votes:
                 [version] = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
                 rundir.check_format_version(self.path, version)
                 yield connection
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (sqlite3.DatabaseError, OSError, ValueError, TypeError) as error:  # also a vote that is not JSON
             raise CrateError(f"{self.path} is not a votes file ({error}). Move it away, or give --votes FILE") from None

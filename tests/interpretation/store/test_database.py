@@ -18,6 +18,7 @@ from cratelm.interpretation.lookup.simulate import simulate_layer
 from cratelm.interpretation.protocols import protocol
 from cratelm.interpretation.scoring.correlation import LayerScores, score_layer
 from cratelm.interpretation.simulators.simulation import LayerSimulations
+from cratelm.interpretation.store import database
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import write_explanations, write_simulations
 from cratelm.interpretation.store.schema import SetKey
@@ -263,3 +264,14 @@ def test_a_full_disk_is_said_and_leaves_the_store_as_it_was(
         )
     assert not store.is_done(KEY, "explain")
     assert NOISE in explanations.neuron
+
+
+def test_a_search_ends_in_time(run: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    explanations, *_ = make(run)
+    texts = tuple("a b c d e f " * 200 for _ in explanations.texts)
+    write_explanations(
+        store, KEY, LayerExplanations(neuron=explanations.neuron, texts=texts, tables=explanations.tables)
+    )
+    monkeypatch.setattr(database, "SEARCH_SECONDS", -1)
+    with pytest.raises(CrateError, match="took more than -1 seconds"):
+        store.search("a b c d e f " * 10)

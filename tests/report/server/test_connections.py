@@ -88,6 +88,15 @@ def test_idle_connections_of_an_address_shut_out_no_visitor(sent: bytes) -> None
         assert hold_and_ask(port, 60, sent) < 8
 
 
+def test_idle_connections_of_many_addresses_shut_out_no_visitor() -> None:
+    with running(connections=40, per_address=10, head_seconds=60.0) as port, contextlib.ExitStack() as held:
+        early = held.enter_context(connect(port, "127.0.0.9"))
+        for number in range(60):
+            held.enter_context(connect(port, f"127.0.0.{number % 6 + 2}"))
+        assert is_answered(held.enter_context(connect(port)))
+        assert is_answered(early), "the address with most connections loses its oldest ones"
+
+
 @pytest.mark.slow
 def test_three_hundred_idle_connections_shut_out_no_visitor() -> None:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

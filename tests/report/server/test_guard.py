@@ -46,7 +46,7 @@ async def ask(
     waiting = [{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)]
 
     async def receive() -> Any:
-        return waiting.pop(0)
+        return waiting.pop(0) if waiting else await asyncio.Event().wait()  # the client waits for the answer
 
     async def send(message: Any) -> None:
         sent.append(message)

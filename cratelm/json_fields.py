@@ -4,7 +4,13 @@ A type is a Python type, a dictionary of fields (`...` is every other field), `[
 field that may be None may be missing, and fields that are not named here are ignored, so newer files stay readable.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
+
+CHECKSUM = "checksum"
+"""Field of our JSON files: `checksum_of` the others."""
 
 _TEXT, _WHOLE, _NUMBER, _OBJECT = (str, None), (int, None), (float, None), (dict, None)
 _MEAN = {"mean": float}
@@ -39,8 +45,8 @@ _SPLIT = {"tokens": int, "documents": _WHOLE, "text_bytes": _WHOLE, "sha256": _T
 
 JSON_FIELDS: dict[str, Any] = {
     "run.json": {
-        "name": _TEXT, "arch": _TEXT, "model": ({"num_layers": _WHOLE}, None), "parameters": _WHOLE,
-        "flops_per_token": _WHOLE,
+        "name": _TEXT, "arch": _TEXT, "model": ({"num_layers": _WHOLE, "context_length": _WHOLE}, None),
+        "parameters": _WHOLE, "flops_per_token": _WHOLE,
         "control": _TEXT, "of": _TEXT, "source": _TEXT, "imported": _OBJECT, "begin_of_text": ([int], None),
         "training": ({"tokens": _WHOLE, "batch_tokens": _WHOLE, "seed": _WHOLE}, None),
         "origin": ({"date": _TEXT, "command": _TEXT, "machine": _TEXT, "python": _TEXT, "versions": _OBJECT}, None),
@@ -78,6 +84,12 @@ JSON_FIELDS: dict[str, Any] = {
     },
 }  # fmt: skip
 """Name of a file -> its fields."""
+
+
+def checksum_of(value: Mapping[str, Any]) -> str:
+    """A hash of the fields of a JSON object, apart from `checksum`; their order does not count."""
+    fields = {name: field for name, field in value.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def mismatch(value: Any, expected: Any, where: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cratelm.activations.records import Mode, recorded_layers, records_folder
 from cratelm.errors import CrateError
-from cratelm.report.results.gather import described_runs, distinct
+from cratelm.report.results.descriptions import described_runs, distinct
 
 RESERVED = ("compare", "search", "vote", "try", "layer", "neuron")
 """First or second words of links that are not names of models."""
@@ -71,7 +71,7 @@ def catalogue(runs: Sequence[Path], mode: Mode) -> tuple[Model, ...]:
     if not paths:
         raise CrateError("a site needs at least one run. Run: cratelm report RUN... --site")
     models: list[Model] = []
-    for path, title, description in described_runs(paths):
+    for path, title, description in described_runs(paths, "model.num_layers"):
         name = str(description["name"])
         link = slug(name, [model.slug for model in models])
         taps = _taps(path, link, len(models), mode)

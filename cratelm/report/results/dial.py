@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.report.results.gather import described_runs
+from cratelm.report.results.descriptions import described_runs
 from cratelm.rundir import read_json
 
 DIALS = {

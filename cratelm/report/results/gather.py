@@ -5,8 +5,6 @@ architecture with random weights) is attached to its model.
 """
 
 import math
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -22,11 +20,12 @@ from cratelm.interpretation.protocols import PROTOCOLS
 from cratelm.interpretation.scoring.correlation import LayerScores, ModelAggregate, aggregate
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.schema import SetKey, asking
+from cratelm.report.results.descriptions import described_runs, distinct
 from cratelm.report.results.examples import NeuronExample, examples_of
 from cratelm.report.results.explainer_choice import choose_explainer, described, scored_taps
 from cratelm.report.results.loss import Loss, read_loss
 from cratelm.report.shown_text import visible
-from cratelm.rundir import read_json, read_jsonl
+from cratelm.rundir import read_jsonl
 from cratelm.runtime import progress_bar
 
 RESAMPLES, SEED = 2000, 0
@@ -151,7 +150,7 @@ def gather(
     paths = distinct(runs)
     if not paths:
         raise CrateError("a report needs at least one run. Run: cratelm report RUN...")
-    described_paths = list(described_runs(paths))
+    described_paths = list(described_runs(paths, "parameters", "flops_per_token", "model.num_layers"))
     explainer, simulator = choose_explainer(paths, mode, explainer, simulator)
     asked = SetKey(mode=mode, layer=0, protocol="", explainer=explainer, simulator=simulator)
     results = []
@@ -167,11 +166,6 @@ def gather(
         mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
         taps=tuple(dict.fromkeys(run.tap for run in results)), missing=tuple(_missing(models, protocols)),
     )  # fmt: skip
-
-
-def distinct(runs: Sequence[Path]) -> list[Path]:
-    """The run directories without repetitions."""
-    return list({path.resolve(): path for path in runs}.values())
 
 
 def same_neurons(first: Sequence[LayerScores], second: Sequence[LayerScores]) -> bool:
@@ -208,27 +202,6 @@ def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
     store = Store.open(run.path)
     layers = [store.scores(replace(shown, layer=line.layer)) for line in run.scores[shown.protocol].layers]
     return replace(run, examples=tuple(examples_of(run.path, layers, shown)))
-
-
-def display_name(name: str) -> str:
-    """The name of a model of the paper as the paper writes it (`gpt2-2l` -> `GPT-2-2L`); other names unchanged."""
-    match = re.fullmatch(r"(crate|gpt2)-(1l|2l|3l|s|b)", name)
-    return name if match is None else f"{ {'crate': 'CRATE', 'gpt2': 'GPT-2'}[match[1]] }-{match[2].upper()}"
-
-
-def described_runs(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
-    """Path, title and `run.json` of each run directory.
-
-    A title has no invisible letters; runs of the same name are distinguished by their folders.
-    """
-    runs = [(path, read_json(path / "run.json", made_by=f"cratelm train --out {path} --data DIR")) for path in paths]
-    names = [str(description["name"]) for _, description in runs]
-    for (path, description), name in zip(runs, names, strict=True):
-        control = description.get("control")
-        title = display_name(str(description.get("of") or name)) if control else display_name(name)
-        if names.count(name) > 1:
-            title += f" ({os.path.relpath(path.resolve(), os.path.commonpath([one.resolve() for one in paths]))})"
-        yield path, visible(f"{title}, {control}" if control else title), description
 
 
 def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:

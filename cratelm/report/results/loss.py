@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from cratelm.checksums import read_tensors_and_metadata
+from cratelm.errors import CrateError
 from cratelm.rundir import read_json
 from cratelm.training.document_means import mean_over_documents
 
@@ -102,7 +103,10 @@ def _read_documents(run: Path, evaluation: dict[str, Any]) -> DocumentLosses | N
     path = run / DOCUMENTS
     if not path.exists():
         return None
-    arrays, described = read_tensors_and_metadata(path, hint=f"Run: cratelm evaluate {run} --data DIR")
+    hint = f"Run: cratelm evaluate {run} --data DIR"
+    arrays, described = read_tensors_and_metadata(path, hint=hint)
+    if [name for name in ("nats", "tokens") if name not in arrays or arrays[name].ndim != 1]:
+        raise CrateError(f"{path} must have nats and tokens of documents, got {', '.join(arrays) or 'none'}. {hint}")
     nats, tokens = arrays["nats"], arrays["tokens"]
     made = (described.get("split"), described.get("data_hash"), len(nats), len(tokens), int(tokens.sum()))
     documents = evaluation.get("documents")

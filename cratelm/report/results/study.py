@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cratelm.interpretation.scoring.small_samples import student
-from cratelm.report.results.gather import Results, RunResult, display_name
+from cratelm.report.results.descriptions import display_name
+from cratelm.report.results.gather import Results, RunResult
 from cratelm.rundir import read_json
 
 Basis = Literal["size", "parameters", "FLOPs"]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.errors import CrateError
-from cratelm.report.results.gather import RunResult, described_runs
+from cratelm.report.results.descriptions import described_runs
+from cratelm.report.results.gather import RunResult
 from cratelm.rundir import read_json, read_jsonl
 
 WHITEBOX_FILE = "whitebox.json"

@@ -19,8 +19,9 @@ from cratelm.report.contents import ReportContents
 from cratelm.report.page import html as report_page
 from cratelm.report.page.cards import excerpt_html
 from cratelm.report.page.html import page, write_report
+from cratelm.report.results.descriptions import display_name
 from cratelm.report.results.firing import gather_firing
-from cratelm.report.results.gather import Results, display_name, gather
+from cratelm.report.results.gather import Results, gather
 from cratelm.report.sentences import verdict
 from cratelm.report.shown_text import marked, prose
 

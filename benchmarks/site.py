@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from cratelm.activations.records import layer_file
 from cratelm.commands import interpret
 from cratelm.report.browser.site import write_site
+from cratelm.rundir import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fixtures import synthetic
@@ -45,8 +46,8 @@ def make_run(path: Path, layers: int, neurons: int) -> None:
         order = rng.permutation(neurons)
         shuffled = {name: np.ascontiguousarray(values[order]) for name, values in arrays.items()}
         save_file(shuffled, layer_file(path, "fixed", "neurons", layer), metadata={"format_version": "1"})
-    description = (path / "run.json").read_text()
-    (path / "run.json").write_text(description.replace('"num_layers": 1', f'"num_layers": {layers}'))
+    description = read_json(path / "run.json")
+    write_json(path / "run.json", description | {"model": description["model"] | {"num_layers": layers}})
 
 
 def plant(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cratelm.errors import CrateError
-from cratelm.json_fields import JSON_FIELDS, mismatch, shortened
+from cratelm.json_fields import CHECKSUM, JSON_FIELDS, checksum_of, mismatch, shortened
 
 FORMAT_VERSION = 1
 """Version written into every file of ours. A file with a higher one is refused."""
@@ -160,8 +160,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, with `format_version` first."""
-    write_text(path, json.dumps({"format_version": FORMAT_VERSION, **value}, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON object atomically, with `format_version` first and its checksum last."""
+    value = {"format_version": FORMAT_VERSION, **value}
+    value[CHECKSUM] = checksum_of(json.loads(json.dumps(value)))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_regular(path: Path) -> Path:
@@ -185,7 +187,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, *, made_by: str = "", hint: str = "") -> dict[str, Any]:
-    """Read a JSON object; its fields have the types of `JSON_FIELDS`.
+    """Read a JSON object without its checksum, which must be right; its fields have the types of `JSON_FIELDS`.
 
     `made_by` is the command, or `hint` the advice, that the error of a missing or malformed file ends with.
     """
@@ -201,6 +203,12 @@ def read_json(path: Path, *, made_by: str = "", hint: str = "") -> dict[str, Any
     check_format_version(path, value.get("format_version", FORMAT_VERSION))
     if problem := mismatch(value, JSON_FIELDS.get(path.name, {})):
         raise CrateError(f"{path}: {problem}. {malformed}")
+    expected = value.pop(CHECKSUM, None)  # files from elsewhere, and of earlier versions, have none
+    if expected not in (None, checksum_of(value)) and os.environ.get(VERIFY_SWITCH) != "0":
+        raise CrateError(
+            f"{path} is damaged or was edited: its checksum must be {checksum_of(value)}, got {shortened(expected)}. "
+            f"{malformed}. Or read it as it is: --no-verify"
+        )
     return value
 
 

@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fixtures import collecting
+from fixtures.autoencoders import write_run_sae
 
 from cratelm import checksums, cli, read_records
-from cratelm.checksums import CHECKSUMS, checked_path, read_tensors, verify, write_tensors
+from cratelm.checksums import CHECKSUMS, checked_path, read_tensors, verify, write_checksums, write_tensors
 from cratelm.commands import collect
 from cratelm.errors import CrateError
+from cratelm.rundir import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -23,26 +26,62 @@ def own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A token directory and a run with a model and records."""
+    """A token directory and a run with a model, records, an autoencoder and measurements."""
     folder = tmp_path_factory.mktemp("collected")
     data = collecting.held_out_documents(folder)
-    run, _ = collecting.make_run(folder / "run", data)
+    run, model = collecting.make_run(folder / "run", data)
+    shape, sizes = asdict(model.config), {"parameters": 1000, "flops_per_token": 6000}
+    write_json(run / "run.json", {"name": "run", "arch": "gpt2", "model": shape, **sizes})
     collect.run(collecting.options(run, data))
+    for command in (["evaluate", "--data"], ["whitebox", "--tokens", "300", "--data"], ["dial", *FEW, "--data"]):
+        assert cli.main([command[0], str(run), *command[1:], str(data.path)]) == 0
+    for command in (["directions", str(run)], ["interpret", str(run), "--protocol", "random-only"]):
+        assert cli.main(command) == 0
+    write_run_sae(run, "a", "standard", np.random.default_rng(0))
+    description = run / "saes" / "a" / "sae.json"
+    write_json(description, json.loads(description.read_text()))
+    write_checksums(description.parent)
     return data.path, run
 
 
+FEW = ("--tokens", "200", "--threshold", "0", "--loss-only")
+FLIPS = int(os.environ.get("CRATELM_TEST_CASES", "1"))
+
+
 def flip(path: Path, rng: np.random.Generator) -> None:
+    """Flip one bit, outside of the field with the checksum itself."""
     content = bytearray(path.read_bytes())
-    content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+    size = content.rfind(b'"checksum"') if path.suffix == ".json" else -1
+    content[int(rng.integers(len(content) if size < 0 else size))] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
 
 
+GENERATE = ["generate", "{run}", "--tokens", "1"]
+SHOW = ["neurons", "{run}", "--layer", "0", "--neuron", "1"]
+STEER = ["steer", "{run}", "--sae", "a", "--neuron", "sae:0/2=set:2x", "--prompt", "a", "--tokens", "2"]
 FILES = {
-    "val.bin": ["evaluate", "{run}", "--data", "{data}"],
-    "model.safetensors": ["generate", "{run}", "--tokens", "1"],
-    "config.json": ["generate", "{run}", "--tokens", "1"],
-    "windows.safetensors": ["interpret", "{run}"],
-    "layer_00.safetensors": ["interpret", "{run}"],
+    "data/val.bin": ["evaluate", "{run}", "--data", "{data}"],
+    "data/train.bin": ["train", "--data", "{data}", "--out", "{run}-new", "--tokens", "64", "--dry-run"],
+    "data/tokens.json": ["evaluate", "{run}", "--data", "{data}"],
+    "data/tokenizer.json": ["train", "--data", "{data}", "--out", "{run}-new", "--tokens", "64"],
+    "model/model.safetensors": GENERATE,
+    "model/config.json": GENERATE,
+    "model/tokenizer.json": GENERATE,
+    "records/fixed/windows.safetensors": ["interpret", "{run}"],
+    "records/fixed/neurons/layer_00.safetensors": ["interpret", "{run}"],
+    "records/fixed/records.json": ["interpret", "{run}"],
+    "records/fixed/tokenizer.json": ["interpret", "{run}"],
+    "run.json": ["report", "{run}"],
+    "evaluation.json": ["evaluate", "{run}", "--data", "{data}"],
+    "evaluation_documents.safetensors": ["report", "{run}"],
+    "whitebox.json": ["report", "{run}"],
+    "dial.json": ["dial", "{run}", *FEW, "--data", "{data}"],
+    "directions/neurons/layer_00.safetensors": SHOW,
+    "directions/neurons/directions.json": ["directions", "{run}"],
+    "directions/tokenizer.json": ["report", "{run}", "--site"],
+    "saes/a/sae_weights.safetensors": STEER,
+    "saes/a/cfg.json": STEER,
+    "saes/a/sae.json": STEER,
 }
 
 
@@ -54,16 +93,16 @@ def test_any_flipped_bit_is_noticed(
     rng: np.random.Generator,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    for attempt in range(4):
+    for attempt in range(FLIPS):
         data, run = tmp_path / f"data-{attempt}", tmp_path / f"run-{attempt}"
         shutil.copytree(collected[0], data)
         shutil.copytree(collected[1], run)
-        [path] = [*data.rglob(name), *run.rglob(name)][:1]
+        path = data / name.removeprefix("data/") if name.startswith("data/") else run / name
         flip(path, rng)
-        assert cli.main([part.format(run=run, data=data) for part in FILES[name]]) == 2
+        assert cli.main([part.format(run=run, data=data) for part in FILES[name]]) == 2, attempt
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ")
-        assert name in error
+        assert path.name in error
 
 
 def test_no_verify_reads_a_changed_file_for_one_command(

@@ -1,8 +1,11 @@
 """A run or model folder from elsewhere does no harm: planted links, pipes, pickles, token ids and patterns."""
 
+import contextlib
 import json
 import os
 import pickle
+import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,10 @@ from cratelm.data.tokenizer import LARGEST_VOCABULARY, token_strings
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.model.weights import load_model, save_model
+from cratelm.report.browser.overview_cache import CachedOverview
+from cratelm.report.export.model_card import model_card
+from cratelm.report.server.chunk_cache import Chunks
+from cratelm.report.server.votes import Votes
 from cratelm.rundir import append_jsonl, claim, write_json, write_text
 from cratelm.training.checkpoints import checkpoints
 
@@ -97,6 +104,65 @@ def test_commands_on_a_run_with_planted_links_and_pipes_end_in_one_line(
         refused(f"{name} must be a file", "report", str(run), "--out", str(tmp_path / "out"), capsys=capsys)
         (run / name).unlink()
         (run / name).write_bytes(content)
+
+
+def test_serving_a_run_with_planted_links_writes_nothing_outside(tmp_path: Path, victim: Path) -> None:
+    earlier.unpack(tmp_path)
+    run = tmp_path / earlier.RUN
+    (victim.parent / "theirs.json").write_text("{}")
+    (run / "overviews").symlink_to(victim.parent)
+    for name in ("votes.sqlite", "ballots.sqlite-journal"):
+        (run / name).symlink_to(victim)
+    chunks = Chunks([run], capabilities={})
+    chunks.begin().join(60)
+    while (content := chunks.chunk("overview")) is None:
+        time.sleep(0.05)
+    assert "tables" in json.loads(content)
+    for name in ("votes.sqlite", "ballots.sqlite"):
+        with pytest.raises(CrateError, match="must be a file, got a link"):
+            Votes(run / name).open()
+    (run / "overviews").unlink()
+    (run / "overviews").mkdir()
+    os.mkfifo(CachedOverview(models=chunks.models, mode="fixed").path)
+    assert CachedOverview(models=chunks.models, mode="fixed").read() is None
+    assert victim.read_text() == "precious"
+    assert {path.name for path in victim.parent.iterdir()} == {"victim", "theirs.json"}
+
+
+def test_votes_from_elsewhere_that_are_not_json_are_one_line(tmp_path: Path) -> None:
+    votes = Votes(tmp_path / "votes.sqlite")
+    votes.open()
+    for text in ("[" * 100_000, "{", b"\xff", 3):
+        with contextlib.closing(sqlite3.connect(votes.path)) as connection, connection:
+            connection.execute("DELETE FROM votes")
+            connection.execute("INSERT INTO votes (vote) VALUES (?)", [text])
+        with pytest.raises(CrateError, match="is not a votes file"):
+            votes.page()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_card_and_an_export_of_a_run_with_planted_pipes_and_links_end_in_one_line(
+    tmp_path: Path, victim: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier.unpack(tmp_path)
+    run = tmp_path / earlier.RUN
+    for name in ("evaluation.json", "run.json", "model/config.json", "interpretation.sqlite"):
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        with pytest.raises(CrateError, match=f"{name} must be a file, got a pipe"):
+            model_card(run, title="me/crate")
+        (run / name).unlink()
+        (run / name).symlink_to(victim)
+        with pytest.raises(CrateError):
+            model_card(run, title="me/crate")
+        (run / name).unlink()
+        (run / name).write_bytes(content)
+    assert "me/crate" in model_card(run, title="me/crate")
+    (tmp_path / "out").symlink_to(victim.parent)
+    refused("--out", "export", str(run), "--format", "hf", "--out", str(tmp_path / "out"), capsys=capsys)
+    assert [victim] == list(victim.parent.iterdir())
+    assert victim.read_text() == "precious"
 
 
 @pytest.mark.parametrize("place", ["metadata", "value"])

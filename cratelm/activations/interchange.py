@@ -18,9 +18,9 @@ from jaxtyping import Float32, Integer
 from tokenizers import Tokenizer, models
 
 from cratelm.activations.records import ABSENT, Mode, layer_file, records_folder
-from cratelm.checksums import write_tensors
+from cratelm.checksums import checked_path, write_tensors
 from cratelm.errors import CrateError
-from cratelm.rundir import atomic_path, check_regular, origin, parse_json, read_json, remove_leftovers, write_json
+from cratelm.rundir import check_regular, origin, parse_json, read_json, remove_leftovers, write_json
 from cratelm.runtime import ProgressBar, progress_bar
 
 Half = Literal["explain", "score"]
@@ -149,7 +149,7 @@ class _Text:
     def write(self, folder: Path) -> None:
         """Write `tokenizer.json` and `windows.safetensors`."""
         tokenizer = Tokenizer(models.WordLevel(vocab=self.vocabulary))
-        with atomic_path(folder / "tokenizer.json") as temporary:
+        with checked_path(folder / "tokenizer.json") as temporary:
             tokenizer.save(str(temporary))
         dtype = np.uint16 if len(self.vocabulary) <= 1 << 16 else np.uint32
         write_tensors(folder / "windows.safetensors", {

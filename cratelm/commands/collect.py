@@ -18,8 +18,9 @@ import tyro
 
 from cratelm.activations.plan import CollectConfig
 from cratelm.activations.records import Mode, layer_file, records_folder
+from cratelm.checksums import checked_path
 from cratelm.errors import CrateError, check_least
-from cratelm.rundir import atomic_path, claim
+from cratelm.rundir import claim
 from cratelm.runtime import console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_for_run
 from cratelm.workflows.options.arguments import Device, RunPaths, SplitName, TokensTokenizer
@@ -188,7 +189,7 @@ def _write_head(
 
     if opened.foreign is not None:
         write_foreign_run(home, opened.foreign, begin)
-    with atomic_path(records_folder(home, mode) / "tokenizer.json") as temporary:
+    with checked_path(records_folder(home, mode) / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
 
 

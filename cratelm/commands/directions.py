@@ -69,7 +69,7 @@ def _write(opened: OpenModel, options: Options) -> dict[str, list[str]]:
     """Write a file for each layer and the tokenizer; return the lists of each layer."""
     from cratelm.activations.direction_files import directions_file
     from cratelm.activations.observe import observe
-    from cratelm.checksums import write_tensors
+    from cratelm.checksums import checked_path, write_tensors
     from cratelm.data.tokenizer import vocabulary_size
     from cratelm.whitebox.directions import layer_directions, tokens_alone
     from cratelm.whitebox.wiring import wiring
@@ -78,7 +78,7 @@ def _write(opened: OpenModel, options: Options) -> dict[str, list[str]]:
     vocabulary = min(vocabulary_size(opened.tokenizer), causal.vocabulary_rows)
     begin = causal.row_beginning
     subject = observe(opened.model, model_hash=opened.model_hash, row_beginning=begin)
-    with atomic_path(opened.source / "directions" / "tokenizer.json") as temporary:
+    with checked_path(opened.source / "directions" / "tokenizer.json") as temporary:
         opened.tokenizer.save(str(temporary))
     written = {}
     with progress_bar(f"directions {opened.source.name}", total=2 * vocabulary) as bar:

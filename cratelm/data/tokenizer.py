@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from cratelm.checksums import verify
 from cratelm.data.converted_tokenizer import converted
 from cratelm.data.special_tokens import END_OF_TEXT, NAMING_FILES, NUMBERING_FILES
 from cratelm.data.text import Document
@@ -227,6 +228,7 @@ def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 
 def _from_json(path: Path) -> Tokenizer:
+    verify(path)
     try:
         return without_fixed_lengths(Tokenizer.from_str(check_regular(path).read_text(encoding="utf-8")))
     except Exception as error:  # the library raises a bare Exception for every fault of the content

@@ -115,7 +115,7 @@ def files(folder: Path) -> dict[str, Any]:
             result[str(file.relative_to(folder))] = file.read_bytes()
             if file.name == "records.json":
                 result[str(file.relative_to(folder))] = {
-                    k: v for k, v in json.loads(file.read_text()).items() if k != "origin"
+                    k: v for k, v in json.loads(file.read_text()).items() if k not in ("origin", "checksum")
                 }
     return result
 

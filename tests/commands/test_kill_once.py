@@ -49,7 +49,7 @@ def content(path: Path) -> dict[str, Any]:
             if file.suffix == ".json":
                 value = json.loads(files[name])
                 value.get("source", {}).pop("origin", None)
-                files[name] = {key: part for key, part in value.items() if key != "origin"}
+                files[name] = {key: part for key, part in value.items() if key not in ("origin", "checksum")}
     return files
 
 

@@ -21,6 +21,7 @@ from cratelm.interpretation.store.database import Store
 from cratelm.report.neuron_table import neurons_csv, open_table
 from cratelm.report.shown_text import visible
 from cratelm.report.terminal import HEAT
+from cratelm.rundir import write_json
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 Show = Callable[..., str]
@@ -105,7 +106,7 @@ def test_after_scoring_it_shows_scores_reasons_and_explanations(run: Path, show:
 def test_another_protocol_and_outdated_scores_are_reported(run: Path, show: Show) -> None:
     assert "scores and explanations: anthropic" in show(run, "--protocol", "anthropic")
     path = run / "records" / "fixed" / "records.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_hash": "another"}))
+    write_json(path, json.loads(path.read_text()) | {"model_hash": "another"})
     text = show(run)
     assert "come from other records" in text
     assert "Run: cratelm interpret" in text

@@ -17,6 +17,7 @@ from cratelm.data.text import Document, stream_documents
 from cratelm.data.tokenizer import END_OF_TEXT, gpt2_bpe, train_bpe
 from cratelm.data.tokens import TokenDirectory, sample_batch, tokenize
 from cratelm.errors import CrateError
+from cratelm.rundir import write_json
 
 WORDS = ["the ", "neuron", " fires", "\n\n", "  ", "漢字", "😀", "don't", "12,5", END_OF_TEXT, "<|", "é", "\t"]
 
@@ -215,7 +216,7 @@ def made(tmp_path: Path, bpe: Tokenizer, corpus: tuple[str, list[str]]) -> Path:
 
 def rewrite(folder: Path, **changes: Any) -> None:
     value = json.loads((folder / "tokens.json").read_text())
-    (folder / "tokens.json").write_text(json.dumps(value | changes))
+    write_json(folder / "tokens.json", value | changes)
 
 
 def test_damaged_shards_are_refused(made: Path) -> None:

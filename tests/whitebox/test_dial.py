@@ -205,7 +205,7 @@ def test_points_of_other_calls_stay(
     lines = [len(line.get_xdata()) for line in axes[1].lines]  # type: ignore[arg-type]
     assert sorted(lines) == [1, 2]  # one for each number of tokens
     content = json.loads((run / "dial.json").read_text())
-    (run / "dial.json").write_text(json.dumps(content | {"model_hash": "another"}))
+    write_json(run / "dial.json", content | {"model_hash": "another"})
     before = (run / "dial.json").read_bytes()
     capsys.readouterr()
     assert main([*base, "--penalty", "1", "--loss-only"]) == 2

@@ -23,6 +23,7 @@ from cratelm.report.browser.chunks import read_script, unpack
 from cratelm.report.browser.overview import overview, public
 from cratelm.report.browser.site import write_site
 from cratelm.report.server.chunk_cache import Chunks
+from cratelm.rundir import write_json
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -175,8 +176,7 @@ def test_dead_and_unscored_neurons_say_so(tmp_path: Path, rng: np.random.Generat
 def test_a_run_without_records_is_named_or_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     [scored] = scored_runs(tmp_path, rng, "crate-2l")
     bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "run.json").write_text((scored / "run.json").read_text().replace("crate-2l", "bare"))
+    write_json(bare / "run.json", json.loads((scored / "run.json").read_text()) | {"name": "bare"})
     data = write_site([scored, bare], tmp_path / "out").parent / "data"
     told = read_script(data / "site.js")["models"][1]
     assert told["taps"] == []

@@ -19,6 +19,7 @@ from cratelm.report.contents import ReportContents
 from cratelm.report.export.model_card import model_card
 from cratelm.report.results.gather import gather
 from cratelm.report.tables.form import as_markdown
+from cratelm.rundir import write_json
 
 
 def make_model(arch: Any) -> LanguageModel:
@@ -112,7 +113,7 @@ def test_the_card_copes_with_numbers_that_an_evaluation_does_not_have(tmp_path: 
     lambada = evaluation["zero_shot"]["lambada"]
     word = {**lambada["last_word"], "perplexity": None}
     evaluation["zero_shot"]["lambada"] = {**lambada, **nothing, "last_word": word}
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, "standard_error": math.nan, "perplexity": math.inf}))
+    write_json(run / "evaluation.json", {**evaluation, "standard_error": math.nan, "perplexity": math.inf})
     card = model_card(run, title="me/crate-tiny")
     assert f"| held-out (val) | {evaluation['nats_per_token']:.4f} | too large for a number |" in card
     assert "| lambada | 4.1000 | too large for a number | 1.2000 | 12,345 |" in card
@@ -137,5 +138,5 @@ def _scored_run(folder: Path, rng: np.random.Generator) -> Path:
             "tokens": 12345, "documents": 8, "last_word": word,
         }
     }  # fmt: skip
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    write_json(run / "evaluation.json", evaluation)
     return run

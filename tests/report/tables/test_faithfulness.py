@@ -33,7 +33,7 @@ def make_compared(folder: Path, rng: np.random.Generator, name: str = "crate-2l"
     shutil.copyfile(layer_file(run, "fixed", "neurons", 0), file)
     records = run / "records" / "fixed" / "records.json"
     taps = {"neurons": {"layers": [0, 1], "signed": False}, "sae-a": {"layers": [1], "signed": False, "sae_hash": "h"}}
-    records.write_text(json.dumps(json.loads(records.read_text()) | {"taps": taps}))
+    rundir.write_json(records, json.loads(records.read_text()) | {"taps": taps})
     for tap in taps:
         interpret.run(interpret.Options(runs=(run,), tap=tap))
     rundir.write_json(run / "saes" / "a" / "evaluation.json", EVALUATION | changes)
@@ -98,7 +98,7 @@ def test_what_is_not_the_same_autoencoder_or_not_scored_is_left_out(tmp_path: Pa
     interpret.run(interpret.Options(runs=(plain,)))
     rundir.write_json(plain / "saes" / "a" / "evaluation.json", EVALUATION)
     records = plain / "records" / "fixed" / "records.json"
-    records.write_text(json.dumps(json.loads(records.read_text()) | {"taps": {"neurons": {"layers": [0, 1]}}}))
+    rundir.write_json(records, json.loads(records.read_text()) | {"taps": {"neurons": {"layers": [0, 1]}}})
     assert compared(gather([plain])) == ()
 
 

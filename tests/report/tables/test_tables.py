@@ -42,7 +42,7 @@ def cells(table: Table, title: str) -> list[tables.Cell]:
 
 
 def change(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    rundir.write_json(path, {**json.loads(path.read_text()), **fields})
 
 
 def test_the_interpretability_table_holds_what_the_scores_give(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import check_least
-from cratelm.rundir import atomic_path, claim, origin, write_json
+from cratelm.rundir import claim, origin, write_json
 from cratelm.runtime import console, progress_bar
 from cratelm.workflows.opening import OpenModel, open_model
 from cratelm.workflows.options.arguments import Device, RunPaths

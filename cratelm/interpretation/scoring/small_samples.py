@@ -55,6 +55,11 @@ def rescaled(
     return _spread(samples, error / spread) if error and spread else samples
 
 
+def unbiased(samples: Float[np.ndarray, " samples"], neurons: int) -> Float[np.ndarray, " samples"]:
+    """Values of a bootstrap over few neurons alone, spread around their mean by sqrt(n/(n-1))."""
+    return _spread(samples, math.sqrt(neurons / (neurons - 1))) if 1 < neurons < FEW_NEURONS else samples
+
+
 def freedom_of(neurons: int) -> float:
     """Degrees of freedom of a mean over neurons; infinite where nothing is corrected."""
     return float(neurons - 1) if 1 < neurons < FEW_NEURONS else math.inf

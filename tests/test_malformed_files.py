@@ -260,8 +260,9 @@ def impatient(patch: pytest.MonkeyPatch) -> None:
     """Retries without waits, and files read without comparing checksums."""
     patch.setenv("CRATELM_VERIFY", "0")
     if OF_LLM:
-        from cratelm.interpretation.clients import transport
+        from cratelm.interpretation.clients import endpoint, transport
 
+        assert endpoint  # annotates with the class, so it is imported before
         short = transport.Retry(attempts=3, first=0.001, longest=0.002)
         patch.setattr(transport, "Retry", lambda: short)
 

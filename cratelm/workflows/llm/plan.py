@@ -258,7 +258,7 @@ async def time_trial(simulator: Any, store: Store, in_flight: int, cost: Cost) -
     one_by_one = method in ("token-by-token", "next-token")  # one call per token
     first = excerpts[0][: 1 if one_by_one else None]
     if not remote:  # the speed is the same without few-shot neurons, and a trial is short
-        simulator = replace(simulator, left_out=len(few_shot_neurons()))
+        simulator = with_changes(simulator, left_out=len(few_shot_neurons()))
     console.print("timing a simulation")
 
     async def seconds(excerpts: Sequence[Sequence[str]], llm: LLM) -> float:

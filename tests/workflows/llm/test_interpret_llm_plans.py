@@ -25,6 +25,7 @@ from cratelm.interpretation.llm import Message, Prompt, Sampling
 from cratelm.interpretation.prompts import explainer as prompts
 from cratelm.interpretation.prompts.few_shot import few_shot_neurons
 from cratelm.interpretation.simulators import prompt_fitting as simulators
+from cratelm.interpretation.simulators.contrastive import Contrastive
 from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.stages.estimate import Cost, CountingLLM, estimated_seconds
 from cratelm.interpretation.store.answer_cache import Cached
@@ -161,6 +162,13 @@ def test_a_slow_trial_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(plan, "LONGEST_TRIAL", limit)
         assert asyncio.run(time_trial(simulator, Store(tmp_path), 32, cost)).startswith("time: about")
         assert excerpts == expected
+
+
+@pytest.mark.parametrize("method", ["all-at-once", "next-token"])
+def test_a_contrast_of_a_model_in_this_process_is_timed(method: str, tmp_path: Path) -> None:
+    simulator = Contrastive(inner=asyncio.run(open_simulator(method, RuleFollower())))
+    cost = Cost(calls=100, read=1000, computed=1000)
+    assert asyncio.run(time_trial(simulator, Store(tmp_path), 32, cost)).startswith("time: about")
 
 
 def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(

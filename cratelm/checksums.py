@@ -77,12 +77,12 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], **metadata: str)
 
 
 def read_tensors(path: Path, *, hint: str) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file of ours. `hint` ends the error message of a damaged file."""
+    """All arrays of a safetensors file that cratelm wrote. `hint` ends the error message of a damaged file."""
     return read_tensors_and_metadata(path, hint=hint)[0]
 
 
 def read_tensors_and_metadata(path: Path, *, hint: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of a safetensors file of ours."""
+    """The arrays and the metadata of a safetensors file that cratelm wrote."""
     verify(path, hint=hint)
     try:
         with safe_open(check_regular(path), framework="np") as file:

@@ -1,4 +1,4 @@
-"""The types of the fields that readers of our JSON files depend on; `docs/formats.md` describes all fields.
+"""The types of the fields that readers of the JSON files depend on; `docs/formats.md` describes all fields.
 
 A type is a Python type, a dictionary of fields (`...` is every other field), `[items]`, or a tuple of alternatives. A
 field that may be None may be missing, and fields that are not named here are ignored, so newer files stay readable.

@@ -26,7 +26,7 @@ from cratelm.errors import CrateError
 from cratelm.json_fields import CHECKSUM, JSON_FIELDS, checksum_of, mismatch, shortened
 
 FORMAT_VERSION = 1
-"""Version written into every file of ours. A file with a higher one is refused."""
+"""Version written into every file. A file with a higher one is refused."""
 VERIFY_SWITCH = "CRATELM_VERIFY"
 """The environment variable that is `0` where checksums are not compared; `--no-verify` sets it for one command."""
 
@@ -62,7 +62,7 @@ def check_inside(path: Path) -> Path:
 
 
 def check_writable(path: Path) -> Path:
-    """Return the path of a file that is written in place. Raises CrateError for a link, and for all but a file."""
+    """Return the path of a file that is written in place. Raises CrateError for a link and for anything but a file."""
     if path.is_symlink():
         raise CrateError(f"{path} must be a file, got a link. Hint: remove the link")
     with contextlib.suppress(FileNotFoundError):  # not there yet, or a journal that another process has just removed

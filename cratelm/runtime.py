@@ -106,7 +106,7 @@ def _bar_width() -> int:
 
 
 class ProgressBar:
-    """One line: what, bar, share, rate, time left, and a note such as the loss. Plain lines where no terminal is."""
+    """One line: what, bar, share, rate, time left, and a note such as the loss. Plain lines without a terminal."""
 
     def __init__(self, progress: Progress, what: str, total: float | int) -> None:
         self._progress, self._what, self._total = progress, what, total

@@ -140,7 +140,7 @@ class Collector:
         return maxima
 
     def _propose(self, layer: int, inside: Tensor, maxima: Tensor, width: int, windows: BatchWindows) -> _Proposal:
-        """Each row proposes, to each neuron, its strongest window."""
+        """Propose, for each neuron, the strongest window of each row."""
         maxima = maxima[:, : windows.most]
         maxima = maxima if windows.missing is None else maxima.masked_fill(windows.missing[..., None], -math.inf)
         strongest, which = maxima.max(dim=1)

@@ -56,7 +56,7 @@ class LayerDirections:
         return [pair for pair in zip(index, value, strict=True) if pair[0] != ABSENT]
 
     def has(self, name: str, end: End) -> bool:
-        """Whether the file has this end of a list."""
+        """Whether the file has the largest or the smallest entries (`end`) of a list."""
         return f"{name}.{end}.index" in self.arrays
 
     def head_shares(self, neuron: int) -> dict[str, Float[np.ndarray, " heads"]]:

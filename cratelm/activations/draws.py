@@ -39,9 +39,9 @@ def random_sequences(neurons: int, tokens: int, generator: np.random.Generator) 
 
 
 class RowBlocks:
-    """RowBlocks that arrive batch by batch, held in large blocks.
+    """Rows of tensors that arrive batch by batch, held in large blocks.
 
-    Small tensors that stay, between large ones that do not, would fragment the heap: it grew with the corpus.
+    Small tensors that are kept, between large ones that are freed, would fragment the heap, which grew with the corpus.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -26,7 +26,7 @@ TRIAL_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectionForecast:
-    """Measured by a trial."""
+    """Speed, disk space and memory of a collection, measured by a trial."""
 
     tokens_per_second: float
     records_bytes: int

@@ -1,4 +1,4 @@
-"""Models without a training run: any Hugging Face causal language model, or a bare model directory of ours."""
+"""Models without a training run: any Hugging Face model, or a model directory of cratelm without a run."""
 
 import importlib
 from dataclasses import dataclass

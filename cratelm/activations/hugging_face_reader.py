@@ -10,7 +10,7 @@ from cratelm.model.generate import TextReader
 
 
 class HuggingFaceReader(TextReader):
-    """The reader of a model of `transformers`, with its cache."""
+    """Reads tokens with a model of `transformers` and its key-value cache."""
 
     def __init__(
         self, module: Any, context: int | None, *, mask: Bool[Tensor, "batch seq"] | None, slide: int, use_cache: bool

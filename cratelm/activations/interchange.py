@@ -38,7 +38,7 @@ MOMENTS = ("mean", "variance", "skewness", "kurtosis")
 Read = tuple[list[str], Float32[np.ndarray, " _"]]
 """An excerpt of a file: texts of its tokens, and their activations."""
 Placed = tuple[int, Float32[np.ndarray, " _"]]
-"""An excerpt of ours: index of its first token among all tokens kept, and its activations."""
+"""An excerpt of the records: index of its first token among all tokens kept, and its activations."""
 
 
 def interleave(explain: Sequence[Item], score: Sequence[Item], halves: Sequence[Half]) -> list[Item]:

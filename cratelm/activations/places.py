@@ -1,6 +1,6 @@
 """Find a model's neurons, heads and residual stream in the structure of its modules.
 
-Works on our models and on any Hugging Face causal language model whose layers are a list of blocks, each with an
+Works on `LanguageModel`s and on any Hugging Face causal language model whose layers are a list of blocks, each with an
 attention and a two-matrix or gated MLP: GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen, OPT, Phi, Gemma and similar.
 The neurons are the inputs of the MLP's last map: `act(W1 x)`, or `act(gate) * up` of a gated MLP. The rows of that
 map are their decoder directions.
@@ -76,7 +76,7 @@ def map_directions(model: nn.Module, places: Mapping[int, str]) -> dict[int, Flo
 def _direction(model: nn.Module, tap: str) -> Float[Tensor, "neurons d_model"] | None:
     if tap.endswith(INPUT):
         last: Any = find_tap(model, tap)
-    else:  # the tap of our models' codes is a module without weights, inside the block that decodes them
+    else:  # the tap of a `LanguageModel`'s code is a module without weights, inside the block that decodes them
         block: Any = model.get_submodule(tap.rpartition(".")[0]) if tap.endswith(".neurons") else None
         if hasattr(block, "atoms"):
             return block.directions.detach()

@@ -151,7 +151,7 @@ class TopExcerpts:
         length: Int[Tensor, " candidates"],
         activation: Float[Tensor, "candidates width"],
     ) -> None:
-        """Propose excerpts."""
+        """Propose excerpts; the strongest of each neuron are kept."""
         self.pending.append((neuron, maximum, position, document, length.to(torch.int16), activation))
         self._waiting += len(neuron)
         if self._waiting > self.neurons * self.keep:

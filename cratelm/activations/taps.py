@@ -1,7 +1,7 @@
 """Read or edit activations at named places of a model, without changes to its `forward`.
 
 A tap is the path of any submodule, as in `named_modules()`; its value is the module's output, or with `:input` after
-the path the module's first argument. Our models list the taps of their neurons (`model.neuron_taps`).
+the path the module's first argument. A `LanguageModel` lists the taps of its neurons (`model.neuron_taps`).
 """
 
 import contextlib

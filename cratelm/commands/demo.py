@@ -116,7 +116,7 @@ def _tokenize(options: Options) -> None:
 
 
 def _train(options: Options, config: TrainConfig) -> None:
-    """Both models at once, each on half of the cores; a mistake or Ctrl-C in folder stops the other."""
+    """Both models at once, each on half of the cores; a mistake or Ctrl-C in one stops the other."""
     import torch
 
     from cratelm.data.tokens import TokenDirectory

@@ -30,7 +30,7 @@ class Options:
     runs: RunPaths
     """Run directories."""
     data: Path | None = None
-    """Token directory to predict."""
+    """Token directory to measure the loss on."""
     tokenizer: TokensTokenizer = None
     split: SplitName = "val"
     zero_shot: str = ""
@@ -94,7 +94,7 @@ def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any
 
 
 def print_table(title: str, losses: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line per text."""
+    """Print a table with one line per text."""
     width = max(len("text"), *map(len, losses))
     columns = "   nats per token  perplexity  bits/byte   tokens  last word: %, perplexity"
     print(f"{title}, zero-shot\n{'text':{width}}{columns}")

@@ -22,7 +22,7 @@ from cratelm.workflows.options.selection import Selection
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Selection):
-    """Which neurons, and who explains."""
+    """Which neurons, and the explainer."""
 
     BASIC: ClassVar = ("layer", "protocol", "mode", "llm", "model", "neurons", "dry_run", "budget_tokens")
     """The options that `--help` shows; `--help-all` shows all."""

@@ -166,7 +166,7 @@ def _tokenize(opened: "OpenModel", text: tuple[str, ...], out: Path) -> None:
 
 
 def _tokens_within(opened: "OpenModel", options: Options, home: Path) -> int | None:
-    """How many tokens fit into the time; None for all of them. A resumed command reads the number of the first."""
+    """How many tokens fit into the time; None for all of them. A resumed command reads the stored number."""
     from cratelm.activations.forecast import fewest_tokens, forecast_collection
     from cratelm.activations.observe import observe
     from cratelm.activations.plan import CollectConfig

@@ -86,7 +86,7 @@ def _export_model(options: Options) -> None:
 
 
 def _is_written(options: Options, out: Path) -> bool:
-    """Whether `out` is this export, complete: a process that was stopped at its end may have left it."""
+    """Whether `out` already is the complete export, written by a process that was stopped afterwards."""
     from cratelm.model.official import read_official
     from cratelm.model.weights import find_model, load_model, weights_hash
 

@@ -43,7 +43,7 @@ from cratelm.workflows.options.selection import Selection
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Selection):
-    """Which neurons, protocols and controls, and who explains and simulates."""
+    """Which neurons, protocols and controls, and the explainer and simulator."""
 
     BASIC: ClassVar = (
         "layer", "protocol", "mode", "controls", "llm",

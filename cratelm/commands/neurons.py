@@ -68,7 +68,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print the list, or interpretation neuron."""
+    """Print the list, or one neuron."""
     layers = find_layers(options.run, options.mode, options.tap)
     wanted = () if options.layer is None else (options.layer,)
     layer = find_layers(options.run, options.mode, options.tap, wanted)[0]
@@ -131,7 +131,7 @@ def _look(console: Console, table: NeuronTable, options: Options, index: int) ->
 
 
 def _facts(table: NeuronTable, index: int) -> Iterator[str]:
-    """Statistics, scores and explanations of interpretation neuron, a line each."""
+    """Statistics, scores and explanations of one neuron, a line each."""
     names = ("density", "max", "min", "mean", "variance", "skewness", "kurtosis")
     values = {name: float(table.column(name)[index]) for name in names}
     yield ", ".join(f"{name} {value:.3g}{' %' if name == 'density' else ''}" for name, value in values.items())

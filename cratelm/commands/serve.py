@@ -62,7 +62,7 @@ class Options:
     new_tokens: int = 200
     """Maximum length of a continuation, in tokens."""
     in_flight: int = 4
-    """Concurrent requests to models; further requests get the answer to try again."""
+    """Concurrent requests to models; further requests are refused and can be tried again."""
     llm: Where = ""
     """Language model that visitors can ask for explanations: a server's URL, or a Hugging Face directory or name."""
     model: Name = ""
@@ -93,7 +93,7 @@ def run(options: Options) -> None:
         returned = threading.Event()
 
         def end() -> None:
-            """End the process although a model computes: stores and votes are written in transactions."""
+            """End the process even while a model computes: stores and votes are written in transactions."""
             if not returned.is_set() or not threading.main_thread().is_alive():
                 os._exit(130)
 

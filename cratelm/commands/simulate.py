@@ -29,7 +29,7 @@ from cratelm.workflows.options.selection import Selection
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Selection):
-    """Which neurons and controls, and who simulates."""
+    """Which neurons and controls, and the simulator."""
 
     BASIC: ClassVar = ("layer", "protocol", "mode", "controls", "llm", "model", "neurons", "simulator", "dry_run")
     """The options that `--help` shows; `--help-all` shows all."""

@@ -65,7 +65,7 @@ class Options:
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
     """How to train; the same for all runs."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
-    """How to execute the training."""
+    """Settings that change speed and memory, not results."""
     dry_run: bool = False
     """Print the plan and an estimate of the time, then stop."""
     device: Device = "auto"

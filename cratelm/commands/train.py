@@ -53,9 +53,9 @@ class Options:
     vocab_size: int | None = None
     """Rows of the embedding; by default the tokenizer's vocabulary, rounded up to a multiple of 64."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    """How to train."""
+    """Settings of the training."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
-    """How to execute the training."""
+    """Settings that change speed and memory, not results."""
     measure: tuple[MeasurementName, ...] = ()
     """Measurements during training: `lookup` (lookup score of some neurons), `samples` (of generated text), `whitebox`
     (coding rates, sparsity, objective and dictionary of each layer)."""

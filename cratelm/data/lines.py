@@ -25,7 +25,7 @@ def encoding_by_mark(data: bytes) -> str:
 
 
 def read_lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """Lines of a file, without their ends; `on_bytes` hears how many bytes of the file were read.
+    """Lines of a file, without their ends; `on_bytes` is called with the number of bytes read.
 
     A damaged file raises EOFError, UnicodeDecodeError, zlib.error or zstandard.ZstdError after its last whole line.
     The time is linear in the length of a line, however the chunks cut it.

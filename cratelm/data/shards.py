@@ -214,7 +214,7 @@ def _in_order(
 
 @contextlib.contextmanager
 def _one_thread_per_call() -> Iterator[None]:
-    """Disable the library's thread pool: our threads are faster, respect `workers`, and are safe before a fork."""
+    """Disable the library's thread pool: the threads here are faster, respect `workers`, and are safe before a fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -123,7 +123,7 @@ def source_bytes(sources: Sequence[str]) -> int:
 
 
 def _size_and_time(file: _File) -> tuple[int, int]:
-    """Zeros for a link that leads nowhere, which is reported when it is read."""
+    """Size and time of a file; zeros for a broken link, which is reported when it is read."""
     with contextlib.suppress(OSError):
         stat = file.path.stat()
         return stat.st_size, stat.st_mtime_ns
@@ -313,7 +313,9 @@ def _read_hub(source: str, field: str) -> Iterator[Document | _Bad]:
         for number, row in enumerate(rows, start=1):
             yield _from_row(row, f"{source}:{number}", field)
     except (OSError, ValueError) as error:
-        raise CrateError(f"{source} cannot be streamed ({_one_line(error)}). Check name and connection") from error
+        raise CrateError(
+            f"{source} cannot be streamed ({_one_line(error)}). Check the name and the connection"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -149,7 +149,7 @@ class BatchService(Protocol):
         """The state of a batch."""
 
     def results(self, batch: Mapping[str, Any], sizes: Mapping[str, int]) -> AsyncIterator[Any]:
-        """What became of each request."""
+        """The result of each request."""
 
 
 @runtime_checkable
@@ -212,7 +212,7 @@ class LLM(Protocol):
 
     @property
     def unsupported(self) -> set[str]:
-        """Parameters that the server refuses, which are not sent; what an earlier process found may be added."""
+        """Parameters that the server refuses, which are not sent; an earlier process may have detected some."""
         ...
 
     def set_logprobs_format(self, style: str, most: int) -> None:
@@ -283,7 +283,7 @@ class InProcess:
         return 0.0
 
     async def rendered(self, messages: Sequence[Message]) -> str | None:  # noqa: ARG002
-        """Not known."""
+        """None: the template is not known."""
         return None
 
     async def connect(self) -> None:

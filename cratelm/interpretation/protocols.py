@@ -74,7 +74,7 @@ def protocol(name: str, mode: Mode = "fixed") -> Protocol:
 
 
 def _anthropic(mode: Mode) -> Protocol:
-    """Short excerpts from every height: 42 to explain; 47 with 326 tokens to score, the last 10 out of context.
+    """Short excerpts of every strength: 42 to explain; 47 with 326 tokens to score, the last 10 out of context.
 
     In `compat` mode scoring goes on where explaining stopped; in `fixed` mode each has its own documents.
     """

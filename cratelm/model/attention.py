@@ -1,4 +1,4 @@
-"""Attention once queries, keys and values are there, the same for CRATE and GPT-2, with its variants.
+"""Attention over given queries, keys and values, the same for CRATE and GPT-2, with its variants.
 
 The paper's form is `Attend` with nothing prepared: softmax(q k^T / sqrt(p)) v over the past and oneself. A variant is a
 small module that changes queries and keys before that (`PREPARATIONS`), or a stricter mask; each is defined in
@@ -30,7 +30,7 @@ class Span:
     """The layer's part of the cache, to read and to extend; None without one."""
 
     def extend(self, *new: Float[Tensor, "batch queries d_model"]) -> tuple[Float[Tensor, "batch keys d_model"], ...]:
-        """Keep the new projections in the cache and return all there are; without a cache, the new ones."""
+        """Keep the new projections in the cache and return all that it holds; without a cache, return the new ones."""
         if self.stored is None:
             return new
         end = self.positions.shape[1]
@@ -75,11 +75,11 @@ class ShiftedKeys(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Halves of both."""
+        """Start with equal shares of the token's key and the previous one."""
         nn.init.constant_(self.mix, 0.5)
 
     def forward(self, q: Queries, k: Heads, span: Span | None) -> tuple[Queries, Heads]:
-        """Queries stay."""
+        """Mix each key with the previous one; queries are unchanged."""
         previous = F.pad(k, (0, 0, 1, -1))
         if span is not None and span.real is not None:
             previous = previous * F.pad(span.real, (1, -1))[:, None, :, None]
@@ -96,11 +96,11 @@ class Normalised(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Scores between -5 and 5."""
+        """Start with scores between -5 and 5."""
         nn.init.constant_(self.temperature, 5.0)
 
     def forward(self, q: Queries, k: Heads, span: Span | None) -> tuple[Queries, Heads]:  # noqa: ARG002
-        """The later division by sqrt(p) takes the two p^(1/4) away."""
+        """Normalise queries and keys; the factors p^(1/4) cancel the later division by sqrt(p)."""
         scale = q.shape[-1] ** 0.25
         return F.normalize(q, dim=-1) * (scale * self.temperature[:, None, None]), F.normalize(k, dim=-1) * scale
 
@@ -113,7 +113,7 @@ class Rotary(nn.Module):
         assert config.d_model // config.num_heads % 2 == 0, "ModelConfig checks that heads have an even width"
 
     def forward(self, q: Queries, k: Heads, span: Span | None) -> tuple[Queries, Heads]:
-        """Scores then depend on the distance of two tokens, not on where they are."""
+        """Rotate queries and keys: scores then depend on the distance of two tokens, not on their positions."""
         positions = torch.arange(k.shape[2], device=k.device)[None] if span is None else span.positions
         half = k.shape[3] // 2
         rates = 10_000.0 ** -(torch.arange(half, device=k.device) / half)

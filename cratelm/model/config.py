@@ -190,10 +190,10 @@ def _problems_of_variants(config: ModelConfig) -> list[str]:
     if config.ista_step_size <= 0 or config.penalty < 0 or (config.learned_penalty and config.penalty == 0):
         problems.append("ista_step_size and a learned penalty start above 0, a fixed penalty may be 0")
     if config.activation_l1 < 0:
-        problems.append(f"activation_l1 is {config.activation_l1}, at least 0 is needed")
+        problems.append(f"activation_l1 must be at least 0, got {config.activation_l1}")
     top_k = config.top_k_activations
     if top_k is not None and not 1 <= top_k <= config.num_neurons:
-        problems.append(f"top_k_activations is {top_k}, possible are 1 to {config.num_neurons}")
+        problems.append(f"top_k_activations must be 1 to {config.num_neurons}, got {top_k}")
     return problems
 
 

@@ -90,7 +90,7 @@ class Shrinkage(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from the constants."""
+        """Start from the constants of the configuration."""
         if self.log_step_sizes is not None:
             nn.init.constant_(self.log_step_sizes, math.log(self.step_size))
         if self.log_penalties is not None:
@@ -99,7 +99,7 @@ class Shrinkage(nn.Module):
     def forward(
         self, atoms: Float[Tensor, "neurons d_model"]
     ) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps #neurons"]]:
-        """Step sizes, and each step's thresholds, one for all neurons or one each, where the atoms are."""
+        """Step sizes, and each step's thresholds (one for all neurons or one each), on the device of the atoms."""
         step_sizes, penalties = (
             atoms.new_full((count,), value, dtype=torch.promote_types(atoms.dtype, torch.float32))
             if logarithm is None

@@ -32,12 +32,12 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """Most tokens it can hold."""
+        """Most tokens that the cache can hold."""
         return self.stored.shape[3]
 
     @property
     def nbytes(self) -> int:
-        """Its size in memory."""
+        """Size of the cache in bytes."""
         return self.stored.nbytes
 
     def admit(self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> None:
@@ -125,7 +125,7 @@ class TextReader(ABC):
 
 
 class Reader(TextReader):
-    """The reader of a `LanguageModel`, with our cache."""
+    """Reads tokens with a `LanguageModel` and its key-value cache."""
 
     def __init__(
         self, model: Predictor, *, longest: int, mask: Bool[Tensor, "batch seq"] | None, slide: int, use_cache: bool
@@ -162,7 +162,7 @@ def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float 
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise CrateError(f"temperature is {temperature} and top_k {top_k}; a number from 0 and at least 1 are needed")
     if top_p is not None and not 0 < top_p <= 1:
-        raise CrateError(f"top_p is {top_p}, possible is above 0 up to 1")
+        raise CrateError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 def sample(

@@ -61,7 +61,7 @@ class Largest(nn.Module):
         self.k = k
 
     def forward(self, code: Float[Tensor, "*tokens neurons"]) -> Float[Tensor, "*tokens neurons"]:
-        """The same shape."""
+        """Set all but the k largest activations to 0."""
         largest = code.topk(self.k, dim=-1)
         return torch.zeros_like(code).scatter(-1, largest.indices, largest.values)
 

@@ -81,7 +81,7 @@ class _SparseCode(torch.autograd.Function):
         d_step_sizes, d_thresholds = torch.zeros_like(step_sizes), torch.zeros_like(thresholds)
         _, needs_atoms, needs_steps, needs_thresholds, *_ = ctx.needs_input_grad
         for t in reversed(range(steps)):
-            buffer = torch.empty_like(gradient) if t == steps - 1 else gradient  # the first gradient is not ours
+            buffer = torch.empty_like(gradient) if t == steps - 1 else gradient  # the first one is autograd's
             p = _relu_backward(gradient, after[t], 0, grad_input=buffer)
             u = torch.mm(p, atoms)
             if needs_steps:

@@ -85,7 +85,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale in place what the forward pass left; autograd notices and refuses a second time."""
+        """Scale the stored gradients in place; autograd therefore refuses a second backward pass."""
         d_features, d_head = ctx.saved_tensors
         return d_features.mul_(gradient), d_head.mul_(gradient), None, None, None
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the released code (`torch.save`, one `.pt` file) to our models and back.
+"""Checkpoints of the released code (`torch.save`, one `.pt` file) to `LanguageModel`s and back.
 
 The file holds a dictionary with the weights under `model` and the sizes under `model_args`; nanoGPT's GPT-2 checkpoints
 have the same layout. Nothing in it says which activation a GPT-2 has: the released baseline has ReLU, nanoGPT's GELU.
@@ -201,7 +201,7 @@ def _is_complete(config: ModelConfig) -> bool:
 
 
 def _oriented(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Between the released orientation of the dictionary and ours, either way."""
+    """Convert between the released orientation of the dictionary and that of a `LanguageModel`, either way."""
     turned = _is_complete(config)
     return {name: x.T.contiguous() if turned and name.endswith("ista.weight") else x for name, x in state.items()}
 

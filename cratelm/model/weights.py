@@ -1,8 +1,8 @@
 """Model directories: `config.json`, `model.safetensors`, `tokenizer.json`, as Hugging Face lays them out.
 
 GPT-2 is written under the names, shapes and zero biases that `GPT2LMHeadModel` expects, so any tool opens it. CRATE,
-and a GPT-2 that differs from the stock one, have a `model_type` of their own, `crate`, and our names; transformers
-opens them with the classes of `cratelm.huggingface`.
+and a GPT-2 that differs from the stock one, have a separate `model_type`, `crate`, and this package's names;
+transformers opens them with the classes of `cratelm.huggingface`.
 """
 
 import hashlib
@@ -102,7 +102,7 @@ def load_model(folder: Path) -> LanguageModel:
 
 
 def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights under our names."""
+    """Configuration and weights under the names of `LanguageModel`."""
     match fields.get("model_type"):
         case "crate":
             check_format_version(path, fields.get("format_version", FORMAT_VERSION))
@@ -112,8 +112,8 @@ def _fit(path: Path, fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
             }
         case "gpt2":
             state = _from_gpt2(state)
-            # Other tools need zero biases where we have none. `bias` in our config.json cannot say it alone: they
-            # copy it when they train the model further.
+            # Other tools need zero biases where a `LanguageModel` has none. `bias` in its config.json is not enough:
+            # they copy it when they train the model further.
             biases = {name for name, tensor in state.items() if name.endswith(".bias")}
             bias = bool(fields.get("bias")) or any(bool(state[name].any()) for name in biases)
             state = {name: tensor for name, tensor in state.items() if bias or name not in biases}
@@ -127,7 +127,7 @@ def build(
 ) -> LanguageModel:  # fmt: skip
     """A model with these weights; names or shapes that do not fit are reported in one line.
 
-    `named` turns our name of a weight into the one that `source` has for it.
+    `named` maps the name of a weight in a `LanguageModel` to its name in `source`.
     """
     if config.num_layers > len(state):
         raise CrateError(
@@ -215,7 +215,7 @@ def find_model(source: str | Path) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CrateError(
             f"{source} is neither a local folder nor reachable on the hub ({reason}). "
-            "Check name and connection, or make a model: cratelm train --data DIR --out RUN"
+            "Check the name and the connection, or make a model: cratelm train --data DIR --out RUN"
         ) from None
 
 
@@ -290,12 +290,12 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> M
 
 
 def _to_crate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names as `CrateForCausalLM` has them, which holds the `LanguageModel` as its `model`."""
+    """Names of weights as `CrateForCausalLM` has them, which holds the `LanguageModel` as its `model`."""
     return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
 def _to_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names to `GPT2LMHeadModel`'s, its (in, out) layout of linear maps, and zero biases where we have none."""
+    """Weights under `GPT2LMHeadModel`'s names, in its (in, out) layout, with zero biases where there are none."""
     renamed = {}
     for name, tensor in state.items():
         module, kind = name.rsplit(".", 1)
@@ -316,7 +316,7 @@ def _gpt2_module(module: str) -> str:
 
 
 def _from_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`GPT2LMHeadModel`'s names and layout to ours; mask buffers are left out."""
+    """Weights of a `GPT2LMHeadModel` under the names and in the layout of a `LanguageModel`, without mask buffers."""
     shell = {theirs: ours for ours, theirs in _GPT2_SHELL.items()}
     block = {theirs: ours for ours, theirs in GPT2_BLOCK.items()}
     renamed = {}

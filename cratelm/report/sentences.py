@@ -171,7 +171,7 @@ def _difference(ours: Mean, theirs: Mean, names: Sequence[str]) -> str:
 
 
 def difference(ours: Mean, theirs: Mean, names: Sequence[str]) -> tuple[float, float, float]:
-    """Ours minus theirs in points with the ends of the 95 % interval, of the first measure minus the others.
+    """One model minus the other in points, with the ends of the 95 % interval: of the first measure minus the others.
 
     The two models are resampled independently.
     """

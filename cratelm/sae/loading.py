@@ -26,7 +26,7 @@ HOOKS = (
     (r"blocks\.(\d+)\.attn\.hook_z", "heads"),
     (r"blocks\.(\d+)\.hook_resid_post", "residual"),
 )
-"""Hook names of TransformerLens -> our taps. `hook_resid_pre` is the residual tap of the previous layer."""
+"""Hook names of TransformerLens -> taps. `hook_resid_pre` is the residual tap of the previous layer."""
 
 
 def saes_folder(run: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The loss of a model when an activation is replaced; for our models and Hugging Face models."""
+"""The loss of a model when an activation is replaced; for `LanguageModel`s and Hugging Face models."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Train an autoencoder with the trainer of sae-lens on our stream of activations; training can resume at any step.
+"""Train an autoencoder with the trainer of sae-lens on the stream of `stream.py`; training can resume at any step.
 
 The batch of a step is a function of (seed, step), the whole state of the trainer is saved, and nothing else is random:
 a resumed training goes through the same numbers as one that was not stopped.
@@ -64,7 +64,7 @@ class TrainingPlace:
 
 
 class Trainer:
-    """The trainer of sae-lens with our schedules and resampling."""
+    """The trainer of sae-lens with the schedules and the resampling of this package."""
 
     def __init__(self, config: SaeConfig, place: TrainingPlace, tokens: int, *, device: torch.device) -> None:
         self.config, self.place = config, place

@@ -55,7 +55,7 @@ def _batches(reader: PrefixReader, requests: Sequence[CompletionRequest]) -> Ite
 
 @torch.inference_mode()
 def _generate_batch(reader: PrefixReader, requests: Sequence[CompletionRequest]) -> list[Completion]:
-    """Answer requests in one `complete`: greedy decoding of the only token that the sampler of each row leaves."""
+    """Answer requests in one `generate`: the sampler of each row removes all tokens but the one that it drew."""
     inputs = reader.padded([request.tokens for request in requests])
     width = inputs["input_ids"].shape[1]
     ends = sorted(set().union(*(request.ends for request in requests)))

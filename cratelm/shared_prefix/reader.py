@@ -65,7 +65,7 @@ class CachedPrefix:
     layers: Layers
 
     def crop(self, length: int) -> "CachedPrefix":
-        """Its first tokens."""
+        """The first `length` tokens of the prefix."""
         layers = [(keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers]
         return CachedPrefix(self.tokens[:length], layers if length else [])
 
@@ -255,7 +255,7 @@ class PrefixReader:
 
 
 def branches(texts: Sequence[TokenIds], start: int) -> tuple[list[int], Numbers, list[Numbers]]:
-    """Lay sorted texts into one row behind `start` columns that all of them begin with; each new token appears once.
+    """Merge sorted texts into one row after the `start` columns that all begin with; each new token appears once.
 
     Returns the new tokens, their positions, and the columns of each text.
     """

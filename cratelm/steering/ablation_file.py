@@ -28,7 +28,7 @@ class AblationRow:
 
     @property
     def key(self) -> tuple[tuple[str, ...], str]:
-        """Identifies the measurement."""
+        """What identifies the measurement: the neurons and the kind of ablation."""
         return self.neurons, self.kind
 
 
@@ -40,12 +40,12 @@ class AblationFile:
 
     @property
     def head(self) -> Path:
-        """Settings and the loss of the intact model."""
+        """Path of the file with the settings and the loss of the intact model."""
         return self.folder / "ablation.json"
 
     @property
     def body(self) -> Path:
-        """The rows."""
+        """Path of the file with the rows."""
         return self.folder / "ablation.jsonl"
 
     def open(self, settings: Mapping[str, Any], more: Mapping[str, Any]) -> set[tuple[tuple[str, ...], str]]:

@@ -14,7 +14,7 @@ MeasurementName = Literal["lookup", "samples", "whitebox"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How to train. Defaults are the paper's, for its 157 billion tokens on many GPUs."""
+    """Settings of a training. Defaults are the paper's, for its 157 billion tokens on many GPUs."""
 
     tokens: int = 157_286_400_000
     """Tokens to train on, in all."""
@@ -168,7 +168,7 @@ def settled(training: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How to execute a training. The results do not depend on it, so a run may resume with other values."""
+    """Settings for speed, memory and trackers. Results do not depend on them, so a run may resume with other values."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes (torchrun): each with the whole model, or each with a share of its tensors (FSDP2)."""

@@ -127,7 +127,7 @@ def _loop(
     def halt(step: int) -> NoReturn:
         if step > first:
             monitor.check()
-            if not saved.holds(step):  # the one there may know its held-out loss
+            if not saved.holds(step):  # the existing one may have its held-out loss
                 saved.save(learner.model, learner.optimizers, step)
             saved.finish()
         raise KeyboardInterrupt

@@ -90,7 +90,7 @@ class _Watched:
 
 
 def _reading_map(parent: nn.Module, down: str, neurons: int) -> nn.Module:
-    """The linear map into the neurons; in a gated MLP the gate, which may be the first half of a matrix with `up`."""
+    """The linear map into the neurons; in a gated MLP the gate, which may share one matrix with `up`."""
     maps = {
         name: part for name, part in parent.named_children()
         if name != down.rpartition(".")[2] and (shape := map_shape(part)) and shape[1] in (neurons, 2 * neurons)

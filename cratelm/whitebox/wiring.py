@@ -12,7 +12,7 @@ from cratelm.whitebox.parts import LayerWiring, Wiring, seen_norm
 
 
 def wiring(model: nn.Module) -> Wiring:
-    """The wiring of one of our models or of a Hugging Face causal language model."""
+    """The wiring of a `LanguageModel` or of a Hugging Face causal language model."""
     causal = causal_model(model)
     with torch.no_grad():
         if not causal.has_known_parts:
@@ -38,7 +38,7 @@ def _own_layer(block: Any) -> LayerWiring:
 
 
 def own_subspaces(attention: Any) -> dict[str, Float[Tensor, "heads p d_model"]]:
-    """The heads' projections of one of our attentions; MSSA has one projection that serves as all three."""
+    """The heads' projections of a `LanguageModel`'s attention; MSSA has one projection that serves as all three."""
     heads = attention.attend.num_heads
     if hasattr(attention, "subspaces"):
         return {"shared": attention.subspaces.weight.detach().unflatten(0, (heads, -1))}
@@ -47,7 +47,7 @@ def own_subspaces(attention: Any) -> dict[str, Float[Tensor, "heads p d_model"]]
 
 
 def _neurons(block: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """r, its bias, w."""
+    """The directions r that the neurons read, their biases, and the directions w that they write."""
     if hasattr(block, "ista"):
         return block.ista.atoms.detach(), None, block.ista.directions.detach()
     bias = block.mlp.up.bias

@@ -33,7 +33,7 @@ def shown_path(path: Path) -> Path:
 
 
 def report_folder(runs: Sequence[Path], name: str = "report") -> Path:
-    """A folder of this name in the folder that holds all the runs; in the run itself if there is one."""
+    """A folder of this name: in a single run, or in the folder that holds all of several runs."""
     if len(runs) == 1:
         return runs[0] / name
     common = Path(os.path.commonpath([path.resolve() for path in runs]))

@@ -33,7 +33,7 @@ LLM_COLUMNS: Columns = {
 
 
 def print_scores(run: Path, selection: Selection, templates: Sequence[SetKey]) -> None:
-    """Print a table for each kind of set: a template is a key whose layer and protocol are open."""
+    """Print a table for each kind of set: a template is a key whose layer and protocol are placeholders."""
     store, layers, names = Store.open(run), chosen_layers(run, selection), chosen_protocols(selection)
     for template in templates:
         models = []

@@ -161,7 +161,7 @@ def test_a_seed_decides_the_text_and_each_token_is_streamed(rng: np.random.Gener
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": 0}, "top_k 0"),
-        ({"top_p": 0.0}, "top_p is 0.0, possible is above 0 up to 1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"slide": 17}, r"slide must be 1 to 16 \(the context\), got 17"),
         ({"mask": torch.tensor([[True, False]])}, "Pad on the left"),
     ],

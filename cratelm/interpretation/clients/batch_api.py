@@ -106,7 +106,7 @@ class BatchAPI:
         return answer | {"status": str(answer.get("status", "")).lower()}
 
     async def results(self, batch: Mapping[str, Any], sizes: Mapping[str, int]) -> AsyncIterator[LineResult | None]:
-        """What became of each request, in any order; None for a line that is not about one of them.
+        """The result of each request, in any order; None for a line that is not about one of them.
 
         `sizes`: key of each request -> bytes of its prompt.
         """

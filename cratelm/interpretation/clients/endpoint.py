@@ -1,8 +1,8 @@
 """A language model behind a server: vLLM, llama.cpp, `transformers serve`, or a provider, by its base URL.
 
-Differences between servers are handled here and next to here: how they return prompt logprobs (`prompt_logprobs.py`),
-which parameters they support (`parameters.py`), the forms of their answers (`responses.py`), models that answer at
-`/responses` only (`responses_endpoint.py`), and what they list (`server_facts.py`).
+Differences between servers are handled here and in the modules next to this one: how they return prompt logprobs
+(`prompt_logprobs.py`), which parameters they support (`parameters.py`), the forms of their answers (`responses.py`),
+models that answer at `/responses` only (`responses_endpoint.py`), and what they list (`server_facts.py`).
 """
 
 import asyncio

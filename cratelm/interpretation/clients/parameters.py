@@ -75,7 +75,7 @@ class Parameters:
     """Features that were left out on trial without success."""
 
     def attempts(self, build: Callable[[Set[str]], Body]) -> Iterator[Attempt]:
-        """The requests to make in turn until one is answered; the last one's refusal stands."""
+        """The requests to make in turn until one is answered; the refusal of the last one is final."""
         tried, left_out = set[str](), ""
         while True:
             whole = build(self.unsupported)
@@ -137,7 +137,7 @@ def features(body: Mapping[str, Any]) -> list[str]:
 
 
 def _label(name: str, value: Any) -> str:
-    """A parameter as a feature; of a temperature, that value alone: some servers have only their default, 1."""
+    """The feature of a parameter; that of a temperature includes the value, because some servers accept only 1."""
     return f"{name} {value:g}" if name == "temperature" and isinstance(value, int | float) else name
 
 

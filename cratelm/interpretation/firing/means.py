@@ -127,7 +127,7 @@ def _all_measures(
     base: Float64[np.ndarray, "*any 3"], relevant: Float64[np.ndarray, "*any thresholds 3"],
     maximum: Float64[np.ndarray, "*any"],
 ) -> Float64[np.ndarray, "*any thresholds 6"]:  # fmt: skip
-    """`ALL` from sums."""
+    """Compute the measures of `ALL` from sums over tokens."""
     with np.errstate(divide="ignore", invalid="ignore"):
         tokens = base[..., 0, None]
         fires = np.broadcast_to(base[..., 1, None] / tokens, relevant.shape[:-1])

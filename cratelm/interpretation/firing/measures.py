@@ -133,7 +133,7 @@ def measured(
     base: Float64[np.ndarray, "*any 3"], relevant: Float64[np.ndarray, "*any thresholds 3"],
     maximum: Float64[np.ndarray, "*any"],
 ) -> Float64[np.ndarray, "*any thresholds 4"]:  # fmt: skip
-    """The `MEASURES` from sums."""
+    """Compute the `MEASURES` from sums over tokens."""
     tokens, both, mass = np.moveaxis(relevant, -1, 0)
     return np.stack(
         [
@@ -198,7 +198,7 @@ def read_firing(store: Store, key: SetKey, index: int | None = None) -> dict[int
 
 
 def count_sets(run: Path, keys: Sequence[SetKey]) -> list[LayerFiring]:
-    """Count again from the simulations of these sets, at every threshold."""
+    """Compute the firing of these sets again from their simulations, at every threshold."""
     store = Store.open(run)
     return [
         firing_layer(

@@ -102,7 +102,7 @@ def _concatenated(parts: Sequence[Float[np.ndarray, " _"]]) -> Float[np.ndarray,
 
 
 def _sources_hash(sources: Mapping[int, int]) -> str:
-    """Hash who is simulated from whom; the same for all sets that are not controls."""
+    """Hash which neuron is simulated from the explanation of which; the same for all sets that are not controls."""
     if all(neuron == source for neuron, source in sources.items()):
         return "own"
     return hashlib.sha256(json.dumps(list(sources.items())).encode()).hexdigest()[:16]

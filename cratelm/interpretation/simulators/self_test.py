@@ -37,7 +37,7 @@ class Puzzle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfTest:
-    """The result of a simulator."""
+    """The result of a simulator's self-test."""
 
     simulator: str
     correlations: Mapping[str, float]
@@ -57,7 +57,7 @@ class SelfTest:
 
 
 class CannotSimulate(CrateError):
-    """A model gives no simulations, or none that mean anything."""
+    """A model returns no simulations, or its simulations are not meaningful."""
 
 
 @cache

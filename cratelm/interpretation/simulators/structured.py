@@ -65,7 +65,7 @@ class Structured:
     async def _simulate_excerpt(self, explanation: str, tokens: Sequence[str]) -> Activations:
         chat = prompts.structured_chat(explanation, tokens, few_shot_neurons(), escaped=self.mode == "fixed")
         longest = self.llm.count(prompts.structured_answer(tokens, [10] * len(tokens)))
-        # Half as much again, for line breaks and spaces that our own layout does not have.
+        # Half as much again, for line breaks and spaces that the layout of `structured_answer` does not have.
         limit = max(longest + longest // 2 + 32, self.answer_tokens)
         sampling = Sampling(max_tokens=limit, schema=prompts.structured_schema(tokens))
         reply = await self.llm.chat(chat, sampling)

@@ -63,7 +63,7 @@ class SetTask:
 
     @cached_property
     def share(self) -> set[int]:
-        """This process's share of them: consecutive neurons."""
+        """This process's share of the explainable neurons, which are consecutive."""
         part, parts = self.part
         return set(np.array_split(self.explainable, parts)[part - 1].tolist())
 

@@ -164,7 +164,7 @@ class Cached(LLMWrapper):
         if not self._noted >= self.inner.unsupported:
             self._noted = set(self.inner.unsupported)
             names = ", ".join(sorted(self._noted))
-            console.print(f"the server of {self.name} does not support, so not sent: {names}", soft_wrap=True)
+            console.print(f"not sent, because the server of {self.name} does not support them: {names}", soft_wrap=True)
             note = json.dumps(sorted(self._noted))
             await asyncio.to_thread(self.store.note, unsupported_note(self.identity), note)
 

@@ -53,7 +53,7 @@ def open_batches(store: Store) -> list[BatchRecord]:
 
 
 def write_batch(store: Store, record: BatchRecord) -> None:
-    """Note a batch, or what became known of it."""
+    """Record a batch, or its new state."""
     store.note(NOTE + record.file, json.dumps(asdict(record)))
 
 

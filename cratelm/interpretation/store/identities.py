@@ -28,7 +28,7 @@ _SIMULATOR = re.compile(rf"({'|'.join(get_args(SimulationMethod))})(?:-0-([1-9]\
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExplainerName:
-    """Who explained."""
+    """Which model explained, or `lookup`, and how."""
 
     model: str
     """Name of a language model, or `lookup`."""

@@ -146,7 +146,7 @@ class SetKey:
 
     @property
     def simulated_by(self) -> SimulatorName | JudgeName | None:
-        """Who simulated or judged; None for simulation by lookup."""
+        """Which model simulated or judged; None for simulation by lookup."""
         return parse_simulator(self.simulator)
 
     @property

@@ -308,7 +308,7 @@ _ESCAPE = re.compile(r"\\u0000|\\.|[\ud800-\udfff]")
 
 
 def _storable(match: re.Match[str]) -> str:
-    """NUL and half surrogates as the browser shows them: Postgres stores neither in its JSON."""
+    """Replace NUL and half surrogates by their signs in the browser, because Postgres stores neither in JSON."""
     if match[0] == r"\u0000":
         return sign("\0")
     return match[0] if match[0][0] == "\\" else sign(match[0])

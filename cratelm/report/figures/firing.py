@@ -53,7 +53,7 @@ def _lines(entries: Sequence[RunFiring]) -> Iterator[tuple[str, ModelFiring, for
 
 
 def _model(entry: RunFiring, entries: Sequence[RunFiring]) -> str:
-    """Title of the model that a control belongs to; of the run itself where it is a model or its model is missing."""
+    """Title of the model that a control belongs to; the run's title if it is not a control or its model is missing."""
     controls = ((other.run.title, other.run.random_init) for other in entries)
     models = (title for title, control in controls if control is not None and control.title == entry.run.title)
     return next(models, entry.run.title)

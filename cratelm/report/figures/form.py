@@ -103,14 +103,14 @@ def legend_handles(look: Mapping[str, Look], *, random_init: bool = False, shuff
 
 
 def layer_axis(axes: Axes, depth: int) -> None:
-    """Make the x axis one of layers: at most 13 ticks."""
+    """Format the x axis for layers, with at most 13 ticks."""
     axes.set_xlabel("layer")
     axes.set_xlim(-0.5, depth - 0.5)
     axes.set_xticks(range(0, depth, 1 + (depth - 1) // 12))
 
 
 def training_axis(axes: Axes) -> None:
-    """Make the x axis one of training tokens."""
+    """Format the x axis for training tokens."""
     axes.set_xlabel("tokens seen in training")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: human(float(tokens))))
     axes.set_xlim(left=0)

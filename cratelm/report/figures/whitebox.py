@@ -96,7 +96,7 @@ def whitebox_figures(views: Sequence[View]) -> dict[str, Figure]:
 
 
 def over_layers(views: Sequence[View]) -> Figure:
-    """Every quantity against the layer."""
+    """Plot every quantity against the layer."""
     look = _looks(views)
     with _panels() as (figure, panels):
         for axes, panel in panels:

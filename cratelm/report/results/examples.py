@@ -39,7 +39,7 @@ class NeuronExample:
 def examples_of(path: Path, layers: Sequence[LayerScores], key: SetKey) -> Iterator[NeuronExample]:
     """The best, median and worst scored neurons of every layer; one of each if there are more than 3 layers.
 
-    `layers` are the scores of the sets of `key`, whose layer is open.
+    `layers` are the scores of the sets of `key`, whose layer is a placeholder.
     """
     counts: dict[Rank, int] = (
         {"best": 3, "median": 2, "worst": 2} if len(layers) <= 3 else dict.fromkeys(("best", "median", "worst"), 1)

@@ -53,7 +53,7 @@ def described(explainer: str, simulator: str) -> str:
 
 
 def scored_taps(path: Path, taps: Sequence[str], mode: Mode) -> list[str]:
-    """Those of the taps that a run is scored at; the first tap if there are none, so that its scores get an error."""
+    """The taps at which a run is scored; without any, the first tap, so that reading its scores raises an error."""
     if len(taps) == 1 or not (path / "interpretation.sqlite").exists():
         return list(taps)[:1]
     scored = {key.tap for key in Store.open(path).scored() if key.mode == mode}

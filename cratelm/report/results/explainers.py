@@ -38,7 +38,7 @@ class Measured:
 
     run: RunResult
     key: SetKey
-    """Its layer is open."""
+    """Its layer is a placeholder."""
     layers: tuple[LayerScores, ...] = field(repr=False)
 
     @property

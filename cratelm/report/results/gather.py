@@ -114,7 +114,7 @@ class Results:
 
     @property
     def asked(self) -> SetKey:
-        """The sets that are shown; tap, layer and protocol are open."""
+        """The sets that are shown; the tap, layer and protocol of the key are placeholders."""
         return SetKey(mode=self.mode, layer=0, protocol="", explainer=self.explainer, simulator=self.simulator)
 
     @property
@@ -196,7 +196,7 @@ def shown_protocol(runs: Sequence[RunResult]) -> str:
 
 
 def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
-    """The run with its examples; the layer of `shown` is open."""
+    """The run with its examples; the layer of `shown` is a placeholder."""
     if shown.protocol not in run.scores:
         return run
     store = Store.open(run.path)
@@ -205,7 +205,7 @@ def _with_examples(run: RunResult, shown: SetKey) -> RunResult:
 
 
 def _read_run(path: Path, description: Mapping[str, Any], title: str, asked: SetKey) -> RunResult:
-    """Read one run with the scores of `asked`, whose layer and protocol are open."""
+    """Read one run with the scores of `asked`, whose layer and protocol are placeholders."""
     num_layers, mode = int(description["model"]["num_layers"]), asked.mode
     if asked.tap != "neurons":
         title = visible(f"{title}, {asked.tap}")

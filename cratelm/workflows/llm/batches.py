@@ -50,7 +50,7 @@ class RunBatches:
         return cached
 
     def start(self) -> None:
-        """From now on chats are queued."""
+        """Queue chats from now on."""
         for llm, _ in self._models:
             llm.queues, llm.postponed = self.spending.batch, 0
 

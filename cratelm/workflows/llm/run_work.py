@@ -182,7 +182,7 @@ class RunWork:
             self.batches.start()
 
     def steps(self) -> Generator[tuple[SetTask, Make]]:
-        """Yield every set to make with the function that makes it, in order; the bar moves on with each."""
+        """Yield every set to make with the function that makes it, in order; the bar advances with each."""
         stages = self.request.stages
         if self.explainer is not None:
             yield from self._stage("explain", "explain", self.explained_keys, self.explainer.explain)
@@ -214,7 +214,7 @@ class RunWork:
         todo = [key for key in keys if not (stage and key.by_lookup and self.store.is_done(key, stage))]
         if not todo and stage:
             if not self.quiet:
-                console.print(f"{self.run}: the {MADE[stage]} asked for are there already")
+                console.print(f"{self.run}: the requested {MADE[stage]} exist already")
             return
         sets = lookup or stage == "score"
         total = len(keys) if sets else sum(len(task.share) for task in self.tasks(todo))
@@ -246,7 +246,7 @@ class RunWork:
 
     @cached_property
     def explainer(self) -> LLMExplainer | LookupExplainer | None:
-        """Who explains; None if that is not requested, or if the explanations of another command are used."""
+        """The explainer; None if it is not requested, or if the explanations of another command are used."""
         request = self.request
         if "explain" in request.stages and self.llms.explainer is not None:
             llm, strings = self._cached(self.llms.explainer), self._text(request.selection.mode)

@@ -1,4 +1,4 @@
-"""As many neurons of some runs as a language model explains and simulates in some minutes, next to lookup.
+"""Explain and simulate with a language model, within a stated time, as many neurons of some runs as possible.
 
 A few neurons of each layer come first; their time sets the number for the time that is left. A model that fails the
 self-test only explains, because its scores would not be meaningful.
@@ -51,7 +51,7 @@ _ENOUGH_MEMORY = 12e9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedSample:
-    """What was made."""
+    """The result of a timed sample."""
 
     works: tuple[RunWork, ...] = ()
     """The work on each run; empty if the model does not explain."""
@@ -100,7 +100,7 @@ async def measure_for(runs: Sequence[Path], source: str, *, model: str = "", min
             each = (time.monotonic() - begun) / _FIRST
             left = 60 * minutes - (time.monotonic() - started)
             number = min(_FIRST + max(int(left / max(each, 1e-3)), 0), _MOST, len(order))
-            console.print(f"{each:.0f} seconds for a neuron of every layer: {number} neurons of each layer")
+            console.print(f"one neuron of every layer takes {each:.0f} seconds, so {number} neurons of each layer fit")
             if number > _FIRST:
                 explaining = replace(request.explaining, neurons=_listed(order[:number]))
                 works = await _make(replace(request, explaining=explaining), runs, llms, usage)

@@ -110,10 +110,10 @@ def test_a_stock_gpt2_is_ours_without_its_zero_biases(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation_function": "silu"}, "activation_function 'silu', readable are relu"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
-        ({"n_inner": 50}, "n_inner 50"),
+        ({"activation_function": "silu"}, "must be relu or gelu_new or gelu_pytorch_tanh, got 'silu'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx of .* must be False, got True"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon of .* must be 1e-05, got 1e-06"),
+        ({"n_inner": 50}, "n_inner of .* must be a multiple of n_embd 32, got 50"),
         ({"model_type": "llama"}, "describes a 'llama' model"),
         ({"n_head": None}, "n_head"),
         ({"n_embd": 16}, "do not fit its configuration"),

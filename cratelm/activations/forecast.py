@@ -49,7 +49,7 @@ def forecast_collection(
     """Read the first batches for some seconds. Raises CrateError if no document is long enough for a row."""
     plan = plan_of(config, subject, corpus, TRIAL_TOKENS)
     if not len(plan.row_length):
-        raise CrateError(f"a document must have more than {config.warmup} tokens, got none that has. Give longer texts")
+        raise CrateError(f"some document must have more than {config.warmup} tokens, got none. Give longer texts")
     reading = CorpusReading(config, subject, corpus, plan, ALONE, device, Path(), {})
     rows, size = len(plan.row_length), config.batch_rows
     batches = [slice(at, min(at + size, rows)) for at in range(0, rows, size)]

@@ -27,7 +27,7 @@ class Options(Selection):
     BASIC: ClassVar = ("layer", "protocol", "mode", "llm", "model", "neurons", "dry_run", "budget_tokens")
     """The options that `--help` shows; `--help-all` shows all."""
     explaining: ExplainingGroup = group(Explaining)
-    """Who explains. By default lookup, which needs no language model and takes seconds."""
+    """The explainer. By default lookup, which needs no language model and takes seconds."""
     spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
     show_prompt: Number = None

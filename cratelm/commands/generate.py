@@ -25,7 +25,7 @@ class Options:
     tokens: int = 100
     """Tokens to add."""
     temperature: float = 0.8
-    """Below 1 the probable becomes more probable; 0 is deterministic."""
+    """Sampling temperature; 0 always takes the most probable token."""
     top_k: int | None = None
     """Sample only from the N most probable tokens."""
     top_p: float | None = None

@@ -56,9 +56,9 @@ class Options(Selection):
     encoder: Name = ""
     """Sentence encoder for the embedding scorers: a name on the Hugging Face hub or a directory."""
     explaining: ExplainingGroup = group(Explaining)
-    """Who explains. By default lookup, which needs no language model and takes seconds."""
+    """The explainer. By default lookup, which needs no language model and takes seconds."""
     simulating: SimulatingGroup = group(Simulating)
-    """Which language model simulates."""
+    """The simulator."""
     spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
     skip_lookup: bool = False

@@ -98,7 +98,7 @@ def _list(console: Console, table: NeuronTable, options: Options, layers: Sequen
     console.print()
     passed = f" that pass {' and '.join(options.filter)}" if options.filter else ""
     more = "" if len(shown) == len(rows) else "; --limit 0 shows all"
-    console.print(f"{len(shown)} of {len(rows)} neurons{passed}{more}. Look at interpretation with --neuron")
+    console.print(f"{len(shown)} of {len(rows)} neurons{passed}{more}. Show one with --neuron")
     if table.hint:
         print(table.hint)
 

@@ -42,7 +42,7 @@ class Options(Selection):
     encoder: Name = ""
     """Sentence encoder for the embedding scorers: a name on the Hugging Face hub or a directory."""
     explaining: ExplainingGroup = group(Explaining)
-    """Whose explanations; by default those by lookup."""
+    """The explainer whose explanations are scored; by default lookup."""
     spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
 

@@ -36,9 +36,9 @@ class Options(Selection):
     controls: Controls = ()
     """Also simulate from another neuron's explanation (shuffled) or from one fixed sentence (constant, with --llm)."""
     explaining: ExplainingGroup = group(Explaining)
-    """Whose explanations; by default those by lookup."""
+    """The explainer whose explanations are simulated; by default lookup."""
     simulating: SimulatingGroup = group(Simulating)
-    """Which language model simulates."""
+    """The simulator."""
     spending: SpendingGroup = group(Spending)
     """Limits of the cost, and how the work is divided."""
 

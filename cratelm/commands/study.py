@@ -52,7 +52,7 @@ class Options:
     out: Path
     """Folder for all runs, OUT/VARIANT-SIZE-seedK, and the report."""
     sizes: str = "1l,2l,3l"
-    """Of the paper's table, with commas: 1l 2l 3l s b."""
+    """Sizes from the paper's table, with commas: 1l 2l 3l s b."""
     seeds: int = 3
     """Trainings of each variant and size; the seeds count up from --seed."""
     variant: tuple[str, ...] = ("crate", "gpt2")
@@ -63,7 +63,7 @@ class Options:
     collect_tokens: int | None = None
     """Held-out tokens to record neurons on, in whole documents; all by default."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    """How to train; the same for all runs."""
+    """Settings of the training, the same for all runs."""
     execution: tyro.conf.OmitArgPrefixes[Execution] = field(default_factory=Execution)
     """Settings that change speed and memory, not results."""
     dry_run: bool = False

@@ -113,7 +113,7 @@ def list_files(source: str) -> list[_File]:
         raise CrateError(f"source {source} does not exist. Give a file, a folder, stdlib, or hf:DATASET")
     if not path.name.lower().endswith(TEXT_SUFFIXES + ROW_SUFFIXES):
         known = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
-        raise CrateError(f"source {source} is of an unknown type. Known are {known}; rename it if it is one of them")
+        raise CrateError(f"source {source} is of an unknown type. Known types: {known}; rename it if it has one")
     return [_File(path, path.name)]
 
 
@@ -177,7 +177,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], left_out: tuple[str, ...]) -> l
                 others[path.suffix or name] += 1
     if not files:
         saw = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(6)) or "nothing"
-        raise CrateError(f"folder {root} holds no text file (saw {saw}). Known are {' '.join(suffixes)}")
+        raise CrateError(f"folder {root} holds no text file (found: {saw}). Known types: {' '.join(suffixes)}")
     return sorted(files, key=lambda file: file.name)
 
 

@@ -51,7 +51,7 @@ class ModelConfig:
     ista_residual: bool = False
     """CRATE variant: x = z + ISTA(LN(z))."""
     untied_decoder: bool = False
-    """CRATE variant: decode with a matrix of its own; with `ista_residual`, CRATE-alpha."""
+    """CRATE variant: decode with a separate matrix; with `ista_residual`, CRATE-alpha."""
     dictionary: Literal["overcomplete", "complete"] = "overcomplete"
     """CRATE variant: `complete` codes in d_model neurons, from the input, and outputs the code; no final norm."""
 
@@ -68,7 +68,7 @@ class ModelConfig:
         if mistyped := _mistyped(self):
             raise CrateError("unusable model configuration: " + "; ".join(mistyped))
         problems = [
-            f"{name} is {getattr(self, name)}, at least 1 is needed"
+            f"{name} must be at least 1, got {getattr(self, name)}"
             for name in (
                 "num_layers",
                 "d_model",
@@ -81,11 +81,11 @@ class ModelConfig:
             if getattr(self, name) < 1
         ]
         if self.arch not in ("crate", "gpt2"):
-            problems.append(f"arch is {self.arch!r}, known are crate and gpt2")
+            problems.append(f"arch must be crate or gpt2, got {self.arch!r}")
         if self.activation not in ("relu", "gelu"):
-            problems.append(f"activation is {self.activation!r}, known are relu and gelu")
+            problems.append(f"activation must be relu or gelu, got {self.activation!r}")
         if self.num_heads >= 1 and self.d_model % self.num_heads:
-            problems.append(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
+            problems.append(f"d_model must be a multiple of num_heads {self.num_heads}, got {self.d_model}")
         problems += _problems_of_variants(self)
         if problems:
             raise CrateError("unusable model configuration: " + "; ".join(problems))
@@ -160,22 +160,22 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
 
 
 def _mistyped(config: ModelConfig) -> list[str]:
-    """Fields whose value is of another type, as a file or a caller may have it; fields with choices are left out."""
+    """The error for each field with a value of a wrong type, without the fields that have choices."""
     problems = []
     for field in fields(config):
         value = getattr(config, field.name)
         wanted, types = _KINDS.get(field.type, ("", (type(value),)))
         if type(value) not in types or (isinstance(value, float) and not math.isfinite(value)):
-            problems.append(f"{field.name} is {value!r}, {wanted} is needed")
+            problems.append(f"{field.name} must be {wanted}, got {value!r}")
     return problems
 
 
 def _problems_of_variants(config: ModelConfig) -> list[str]:
-    """Switches that do not go together, or not with this architecture."""
+    """The error for each switch that does not fit the other switches or the architecture."""
     foreign = set(config.departures) & set(_ONLY_GPT2 if config.arch == "crate" else _ONLY_CRATE)
     problems = [f"{name} does not belong to {config.arch}" for name in sorted(foreign)]
     problems += [
-        f"{name} is {getattr(config, name)!r}, known are {' and '.join(known)}"
+        f"{name} must be {' or '.join(known)}, got {getattr(config, name)!r}"
         for name, known in _CHOICES.items()
         if getattr(config, name) not in known
     ]
@@ -184,11 +184,11 @@ def _problems_of_variants(config: ModelConfig) -> list[str]:
             f"rotary needs heads of even width, d_model / num_heads is {config.d_model // config.num_heads}"
         )
     if config.dictionary == "complete" and config.expansion != 1:
-        problems.append(f"dictionary complete needs expansion 1, found {config.expansion}")
+        problems.append(f"dictionary complete needs expansion 1, got {config.expansion}")
     if config.dictionary == "complete" and config.untied_decoder:
-        problems.append("dictionary complete has no decoder, so untied_decoder means nothing there")
+        problems.append("dictionary complete has no decoder, so untied_decoder must be false")
     if config.ista_step_size <= 0 or config.penalty < 0 or (config.learned_penalty and config.penalty == 0):
-        problems.append("ista_step_size and a learned penalty start above 0, a fixed penalty may be 0")
+        problems.append("ista_step_size and a learned penalty must be above 0, a fixed penalty at least 0")
     if config.activation_l1 < 0:
         problems.append(f"activation_l1 must be at least 0, got {config.activation_l1}")
     top_k = config.top_k_activations
@@ -213,7 +213,7 @@ def sized(arch: Architecture, size: Size, *, vocab_size: int = 50304, **changes:
     `dictionary="complete"` alone gives the released code's model of that name, with expansion 1 and one ISTA step.
     """
     if size not in SIZES:
-        raise CrateError(f"unknown size {size!r}, known are {', '.join(SIZES)}")
+        raise CrateError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     layers, width, heads = SIZES[size]
     config = ModelConfig(arch=arch, num_layers=layers, d_model=width, num_heads=heads, vocab_size=vocab_size)
     if changes.get("dictionary") == "complete":

@@ -160,7 +160,7 @@ def cache_type(device: torch.device) -> torch.dtype:
 def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
     """Raise CrateError for settings that no token can be sampled with."""
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
-        raise CrateError(f"temperature is {temperature} and top_k {top_k}; a number from 0 and at least 1 are needed")
+        raise CrateError(f"temperature must be at least 0 and top_k at least 1, got {temperature} and {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise CrateError(f"top_p must be above 0 and at most 1, got {top_p}")
 

@@ -147,9 +147,7 @@ def _config(
     from_shapes = {"n_layer": len(layers), "n_embd": width, "block_size": context, "vocab_size": vocab_size}
     for name in ("n_head", *from_shapes):
         if not isinstance(arguments.get(name), int | None):
-            raise CrateError(
-                f"{path} has a {type(arguments[name]).__name__} as {name} in model_args, a number is needed"
-            )
+            raise CrateError(f"{name} in model_args of {path} must be a number, got a {type(arguments[name]).__name__}")
     wrong = [
         f"{name} {arguments[name]}, weights {from_shapes[name]}"
         for name in from_shapes
@@ -221,7 +219,7 @@ def _provenance(checkpoint: Mapping[str, Any], path: Path) -> Provenance:
     """Steps and best loss; a loss that was never measured may be infinite there."""
     steps, loss = (_number(checkpoint, name, path) for name in ("iter_num", "best_val_loss"))
     if steps is not None and not math.isfinite(steps):
-        raise CrateError(f"{path} has {steps} as iter_num, a number of steps is needed")
+        raise CrateError(f"iter_num of {path} must be a number of steps, got {steps}")
     return Provenance(
         iter_num=None if steps is None else int(steps),
         best_val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
@@ -232,6 +230,6 @@ def _number(checkpoint: Mapping[str, Any], name: str, path: Path) -> int | float
     value = checkpoint.get(name)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.layout != torch.strided or value.device.type == "meta":
-            raise CrateError(f"{path} has a tensor of shape {tuple(value.shape)} as {name}, one number is needed")
+            raise CrateError(f"{name} of {path} must be a single number, got a tensor of shape {tuple(value.shape)}")
         value = value.item()
     return value if isinstance(value, int | float) else None

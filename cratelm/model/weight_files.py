@@ -53,7 +53,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
     except _DAMAGE as error:
         reason = str(error).strip().splitlines()
         raise CrateError(
-            f"{path} is damaged or no checkpoint ({reason[0][:120] if reason else type(error).__name__})"
+            f"{path} is damaged or not a checkpoint ({reason[0][:120] if reason else type(error).__name__})"
         ) from None
     if not isinstance(checkpoint, dict):
         raise CrateError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")

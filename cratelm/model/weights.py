@@ -274,14 +274,14 @@ def _read_gpt2_config(path: Path, fields: Mapping[str, Any], *, bias: bool) -> M
     activations = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
     activation = fields.get("activation_function", "gelu_new")
     if activation not in activations:
-        raise CrateError(f"{path} has activation_function {activation!r}, readable are {', '.join(activations)}")
+        raise CrateError(f"activation_function of {path} must be {' or '.join(activations)}, got {activation!r}")
     for name, value in _GPT2_FIXED.items():
         if fields.get(name, value) != value:
-            raise CrateError(f"{path} has {name} {fields[name]!r}, readable is {value!r} only")
+            raise CrateError(f"{name} of {path} must be {value!r}, got {fields[name]!r}")
     width = fields["n_embd"]
     inner = fields.get("n_inner") or 4 * width
     if inner % width:
-        raise CrateError(f"{path} has n_inner {inner}, which is not a multiple of n_embd {width}")
+        raise CrateError(f"n_inner of {path} must be a multiple of n_embd {width}, got {inner}")
     return _configuration(path, {
         "arch": "gpt2", "num_layers": fields["n_layer"], "d_model": width, "num_heads": fields["n_head"],
         "vocab_size": fields["vocab_size"], "context_length": fields.get("n_positions", 1024),

@@ -25,9 +25,9 @@ class TrainConfig:
     context: int = 1024
     """Tokens per training sequence."""
     learning_rate: float = 6e-4
-    """Peak of the schedule."""
+    """Peak learning rate."""
     final_learning_rate: float = 6e-5
-    """End of the schedule; a cosine reaches it one step after the last, as in the released code."""
+    """Learning rate at the end; a cosine reaches it one step after the last, as in the released code."""
     schedule: Schedule = "cosine"
     """After a linear warm-up from 0, a cosine to the end; or `wsd`: stable at the peak, at last a linear decay."""
     warmup_steps: int = 2000
@@ -37,7 +37,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
     weight_decay: float = 0.1
-    """On tensors with two or more dimensions."""
+    """Weight decay of tensors with two or more dimensions."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -45,7 +45,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 1337
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 1000

@@ -59,7 +59,7 @@ def test_the_plan_is_every_variant_at_every_size_from_every_seed(data: TokenDire
         ("mine:penalty=much", "penalty must be float, got 'much'"),
         ("mine:arch=gpt3", "arch must be crate or gpt2, got 'gpt3'"),
         ("mine:arch=gpt2,bias=1", "bias must be bool, got '1'"),
-        ("mine:num_heads=3", "not a multiple of num_heads 3"),
+        ("mine:num_heads=3", "must be a multiple of num_heads 3"),
     ],
 )
 def test_a_variant_that_makes_no_sense_is_refused(text: str, message: str) -> None:

@@ -294,8 +294,8 @@ def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path: Path) ->
     assert "no source of text was given" in refusal()
     assert "no source of text was given" in refusal("")
     assert "no document with text in" in refusal(tmp_path / "e.txt")
-    assert "a.pdf is of an unknown type. Known are .txt .md" in refusal(tmp_path / "a.pdf")
-    assert "holds no text file (saw 1 .png)" in refusal(tmp_path / "folder")
+    assert "a.pdf is of an unknown type. Known types: .txt .md" in refusal(tmp_path / "a.pdf")
+    assert "holds no text file (found: 1 .png)" in refusal(tmp_path / "folder")
 
 
 def test_sources_are_checked_before_the_first_document(tmp_path: Path) -> None:

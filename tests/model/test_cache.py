@@ -159,8 +159,8 @@ def test_a_seed_decides_the_text_and_each_token_is_streamed(rng: np.random.Gener
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_k": 0}, "top_k 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and top_k at least 1, got -1.0"),
+        ({"top_k": 0}, "top_k at least 1, got .* and 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"slide": 17}, r"slide must be 1 to 16 \(the context\), got 17"),
         ({"mask": torch.tensor([[True, False]])}, "Pad on the left"),

@@ -250,11 +250,14 @@ def unchecked() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 3}, "d_model 16 is not a multiple of num_heads 3"),
-        ({"num_heads": 0}, "num_heads is 0, at least 1 is needed"),
-        ({"num_layers": 0, "expansion": -1}, "num_layers is 0, at least 1 is needed; expansion is -1"),
-        ({"arch": "gpt3"}, "arch is 'gpt3', known are crate and gpt2"),
-        ({"activation": "swish"}, "activation is 'swish', known are relu and gelu"),
+        ({"num_heads": 3}, "d_model must be a multiple of num_heads 3, got 16"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        (
+            {"num_layers": 0, "expansion": -1},
+            "num_layers must be at least 1, got 0; expansion must be at least 1",
+        ),
+        ({"arch": "gpt3"}, "arch must be crate or gpt2, got 'gpt3'"),
+        ({"activation": "swish"}, "activation must be relu or gelu, got 'swish'"),
     ],
 )
 def test_an_impossible_configuration_says_everything_that_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -264,7 +267,7 @@ def test_an_impossible_configuration_says_everything_that_is_wrong(changes: dict
 
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_size_is_refused() -> None:
-    with pytest.raises(CrateError, match="unknown size 'xl', known are 1l, 2l, 3l, s, b"):
+    with pytest.raises(CrateError, match="size must be one of 1l, 2l, 3l, s, b, got 'xl'"):
         sized("crate", "xl")  # type: ignore[arg-type]
 
 

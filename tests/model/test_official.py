@@ -164,7 +164,7 @@ def _tensor(value: torch.Tensor, name: str = "prenorm_1") -> Any:
         (_without("transformer.wpe.weight"), "no table transformer.wpe.weight"),
         (_argument("n_embd", 64), "n_embd 64, weights 32"),
         (_argument("n_head", None), "how many heads"),
-        (_argument("n_head", 5), "not a multiple of num_heads 5"),
+        (_argument("n_head", 5), "must be a multiple of num_heads 5"),
         (lambda content: content.pop("model_args"), "no model and model_args"),
         (lambda content: content["model"].update({"transformer.wte.weight": "no tensor"}), "has a str under"),
         (_tensor(torch.zeros(32, dtype=torch.int64)), "holds int64, not floating-point"),
@@ -178,11 +178,14 @@ def _tensor(value: torch.Tensor, name: str = "prenorm_1") -> Any:
         (_tensor(torch.tensor(1.0), "ista"), r"ista\.weight has shape \(\)"),
         (_shaped("transformer.wte.weight", 99, 0), "no table transformer.wte.weight"),
         (lambda content: content["model"].update({3: torch.zeros(2)}), "a weight under 3,"),
-        (_argument("n_layer", torch.tensor([2, 3])), "a Tensor as n_layer"),
-        (_argument("n_head", torch.tensor(4)), "a Tensor as n_head"),
-        (lambda content: content.update(iter_num=math.nan), "has nan as iter_num"),
-        (lambda content: content.update(iter_num=torch.zeros(2)), r"shape \(2,\) as iter_num"),
-        (lambda content: content.update(best_val_loss=torch.zeros(3)), r"shape \(3,\) as best_val_loss"),
+        (_argument("n_layer", torch.tensor([2, 3])), "n_layer in model_args of .* must be a number, got a Tensor"),
+        (_argument("n_head", torch.tensor(4)), "n_head in model_args of .* must be a number, got a Tensor"),
+        (lambda content: content.update(iter_num=math.nan), "must be a number of steps, got nan"),
+        (
+            lambda content: content.update(iter_num=torch.zeros(2)),
+            r"single number, got a tensor of shape \(2,\)",
+        ),
+        (lambda content: content.update(best_val_loss=torch.zeros(3)), r"best_val_loss of .* shape \(3,\)"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_gets_one_line(

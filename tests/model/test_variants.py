@@ -227,9 +227,9 @@ def test_a_description_gives_the_configuration_back(variant: dict[str, Any]) -> 
         ({"arch": "crate", "top_k_activations": 3}, "top_k_activations does not belong to crate"),
         ({"arch": "gpt2", "top_k_activations": 65}, "top_k_activations must be 1 to 64, got 65"),
         ({"arch": "gpt2", "activation_l1": -1.0}, "activation_l1 must be at least 0, got -1.0"),
-        ({"arch": "crate", "dictionary": "complete"}, "dictionary complete needs expansion 1, found 4"),
+        ({"arch": "crate", "dictionary": "complete"}, "dictionary complete needs expansion 1, got 4"),
         ({"arch": "crate", "rotary": True, "d_model": 6}, "rotary needs heads of even width, d_model / num_heads is 3"),
-        ({"arch": "crate", "ista_step_size": 0.0}, "start above 0"),
+        ({"arch": "crate", "ista_step_size": 0.0}, "must be above 0"),
     ],
 )
 def test_switches_that_do_not_go_together_are_named(changes: dict[str, Any], message: str) -> None:

@@ -217,18 +217,18 @@ def test_an_unusable_config_is_refused(crate: Path, text: str, message: str) -> 
 
 
 FIELDS = [
-    ("crate", "num_layers", 2.0, "num_layers is 2.0, a whole number is needed. Restore the config.json"),
-    ("crate", "num_layers", True, "num_layers is True, a whole number is needed"),
+    ("crate", "num_layers", 2.0, "num_layers must be a whole number, got 2.0. Restore the config.json"),
+    ("crate", "num_layers", True, "num_layers must be a whole number, got True"),
     ("crate", "num_layers", 10**9, "1000000000 layers"),
-    ("crate", "d_model", 1e9, "d_model is 1000000000.0, a whole number is needed"),
+    ("crate", "d_model", 1e9, "d_model must be a whole number, got 1000000000.0"),
     ("crate", "d_model", 10**12, "do not fit its configuration"),
-    ("crate", "rotary", "yes", "rotary is 'yes', true or false is needed"),
-    ("crate", "penalty", math.nan, "penalty is nan, a finite number is needed"),
-    ("crate", "penalty", "0.1", "penalty is '0.1', a finite number is needed"),
+    ("crate", "rotary", "yes", "rotary must be true or false, got 'yes'"),
+    ("crate", "penalty", math.nan, "penalty must be a finite number, got nan"),
+    ("crate", "penalty", "0.1", "penalty must be a finite number, got '0.1'"),
     ("crate", "activation", [], "activation is []"),
-    ("gpt2", "n_layer", 2.0, "num_layers is 2.0, a whole number is needed"),
+    ("gpt2", "n_layer", 2.0, "num_layers must be a whole number, got 2.0"),
     ("gpt2", "n_embd", 0, "lacks or misspells a field"),
-    ("gpt2", "n_positions", "16", "context_length is '16', a whole number is needed"),
+    ("gpt2", "n_positions", "16", "context_length must be a whole number, got '16'"),
 ]
 LOAD_ALL = """
 import subprocess

@@ -106,7 +106,7 @@ async def require_obvious(name: str, form: Form, llm: LLM) -> None:
     if mean < LEAST_AUC:
         each = ", ".join(f"{explanation} {value:.2f}" for explanation, value in aucs.items())
         raise CrateError(
-            f"{llm.name} is not able to do {name}: on obvious texts its mean AUC is {mean:.2f}, and {LEAST_AUC} is the "
+            f"{llm.name} cannot do {name}: on obvious texts its mean AUC is {mean:.2f}, and {LEAST_AUC} is the "
             f"least ({each}). Use a larger model, another --scorer, or --skip-self-test"
         )
 

@@ -74,7 +74,7 @@ async def find_judges(
 async def find_best_of(
     request: InterpretRequest, chat: LLM, reader: LLM, pieces: Callable[[], Sequence[bytes]]
 ) -> BestOf | None:  # fmt: skip
-    """The scorer that chooses among explanations, if there are several. Raises `CrateError` if its model lacks a feature."""
+    """The scorer that chooses among explanations, or None. Raises `CrateError` if the model lacks what it needs."""
     settings, answer_tokens = request.settings, request.explaining.max_answer_tokens
     if settings.best_of == 1:
         return None

@@ -1,4 +1,4 @@
-"""A sentence encoder of sentence-transformers, for the scorers that compare texts (`interpretation/similarity.py`)."""
+"""A sentence encoder of sentence-transformers, for the scorers that compare texts (`scorers/embedding.py`)."""
 
 from collections.abc import Sequence
 from pathlib import Path

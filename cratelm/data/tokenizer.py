@@ -234,7 +234,9 @@ def _from_json(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises a bare Exception for every fault of the content
         if type(error) not in (Exception, UnicodeDecodeError):
             raise
-        raise CrateError(f"{path} is not a readable tokenizer ({error}). Give a tokenizer.json of tokenizers") from None
+        raise CrateError(
+            f"{path} is not a readable tokenizer ({error}). Give a file of the library tokenizers"
+        ) from None
 
 
 def _fetched(name: str) -> Path:

@@ -32,9 +32,9 @@ def sparse_code(
     from a_0 = 0, or from a_0 = x (`from_input`, for a square dictionary). `atoms` is D^T. Gradients flow to x, atoms,
     step sizes and thresholds, once (there is no second derivative). Under autocast the products run in its type.
 
-    For the backward pass one keeps every a_t and every residual x - D a_{t-1}. With `recompute` only the residuals,
-    `neurons / d_model` times smaller, and the last code, which the decoder keeps anyway: the earlier codes then cost
-    one more matrix product each, 13 instead of 12 in all for two steps.
+    Every a_t and every residual x - D a_{t-1} is kept for the backward pass. With `recompute` only the residuals are,
+    which are `neurons / d_model` times smaller, and the last code, which the decoder keeps anyway: each earlier code
+    then costs one more matrix product, 13 instead of 12 in all for two steps.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

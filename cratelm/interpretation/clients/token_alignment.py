@@ -112,7 +112,7 @@ def _pattern(spelled: str) -> re.Pattern[str]:
 
 
 def _split_characters(spans: list[TokenSpan], tokens: Sequence[Sequence[str]], text: str) -> list[TokenSpan]:
-    """Let split characters begin in the right token of a run of pieces: by their share of the run's bytes.
+    """Assign each split character to the token in which it begins, by its share of the bytes of a run of pieces.
 
     If all pieces are empty, the server decoded the character at the token that ends it, which closes the run.
     """

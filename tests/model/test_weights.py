@@ -206,9 +206,12 @@ def test_weights_that_no_gpt2_has_are_named(name: str, tmp_path: Path, rng: np.r
         ('{"model_type": "crate"}', r"lacks or misspells a field .*num_layers.*\. Restore the config.json"),
         ('{"model_type": "crate", "format_version": 99}', "has format version 99, this cratelm reads up to 1"),
         ('{"model_type": "gpt2"}', "lacks or misspells a field .*n_embd"),
-        ('{"model_type": "gpt2", "activation_function": "silu"}', "has activation_function 'silu'"),
-        ('{"model_type": "gpt2", "layer_norm_epsilon": 1e-6}', "has layer_norm_epsilon 1e-06"),
-        ('{"model_type": "gpt2", "tie_word_embeddings": false}', "has tie_word_embeddings False"),
+        (
+            '{"model_type": "gpt2", "activation_function": "silu"}',
+            "activation_function of .* must be relu or gelu_new or gelu_pytorch_tanh, got 'silu'",
+        ),
+        ('{"model_type": "gpt2", "layer_norm_epsilon": 1e-6}', "layer_norm_epsilon of .* must be 1e-05, got 1e-06"),
+        ('{"model_type": "gpt2", "tie_word_embeddings": false}', "tie_word_embeddings of .* must be True, got False"),
     ],
 )
 def test_an_unusable_config_is_refused(crate: Path, text: str, message: str) -> None:
@@ -225,7 +228,7 @@ FIELDS = [
     ("crate", "rotary", "yes", "rotary must be true or false, got 'yes'"),
     ("crate", "penalty", math.nan, "penalty must be a finite number, got nan"),
     ("crate", "penalty", "0.1", "penalty must be a finite number, got '0.1'"),
-    ("crate", "activation", [], "activation is []"),
+    ("crate", "activation", [], "activation must be relu or gelu, got []"),
     ("gpt2", "n_layer", 2.0, "num_layers must be a whole number, got 2.0"),
     ("gpt2", "n_embd", 0, "lacks or misspells a field"),
     ("gpt2", "n_positions", "16", "context_length must be a whole number, got '16'"),
@@ -313,7 +316,7 @@ def test_a_hub_name_is_fetched_and_a_failure_is_one_line(
     assert find_model("someone/gpt2") == crate
     refused(
         "gone",
-        r"gone is neither a local folder nor reachable on the hub \(offline\)\. Check name .* cratelm train --data",
+        r"gone is neither a local folder nor reachable on the hub \(offline\)\. Check the name .* cratelm train --data",
     )
     assert asked == ["someone/gpt2", "gone"]
 

@@ -337,7 +337,7 @@ def test_lookup_and_its_control_are_scored_on_the_same_neurons_as_the_model(
     assert [(key.protocol, key.control) for key in others] == [("random-only", ""), ("random-only", "shuffled")]
     capsys.readouterr()
     assert main(command) == 0, "a second time it is all there"
-    assert "there already" not in capsys.readouterr().err
+    assert "exist already" not in capsys.readouterr().err
     assert main(["report", str(run), "--out", str(run / "with")]) == 0
     rows = list(csv.DictReader((run / "with" / "explainers.csv").read_text().splitlines()))
     assert [row["Explained by"] for row in rows] == ["lookup", "rules"]

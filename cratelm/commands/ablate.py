@@ -30,7 +30,7 @@ from cratelm.steering.changes import SAE, Change, check_indices
 from cratelm.workflows.opening import OpenModel, open_model
 from cratelm.workflows.options.arguments import Device, RunPath, SplitName, TokensTokenizer
 from cratelm.workflows.steering.printing import plain_console, plain_table
-from cratelm.workflows.token_data import open_tokens, read_count
+from cratelm.workflows.token_data import open_tokens, read_count, row_beginning
 
 if TYPE_CHECKING:
     from cratelm.steering.ablation import Ablation
@@ -88,7 +88,7 @@ def run(options: Options) -> None:
     tasks = tasks_of(options, opened, coders)
     data = open_tokens(opened, options.data, options.tokenizer)
     tokens = data.tokens(options.split)
-    begin = (opened.causal.row_beginning if data.begin_of_text is None else data.begin_of_text) or ()
+    begin = row_beginning(opened, data) or ()
     text = held_out(tokens, data.documents(options.split), opened.model, limit, begin)
     with claim(folder):
         layers = sorted({layer for neurons, _ in tasks for layer, _ in neurons})

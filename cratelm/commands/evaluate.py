@@ -87,7 +87,8 @@ def zero_shot_run(run_folder: Path, options: Options) -> dict[str, dict[str, Any
     losses = {}
     with claim(run_folder):
         for name in _names(options):
-            measured = zero_shot(model, tokenizer, name, options.eval_data, batch=options.batch)
+            end = None if opened.special is None else opened.special.end
+            measured = zero_shot(model, tokenizer, name, options.eval_data, batch=options.batch, end=end)
             losses[name] = measured | {"origin": origin()}
             _write(run_folder, {"zero_shot": _evaluated(run_folder).get("zero_shot", {}) | losses})
     return losses

@@ -91,6 +91,11 @@ def _train(options: Options, data_folder: Path) -> None:
     from cratelm.workflows.measurements import measurements
 
     data = TokenDirectory.open(data_folder, tokenizer=options.tokenizer)
+    if data.begin_of_text is not None:
+        raise CrateError(
+            f"the tokens of {data_folder} must be made without --begin-token: training reads the documents one after "
+            "the other, with the end token between them. Hint: tokenize again without it"
+        )
     config, execution = options.training, options.execution
     rows = options.vocab_size or padded_vocabulary(data.vocab_size)
     model_config = sized(options.arch, options.size, vocab_size=rows, context_length=config.context)

@@ -56,12 +56,18 @@ def special_tokens(tokenizer: Tokenizer, folder: Path | None = None, *, post_pro
 
 
 def find_end(tokenizer: Tokenizer, folder: Path | None = None) -> int | None:
-    """The id of the end-of-text token; None if neither its text is known nor a file in the folder names it."""
-    specials = _special_texts(tokenizer)
+    """The id of the end-of-text token; None if neither its text is known nor a file in the folder names it.
+
+    In a folder that `save_model` wrote, the `eos_token` is the token that ended the documents. Elsewhere a known
+    end-of-text token comes first, because the `eos_token` of a chat model ends a turn, not a document.
+    """
+    files, specials = _files(folder), _special_texts(tokenizer)
+    if _is_saved_here(files) and (end := _named(tokenizer, files, "eos_token")) is not None:
+        return end
     for text in (END_OF_TEXT, *(end for end in OTHER_ENDS if end in specials)):
         if (number := tokenizer.token_to_id(text)) is not None:
             return int(number)
-    return _named(tokenizer, _files(folder), "eos_token")
+    return _named(tokenizer, files, "eos_token")
 
 
 def end_of_text_id(tokenizer: Tokenizer, folder: Path | None = None) -> int:
@@ -117,6 +123,14 @@ def _files(folder: Path | None) -> dict[str, dict[str, Any]]:
         name: read_json(path, hint="Fetch it again") if path is not None and path.exists() else {}
         for name, path in paths.items()
     }
+
+
+def _is_saved_here(files: dict[str, dict[str, Any]]) -> bool:
+    """Whether `save_model` wrote the folder: it names its end token as the unknown and the padding token too."""
+    settings = files["tokenizer_config.json"]
+    names = [settings.get(name) for name in ("eos_token", "unk_token", "pad_token")]
+    ours = settings.get("padding_side") == "left" and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
+    return ours and isinstance(names[0], str) and names == names[:1] * 3
 
 
 def _named(tokenizer: Tokenizer, files: dict[str, dict[str, Any]], role: str) -> int | None:

@@ -67,13 +67,16 @@ class LastWord:
     passages: int
 
 
-def zero_shot(model: LanguageModel, tokenizer: Tokenizer, name: str, source: str, *, batch: int) -> dict[str, Any]:
+def zero_shot(
+    model: LanguageModel, tokenizer: Tokenizer, name: str, source: str, *, batch: int, end: int | None = None
+) -> dict[str, Any]:  # fmt: skip
     """All measurements on one text, as written to evaluation.json.
 
-    `name` is one of `CORPORA`, or the path of a text; `source` is a folder that holds the corpora, or `hub`.
+    `name` is one of `CORPORA`, or the path of a text; `source` is a folder that holds the corpora, or `hub`. `end`
+    is as in `token_loss`.
     """
     texts = read_texts(name, source)
-    result = asdict(token_loss(model, tokenizer, texts, batch=batch, what=name))
+    result = asdict(token_loss(model, tokenizer, texts, batch=batch, what=name, end=end))
     if name in LAST_WORD:
         result["last_word"] = asdict(last_word(model, tokenizer, texts, batch=batch))
     return result
@@ -95,14 +98,15 @@ def read_texts(name: str, source: str) -> list[str]:
 
 
 def token_loss(
-    model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], *, batch: int, what: str = "evaluate"
-) -> Evaluation:
-    """Cross-entropy of every token of the texts, one after the other as in training: each ends with `<|endoftext|>`.
+    model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], *, batch: int, what: str = "evaluate",
+    end: int | None = None,
+) -> Evaluation:  # fmt: skip
+    """Cross-entropy of every token of the texts, one after the other as in training: each ends with the token `end`.
 
-    Another one precedes the first text, so that its first token is predicted too. The standard error is over the texts,
-    or for a single text over stretches as long as the model's context.
+    `end` is by default `<|endoftext|>`. Another one precedes the first text, so that its first token is predicted too.
+    The standard error is over the texts, or for a single text over stretches as long as the model's context.
     """
-    end = end_of_text_id(tokenizer)
+    end = end_of_text_id(tokenizer) if end is None else end
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
     stream = np.fromiter(_stream(encoded, end), dtype=np.int64)
     check_vocabulary(model, stream)

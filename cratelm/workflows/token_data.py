@@ -72,9 +72,21 @@ def open_corpus(
     return corpus, known
 
 
-def row_beginning(opened: "OpenModel", corpus: "Corpus") -> tuple[int, ...] | None:
-    """Tokens before every row over a corpus: what --begin-token named when tokenizing, else the model's own."""
-    return opened.causal.row_beginning if corpus.begin_of_text is None else corpus.begin_of_text
+def row_beginning(opened: "OpenModel", corpus: "Corpus | TokenDirectory") -> tuple[int, ...] | None:
+    """Tokens before every row over a corpus: what --begin-token named when tokenizing, else the model's own.
+
+    A model of this package reads prompts as it was trained or imported, so other rows are a CrateError.
+    """
+    known, named = opened.causal.row_beginning, corpus.begin_of_text
+    if named is None or named == known:
+        return known
+    if opened.foreign is None:
+        texts = ["".join(opened.strings[token] for token in tokens) for tokens in (known or (), named)]
+        raise CrateError(
+            f"the tokens must begin rows as the model of {opened.source} does ({texts[0] or 'no --begin-token'}), got "
+            f"--begin-token {texts[1]}. Hint: tokenize {f'with --begin-token {texts[0]}' if known else 'without it'}"
+        )
+    return named
 
 
 def _open_checked(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from fixtures import earlier
 from fixtures.dense_families import BOS, DENSE, END_FIRST, NOTHING_FIRST, build_dense, save_with_beginning
-from fixtures.tiny import OBJECTS, SUBJECTS, VERBS, hidden_bar, make_tokens, random_model, tiny_config
-from tokenizers import Tokenizer
+from fixtures.tiny import OBJECTS, SUBJECTS, VERBS, hidden_bar, random_model, tiny_config
 
+from cratelm import cli
 from cratelm.activations.collect import collect
 from cratelm.activations.observe import observe
 from cratelm.activations.plan import CollectConfig
@@ -69,11 +69,15 @@ def live_values(opened: OpenModel, text: str, layer: int, neuron: int) -> list[f
     return values
 
 
+def row_number(excerpt: Excerpt, corpus: Corpus, begin: tuple[int, ...] | None) -> int:
+    """The row of its document that holds an excerpt: 0 for the first."""
+    context = 4 - (1 if begin is None or begin else 0)  # of the document's tokens before the first excerpt
+    return int((excerpt.position - corpus.documents[excerpt.document] - context) // 64)
+
+
 def row_of(excerpt: Excerpt, corpus: Corpus, begin: tuple[int, ...] | None) -> list[int]:
     """The tokens that the model read up to the end of an excerpt, by the rules of docs/collect.md."""
-    start = int(corpus.documents[excerpt.document])
-    context = 4 - (1 if begin is None or begin else 0)  # of the document's tokens before the first excerpt
-    row = (excerpt.position - start - context) // 64
+    start, row = int(corpus.documents[excerpt.document]), row_number(excerpt, corpus, begin)
     first = start + 64 * row - (1 if begin is None and row else 0)
     lead = [*(begin or ())] if begin is not None or row else [corpus.end_of_text]
     return [*lead, *corpus.tokens[first : excerpt.position + len(excerpt.tokens)].tolist()]
@@ -92,8 +96,9 @@ def check_live_equals_recorded(opened: OpenModel, corpus: Corpus, run: Path) -> 
                     opened.causal.read(torch.tensor([row]), [places[layer]])
                 live = codes[places[layer]].reshape(len(row), -1)[-len(excerpt.tokens) :, neuron].numpy()
                 np.testing.assert_allclose(live, excerpt.activations, rtol=2e-4, atol=2e-6)
-                later += excerpt.position - start > 68
-                if excerpt.position - start < 68 and end - start < 120:  # in the first row of the document
+                first_row = row_number(excerpt, corpus, begin) == 0
+                later += not first_row
+                if first_row and end - start < 120:
                     text = tokenizer.decode(corpus.tokens[start : end - 1].tolist())
                     values = live_values(opened, text, layer, neuron)
                     at = slice(excerpt.position - start, excerpt.position - start + len(excerpt.tokens))
@@ -194,13 +199,40 @@ def test_a_token_named_when_tokenizing_begins_the_rows_of_the_run(
     assert open_model(run, "cpu").causal.row_beginning == named.begin_of_text
 
 
-def test_our_own_models_begin_a_text_with_the_token_that_ended_their_documents(
-    rng: np.random.Generator, tmp_path: Path
+@pytest.mark.parametrize("imported", [False, True])
+def test_our_own_models_read_no_rows_that_begin_otherwise_than_their_prompts(
+    imported: bool, data: TokenDirectory, rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = make_tokens(tmp_path / "tokens", rng, documents=40)
-    tokenizer = Tokenizer.from_str(data.tokenizer().to_str())
-    tokenizer.add_special_tokens(["[EOS]"])
-    model = random_model(tiny_config(vocab_size=280), rng)
-    save_model(model, tmp_path / "run" / "model", tokenizer, end=tokenizer.token_to_id("[EOS]"))
-    causal = open_model(tmp_path / "run", "cpu").causal
-    assert causal.text_beginning == (tokenizer.token_to_id("<|endoftext|>"),)  # the tokenizer's usual end comes first
+    texts = data.path.parent / "texts.jsonl"
+    named = tokenize([str(texts)], tmp_path / "tokens", data.tokenizer(), held_out=0.6, begin_token=BOS)
+    bos = data.tokenizer().token_to_id(BOS)
+    model = random_model(tiny_config(vocab_size=data.vocab_size, context_length=128), rng)
+    save_model(model, tmp_path / "run" / "model", data.tokenizer(), begin=bos if imported else None)
+    opened = open_model(tmp_path / "run", "cpu")
+    if imported:  # by `cratelm import --begin-token`
+        check_live_equals_recorded(opened, collected(opened, named, tmp_path / "run"), tmp_path / "run")
+        return
+    for arguments in (["collect", str(tmp_path / "run")], ["ablate", str(tmp_path / "run"), "--layer", "0"]):
+        assert cli.main([*arguments, "--data", str(named.path), "--device", "cpu"]) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert "must begin rows as the model of" in message
+        assert f"(no --begin-token), got --begin-token {BOS}" in message
+    assert cli.main(["train", "--data", str(named.path), "--out", str(tmp_path / "trained"), "--device", "cpu"]) == 2
+    assert "must be made without --begin-token" in capsys.readouterr().err
+    assert not (tmp_path / "trained").exists()
+
+
+def test_our_own_models_begin_a_text_with_the_token_that_ended_their_documents(
+    data: TokenDirectory, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    texts = str(data.path.parent / "texts.jsonl")
+    tokens = tokenize([texts], tmp_path / "tokens", "bpe:280", held_out=0.6, end_token="[EOS]")
+    end = tokens.tokenizer().token_to_id("[EOS]")
+    model = random_model(tiny_config(vocab_size=tokens.vocab_size, context_length=128), rng)
+    save_model(model, tmp_path / "run" / "model", tokens.tokenizer(), end=tokens.end_of_text)
+    opened = open_model(tmp_path / "run", "cpu")
+    assert tokens.end_of_text == end
+    assert opened.causal.text_beginning == (end,)
+    check_live_equals_recorded(opened, collected(opened, tokens, tmp_path / "run"), tmp_path / "run")
+    again = tokenize([texts], tmp_path / "again", str(tmp_path / "run" / "model" / "tokenizer.json"), held_out=0.6)
+    assert again.end_of_text == end

@@ -39,6 +39,9 @@ def saved(folder: Path, tokenizer: Tokenizer, **files: dict[str, Any]) -> Path:
 
 
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+LEFT = {"padding_side": "left"}
+OURS = ("eos_token", "unk_token", "pad_token")
+CHAT = ("<|endoftext|>", "<|im_end|>")
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 
 
@@ -51,6 +54,8 @@ DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
         (("[A]", "[B]"), {"generation_config": {"eos_token_id": [1, 0]}}, "[B]"),
         (("[A]", "[B]"), {"config": {"eos_token_id": 0}, "tokenizer_config": {"eos_token": "[C]"}}, "[A]"),
         (("<s>", "</s>"), {"tokenizer_config": {"eos_token": "<s>"}}, "</s>"),
+        (CHAT, {"tokenizer_config": FAST | LEFT | {"eos_token": CHAT[1], "pad_token": CHAT[0]}}, CHAT[0]),
+        (CHAT, {"tokenizer_config": FAST | LEFT | dict.fromkeys(OURS, CHAT[1])}, CHAT[1]),
     ],
 )
 def test_the_end_of_a_document_is_what_the_files_name(

@@ -167,6 +167,19 @@ def test_the_command_writes_and_prints_every_text_and_keeps_earlier_results(
     assert strip == {name: {k: v for k, v in row.items() if k != "origin"} for name, row in actual["zero_shot"].items()}
 
 
+def test_texts_end_in_the_token_that_ended_the_documents_of_training(
+    folder: Path, model: LanguageModel, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    (end,) = (tokenizer.token_to_id(word) for word in WORDS[:1])
+    save_model(model, tmp_path / "run" / "model", tokenizer, end=end)
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--zero-shot", "ptb", "--eval-data", str(folder)]) == 0
+    actual = json.loads((tmp_path / "run" / "evaluation.json").read_text())["zero_shot"]["ptb"]["nats_per_token"]
+    texts = read_texts("ptb", str(folder))
+    assert actual == pytest.approx(token_loss(model, tokenizer, texts, batch=16, end=end).nats_per_token, abs=1e-6)
+    assert actual != pytest.approx(token_loss(model, tokenizer, texts, batch=16).nats_per_token, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -144,8 +144,8 @@ def _run(arguments: list[str]) -> None:
             options = _parse(module, verb, rest)
             if getattr(options, "runs", None) == ():
                 raise CrateError(f"RUN must be at least one run directory, got none. Hint: cratelm {verb} --help")
-            module.run(options)
-            _print_next(verb, options)
+            if module.run(options) is not False:  # False: requests wait in a batch, and the same command follows
+                _print_next(verb, options)
         case [first, *_] if parts := [verb for verb in VERBS if verb.startswith(f"{first} ")]:
             commands = " or ".join(f"cratelm {verb}" for verb in parts)
             raise CrateError(f"cratelm {first} is several commands: {commands}. Run: cratelm {parts[0]} --help")

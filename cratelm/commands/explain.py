@@ -34,11 +34,11 @@ class Options(Selection):
     """Print the prompt for this neuron of the first layer and protocol, as the language model reads it, and stop."""
 
 
-def run(options: Options) -> None:
-    """Explain the neurons of every run."""
+def run(options: Options) -> bool:
+    """Explain the neurons of every run. Returns whether nothing waits in a batch."""
     request = InterpretRequest.of(options, stages=("explain",))
     if options.show_prompt is not None:
         spending = replace(options.spending, dry_run=True)
         asyncio.run(show_prompt(replace(request, spending=spending), options.show_prompt))
-        return
-    asyncio.run(interpret(request))
+        return True
+    return asyncio.run(interpret(request))

@@ -102,7 +102,7 @@ def run(options: Options) -> None:
         webbrowser.open((home / "site" / "index.html").resolve().as_uri())
 
 
-Step = tuple[list[Any], Callable[[], None]]
+Step = tuple[list[Any], Callable[[], object]]
 """The words of a command, and a function that does the same."""
 
 

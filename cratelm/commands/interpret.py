@@ -65,16 +65,17 @@ class Options(Selection):
     """With --llm: do not score by lookup for comparison, which takes seconds."""
 
 
-def run(options: Options) -> None:
-    """Run the three stages on every run."""
+def run(options: Options) -> bool:
+    """Run the three stages on every run. Returns whether nothing waits in a batch."""
     request = InterpretRequest.of(options, stages=("explain", "simulate", "score"))
     if request.by_lookup and options.spending.merge:
         _interpret_by_lookup(request, asyncio.run(merge_and_score(request)), skip=options.skip_lookup)
-        return
+        return True
     complete = asyncio.run(interpret(request))
     is_scored = complete and "score" in request.stages and not (options.spending.dry_run or options.spending.part)
     if is_scored and not request.by_lookup:
         _interpret_by_lookup(request, dict.fromkeys(options.runs, options.protocol), skip=options.skip_lookup)
+    return complete
 
 
 def _interpret_by_lookup(

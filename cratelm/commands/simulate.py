@@ -43,6 +43,6 @@ class Options(Selection):
     """Limits of the cost, and how the work is divided."""
 
 
-def run(options: Options) -> None:
-    """Simulate the neurons of every run."""
-    asyncio.run(interpret(InterpretRequest.of(options, stages=("simulate",))))
+def run(options: Options) -> bool:
+    """Simulate the neurons of every run. Returns whether nothing waits in a batch."""
+    return asyncio.run(interpret(InterpretRequest.of(options, stages=("simulate",))))

@@ -46,6 +46,8 @@ class Usage:
     """Tokens generated."""
     prompt_cached: int = 0
     """Tokens of prompts that the server took from its cache, as far as it reports them."""
+    in_batches: tuple[int, int] = (0, 0)
+    """Most tokens that the batches submitted by this process read and generate; the budget counts them."""
 
     def add(self, prompt_tokens: int, new_tokens: int, *, usable: bool = True) -> None:
         """Count one answer."""
@@ -176,8 +178,9 @@ class Metered(LLMWrapper):
             self._release(bound)
 
     def spent(self) -> _Tokens:
-        """Tokens read and generated so far, earlier processes included."""
-        return self.usage.prompt_tokens + self.spent_before[0], self.usage.new_tokens + self.spent_before[1]
+        """Tokens read and generated so far, with the bound of open batches, earlier processes included."""
+        usage, (read, generated) = self.usage, self.spent_before
+        return usage.prompt_tokens + usage.in_batches[0] + read, usage.new_tokens + usage.in_batches[1] + generated
 
     async def _reserve(self, bound: _Tokens) -> None:
         while self._exceeds(bound, self._reserved):

@@ -46,12 +46,16 @@ class BatchLLM(LLMWrapper):
     queues: bool = False
     queue: dict[str, Request] = field(default_factory=dict)
     """Requests of the next batch, by the key of their answer."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Key of each request that failed when it was sent alone -> the error. This process does not send it again."""
     postponed: int = 0
     """Requests that were queued or wait in a batch."""
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
-        """Queue a chat and raise `Queued`, or answer it."""
+        """Queue a chat and raise `Queued`, or answer it. Raises the error of a request that failed alone."""
         key = chat_hash(self.identity, messages, sampling)
+        if key in self.failed:
+            raise LLMError(self.failed[key])
         if key not in self.waiting and not self.queues:
             return await self.inner.chat(messages, sampling)
         if key not in self.waiting:
@@ -136,7 +140,7 @@ def _errors(batch: Mapping[str, object]) -> str:
 
 
 async def submit_batches(store: Store, cached: Cached, llm: BatchLLM) -> bool:
-    """Submit the queue. Returns whether anything was answered at once, so that the stages should run again.
+    """Submit the queue. Returns whether it was emptied by requests sent alone, so that the stages should run again.
 
     The first request is sent alone, so that a refused parameter, key or model shows before anything is submitted.
     Raises `CrateError` if the budget covers no request, or if the first requests fail.
@@ -158,20 +162,23 @@ async def submit_batches(store: Store, cached: Cached, llm: BatchLLM) -> bool:
         console.print(f"the budget covers {len(covered):,} of {len(queue):,} requests; the others are not submitted")
     assert llm.batch_api is not None
     for path, lines in _files(llm.batch_api, covered):
-        await _submit(store, llm.batch_api, llm.name, path, lines, {key: bounds[key] for key in lines})
+        read, generated = (sum(bounds[key][place] for key in lines) for place in (0, 1))
+        usage = meter.usage
+        usage.in_batches = usage.in_batches[0] + read, usage.in_batches[1] + generated
+        await _submit(store, llm.batch_api, llm.name, path, lines, (read, generated))
         llm.waiting |= set(lines)
     return False
 
 
 async def _try_alone(cached: Cached, llm: BatchLLM) -> None:
-    """Send the first request of the queue alone; after a failure the next one."""
+    """Send the first request of the queue alone; after a failure, which is remembered, the next one."""
     llm.queues, failure = False, ""
     for key in list(llm.queue)[:TRIED]:
         messages, sampling = llm.queue.pop(key)
         try:
             await cached.chat(messages, sampling)
         except LLMError as error:
-            failure = str(error)
+            failure = llm.failed[key] = str(error)
         else:
             failure = ""
             break
@@ -195,21 +202,19 @@ def _files(api: BatchService, queue: Mapping[str, Request]) -> Iterator[tuple[st
 
 
 async def _submit(
-    store: Store, api: BatchService, model: str, path: str, lines: Mapping[str, bytes],
-    bounds: Mapping[str, tuple[int, int]],
+    store: Store, api: BatchService, model: str, path: str, lines: Mapping[str, bytes], bound: tuple[int, int]
 ) -> None:  # fmt: skip
     """Submit one file. The note with the file is written before the batch is created, and once more with its number."""
     file = await api.upload(list(lines.values()), "cratelm-requests.jsonl")
-    read, generated = (sum(bound[place] for bound in bounds.values()) for place in (0, 1))
     record = BatchRecord(
-        file=file, url=api.url, model=model, path=path, bound=(read, generated),
+        file=file, url=api.url, model=model, path=path, bound=bound,
         requests={key: len(line) for key, line in lines.items()},
     )  # fmt: skip
     write_batch(store, record)
     batch = await api.create(file, path)
     write_batch(store, replace(record, id=batch))
     console.print(
-        f"batch {batch}: submitted {len(lines):,} requests, at most {human(read + generated)} tokens. "
+        f"batch {batch}: submitted {len(lines):,} requests, at most {human(sum(bound))} tokens. "
         "Run the same command again to collect the answers, within 24 hours at most",
         soft_wrap=True,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from cratelm.activations.records import records_folder
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.answer_cache import add_new_calls
+from cratelm.interpretation.store.batches import NOTE
 from cratelm.interpretation.store.database import Store, add_set, identity, set_id
 from cratelm.interpretation.store.growing_sets import Row, SetRows, Simulated
 from cratelm.interpretation.store.schema import KEY_COLUMNS, SetKey, Stage, packed, unpacked
@@ -71,7 +72,9 @@ def merge(run: Path) -> Merged:
                     for what, count in _join(part, old, new).items():
                         counts[what] += count
                 _copy_chosen(ours, theirs)
-                notes = theirs.execute("SELECT * FROM meta WHERE key != 'format_version'").fetchall()
+                # The part collects its batches itself.
+                query = "SELECT * FROM meta WHERE key != 'format_version' AND key NOT LIKE ?"
+                notes = theirs.execute(query, [f"{NOTE}%"]).fetchall()
                 ours.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", notes)
         explanations_first = sorted(touched.values(), key=lambda rows: rows.stage != "explain")
         missing = [_finish(rows) for rows in explanations_first]

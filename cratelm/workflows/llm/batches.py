@@ -21,10 +21,21 @@ class RunBatches:
         if self.spending.forget_batches and not self.spending.dry_run:
             console.print(f"forgotten: {forget_batches(self.store)} batches")
 
-    async def collect(self, llm: LLM | None) -> None:
-        """Put the answers of a model's finished batches into the cache."""
-        if llm is not None and not self.spending.dry_run:
+    async def collect(self, *llms: LLM | None) -> None:
+        """Put the answers of the models' finished batches into the cache, and print the batches of other models."""
+        opened = {id(llm): llm for llm in llms if llm is not None}.values()
+        if not opened or self.spending.dry_run:
+            return
+        for llm in opened:
             await collect_batches(self.store, llm)
+        collected = {(llm.batch_api.url, llm.name) for llm in opened if llm.batch_api is not None}
+        for record in open_batches(self.store):
+            if (record.url, record.model) not in collected:
+                console.print(
+                    f"batch {record.id or record.file} is not collected: it was submitted to {record.url} for the "
+                    f"model {record.model}. Run the command with this URL and model to collect it; if it is lost: "
+                    "--forget-batches", soft_wrap=True,
+                )  # fmt: skip
 
     @property
     def open(self) -> list[BatchRecord]:

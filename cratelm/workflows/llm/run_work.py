@@ -75,8 +75,7 @@ class RunWork:
         """Open the simulator and the judges and print the plan. Returns whether to continue: not after a dry run."""
         request, llms = self.request, self.llms
         self.batches.forget()
-        for llm in (llms.explainer, llms.simulator, llms.judge):
-            await self.batches.collect(llm)
+        await self.batches.collect(llms.explainer, llms.simulator, llms.judge)
         self.spent_before  # noqa: B018 (read before the first call)
         for llm in (llms.explainer, llms.simulator, llms.judge):
             await calibrate_counts(llm, self.store, self.usage)

@@ -15,6 +15,7 @@ from cratelm.activations.records import records_folder
 from cratelm.errors import CrateError
 from cratelm.interpretation.store import parts
 from cratelm.interpretation.store.answer_cache import add_calls, spent
+from cratelm.interpretation.store.batches import BatchRecord, open_batches, write_batch
 from cratelm.interpretation.store.database import Store
 from cratelm.interpretation.store.growing_sets import GrowingSet, Row, Simulated
 from cratelm.interpretation.store.neuron_selection import read_chosen, write_chosen
@@ -204,3 +205,14 @@ def test_answers_wait_for_a_store_that_is_in_use_and_then_say_so_in_a_line(
     add_calls(part, [answer])
     assert spent(part) == (5, 3)
     holder.close()
+
+
+def test_the_batches_of_a_part_stay_in_the_part(run: Path) -> None:
+    fill(run, 1, (1, 2))
+    part = Store.create(run, 1)
+    part.note("tokens per byte of a-model", "0.25")
+    write_batch(part, BatchRecord(file="file-1", id="batch_1", url="http://a/v1", model="a-model", path="/v1"))
+    merge(run)
+    assert Store.open(run).noted("tokens per byte of a-model") == "0.25"
+    assert open_batches(Store.open(run)) == []
+    assert [record.id for record in open_batches(part)] == ["batch_1"]

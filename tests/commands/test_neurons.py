@@ -184,7 +184,7 @@ def test_the_list_and_a_neuron_fit_the_terminal(columns: int, run: Path, show: S
 
 def test_limit_and_filters_are_counted(run: Path, show: Show) -> None:
     assert "3 of 14 neurons; --limit 0 shows all" in show(run, "--limit", "3")
-    assert "14 of 14 neurons. Look" in show(run, "--limit", "0")
+    assert "14 of 14 neurons. Show" in show(run, "--limit", "0")
     assert "0 of 0 neurons that pass score>5 and score<5. Show" in show(run, "--filter", "score>5", "score<5")
 
 

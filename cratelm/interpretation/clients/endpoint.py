@@ -16,12 +16,18 @@ from typing import Any
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.batch_api import BatchAPI
-from cratelm.interpretation.clients.parameters import Attempt, Parameters, chat_body
+from cratelm.interpretation.clients.parameters import Parameters, chat_body
 from cratelm.interpretation.clients.prompt_logprobs import NEXT_TOKEN, STYLES, Absent, read, request
 from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text, paid_tokens
-from cratelm.interpretation.clients.responses_endpoint import CHAT_LABEL, NO_CHAT, as_chat_completion, responses_body
+from cratelm.interpretation.clients.responses_endpoint import (
+    CHAT_LABEL,
+    NO_CHAT,
+    ChatRequest,
+    as_chat_completion,
+    responses_body,
+)
 from cratelm.interpretation.clients.server_facts import cache_hint, context_in, price_in, slots_in, with_cache_hint
-from cratelm.interpretation.clients.transport import Refused, Retry, T, Transport
+from cratelm.interpretation.clients.transport import Refused, Retry, Transport
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.llm import Declined, LLMError, Message, Prompt, PromptLogprobs, Reply, Sampling
 from cratelm.interpretation.prompts.explainer import without_system
@@ -147,11 +153,11 @@ class Endpoint:
         text, cost = solved_tables(), (0, 0)
         try:
             question = [Message("user", text)], Sampling(max_tokens=4, temperature=self.temperature)
-            for attempt in self._attempts(*question):
-                with attempt:
-                    cost = await self._post_chat(attempt.body, paid_tokens)
-            if attempt.refusal is not None:
-                raise attempt.refusal
+            for asked in self._requests(*question):
+                with asked:
+                    cost = await self.transport.post(asked.path, asked.body, asked.reader(paid_tokens))
+            if asked.refusal is not None:
+                raise asked.refusal
         except LLMError:
             body = {"model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0}
             with contextlib.suppress(LLMError):
@@ -161,45 +167,39 @@ class Endpoint:
 
     async def chat(self, messages: Sequence[Message], sampling: Sampling) -> Reply:
         """Answer a chat. Raises `LLMError` if the server refuses or fails, `CrateError` if it cannot be reached."""
-        size = sum(len(message.text.encode()) for message in messages)
-        for attempt in self._attempts(messages, sampling):
-            with attempt:
-                return await self._post_chat(attempt.body, partial(self._parse_chat, size), attempt.same_500s)
-        assert attempt.refusal is not None
-        await self._check_model(attempt.refusal)
-        raise attempt.refusal
+        parse = partial(self._parse_chat, sum(len(message.text.encode()) for message in messages))
+        for asked in self._requests(messages, sampling):
+            with asked:
+                return await self.transport.post(
+                    asked.path, asked.body, asked.reader(parse), same_500s=asked.attempt.same_500s
+                )
+        assert asked.refusal is not None
+        await self._check_model(asked.refusal)
+        raise asked.refusal
 
-    def _attempts(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[Attempt]:
+    def _requests(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[ChatRequest]:
+        """The requests to make in turn until one is answered: fewer parameters, then the other path."""
+
         def build(without: Set[str]) -> dict[str, Any]:
             supported = without_system(messages) if "system" in without else messages
             turns = [{"role": message.role, "content": message.text} for message in supported]
             body = chat_body(self.name, turns, sampling, without) | self.extra
             return with_cache_hint(body, self._hint) if self._hint not in without else body
 
-        return self._parameters.attempts(build)
+        for attempt in self._parameters.attempts(build):
+            refusal = None
+            if CHAT_LABEL not in self.unsupported:
+                yield (first := ChatRequest(attempt, leads_on=self._may_answer_responses))
+                if first.refusal is None or attempt.refusal is not None:
+                    continue
+                refusal = None if NO_CHAT.search(first.refusal.detail) else first.refusal
+            yield ChatRequest(attempt, converted=True, instead=refusal)
 
-    async def _post_chat(self, body: dict[str, Any], parse: Callable[[dict[str, Any]], T], same_500s: int = 0) -> T:
-        """Post a chat request; at `/responses` if the model does not answer chats at `/chat/completions`."""
-        if CHAT_LABEL not in self.unsupported:
-            try:
-                return await self.transport.post("/chat/completions", body, parse, same_500s=same_500s)
-            except Refused as error:
-                named = NO_CHAT.search(error.detail)
-                unknown = UNKNOWN_MODEL.search(error.detail) or (self.served and self.name not in self.served)
-                if not named and (self.transport.answered or unknown or error.status not in (404, 405)):
-                    raise
-                refusal = error
-        else:
-            named, refusal = None, None
-        try:
-            converted = responses_body(body)
-            answer = await self.transport.post("/responses", converted, lambda found: parse(as_chat_completion(found)))
-        except Refused:
-            if refusal is None or named:
-                raise
-            raise refusal from None
-        self.unsupported.add(CHAT_LABEL)
-        return answer
+    def _may_answer_responses(self, refusal: Refused) -> bool:
+        """Whether a refusal at `/chat/completions` leads to `/responses`: it says so, or the path is unknown."""
+        unknown = UNKNOWN_MODEL.search(refusal.detail) or (self.served and self.name not in self.served)
+        guess = not (self.transport.answered or unknown) and refusal.status in (404, 405)
+        return bool(NO_CHAT.search(refusal.detail)) or guess
 
     def _parse_chat(self, size: int, answer: Mapping[str, Any]) -> Reply:
         try:
@@ -228,7 +228,7 @@ class Endpoint:
 
     async def rendered(self, messages: Sequence[Message]) -> str | None:
         """The chat as the model reads it, from llama.cpp (`/apply-template`) or vLLM (`/tokenize`, `/detokenize`)."""
-        turns = next(self._attempts(messages, Sampling(max_tokens=1))).body["messages"]
+        turns = next(self._requests(messages, Sampling(max_tokens=1))).attempt.body["messages"]
         with contextlib.suppress(CrateError):
             answer = await self.transport.send("/apply-template", root=True, json={"messages": turns})
             return str(answer["prompt"]) if "prompt" in answer else None
@@ -244,7 +244,7 @@ class Endpoint:
         """The Batch API of the server. Whether the server has one shows at the first batch."""
 
         def request(messages: Sequence[Message], sampling: Sampling) -> tuple[str, dict[str, Any]]:
-            body = next(self._attempts(messages, sampling)).body
+            body = next(self._requests(messages, sampling)).attempt.body
             converted = CHAT_LABEL in self.unsupported
             return ("/v1/responses", responses_body(body)) if converted else ("/v1/chat/completions", body)
 

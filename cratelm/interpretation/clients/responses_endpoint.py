@@ -1,10 +1,17 @@
 """OpenAI's `/responses` for models that do not answer at `/chat/completions`: requests and answers are converted."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, TypeVar
 
+from cratelm.interpretation.clients.parameters import Attempt, Body
 from cratelm.interpretation.clients.responses import Malformed
+from cratelm.interpretation.clients.transport import Refused
+
+T = TypeVar("T")
 
 CHAT_LABEL = "chat/completions"
 """Recorded with the parameters that a server does not support, if a model answers at `/responses` only."""
@@ -18,6 +25,51 @@ SMALLEST_LIMIT = 16
 """The smallest `max_output_tokens` that OpenAI accepts."""
 DROPPED = ("messages", "max_tokens", "max_completion_tokens", "response_format", "reasoning_effort", "seed")
 """Fields of a chat request that have another form at `/responses`, or none (`seed`)."""
+
+
+@dataclass(slots=True)
+class ChatRequest:
+    """One request of an `Attempt`, at one path: enter it around `Transport.post`."""
+
+    attempt: Attempt
+    converted: bool = False
+    """Asked at `/responses`."""
+    leads_on: Callable[[Refused], bool] = lambda _: False
+    """Whether a refusal at `/chat/completions` may mean that the model answers at `/responses`."""
+    instead: Refused | None = None
+    """Reported in place of a refusal at `/responses`: the refusal at `/chat/completions`, if it did not name a path."""
+    refusal: Refused | None = None
+
+    @property
+    def path(self) -> str:
+        """Path of the server."""
+        return "/responses" if self.converted else "/chat/completions"
+
+    @property
+    def body(self) -> Body:
+        """Body of the request."""
+        return responses_body(self.attempt.body) if self.converted else self.attempt.body
+
+    def reader(self, parse: Callable[[Body], T]) -> Callable[[Body], T]:
+        """`parse` reads chat completions; the result reads the answers of this path."""
+        return partial(_parse_converted, parse) if self.converted else parse
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False] | bool:
+        if isinstance(error, Refused):
+            self.refusal = self.instead or error
+            return self.leads_on(error) or self.attempt.__exit__(kind, self.refusal, trace)
+        if error is None and self.converted:
+            self.attempt.owner.unsupported.add(CHAT_LABEL)
+        return self.attempt.__exit__(kind, error, trace)
+
+
+def _parse_converted(parse: Callable[[Body], T], answer: Body) -> T:
+    return parse(as_chat_completion(answer))
 
 
 def responses_body(chat: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,10 @@ class Cached(LLMWrapper):
         for last in (False, True):
             asked = replace(sampling, max_tokens=limit)
             key = chat_hash(self.inner.identity, messages, asked)
-            future = self._begin(key, partial(self.inner.chat, messages, asked), asdict)
+            if (future := self._joined(key)) is None:
+                future = self._asking[key] = asyncio.get_running_loop().create_future()
+                call = partial(self.inner.chat, messages, asked)
+                self._keep_running(asyncio.create_task(self._answer(key, future, call, asdict)))
             reply = Reply(**_accepted(await asyncio.shield(future)))
             larger = larger_limit(self.inner, messages, sampling)
             if last or larger == limit or not is_cut(reply, limit):
@@ -75,8 +78,12 @@ class Cached(LLMWrapper):
         futures = []
         for prompt in prompts:
             key = prompt_logprobs_hash(self.inner.identity, prompt, top)
-            call = partial(self.inner.prompt_logprobs, [prompt], top=top)
-            futures.append(self._begin(key, call, partial(_single_to_json, prompt)))
+            if (future := self._joined(key)) is None:
+                future = self._asking[key] = asyncio.get_running_loop().create_future()
+                call = partial(self.inner.prompt_logprobs, [prompt], top=top)
+                work = asyncio.create_task(self._answer(key, future, call, partial(_single_to_json, prompt)))
+                self._keep_running(work)
+            futures.append(future)
         answers = [_accepted(await asyncio.shield(future)) for future in futures]
         return [logprobs_from_json(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -90,19 +97,16 @@ class Cached(LLMWrapper):
         while self._working:
             await asyncio.wait(self._working)
 
-    def _begin(self, key: str, call: Callable[[], Awaitable[Any]], to_json: Callable[[Any], dict[str, Any]]) -> Answer:
-        """The future answer of a call. A call in flight with the same key is shared, which counts as a cache hit.
+    def _joined(self, key: str) -> Answer | None:
+        """The answer to a call in flight, which counts as a cache hit."""
+        future = self._asking.get(key)
+        self.usage.cached += future is not None
+        return future
 
-        The work continues even if the caller is cancelled: its answer is paid for.
-        """
-        if key in self._asking:
-            self.usage.cached += 1
-        else:
-            future = self._asking[key] = asyncio.get_running_loop().create_future()
-            work = asyncio.create_task(self._answer(key, future, call, to_json))
-            self._working.add(work)
-            work.add_done_callback(self._working.discard)
-        return self._asking[key]
+    def _keep_running(self, work: asyncio.Task[None]) -> None:
+        """Hold a task that continues even if the caller is cancelled: its answer is paid for."""
+        self._working.add(work)
+        work.add_done_callback(self._working.discard)
 
     async def _answer(
         self, key: str, future: Answer, call: Callable[[], Awaitable[Any]], to_json: Callable[[Any], dict[str, Any]]

@@ -57,7 +57,10 @@ async def interpret(request: InterpretRequest, *, quiet: bool = False) -> bool:
             works.append(work := RunWork(request=request, run=run, llms=llms, usage=usage, quiet=quiet))
             opened.push_async_callback(work.settle)
             if await work.prepare():
-                complete[run] = await work.make_sets()
+                async with contextlib.aclosing(work.sets()) as sets:
+                    async for task, make in sets:
+                        await make(task)
+                complete[run] = not work.batches.postponed
     if not (quiet or request.spending.dry_run):
         for work in works:
             if complete[work.run]:

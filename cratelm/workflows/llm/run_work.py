@@ -1,8 +1,7 @@
 """The work on one run: opens its explainer, simulator and judges, plans, and yields the sets to make."""
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -169,15 +168,14 @@ class RunWork:
         if request.spending.dry_run and plan.error:
             raise CrateError(plan.error)
 
-    async def make_sets(self) -> bool:
-        """Make every set, or submit what the next stage needs as a batch. Returns whether nothing waits in a batch."""
+    async def sets(self) -> AsyncGenerator[tuple[SetTask, Make], None]:
+        """Yield every set to make, and again those that waited for a batch. `batches.postponed` is known afterwards."""
         self.batches.start()
         while True:
-            with contextlib.closing(self.steps()) as steps:
-                for task, make in steps:
-                    await make(task)
+            for task, make in self.steps():
+                yield task, make
             if not await self.batches.submit():
-                return not self.batches.postponed
+                return
             self.batches.start()
 
     def steps(self) -> Generator[tuple[SetTask, Make]]:

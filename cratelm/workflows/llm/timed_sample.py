@@ -135,7 +135,8 @@ async def _make(
     for work in works:
         try:
             await work.prepare()
-            await work.make_sets()
+            async for task, make in work.sets():
+                await make(task)
         finally:
             await work.settle()
     return works

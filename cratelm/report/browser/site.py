@@ -110,7 +110,7 @@ def _take_folder(out: Path) -> None:
         raise CrateError(f"{out} is a file. Give a new folder with --out")
     if (out / MARKER).is_file():
         return
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not re.fullmatch(r"\..*\.tmp", path.name) for path in out.iterdir()):  # of a killed process
         raise CrateError(f"{out} has other files and is not a site of cratelm. Give a new folder with --out")
     write_json(out / MARKER, {"made_by": "cratelm report --site"})
 

@@ -314,3 +314,10 @@ def test_the_command_writes_the_site_and_prints_its_path(
     assert (
         json.loads((tmp_path / "site" / "data" / "m0" / "t0" / "l0" / "made.json").read_text())["format"] == site.FORMAT
     )
+
+
+def test_a_folder_that_a_killed_process_began_is_taken(tmp_path: Path, rng: np.random.Generator) -> None:
+    runs = scored_runs(tmp_path, rng, "crate-2l")
+    (tmp_path / "out" / f".{site.MARKER}.4194305.tmp").mkdir(parents=True)
+    assert write_site(runs, tmp_path / "out").is_file()
+    assert not list((tmp_path / "out").glob(".*.tmp"))

@@ -11,7 +11,7 @@ from cratelm.interpretation.clients.parameters import Attempt, Body
 from cratelm.interpretation.clients.responses import Malformed
 from cratelm.interpretation.clients.transport import Refused
 
-T = TypeVar("T")
+Parsed = TypeVar("Parsed")
 
 CHAT_LABEL = "chat/completions"
 """Recorded with the parameters that a server does not support, if a model answers at `/responses` only."""
@@ -50,7 +50,7 @@ class ChatRequest:
         """Body of the request."""
         return responses_body(self.attempt.body) if self.converted else self.attempt.body
 
-    def reader(self, parse: Callable[[Body], T]) -> Callable[[Body], T]:
+    def reader(self, parse: Callable[[Body], Parsed]) -> Callable[[Body], Parsed]:
         """`parse` reads chat completions; the result reads the answers of this path."""
         return partial(_parse_converted, parse) if self.converted else parse
 
@@ -68,7 +68,7 @@ class ChatRequest:
         return self.attempt.__exit__(kind, error, trace)
 
 
-def _parse_converted(parse: Callable[[Body], T], answer: Body) -> T:
+def _parse_converted(parse: Callable[[Body], Parsed], answer: Body) -> Parsed:
     return parse(as_chat_completion(answer))
 
 

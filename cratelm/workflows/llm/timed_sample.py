@@ -4,12 +4,13 @@ A few neurons of each layer come first; their time sets the number for the time 
 self-test only explains, because its scores would not be meaningful.
 """
 
+import json
 import os
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +92,17 @@ async def measure_for(runs: Sequence[Path], source: str, *, model: str = "", min
             claimed.enter_context(claim(run))
         async with open_llms(request.explaining, request.simulating, request.spending, usage) as llms:
             request = replace(request, spending=priced(request.spending, llms))
+            reason = ""
             try:
-                request, reason = await _capable(request, runs[0], llms, usage)
+                for run in runs:  # each run has its cache, so the answers of the self-test may differ
+                    request, failed = await _capable(request, run, llms, usage)
+                    reason = reason or failed
             except CannotExplain as error:
                 return TimedSample(reason=str(error))
-            begun = time.monotonic()
-            works = await _make(request, runs, llms, usage, quiet=True)
-            each = (time.monotonic() - begun) / _FIRST
-            left = 60 * minutes - (time.monotonic() - started)
+            with _timed(Store.create(runs[0]), llms, started) as timing:
+                works = await _make(request, runs, llms, usage, quiet=True)
+            each = timing.first / _FIRST
+            left = 60 * minutes - timing.opening - timing.first
             number = min(_FIRST + max(int(left / max(each, 1e-3)), 0), _MOST, len(order))
             console.print(f"one neuron of every layer takes {each:.0f} seconds, so {number} neurons of each layer fit")
             if number > _FIRST:
@@ -107,11 +111,41 @@ async def measure_for(runs: Sequence[Path], source: str, *, model: str = "", min
     return TimedSample(works=tuple(works), reason=reason)
 
 
+@dataclass(kw_only=True, slots=True)
+class _Timing:
+    """Seconds until the first neurons were made, over all processes: a resumed command only reads their answers."""
+
+    opening: float = 0.0
+    """Opening the model and the self-test."""
+    first: float = 0.0
+    """Making the first neurons."""
+    whole: bool = False
+    """Whether all of them are made."""
+
+
+@contextmanager
+def _timed(store: Store, llms: LLMs, started: float) -> Iterator[_Timing]:
+    """Time the body, unless the store has the time of an earlier process. An interrupted body's time is added."""
+    assert llms.explainer is not None
+    note, begun = f"time of the first neurons by {llms.explainer.identity}", time.monotonic()
+    timing = _Timing(**json.loads(store.noted(note) or "{}"))
+    measures = not timing.whole
+    try:
+        yield timing
+        timing.whole = True
+    finally:
+        if measures:
+            timing.opening += begun - started
+            timing.first += time.monotonic() - begun
+            store.note(note, json.dumps(asdict(timing)))
+
+
 async def _capable(
     request: InterpretRequest, run: Path, llms: LLMs, usage: Usage
 ) -> tuple[InterpretRequest, str]:  # fmt: skip
     """The request, with explanations alone if the model cannot simulate, and the reason for that."""
-    work = RunWork(request=request, run=run, llms=llms, usage=usage, quiet=True)
+    models = llms if request.simulating is not None else replace(llms, simulator=None)
+    work = RunWork(request=request, run=run, llms=models, usage=usage, quiet=True)
     try:
         await work.prepare()
     except CannotSimulate as error:

@@ -1,12 +1,14 @@
 """`cratelm demo --llm`: as many neurons as fit into some minutes, next to lookup."""
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes.llm_server import Answer, Server, completion
+from fakes.llm_server import Answer, Body, Server, completion
 from fakes.rule_server import RuleServer
 from fixtures.planted_rules import EXPLANATIONS, make_planted
 
@@ -88,6 +90,42 @@ def test_a_model_that_copies_explains_nothing_and_the_reason_is_given(runs: list
         lines = list(sample_lines(measured(runs, server, minutes=0.0)))
     assert lines[0] == "the language model explains nothing"
     assert max(map(len, lines)) <= 80
+
+
+class CopiesInTheSecondRun(RuleServer):
+    """Explains as `RuleServer`, until it is asked for an explanation again: every run has its cache."""
+
+    copies = False
+
+    def answer(self, path: str, body: Body) -> Answer:
+        asked = json.dumps(body.get("messages"))
+        if "Explanation of neuron" in asked:
+            with self.lock:
+                self.copies |= [json.dumps(earlier.get("messages")) for _, earlier in self.asked].count(asked) > 1
+        if self.copies and path == "/v1/chat/completions":
+            return Answer(completion(few_shot_neurons()[0].explanation))
+        return super().answer(path, body)
+
+
+def test_a_model_that_copies_in_the_second_run_explains_nothing(runs: list[Path]) -> None:
+    with CopiesInTheSecondRun() as server:
+        lines = list(sample_lines(measured(runs, server, minutes=0.0)))
+    assert lines[0] == "the language model explains nothing"
+
+
+def test_a_resumed_command_makes_no_more_neurons_than_fit_into_the_minutes(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RuleServer() as server:
+        clock = SimpleNamespace(monotonic=lambda: float(len(server.asked)))  # a second for each request
+        monkeypatch.setattr(timed_sample, "time", clock)
+        measured(runs, server, minutes=0.1)
+        asked = len(server.asked)
+        measured(runs, server, minutes=0.1)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "neuron of every layer takes" in line]
+    assert lines == [lines[0]] * 2
+    assert "2 neurons of each layer fit" in lines[0]
+    assert len(server.asked) == asked
 
 
 def test_without_a_model_two_commands_that_fetch_one_are_printed(

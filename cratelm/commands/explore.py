@@ -85,9 +85,8 @@ def run(options: Options) -> None:
         raise CrateError(f"--out must be left out for a run, which holds its results, got {options.model}")
     home = explored_run(options)
     opened = open_model(options.model, options.device)
-    _print_step(
-        "tokenize", *options.text, "--tokenizer", options.model, "--held-out", 0, "--out", home / "tokens"
-    )  # fmt: skip
+    tokenizer = options.model / "model" if (options.model / "model").is_dir() else options.model
+    _print_step("tokenize", *options.text, "--tokenizer", tokenizer, "--held-out", 0, "--out", home / "tokens")
     _tokenize(opened, options.text, home / "tokens")
     tokens = read_count(options.tokens) if options.tokens else _tokens_within(opened, options, home)
     del opened  # each step opens the model itself, so that it can be run alone

@@ -25,10 +25,11 @@ def _records(options: Any) -> list[str]:
 
 def explored_run(options: Any) -> Path:
     """The run directory of `cratelm explore`."""
+    from cratelm.gguf_files import model_name
     from cratelm.workflows.opening import describe
 
     model: Path = options.model
-    return model if describe(model)[1] else options.out or Path("runs") / model.resolve().stem
+    return model if describe(model)[1] else options.out or Path("runs") / model_name(model.resolve())
 
 
 def _after_evaluate(options: Any) -> list[str | Path]:

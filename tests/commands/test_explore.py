@@ -25,6 +25,7 @@ from cratelm.data.tokens import TokenDirectory
 from cratelm.errors import CrateError
 from cratelm.rundir import read_json
 from cratelm.training.opening import write_run
+from cratelm.workflows.next_command import explored_run
 from cratelm.workflows.opening import open_model
 from cratelm.workflows.token_data import open_corpus
 
@@ -99,7 +100,7 @@ def test_the_printed_commands_do_the_same(
     steps = [line.removeprefix("step: ") for line in capsys.readouterr().err.splitlines() if line.startswith("step: ")]
     assert [step.split()[1] for step in steps] == ["tokenize", "collect", "interpret", "directions", "report"]
     before = records_times(explored)
-    for step in steps[1:]:
+    for step in steps:
         assert cli.main(shlex.split(step)[1:]) == 0, step
     assert records_times(explored) == before
 
@@ -170,3 +171,11 @@ def test_the_fewest_tokens_are_just_enough_documents(explored: Path) -> None:
     plan(fewest)
     with pytest.raises(CrateError, match="at least 5 documents"):
         plan(fewest - 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "run"),
+    [("meta/Llama-3.2-1B", "Llama-3.2-1B"), ("Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("small.Q4_1.gguf", "small.Q4_1")],
+)
+def test_the_run_has_the_name_of_the_model(model: str, run: str) -> None:
+    assert explored_run(Options(model=Path(model))) == Path("runs") / run

@@ -54,6 +54,11 @@ def write_checksums(folder: Path, files: Mapping[str, list[str]] | None = None) 
     write_json(path, {"sha256": dict(sorted((_read(folder) | dict(files)).items()))})
 
 
+def listed_files(folder: Path) -> list[str]:
+    """The names of the files of a folder that have a checksum, whether or not they exist."""
+    return sorted(_read(folder))
+
+
 def verify(
     path: Path, expected: str | None = None, *, hint: str = "Write it again with the command that made it."
 ) -> None:

@@ -5,7 +5,8 @@
 `CACHE` is `~/.cache/cratelm`, or `$XDG_CACHE_HOME/cratelm`. transformers reads the file and dequantises the weights.
 Files of floating-point numbers keep their type, quantised ones become bfloat16: their rounding is coarser than that of
 bfloat16. The directory is named after the content of the file, so a file that changed is converted again, and so is a
-directory that is damaged. `gguf.json` records the file, its checksum and its quantisation.
+directory that is damaged, incomplete or made by another version of the conversion. `gguf.json` records the file, its
+checksum, its quantisation and that version.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cratelm.checksums import cache_folder, remembered_sha256, verify, write_checksums
+from cratelm.checksums import CHECKSUMS, cache_folder, listed_files, remembered_sha256, verify, write_checksums
 from cratelm.errors import CrateError
 from cratelm.rundir import atomic_path, check_regular, read_json, write_json
 from cratelm.runtime import console, quiet_transformers
 
 GGUF_DESCRIPTION = "gguf.json"
+CONVERSION = 1
+"""Version of the conversion: to be raised when the same GGUF file gives another model directory."""
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Tensor type -> dtype. With any other type in the file, the weights become bfloat16."""
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,8 +66,8 @@ def model_directory(file: Path) -> Path:
 
 def quantization(folder: Path) -> str | None:
     """The quantisation of the GGUF file that a model directory was made from; None for another directory."""
-    facts = folder / GGUF_DESCRIPTION
-    return str(read_json(facts, hint=f"Remove {folder}")["quantization"]) if facts.is_file() else None
+    value = _described(folder).get("quantization") if (folder / GGUF_DESCRIPTION).is_file() else None
+    return None if value is None else str(value)
 
 
 class _Header(NamedTuple):
@@ -91,12 +94,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _described(folder: Path) -> dict[str, Any]:
+    return read_json(folder / GGUF_DESCRIPTION, hint=f"Remove {folder / GGUF_DESCRIPTION}")
+
+
 def _is_whole(folder: Path) -> bool:
+    """Whether a directory has every file that this version of the conversion writes, unchanged."""
     if not (folder / GGUF_DESCRIPTION).is_file():
         return False
     try:
-        for file in folder.iterdir():
-            verify(file)
+        names = listed_files(folder)
+        if missing := sorted({GGUF_DESCRIPTION, CHECKSUMS, *names} - {file.name for file in folder.iterdir()}):
+            raise CrateError(f"{folder} must have the file {missing[0]}, got none")
+        for name in names:
+            verify(folder / name)
+        if (version := _described(folder).get("conversion")) != CONVERSION:
+            raise CrateError(f"{folder} must be of version {CONVERSION} of the conversion, got {version}")
     except CrateError as error:
         console.print(f"{error}. The GGUF file is converted again", soft_wrap=True)
         return False
@@ -117,6 +130,7 @@ def _convert(file: Path, checksum: str, folder: Path) -> None:
             tokenizer.save_pretrained(temporary)
         _complete_settings(temporary, header)
         facts = {"file": str(file.absolute()), "sha256": checksum, "quantization": header.quantization}
+        facts["conversion"] = CONVERSION
         write_json(temporary / GGUF_DESCRIPTION, {**facts, "architecture": header.architecture, "dtype": header.dtype})
         write_checksums(temporary)
 

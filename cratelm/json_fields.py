@@ -78,6 +78,7 @@ JSON_FIELDS: dict[str, Any] = {
     "pytorch_model.bin.index.json": {"weight_map": {...: str}},
     "encoder.json": {...: int},
     "vocab.json": {...: int},
+    "gguf.json": {"quantization": _TEXT, "conversion": _WHOLE},
     "checksums.json": {"sha256": ({...: [str]}, None)},
     "ablation.jsonl": {
         "neurons": [str], "kind": str, "nats": float, "standard_error": _NUMBER, "density": _NUMBER,

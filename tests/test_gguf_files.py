@@ -119,6 +119,35 @@ def test_a_damaged_conversion_is_made_again(write: Write, capsys: pytest.Capture
     assert "is converted again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "checksums.json"])
+def test_a_conversion_that_lacks_a_file_is_made_again(name: str, write: Write) -> None:
+    file, _ = write()
+    missing = model_directory(file) / name
+    missing.unlink()
+    assert model_directory(file) == missing.parent
+    assert missing.is_file()
+
+
+def test_a_conversion_by_another_version_is_made_again(
+    write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = write()
+    folder = model_directory(file)
+    monkeypatch.setattr(gguf_files, "CONVERSION", 2)
+    model_directory(file)
+    assert json.loads((folder / "gguf.json").read_text())["conversion"] == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "version 2 of the conversion, got 1. The GGUF file is converted again" in message
+
+
+def test_a_gguf_json_of_another_program_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gguf.json").write_text('{"other": 1}')
+    assert quantization(tmp_path) is None
+    (tmp_path / "gguf.json").write_text('{"quantization": [4]}')
+    with pytest.raises(CrateError, match=r"gguf.json: quantization must be a text, got \[4\]. Remove \S+gguf.json$"):
+        quantization(tmp_path)
+
+
 def test_a_conversion_that_was_killed_leaves_nothing_that_is_used(
     write: Write, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from cratelm.errors import CrateError
 from cratelm.interpretation.explainers.language_model import LLMExplainer
 from cratelm.interpretation.llm import LLMError
-from cratelm.interpretation.prompts.explainer import PromptTooLong
+from cratelm.interpretation.prompts.explainer import ExplainerPrompt
 from cratelm.interpretation.prompts.few_shot import FewShotRecord, few_shot_neurons
-from cratelm.interpretation.simulators.self_test import Puzzle, puzzles
+from cratelm.interpretation.simulators.self_test import puzzles
 
 COPIED_WORDS = 5
 """Consecutive words that make an explanation a copy of another text."""
@@ -61,9 +61,17 @@ def _word_runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + COPIED_WORDS]) for i in range(len(words) - COPIED_WORDS + 1)}
 
 
+def self_test_prompts(explainer: LLMExplainer) -> list[ExplainerPrompt]:
+    """The prompts about the obvious neurons. Raises `PromptTooLong` if they do not fit the model's context."""
+    return [
+        explainer.prompt_of([FewShotRecord(tokens=puzzle.tokens, activations=puzzle.activations, unknown=0)])
+        for puzzle in puzzles()
+    ]
+
+
 async def explainer_self_test(explainer: LLMExplainer) -> ExplainerSelfTest:
     """Let an explainer explain the obvious neurons. Raises `PromptTooLong` if they do not fit the model's context."""
-    answers = await asyncio.gather(*(_explain(explainer, puzzle) for puzzle in puzzles()))
+    answers = await asyncio.gather(*(_explain(explainer, prompt) for prompt in self_test_prompts(explainer)))
     names = [puzzle.explanation for puzzle in puzzles()]
     return ExplainerSelfTest(
         explanations={name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, str)},
@@ -73,12 +81,9 @@ async def explainer_self_test(explainer: LLMExplainer) -> ExplainerSelfTest:
     )
 
 
-async def _explain(explainer: LLMExplainer, puzzle: Puzzle) -> str | LLMError:
-    record = FewShotRecord(tokens=puzzle.tokens, activations=puzzle.activations, unknown=0)
+async def _explain(explainer: LLMExplainer, prompt: ExplainerPrompt) -> str | LLMError:
     try:
-        return await explainer.ask(explainer.prompt_of([record]))
-    except PromptTooLong:
-        raise
+        return await explainer.ask(prompt)
     except LLMError as error:
         return error
 

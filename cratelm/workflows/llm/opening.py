@@ -15,10 +15,15 @@ from cratelm.interpretation.clients.endpoint import Endpoint
 from cratelm.interpretation.clients.probe import Capabilities, probe
 from cratelm.interpretation.clients.usage import Budget, Metered, Price, Usage
 from cratelm.interpretation.explainers.language_model import LLMExplainer
-from cratelm.interpretation.explainers.self_test import explainer_self_test, require_explainer_self_test
+from cratelm.interpretation.explainers.self_test import (
+    explainer_self_test,
+    require_explainer_self_test,
+    self_test_prompts,
+)
 from cratelm.interpretation.llm import LLM
 from cratelm.interpretation.lookup.tables import EXPLAINER
-from cratelm.interpretation.simulators.contrastive import Contrastive, better_in_self_test
+from cratelm.interpretation.prompts.explainer import PromptTooLong
+from cratelm.interpretation.simulators.contrastive import Contrastive, better_in_self_test, with_changes
 from cratelm.interpretation.simulators.opening import open_simulator
 from cratelm.interpretation.simulators.self_test import CannotSimulate, require_self_test, self_test
 from cratelm.interpretation.simulators.simulation import TextSimulator
@@ -194,7 +199,15 @@ def _known(store: Store, name: str, method: str) -> Capabilities | None:
 
 async def _open(where: str, model: str, explaining: Explaining, spending: Spending, usage: Usage) -> LLM:
     if not is_url(where):
-        from cratelm.local_llm import LocalLLM
+        try:
+            from cratelm.local_llm import LocalLLM
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] not in ("transformers", "torch"):
+                raise
+            raise CrateError(
+                f"--llm {where} opens a language model in this process, which needs {error.name}. "
+                "Hint: pip install 'cratelm[llm]', or give the URL of a server"
+            ) from None
 
         return LocalLLM.open(where, device=explaining.device, dtype=explaining.llm_dtype)
     counter = _counter(explaining.llm_tokenizer) if explaining.llm_tokenizer else None
@@ -232,11 +245,13 @@ def many_calls_cost_little(where: str, llm: LLM, spending: Spending) -> bool:
 
 
 async def choose_simulator(
-    llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities, *, answer_tokens: int = 0, many_calls: bool = True
+    llm: LLM, simulating: Simulating, mode: Mode, can: Capabilities, *, answer_tokens: int = 0, many_calls: bool = True,
+    only_stored: Store | None = None,
 ) -> TextSimulator:  # fmt: skip
     """Choose how a model simulates. Raises `CrateError` if it does not support the requested method.
 
-    `many_calls`: whether a request per token is acceptable without being asked for.
+    `many_calls`: whether a request per token is acceptable without being asked for. `only_stored`: the store of a dry
+    run, whose cached answers alone decide about the contrast.
     """
     method, why = simulating.simulator, "as asked for"
     if method == "auto" and can.prompt_logprobs:
@@ -258,9 +273,21 @@ async def choose_simulator(
     if simulating.contrast == "neutral":
         simulator = Contrastive(inner=simulator)
     elif simulating.contrast == "auto" and mode == "fixed" and method != "structured":
-        simulator = await better_in_self_test(simulator)
+        simulator = await (better_in_stored(simulator, only_stored) if only_stored else better_in_self_test(simulator))
     console.print(f"simulator: {simulator.name} ({why})", soft_wrap=True)
     return simulator
+
+
+async def better_in_stored(simulator: TextSimulator, store: Store) -> TextSimulator:
+    """`better_in_self_test` from cached answers. Without them the contrast, which costs more."""
+    llm: LLM = simulator.llm  # type: ignore[attr-defined]
+    stored = Cached(llm, store)
+    await stored.settle()  # it makes no calls
+    try:
+        return with_changes(await better_in_self_test(with_changes(simulator, llm=stored)), llm=llm)
+    except CrateError:
+        console.print("the self-test decides about --contrast in the run; until then the costs are those of neutral")
+        return Contrastive(inner=simulator)
 
 
 async def examine(simulator: TextSimulator, *, skip: bool) -> None:
@@ -272,6 +299,18 @@ async def examine(simulator: TextSimulator, *, skip: bool) -> None:
         result, note = await require_self_test(simulator), ""
     tested = len(result.correlations)
     console.print(f"self-test: mean correlation {result.mean:.2f} on {tested} obvious neurons{note}", soft_wrap=True)
+
+
+async def needs_compact(explainer: LLMExplainer, *, ask: bool) -> bool:
+    """Whether a model copies the examples of the table in the self-test, or its context is too short for the table.
+
+    `ask`: whether to run the self-test.
+    """
+    try:
+        self_test_prompts(explainer)
+        return ask and bool((await explainer_self_test(explainer)).copied)
+    except PromptTooLong:
+        return True
 
 
 async def examine_explainer(explainer: LLMExplainer, *, skip: bool) -> None:

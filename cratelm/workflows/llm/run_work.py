@@ -13,7 +13,6 @@ from cratelm.errors import CrateError
 from cratelm.interpretation.clients.usage import Usage
 from cratelm.interpretation.explainers.best_of import BestOf
 from cratelm.interpretation.explainers.language_model import LLMExplainer
-from cratelm.interpretation.explainers.self_test import explainer_self_test
 from cratelm.interpretation.lookup.explain import LookupExplainer
 from cratelm.interpretation.lookup.simulate import LookupSimulator
 from cratelm.interpretation.lookup.tables import EXPLAINER
@@ -41,6 +40,7 @@ from cratelm.workflows.llm.opening import (
     explainer_name,
     many_calls_cost_little,
     metered,
+    needs_compact,
 )
 from cratelm.workflows.llm.plan import CostPlan, time_trial
 from cratelm.workflows.llm.request import InterpretRequest, records_for
@@ -101,8 +101,7 @@ class RunWork:
     async def settle_prompt(self) -> InterpretRequest:
         """The request with the prompt of the explainer settled; see `--explainer-prompt auto`.
 
-        The prompt of the model's explanations in the store, so that they are resumed. Without any: compact for a model
-        that copies the few-shot examples of the table.
+        The prompt of the model's explanations in the store, so that they are resumed. Without any: see `needs_compact`.
         """
         request, llm = self.request, self.llms.explainer
         model = llm.name if llm is not None else explainer_name(request.explaining)
@@ -113,10 +112,10 @@ class RunWork:
         as_table, as_compact = (request.with_prompt(form) for form in ("table", "compact"))
         if as_table.named(model) in stored or as_compact.named(model) in stored:
             return as_table if as_table.named(model) in stored else as_compact
-        if llm is None or "explain" not in request.stages or request.spending.dry_run:
+        if llm is None or "explain" not in request.stages:
             return as_table
-        explainer = LLMExplainer(llm=self._cached(llm), settings=as_table.settings, strings=())
-        return as_compact if (await explainer_self_test(explainer)).copied else as_table
+        table = LLMExplainer(llm=self._cached(llm), settings=as_table.settings, strings=())
+        return as_compact if await needs_compact(table, ask=not request.spending.dry_run) else as_table
 
     def _stored_explainers(self) -> set[str]:
         """The explainers that this run has explanations of, finished or not; they were tested before the first one."""
@@ -131,11 +130,12 @@ class RunWork:
         temperature, limit = request.settings.temperature, request.explaining.max_answer_tokens or 0
         can = await self.llms.ask_what_it_can(llm, self.store, simulating.simulator, meter, temperature)
         where = simulating.simulator_llm or request.explaining.llm
+        many, dry = many_calls_cost_little(where, llm, request.spending), request.spending.dry_run
         simulator = await choose_simulator(
-            self._cached(llm), simulating, request.selection.mode, can, answer_tokens=limit,
-            many_calls=many_calls_cost_little(where, llm, request.spending),
+            self._cached(llm), simulating, request.selection.mode, can, answer_tokens=limit, many_calls=many,
+            only_stored=self.store if dry else None,
         )  # fmt: skip
-        if not request.spending.dry_run:
+        if not dry:
             await examine(simulator, skip=request.explaining.skip_self_test)
         calibrate = None if simulating.calibrate == "none" else simulating.calibrate
         strings = self._text(simulator.strings_mode)

@@ -24,6 +24,7 @@ from cratelm.interpretation.simulators.self_test import puzzles, require_self_te
 from cratelm.interpretation.simulators.simulation import TextSimulator
 from cratelm.interpretation.store.answer_cache import Cached
 from cratelm.interpretation.store.database import Store
+from cratelm.workflows.llm.opening import better_in_stored
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +111,21 @@ def test_settings_name_what_is_subtracted_and_changes_reach_the_inner_simulator(
     simulate(changed, "brackets", [["a", " ("]])
     assert counts["tokens"] == 2 * (1 + len(neutral_explanations()))
     assert all(isinstance(prompt, Prompt) for prompt in other.asked)
+
+
+def test_a_dry_run_takes_the_choice_of_the_self_test_from_stored_answers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for llm, chosen in ((RuleFollower(), "all-at-once:rules"), (Biased(), "all-at-once+minus-neutral:rules")):
+        store = Store.create(tmp_path / type(llm).__name__)
+        simulator = asyncio.run(open_simulator("all-at-once", llm))
+        asked = len(llm.asked)
+        assert str(asyncio.run(better_in_stored(simulator, store)).name) == "all-at-once+minus-neutral:rules"
+        assert len(llm.asked) == asked, "without stored answers the costs are those of the contrast, and none is asked"
+        cached = Cached(llm, store)
+        asyncio.run(better_in_self_test(with_changes(simulator, llm=cached)))
+        monkeypatch.setattr(self_test, "_DONE", {})
+        asked = len(llm.asked)
+        stored = asyncio.run(better_in_stored(simulator, store))
+        assert (str(stored.name), len(llm.asked)) == (chosen, asked)
+        monkeypatch.setattr(self_test, "_DONE", {})

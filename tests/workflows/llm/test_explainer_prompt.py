@@ -1,22 +1,31 @@
 """`--explainer-prompt auto`: which prompt a model gets, and that stores keep theirs."""
 
+import asyncio
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.rule_follower import RULES
+from fakes.rule_follower import RULES, RuleFollower
 from fakes.rule_server import RuleServer
 from fixtures.planted_rules import make_planted
 
 pytest.importorskip("httpx", reason="httpx is not installed (extra llm)")
 
 from fakes.llm_server import Answer, Body, completion
+from workflows.llm.test_interpret_llm import puzzle
 
 from cratelm.cli import main
+from cratelm.interpretation.explainers.language_model import LLMExplainer, explainer_settings
+from cratelm.interpretation.simulators import self_test
 from cratelm.interpretation.store.database import Store
+from cratelm.workflows.llm import run_work
+from cratelm.workflows.llm.opening import needs_compact
 
+CONTEXT = 500
+"""Tokens: enough for the compact prompt of the self-test alone."""
 TAR = ["--protocol", "random-only", "--neurons", "3"]
 
 
@@ -87,3 +96,33 @@ def test_a_model_that_does_not_copy_keeps_the_table(run: Path) -> None:
     with RuleServer() as server:
         assert main(["explain", str(run), "--llm", server.url, *TAR]) == 0
     assert {key.explainer for key in Store.open(run).sets("explain")} == {"rules"}
+
+
+def test_a_dry_run_asks_no_self_test(
+    run: Path, server: RuleServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def no_time(*_: object) -> str:
+        return ""
+
+    monkeypatch.setattr(self_test, "_DONE", {})
+    monkeypatch.setattr(run_work, "time_trial", no_time)
+    command = ["interpret", str(run), "--llm", server.url, *TAR]
+    assert main([*command, "--dry-run"]) == 0
+    assert "the self-test decides about --contrast in the run" in capsys.readouterr().err
+    assert not [body for _, body in server.asked if puzzle(json.dumps(body))]
+    assert main(command) == 0
+    assert [body for _, body in server.asked if puzzle(json.dumps(body))]
+
+
+def test_a_context_that_is_too_short_for_the_table_gets_the_compact_prompt(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for context, compact in ((400, True), (8000, False)):
+        explainer = LLMExplainer(llm=RuleFollower(context=context), settings=explainer_settings("fixed"), strings=())
+        assert asyncio.run(needs_compact(explainer, ask=False)) == compact
+    with Copying(context=CONTEXT) as server:
+        for more in (["--dry-run"], []):
+            assert main(["explain", str(run), *TAR, "--llm", server.url, *more]) == 2
+            message = " ".join(capsys.readouterr().err.split())
+            assert "too long for a context of" in message
+            assert "without any example" not in message, "the table is too long already"

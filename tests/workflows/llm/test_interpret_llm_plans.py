@@ -91,6 +91,7 @@ def test_a_plan_counts_what_will_really_be_asked(
     """Protocols share excerpts and explanations, controls have their own: what is asked twice is counted once."""
     command = ["interpret", str(run), "--llm", server.url, "--protocol", "top-and-random", "random-only"]
     command += ["--controls", "shuffled", "constant", "--neurons", "2", "--scorer", "simulation", "detection"]
+    command.append("--contrast=none")
     assert main([*command, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert questions(server) == []
@@ -111,7 +112,7 @@ def test_a_plan_counts_a_request_for_each_next_token_and_what_the_server_compute
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RuleServer(probabilities=False, next_token=True) as server:
-        command = ["interpret", str(run), "--llm", server.url, "--protocol", "random-only", "--neurons", "1"]
+        command = ["interpret", str(run), "--llm", server.url, *TAR, "--neurons", "1", "--contrast", "none"]
         assert main([*command, "--dry-run"]) == 0
         said = capsys.readouterr()
         assert "simulator: next-token:rules (it returns candidates of the next token" in " ".join(said.err.split())
@@ -174,7 +175,7 @@ def test_a_contrast_of_a_model_in_this_process_is_timed(method: str, tmp_path: P
 def test_a_plan_says_how_long_it_takes_by_trying_some_simulations(
     run: Path, server: RuleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["interpret", str(run), "--llm", server.url, *TAR, "--dry-run"]
+    command = ["interpret", str(run), "--llm", server.url, *TAR, "--dry-run", "--contrast", "none"]
     server.next_token = True
     for method, count in (("all-at-once", 8), ("token-by-token", 8), ("next-token", 8), ("structured", 8)):
         before = len(server.asked)

@@ -16,7 +16,7 @@ from typing import Any
 
 from cratelm.errors import CrateError
 from cratelm.interpretation.clients.batch_api import BatchAPI
-from cratelm.interpretation.clients.parameters import Parameters, chat_body
+from cratelm.interpretation.clients.parameters import Parameters, chat_body, check_extra
 from cratelm.interpretation.clients.prompt_logprobs import NEXT_TOKEN, STYLES, Absent, read, request
 from cratelm.interpretation.clients.responses import LONGEST_QUOTE, Malformed, answer_text, paid_tokens
 from cratelm.interpretation.clients.responses_endpoint import (
@@ -174,6 +174,7 @@ class Endpoint:
                     asked.path, asked.body, asked.reader(parse), same_500s=asked.attempt.same_500s
                 )
         assert asked.refusal is not None
+        check_extra(self.transport.url, asked.refusal, self.extra)
         await self._check_model(asked.refusal)
         raise asked.refusal
 

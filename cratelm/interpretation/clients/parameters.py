@@ -2,7 +2,7 @@
 
 A refusal that names a parameter drops it. After another refusal of a request with parameters that the server has not
 accepted yet, each is left out on trial. A server error is answered so for the system message alone: chat templates
-without one often fail with status 500.
+without one often fail with status 500. The fields that the user gave are never left out.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+from cratelm.errors import CrateError
 from cratelm.interpretation.clients.transport import Refused
 from cratelm.interpretation.llm import Sampling
 
@@ -31,6 +32,8 @@ _NAMED: dict[str, str] = {
     "max_tokens": r"max_completion_tokens|max_tokens",
 }
 """Feature of a request -> pattern of a refusal that names it, in the order in which features are dropped."""
+OPTIONS = ("reasoning_effort", "chat_template_kwargs")
+"""Fields that have an option of this name; any other field that the user gave is from `--extra-body`."""
 ABOUT_PROMPT = re.compile(
     r"context.{0,3}(length|window|size)|too (long|large|many tokens)|chat template|exceed|maximum|moderat|flagged"
     r"|content.{0,3}polic|model.{0,80}(not (found|exist|served)|does not exist)", re.I | re.S,
@@ -112,6 +115,17 @@ class Parameters:
             if pattern and name not in self.accepted and not about_limit and re.search(pattern, message, re.I):
                 return name
         return ""
+
+
+def check_extra(url: str, refusal: Refused, extra: Mapping[str, Any]) -> None:
+    """Raise `CrateError` if a refusal names a field that the user gave: every request would fail."""
+    for name in extra:
+        spelled = r"[_. ]".join(map(re.escape, name.split("_")))  # reasoning.effort at /responses
+        if "_" in name and re.search(rf"(?<![a-z]){spelled}(?![a-z])", refusal.detail, re.I):
+            option = f"--{name.replace('_', '-')}" if name in OPTIONS else "--extra-body"
+            raise CrateError(
+                f"{url} refuses {name} ({option}): {refusal}. Hint: give another value, or leave {option} out"
+            ) from None
 
 
 def chat_body(model: str, turns: list[dict[str, str]], sampling: Sampling, without: Set[str]) -> Body:

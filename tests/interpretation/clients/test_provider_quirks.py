@@ -147,6 +147,25 @@ def test_a_refused_parameter_is_dropped_once_and_recorded(
     assert [text.split()[0] for text in recorded] == [name]
 
 
+@pytest.mark.parametrize(
+    ("name", "message", "option"),
+    [
+        ("reasoning_effort", "Unrecognized request argument supplied: reasoning_effort", "--reasoning-effort"),
+        ("chat_template_kwargs", "property 'chat_template_kwargs' is unsupported", "--chat-template-kwargs"),
+        ("min_p_value", "Unknown field min_p_value", "--extra-body"),
+    ],
+)
+def test_a_field_that_the_user_gave_is_not_dropped_but_its_refusal_names_the_option(
+    name: str, message: str, option: str, store: Store
+) -> None:
+    for shown in (message, "Bad request"):
+        with pytest.raises(CrateError) as refused:
+            served(refusing(name, shown), say, store, extra={name: "low"})
+        assert (f"refuses {name} ({option})" in str(refused.value)) == (shown == message)
+        assert isinstance(refused.value, LLMError) == (shown != message), "the work ends at once if the cause is known"
+        assert all(name in body for body in BODIES)
+
+
 def test_top_p_and_seed_are_sent_only_if_they_are_set(store: Store) -> None:
     served(lambda *_: chat(ANSWER), say, store)
     assert set(BODIES[0]) == {"model", "messages", "max_tokens", "temperature"}

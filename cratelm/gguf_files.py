@@ -129,9 +129,11 @@ def _convert(file: Path, checksum: str, folder: Path) -> None:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         _complete_settings(temporary, header)
-        facts = {"file": str(file.absolute()), "sha256": checksum, "quantization": header.quantization}
-        facts["conversion"] = CONVERSION
-        write_json(temporary / GGUF_DESCRIPTION, {**facts, "architecture": header.architecture, "dtype": header.dtype})
+        facts = {
+            "file": str(file.absolute()), "sha256": checksum, "quantization": header.quantization,
+            "architecture": header.architecture, "dtype": header.dtype, "conversion": CONVERSION,
+        }  # fmt: skip
+        write_json(temporary / GGUF_DESCRIPTION, facts)
         write_checksums(temporary)
 
 

@@ -67,7 +67,9 @@ JSON_FIELDS: dict[str, Any] = {
     "explore.json": {"tokens": _WHOLE, "minutes": float, "layer": [int]},
     "whitebox.json": {"layers": [_LAYER], "tokens_per_set": int, "sets": int},
     "dial.json": {"width": int, "tokens": _WHOLE, "points": [_POINT]},
-    "directions.json": {"layers": {...: [str]}, "model_hash": _TEXT, "tokenizer_hash": _TEXT},
+    "directions.json": {
+        "layers": {...: [str]}, "model_hash": _TEXT, "tokenizer_hash": _TEXT, "row_beginning": ([int], None),
+    },
     "sae.json": {
         "tap": _TEXT, "layer": _WHOLE, "kind": _TEXT, "training_flops": _NUMBER, "parameters": _WHOLE,
         "settings": ({"model_hash": _TEXT}, None), "origin": _OBJECT,

@@ -45,6 +45,8 @@ def directions_run(folder: Path, options: Options) -> None:
     settings = {
         "model_hash": opened.model_hash, "tokenizer_hash": tokenizer_hash(opened.tokenizer), "keep": options.keep,
     }  # fmt: skip
+    if (begin := opened.causal.row_beginning) is not None:  # else token lists are those of earlier versions
+        settings["row_beginning"] = list(begin)
     home = directions_folder(folder)
     if _is_written(folder, settings):
         console.print(f"directions of this model are in {home}", soft_wrap=True)
@@ -77,14 +79,14 @@ def _write(opened: OpenModel, options: Options) -> dict[str, list[str]]:
     causal, weights = opened.causal, wiring(opened.model)
     vocabulary = min(vocabulary_size(opened.tokenizer), causal.vocabulary_rows)
     begin = causal.row_beginning
+    lead = causal.special.end if begin is None else None  # `subject` puts `begin` before each row itself
     subject = observe(opened.model, model_hash=opened.model_hash, row_beginning=begin)
     with checked_path(opened.source / "directions" / "tokenizer.json") as temporary:
         opened.tokenizer.save(str(temporary))
     written = {}
     with progress_bar(f"directions {opened.source.name}", total=2 * vocabulary) as bar:
         alone = tokens_alone(
-            subject, vocabulary=vocabulary, start=None if begin else causal.special.end, device=causal.device, bar=bar,
-            keep=options.keep,
+            subject, vocabulary=vocabulary, start=lead, device=causal.device, bar=bar, keep=options.keep,
         )  # fmt: skip
         for layer in range(len(weights.layers)):
             arrays = layer_directions(weights, layer, vocabulary=vocabulary, keep=options.keep) | alone[layer]

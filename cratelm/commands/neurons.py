@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cratelm.activations.records import Mode
+from cratelm.activations.row_beginning import lines_on_beginning
 from cratelm.report.neuron_table import NeuronTable, SortColumn, open_table
 from cratelm.report.shown_text import visible
 from cratelm.workflows.options.arguments import RunPath
@@ -99,6 +100,8 @@ def _list(console: Console, table: NeuronTable, options: Options, layers: Sequen
     passed = f" that pass {' and '.join(options.filter)}" if options.filter else ""
     more = "" if len(shown) == len(rows) else "; --limit 0 shows all"
     console.print(f"{len(shown)} of {len(rows)} neurons{passed}{more}. Show one with --neuron")
+    for line in lines_on_beginning(options.run, options.mode, table.strings):
+        console.print(visible(line))
     if table.hint:
         print(table.hint)
 
@@ -111,7 +114,8 @@ def _look(console: Console, table: NeuronTable, options: Options, index: int) ->
     width = choose_width(table.records, options.width)
     total = table.records.num_neurons
     console.print(f"{options.run.name}, layer {table.records.layer}, neuron {index} (of 0 to {total - 1})")
-    for line in (*_facts(table, index), *_directions(options.run, table, index)):
+    beginning = map(visible, lines_on_beginning(options.run, options.mode, table.strings))
+    for line in (*_facts(table, index), *_directions(options.run, table, index), *beginning):
         console.print(line)
     if table.hint:
         print(table.hint)

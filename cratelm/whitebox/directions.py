@@ -5,7 +5,10 @@ writes (`parts.py`; in CRATE both are the atom d_i), N a norm with gain g, and N
 fixed scale (an RMSNorm does not subtract the mean):
 
     tokens_in      r_i . N(E[t]) + bias_i      the drive of token t's embedding, without position and attention
-    tokens_alone   the code itself             when the model reads only <|endoftext|> and t
+    tokens_alone   the code itself             when the model reads only t, after what begins a text: the tokens that
+                                               the tokenizer puts first, else <|endoftext|> in GPT-2, Pythia and models
+                                               of this package; in Qwen and others nothing, so t is the first token,
+                                               a position that records leave out and where codes may be unusual
     tokens_out     H[t] . N'(w_i)              logit of t per unit of code and per unit of scale, N the final norm,
                                                minus the mean over all tokens, which changes no probability
     successors     r_j . N'(w_i)               drive of neuron j of the next layer per unit of i's code, past its

@@ -16,7 +16,7 @@ from cratelm import cli
 from cratelm.activations.collect import collect
 from cratelm.activations.observe import observe
 from cratelm.activations.plan import CollectConfig
-from cratelm.activations.records import Excerpt, read_collection, read_records, records_strings
+from cratelm.activations.records import Excerpt, read_collection, read_records
 from cratelm.activations.row_beginning import describe_row_beginning
 from cratelm.activations.subject import Corpus
 from cratelm.activations.taps import capture
@@ -26,7 +26,10 @@ from cratelm.data.tokens import TokenDirectory, tokenize
 from cratelm.errors import CrateError
 from cratelm.live_models import LiveModel, LiveModels
 from cratelm.model.weights import save_model
+from cratelm.report.browser.catalogue import catalogue
+from cratelm.report.browser.overview import overview
 from cratelm.report.server.requests import Limits, TextRequest
+from cratelm.rundir import write_json
 from cratelm.workflows.opening import OpenModel, open_model
 from cratelm.workflows.token_data import open_corpus, row_beginning
 
@@ -176,11 +179,40 @@ def test_records_with_another_beginning_do_not_share_a_run(
         collected(other, data, tmp_path / "run")
 
 
-def test_older_records_say_that_their_rows_did_not_begin_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("--limit", "2"), ("--neuron", "2")])
+def test_the_neurons_of_older_records_are_shown_with_how_their_rows_began(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     earlier.unpack(tmp_path)
     run = tmp_path / earlier.RUN
-    sentence = describe_row_beginning(read_collection(run), records_strings(run, "fixed"))
-    assert "no row begins with a beginning-of-text token" in sentence
+    assert cli.main(["neurons", str(run), "--layer", "1", *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "An earlier version made these records: no row begins with a beginning-of-text token" in shown
+    assert "Collect into another run" not in shown  # <|endoftext|> before each document is how this model was trained
+    assert cli.main(["neurons", str(run), "--layer", "1", "--mode", "compat", *options]) == 0
+    assert "Rows begin with the text itself." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_only_older_records_that_lack_the_beginning_of_their_tokenizer_are_to_be_collected_again(
+    family: str, data: TokenDirectory, rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_with_beginning(
+        family, build_dense(family, rng, vocab=data.vocab_size), tmp_path / "model", data.tokenizer()
+    )
+    run = tmp_path / "run"
+    command.run(command.Options(runs=(folder,), data=data.path, out=run, device="cpu", context=CONTEXT, force=True))
+
+    def warned() -> list[bool]:
+        assert cli.main(["neurons", str(run)]) == 0
+        found = overview(catalogue([run], "fixed"), "fixed")["missing"]
+        return ["without a beginning-of-text token" in text for text in (capsys.readouterr().out, " ".join(found))]
+
+    assert warned() == [False, False]
+    description = read_collection(run)
+    del description["row_beginning"]
+    write_json(run / "records" / "fixed" / "records.json", description)
+    assert warned() == [family == "llama"] * 2
 
 
 def test_a_token_named_when_tokenizing_begins_the_rows_of_the_run(

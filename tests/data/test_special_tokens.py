@@ -85,6 +85,7 @@ BEGIN = ("<s>", "</s>")
         (None, {"bos_token": "<s>", "eos_token": "</s>"}, False),
         (None, {"bos_token": "<s>", "add_bos_token": True}, True),
         (None, {"bos_token": "<s>", "add_bos_token": False}, False),
+        ("<s> $A", {"bos_token": "<s>", "add_bos_token": False}, True),  # a tokenizer.json overrides the setting
     ],
 )
 def test_a_text_begins_as_its_own_tokenizer_begins_it(
@@ -142,8 +143,9 @@ def test_a_letter_tokenizer_without_special_tokens_gets_an_end_by_option(
     assert "--begin-token must be a token of the tokenizer, got '<none>'" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_sentencepiece_model_alone_is_converted(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_sentencepiece_model_alone_is_converted(begins: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed (extra hf)")
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 20))
     sentencepiece.SentencePieceTrainer.train(
@@ -153,14 +155,16 @@ def test_a_sentencepiece_model_alone_is_converted(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "spm.model").rename(folder / "tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": begins}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(folder)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in (*TEXTS, "漢 😀"):
         assert tokenizer.encode(text, add_special_tokens=False).ids == reference.encode(text)
     special = special_tokens(tokenizer, folder)
-    assert (special.begin, special.end) == ((1,), 2)
+    assert (special.begin, special.end) == ((1,) if begins else (), 2)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).encode("rain")
+    assert theirs == [*special.begin, *tokenizer.encode("rain", add_special_tokens=False).ids]
     (folder / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CrateError, match=r"tokenizer.model is not a tokenizer that transformers converts"):
         load_tokenizer(folder)

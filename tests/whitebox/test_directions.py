@@ -7,10 +7,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from fixtures.dense_families import BOS, build_dense, save_with_beginning
 from fixtures.tiny import hidden_bar, make_tokens, random_model, short_training, tiny_config, train_quietly
 from torch import Tensor
 
 from cratelm.activations.direction_files import described_directions, read_directions
+from cratelm.activations.foreign import load_foreign, write_foreign_run
 from cratelm.activations.observe import observe
 from cratelm.activations.taps import capture, edit
 from cratelm.cli import main
@@ -19,6 +21,7 @@ from cratelm.model.config import Architecture
 from cratelm.model.language_model import LanguageModel
 from cratelm.whitebox.directions import layer_directions, tokens_alone
 from cratelm.whitebox.wiring import wiring
+from cratelm.workflows.opening import open_model
 
 both = pytest.mark.parametrize("arch", get_args(Architecture))
 VARIANTS: list[dict[str, Any]] = [
@@ -180,6 +183,27 @@ def test_tokens_alone_are_the_strongest_codes_of_the_model(
         assert actual[layer]["tokens_alone.largest.value"][neuron] == pytest.approx(best.values.numpy(), abs=1e-5)
         assert index[best.values.numpy() <= 0].tolist() == [-1] * int((best.values <= 0).sum())
         assert [float(codes[i]) for i in index if i >= 0] == pytest.approx(best.values[best.values > 0].tolist())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_a_token_alone_is_read_as_the_browser_reads_a_text_of_that_token(
+    family: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    tokenizer = make_tokens(tmp_path / "tokens", rng).tokenizer()
+    tokenizer.add_special_tokens([BOS])
+    model = build_dense(family, rng, vocab=tokenizer.get_vocab_size())
+    folder, run = save_with_beginning(family, model, tmp_path / "model", tokenizer), tmp_path / "run"
+    write_foreign_run(run, load_foreign(folder))
+    assert main(["directions", str(run), "--device", "cpu", "--keep", "1"]) == 0
+    causal, actual, neuron = open_model(run, "cpu").causal, read_directions(run, 1), int(rng.integers(40))
+    place = causal.places()[1]
+    rows = torch.tensor([[*causal.text_beginning, token] for token in range(tokenizer.get_vocab_size())])
+    with torch.inference_mode(), capture(causal.module, [place]) as codes:
+        causal.read(rows, [place])
+    best = float(codes[place].reshape(*rows.shape, -1)[:, -1, neuron].max())
+    assert actual.arrays["tokens_alone.largest.value"][neuron] == pytest.approx([max(best, 0)], abs=1e-5)
+    begins = {"llama": [tokenizer.token_to_id(BOS)], "qwen2": []}
+    assert described_directions(run).get("row_beginning") == begins.get(family)
 
 
 @pytest.fixture

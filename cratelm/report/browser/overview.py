@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 from matplotlib.figure import Figure
 
 from cratelm.activations.records import Mode, read_collection
+from cratelm.activations.row_beginning import earlier_beginning
 from cratelm.errors import CrateError
 from cratelm.interpretation.store.database import Store
 from cratelm.report.browser.catalogue import Model
@@ -63,6 +64,10 @@ def overview(models: Sequence[Model], mode: Mode) -> dict[str, Any]:
     ready = [run for run in runs if Store(run).path.exists()]
     option = " --mode compat" if mode == "compat" else ""
     missing = [f"{run.name} is not scored. Run: cratelm interpret {run}{option}" for run in runs if run not in ready]
+    missing += [
+        line for model in models if model.run not in ready and model.taps
+        for line in earlier_beginning(model.run, mode, model.title)
+    ]  # fmt: skip
     results, left_out = _gathered(ready, mode, taps)
     missing += [*left_out, *(results.missing if results else ()), *_unmeasured(models)]
     report = _report(ReportContents(results)) if results else {"sentences": [], "tables": [], "figures": []}

@@ -164,7 +164,7 @@ def gather(
     protocols = tuple(name for name in PROTOCOLS if any(name in run.scores for run in results))
     return Results(
         mode=mode, explainer=explainer, simulator=simulator, protocols=protocols, models=models,
-        taps=tuple(dict.fromkeys(run.tap for run in results)), missing=tuple(_missing(models, protocols)),
+        taps=tuple(dict.fromkeys(run.tap for run in results)), missing=tuple(_missing(models, protocols, mode)),
     )  # fmt: skip
 
 
@@ -286,9 +286,9 @@ def _attach_controls(runs: Sequence[RunResult]) -> tuple[RunResult, ...]:
     return (*models, *alone)
 
 
-def _missing(models: Sequence[RunResult], protocols: Sequence[str]) -> Iterator[str]:
+def _missing(models: Sequence[RunResult], protocols: Sequence[str], mode: Mode) -> Iterator[str]:
     for run in models:
-        yield from earlier_beginning(run.title, run.arch, run.collection)
+        yield from earlier_beginning(run.path, mode, run.title)
         if run.loss is None and not run.training and run.control is None:
             yield f"The loss of {run.title} is not measured: cratelm evaluate reads models that cratelm trained."
         elif run.loss is None:

@@ -316,7 +316,7 @@ def test_a_model_in_this_process_that_is_random_is_refused_unless_asked_otherwis
     llm.reader.model.float().save_pretrained(folder)
     llm.tokenizer.save_pretrained(folder)
     capsys.readouterr()
-    lookup = ["--explainer", "lookup", *TAR, "--neurons", "2"]
+    lookup = ["--explainer", "lookup", *TAR, "--neurons", "2", "--contrast", "none"]
     assert main(["explain", str(run), *TAR]) == 0
     assert main(["simulate", str(run), "--llm", str(folder), *lookup]) == 2
     message = capsys.readouterr().err

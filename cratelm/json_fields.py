@@ -61,7 +61,8 @@ JSON_FIELDS: dict[str, Any] = {
         "row_beginning": ({"rows": str, "tokens": [int]}, None),
     },
     "tokens.json": {
-        "tokenizer": str, "tokenizer_hash": str, "end_of_text": int, "vocab_size": int, "dtype": str,
+        "tokenizer": str, "tokenizer_hash": str, "tokenizer_sha256": _TEXT, "end_of_text": int,
+        "vocab_size": int, "dtype": str,
         "splits": {...: _SPLIT}, "source": {"settings": _OBJECT}, "begin_of_text": ([int], None),
     },
     "explore.json": {"tokens": _WHOLE, "minutes": float, "layer": [int]},

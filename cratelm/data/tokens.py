@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt
 from tokenizers import Tokenizer
 
 from cratelm import runtime
-from cratelm.checksums import verify
+from cratelm.checksums import sha256_of, verify
 from cratelm.data.shards import SPLIT_NAMES, Split, dtype_for, little_endian, split_of, write_shards
 from cratelm.data.special_tokens import choose_end, choose_known, end_of_text_id
 from cratelm.data.text import Document, fingerprint, source_bytes, stream_documents
@@ -55,6 +55,8 @@ class TokenDirectory:
     """Settings, hash of the document stream, skipped documents, time and versions; empty for a nanoGPT folder."""
     begin_of_text: tuple[int, ...] | None = None
     """The token of --begin-token, with which a model's rows over these tokens begin; None: as its tokenizer does."""
+    tokenizer_sha256: str | None = None
+    """Of the bytes of the tokenizer's file; None in older folders."""
 
     @classmethod
     def open(cls, path: Path, *, tokenizer: str | None = None) -> "TokenDirectory":
@@ -71,6 +73,7 @@ class TokenDirectory:
             fields = {key: value[key] for key in keys} | {"tokenizer_source": value["tokenizer"]}
             begin = value.get("begin_of_text")
             fields["begin_of_text"] = None if begin is None else tuple(begin)
+            fields["tokenizer_sha256"] = value.get("tokenizer_sha256")
         except (KeyError, TypeError, AttributeError) as error:
             raise CrateError(f"{path / 'tokens.json'} lacks or misspells a field ({error}). Tokenize again") from None
         directory = cls(path=path, splits=splits, **fields)
@@ -130,6 +133,8 @@ class TokenDirectory:
         tokenizer = load_tokenizer(inside if self.source else self.tokenizer_source)
         if tokenizer_hash(tokenizer) != self.tokenizer_hash:
             raise CrateError(f"{inside} is not the tokenizer that made the tokens next to it. Tokenize again")
+        if self.tokenizer_sha256 is not None:  # a changed decoder makes the same tokens and shows other texts
+            verify(inside, self.tokenizer_sha256, hint="Tokenize again, or put back the file")
         return tokenizer
 
     def _check_ids(self, split: str, block: UInt[np.ndarray, " block"], start: int) -> None:
@@ -243,6 +248,7 @@ def tokenize(
     with atomic_path(out) as folder, read("tokenize", skipped.add) as documents:
         folder.mkdir()
         loaded.save(str(folder / "tokenizer.json"))
+        description["tokenizer_sha256"] = sha256_of(folder / "tokenizer.json")
         splits, stream = write_shards(
             documents, folder, loaded, seed, shares, workers or min(os.cpu_count() or 1, 16), end
         )  # fmt: skip

@@ -175,7 +175,7 @@ def test_a_temperature_that_is_not_a_number_is_refused(
     temperature: str, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = random_model(tiny_config(), rng)
-    with pytest.raises(CrateError, match="temperature is"):
+    with pytest.raises(CrateError, match="temperature must be"):
         model.generate(torch.zeros(1, 1, dtype=torch.int64), 1, temperature=float(temperature))
     assert cli.main(["generate", str(tmp_path), "--temperature", temperature]) == 2
     assert capsys.readouterr().err.startswith("error: --temperature must be a number of at least 0")

@@ -90,7 +90,7 @@ def test_a_server_that_says_nothing_of_what_it_ignores_is_noticed(rng: np.random
         with pytest.raises(LLMError, match="prompt_logprobs: ignored; echo with logprobs: ignored"):
             asked(server)
         before = len(server.asked)
-        assert before == 3
+        assert before == 4  # the chat, two forms of prompt logprobs, and candidates for the next token
 
 
 @pytest.mark.parametrize("fault", ["constant", "other prompt", "shifting"])

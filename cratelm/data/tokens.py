@@ -71,9 +71,8 @@ class TokenDirectory:
             splits = {name: Split(**counts) for name, counts in value["splits"].items()}
             keys = ("vocab_size", "end_of_text", "dtype", "tokenizer_hash", "source")
             fields = {key: value[key] for key in keys} | {"tokenizer_source": value["tokenizer"]}
-            begin = value.get("begin_of_text")
-            fields["begin_of_text"] = None if begin is None else tuple(begin)
-            fields["tokenizer_sha256"] = value.get("tokenizer_sha256")
+            begin, checksum = value.get("begin_of_text"), value.get("tokenizer_sha256")
+            fields |= {"begin_of_text": None if begin is None else tuple(begin), "tokenizer_sha256": checksum}
         except (KeyError, TypeError, AttributeError) as error:
             raise CrateError(f"{path / 'tokens.json'} lacks or misspells a field ({error}). Tokenize again") from None
         directory = cls(path=path, splits=splits, **fields)
@@ -124,17 +123,14 @@ class TokenDirectory:
         return total
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of these tokens, checked against the hash."""
+        """The tokenizer of these tokens; its file is checked too, since another decoder shows other texts."""
         inside = self.path / self.tokenizer_source
         if self.source and not inside.is_file():
-            raise CrateError(
-                f"{inside} is missing. Tokenize again, or put back the tokenizer.json that made the tokens"
-            )
+            raise CrateError(f"{inside} is missing. Tokenize again, or put back the file that made the tokens")
         tokenizer = load_tokenizer(inside if self.source else self.tokenizer_source)
         if tokenizer_hash(tokenizer) != self.tokenizer_hash:
             raise CrateError(f"{inside} is not the tokenizer that made the tokens next to it. Tokenize again")
-        if self.tokenizer_sha256 is not None:  # a changed decoder makes the same tokens and shows other texts
-            verify(inside, self.tokenizer_sha256, hint="Tokenize again, or put back the file")
+        verify(inside, self.tokenizer_sha256, hint="Tokenize again, or put back the file")
         return tokenizer
 
     def _check_ids(self, split: str, block: UInt[np.ndarray, " block"], start: int) -> None:

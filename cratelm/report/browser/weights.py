@@ -10,6 +10,7 @@ import numpy as np
 
 from cratelm.activations.direction_files import TOKEN_LISTS, LayerDirections, directions_file, read_directions
 from cratelm.data.tokenizer import load_tokenizer, token_strings
+from cratelm.errors import CrateError
 from cratelm.report.browser.catalogue import Layer
 
 _SHOWN = 10
@@ -39,13 +40,16 @@ class Weights:
 
 
 def open_weights(layer: Layer) -> Weights | None:
-    """The directions of a layer; None if they were not computed."""
+    """The directions of a layer; None if they were not computed. CrateError if their tokenizer is missing."""
     path = directions_file(layer.run, layer.layer, layer.tap)
     if not path.exists():
         return None
     tokenizer = layer.run / "directions" / "tokenizer.json"
+    directions = read_directions(layer.run, layer.layer, tap=layer.tap)
+    if not tokenizer.exists() and any(name in TOKEN_LISTS for name in directions.lists):
+        raise CrateError(f"{tokenizer} is not there. Remove {tokenizer.parent} and run: cratelm directions {layer.run}")
     return Weights(
-        directions=read_directions(layer.run, layer.layer, tap=layer.tap),
+        directions=directions,
         strings=_strings(tokenizer, tokenizer.stat().st_mtime_ns) if tokenizer.exists() else (),
     )  # fmt: skip
 

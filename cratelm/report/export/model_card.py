@@ -124,5 +124,6 @@ def _scores(folder: Path) -> list[str]:
 def _origin(origin: Mapping[str, Any] | None) -> list[str]:
     if origin is None:
         return ["Not known."]
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    return [f"{origin['date']}, {origin['machine']}, Python {origin['python']}, {versions}: `{origin['command']}`"]
+    versions = ", ".join(f"{name} {version}" for name, version in (origin.get("versions") or {}).items())
+    known = {name: origin.get(name) or "not known" for name in ("date", "machine", "python", "command")}
+    return [f"{known['date']}, {known['machine']}, Python {known['python']}, {versions}: `{known['command']}`"]
